@@ -1,0 +1,29 @@
+"""Data sets of the natural-gradient benchmark suite, prepared as in the literature.
+
+Depends on NumPy, SciPy, scikit-learn, pooch and rich only; usable without the rest of the project.
+"""
+
+from .catalogue import names
+from .errors import DataFileError, DatasetError, DownloadError
+from .forster import ForsterTransform, forster_transform
+from .loading import Dataset, load
+from .preparation import encode_labels, prepare, standardise, unit_norm
+from .store import DatasetStatus, best_available, status
+
+__all__ = [
+    "DataFileError",
+    "Dataset",
+    "DatasetError",
+    "DatasetStatus",
+    "DownloadError",
+    "ForsterTransform",
+    "best_available",
+    "encode_labels",
+    "forster_transform",
+    "load",
+    "names",
+    "prepare",
+    "standardise",
+    "status",
+    "unit_norm",
+]

@@ -1,0 +1,55 @@
+"""Natural-gradient descent for Flax models with every Fisher approximation of the literature.
+
+The one idea: a forward pass and a batched backward pass give the per-layer signals (a, D), and
+every Fisher structure is a small formula over them. No Jacobian is ever built.
+"""
+
+from natgrad_flax.capture import jacobian_signals
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
+from natgrad_flax.fisher import fisher_signals
+from natgrad_flax.gradient import natural_gradient, optimal_learning_rate
+from natgrad_flax.layers import Dense
+from natgrad_flax.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy
+from natgrad_flax.models import MLP
+from natgrad_flax.optimizer import natural_gradient_descent
+from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.structures import (
+    KFAC,
+    BlockDiagonal,
+    BlockTriDiagonal,
+    Diagonal,
+    Exact,
+    LayerWise,
+    QuasiDiagonal,
+    SingularCouplingWarning,
+    Structure,
+    UnitWise,
+)
+
+__all__ = [
+    "KFAC",
+    "MLP",
+    "BlockDiagonal",
+    "BlockTriDiagonal",
+    "Dense",
+    "DenseSignals",
+    "Diagonal",
+    "Exact",
+    "LayerWise",
+    "LevenbergMarquardt",
+    "Loss",
+    "MeanSquaredError",
+    "QuasiDiagonal",
+    "RelativeDamping",
+    "Residual",
+    "Signals",
+    "SingularCouplingWarning",
+    "SoftmaxCrossEntropy",
+    "Structure",
+    "UnitWise",
+    "fisher_signals",
+    "jacobian_signals",
+    "natural_gradient",
+    "natural_gradient_descent",
+    "optimal_learning_rate",
+]

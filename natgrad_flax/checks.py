@@ -1,0 +1,169 @@
+"""Errors before any work: one clear sentence for each kind of bad input."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
+from natgrad_flax.fisher import FISHER_KINDS
+from natgrad_flax.losses import Loss
+from natgrad_flax.structures import Structure
+
+
+def check_structure(structure: object) -> None:
+    """Raises TypeError unless given an instance of a Fisher structure."""
+    if isinstance(structure, type) and issubclass(structure, Structure):
+        raise TypeError(f"structure must be an instance: write {structure.__name__}()")
+    if not isinstance(structure, Structure):
+        raise TypeError(
+            "structure must be one of ng.Exact(), ng.LayerWise(sigma), ng.BlockDiagonal(), "
+            "ng.BlockTriDiagonal(), ng.KFAC(), ng.UnitWise(), ng.Diagonal(), ng.QuasiDiagonal(), "
+            f"got {structure!r}"
+        )
+
+
+def check_settings(
+    structure: object, loss: object, fisher: object, damping: object, num_samples: object
+) -> None:
+    """Raises TypeError or ValueError on settings that do not fit together."""
+    check_structure(structure)
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"loss must be ng.MeanSquaredError() or ng.SoftmaxCrossEntropy(), got {loss!r}"
+        )
+    if fisher not in FISHER_KINDS:
+        raise ValueError(f"fisher must be one of {', '.join(FISHER_KINDS)}, got {fisher!r}")
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"mc_samples must be a positive integer, got {num_samples!r}")
+    check_damping(damping)
+    if fisher == "mc" and isinstance(damping, (int, float)) and damping == 0:
+        raise ValueError(
+            "a Monte-Carlo Fisher needs a positive damping: the gradient does not lie in the range "
+            "of the sampled Fisher"
+        )
+
+
+def check_damping(damping: object) -> None:
+    """Raises ValueError on a concrete damping that is negative or not finite."""
+    if isinstance(damping, (RelativeDamping, LevenbergMarquardt)) or callable(damping):
+        return
+    if isinstance(damping, jax.core.Tracer):
+        return
+    try:
+        values = np.asarray(damping, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "damping must be a number, an ng.RelativeDamping, or in the optimizer a schedule or an "
+            f"ng.LevenbergMarquardt, got {damping!r}"
+        ) from None
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"damping must be 0 or positive and finite, got {damping!r}")
+
+
+def is_concrete(array: object) -> bool:
+    """Whether the values of an array can be looked at."""
+    return not isinstance(array, jax.core.Tracer)
+
+
+def check_inputs(x: Any) -> Array:
+    """Inputs (N, ...) as a floating array.
+
+    Raises:
+      ValueError: an empty batch, no feature axis, NaN or infinite values.
+      TypeError: the dtype is not a real floating one.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be a floating array, got dtype {x.dtype}; convert it first")
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape (N, features), got {x.shape}; for one sample, x[None]")
+    if x.shape[0] == 0:
+        raise ValueError(f"the batch is empty: x has shape {x.shape}")
+    _check_finite(x, "x")
+    return x
+
+
+def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, Array]:
+    """The batch as floating arrays, after every check that needs no forward pass.
+
+    Raises:
+      ValueError: shapes that do not fit, an empty batch, NaN or infinity in data or parameters,
+        targets of the wrong form.
+      TypeError: inputs or targets that are not floating, or a layer without signals.
+    """
+    x = check_inputs(x)
+    y = jnp.asarray(y)
+    if y.ndim != 2 or y.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"y must have shape (N, C) with N = {x.shape[0]}, got {y.shape}; class numbers become "
+            "targets by one-hot encoding, a vector of targets by y[:, None]"
+        )
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise TypeError(
+            f"y must be floating targets of shape (N, C), got dtype {y.dtype}; class numbers become "
+            "targets by jax.nn.one_hot"
+        )
+    widths = getattr(model, "widths", None)
+    if widths is not None and (x.ndim != 2 or x.shape[1] != widths[0]):
+        raise ValueError(f"the model takes inputs of shape (N, {widths[0]}), got x of {x.shape}")
+    if widths is not None and y.shape[1] != widths[-1]:
+        raise ValueError(f"the model has {widths[-1]} outputs, but y has shape {y.shape}")
+    _check_finite(y, "y")
+    if is_concrete(y):
+        loss.check_targets(np.asarray(y))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
+        _check_finite(leaf, "the parameters at " + jax.tree_util.keystr(path))
+    return x, y
+
+
+def _check_finite(array: Any, name: str) -> None:
+    # a sum is finite where all entries are, and one pass without a temporary; only overflow of
+    # the sum itself needs the second look
+    if is_concrete(array) and not np.isfinite(jnp.sum(array)):
+        bad = int(array.size - jnp.sum(jnp.isfinite(array)))
+        if bad:
+            raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}")
+
+
+def available_memory() -> int:
+    """Bytes that the default device could hold, or the machine where it does not say."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_fits(side: int, itemsize: int, what: str) -> None:
+    """Refuses a square array that cannot fit.
+
+    Args:
+      side: rows of the array.
+      itemsize: bytes of an entry.
+      what: the array, for the message.
+
+    Raises:
+      ValueError: the array and its factorisation need more than the device has.
+    """
+    needed, free = 2 * side * side * itemsize, available_memory()
+    if needed > free:
+        raise ValueError(
+            f"{what} is {side} x {side}: with its factorisation it needs "
+            f"{needed / 2**30:,.1f} GiB and the device has {free / 2**30:,.1f} GiB; use a smaller "
+            'batch, fisher="mc", or a structure with smaller blocks'
+        )
+
+
+def check_learning_rate(learning_rate: object) -> None:
+    """Raises ValueError on a concrete learning rate that is not positive and finite."""
+    if isinstance(learning_rate, (int, float)) and not (
+        math.isfinite(learning_rate) and learning_rate > 0
+    ):
+        raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")

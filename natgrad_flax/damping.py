@@ -1,0 +1,100 @@
+"""How much is added to the diagonal of the Fisher.
+
+One normalisation everywhere: rho is added to F = (1/N) sum_n J_n^T H_n J_n, so it adds N rho to an
+unnormalised Gram matrix (Karakida & Osawa 2020, Eq. 8).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+
+@dataclass(frozen=True)
+class RelativeDamping:
+    """Damping relative to the mean diagonal of the Gram matrices.
+
+    N rho_l = ratio times the mean diagonal of the Gram blocks that the structure inverts in layer
+    l (one common value where the structure couples layers). Invariant to scalings of network and
+    data, which a fixed number is not.
+
+    Args:
+      ratio: positive; 1e-3 to 1e-4 suits the unit-wise Fisher.
+
+    Raises:
+      ValueError: the ratio is not positive and finite.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ratio) and self.ratio > 0):
+            raise ValueError(f"ratio of RelativeDamping must be positive, got {self.ratio}")
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Damping adapted to how well the quadratic model predicts the loss (Bernacchia 2018, Eq. 21).
+
+    After each step the reduction ratio (L_new - L_old) / predicted is taken on the same batch. A
+    ratio below ``lower`` multiplies the damping by ``increase``, one above ``upper`` by
+    ``decrease``. It costs one more forward pass a step.
+
+    Args:
+      initial: the first damping.
+      increase: factor > 1 for a poor prediction.
+      decrease: factor < 1 for a good one.
+      lower: the ratio under which a prediction is poor.
+      upper: the ratio over which it is good.
+      minimum: the damping never falls below this.
+
+    Raises:
+      ValueError: a constant is out of range.
+    """
+
+    initial: float = 1.0
+    increase: float = 1.5
+    decrease: float = 2.0 / 3.0
+    lower: float = 0.25
+    upper: float = 0.75
+    minimum: float = 1e-12
+
+    def __post_init__(self) -> None:
+        ordered = 0 < self.decrease < 1 < self.increase and 0 < self.lower < self.upper
+        if not (ordered and 0 < self.minimum <= self.initial and math.isfinite(self.initial)):
+            raise ValueError(
+                "LevenbergMarquardt needs 0 < decrease < 1 < increase, 0 < lower < upper and "
+                f"0 < minimum <= initial, got {self}"
+            )
+
+    def adapt(self, damping: Array, actual: Array, predicted: Array) -> Array:
+        """The damping for the next step.
+
+        Args:
+          damping: the damping of this step.
+          actual: L_new - L_old on the batch of this step.
+          predicted: the change that the quadratic model predicted, negative.
+        """
+        ratio = actual / predicted
+        factor = jnp.where(
+            ratio > self.upper, self.decrease, jnp.where(ratio < self.lower, self.increase, 1.0)
+        )
+        # a step that blew up tells nothing but that the damping was too small
+        factor = jnp.where(jnp.isfinite(ratio), factor, self.increase)
+        return jnp.maximum(damping * factor.astype(damping.dtype), self.minimum)
+
+
+def is_zero(damping: object) -> bool:
+    """Whether the damping is the number 0, known before tracing."""
+    return isinstance(damping, (int, float)) and damping == 0
+
+
+def per_layer(damping: Array | float, num_layers: int) -> list[Array | float]:
+    """One damping a layer, from a number or an array of one entry a layer."""
+    if jnp.ndim(damping) == 0:
+        return [damping] * num_layers
+    values = jnp.asarray(damping)
+    return [values[index] for index in range(num_layers)]

@@ -1,0 +1,69 @@
+"""Small dense solves with a rank decision.
+
+All of these are unbatched on purpose. From JAX 0.10 on, LAPACK calls with a batch dimension wait
+for XLA's CPU thread pool from inside that pool, and two independent ones can block each other for
+ever on a machine with two cores.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import linalg as lax_linalg
+
+
+def _cholesky_solve(factor: Array, rhs: Array) -> Array:
+    columns = rhs[:, None] if rhs.ndim == 1 else rhs
+    half = lax_linalg.triangular_solve(factor, columns, left_side=True, lower=True)
+    full = lax_linalg.triangular_solve(
+        factor, half, left_side=True, lower=True, transpose_a=True
+    )
+    return full.reshape(rhs.shape)
+
+
+def pinv_solve(matrix: Array, rhs: Array) -> Array:
+    """The pseudo-inverse of a symmetric matrix (n, n) times rhs (n,) or (n, k).
+
+    Eigenvalues below n eps |lambda|_max count as zero.
+    """
+    values, vectors = jnp.linalg.eigh(matrix)
+    size = jnp.abs(values)
+    cutoff = matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(size)
+    inverse = jnp.where(size > cutoff, 1 / jnp.where(size > cutoff, values, 1), 0)
+    return vectors @ (inverse.reshape((-1,) + (1,) * (rhs.ndim - 1)) * (vectors.T @ rhs))
+
+
+def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
+    """Solves a positive semi-definite system, by Cholesky where it is definite in this precision.
+
+    Args:
+      matrix: (n, n), symmetric; only the lower triangle is read by the Cholesky factorisation.
+      rhs: (n,) or (n, k).
+      shifted: a damping has been added to the diagonal. Then any factorisation that exists is
+        used; without one, a pivot below n eps times its diagonal entry counts as rank deficiency.
+
+    Returns:
+      matrix^{-1} rhs, or matrix^+ rhs (n^3 x 10 flops more) where it has no full rank.
+    """
+    factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
+    diagonal = jnp.diagonal(matrix)
+    pivots = jnp.diagonal(factor) ** 2
+    threshold = 0.0 if shifted else matrix.shape[0] * jnp.finfo(matrix.dtype).eps
+    full_rank = jnp.all(pivots > threshold * diagonal)
+    return jax.lax.cond(
+        full_rank,
+        lambda: _cholesky_solve(factor, rhs),
+        lambda: pinv_solve(matrix, rhs),
+    )
+
+
+def add_diagonal(matrix: Array, value: Array | float) -> Array:
+    """matrix + value I, for an (n, n) matrix."""
+    eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    return matrix + jnp.asarray(value, matrix.dtype) * eye
+
+
+def lu_solve(matrix: Array, rhs: Array) -> Array:
+    """Solves a general (n, n) system with rhs (n,) or (n, k) by LU with partial pivoting."""
+    return jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(matrix), rhs)

@@ -1,0 +1,79 @@
+"""Networks built of the layers in NTK parametrisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from natgrad_flax.activations import get_activation
+from natgrad_flax.layers import Dense
+
+
+class MLP(nnx.Module):
+    """A fully connected network in NTK parametrisation (Karakida & Osawa 2020, Eq. 1).
+
+    The activation is applied after every layer but the last: f = u_L.
+
+    Args:
+      widths: (M_0, ..., M_L): inputs, hidden layers, outputs; two entries at least.
+      activation: "relu", "tanh", "erf", "gelu", "leaky_relu" or "identity".
+      weight_variance: sigma_w^2.
+      bias_variance: sigma_b^2; 0 means no bias parameters.
+      param_dtype: dtype of the parameters.
+      rngs: source of randomness; the same seed gives the same parameters.
+
+    Raises:
+      ValueError: fewer than two widths, a width below 1, an unknown activation or a variance out
+        of range.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        activation: str = "relu",
+        weight_variance: float = 2.0,
+        bias_variance: float = 0.0,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        widths = tuple(widths)
+        if len(widths) < 2 or not all(
+            isinstance(m, int) and not isinstance(m, bool) and m > 0 for m in widths
+        ):
+            raise ValueError(
+                "widths must be at least two positive integers (inputs, hidden layers, outputs), "
+                f"got {widths}"
+            )
+        get_activation(activation)
+        self.widths = widths
+        self.activation = activation
+        self.weight_variance = float(weight_variance)
+        self.bias_variance = float(bias_variance)
+        self.layers = nnx.List(
+            Dense(
+                fan_in,
+                fan_out,
+                weight_variance=weight_variance,
+                bias_variance=bias_variance,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+            for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+
+    @property
+    def depth(self) -> int:
+        """The number of layers L."""
+        return len(self.layers)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps inputs of shape (..., M_0) to outputs (..., M_L)."""
+        phi = get_activation(self.activation).function
+        for layer in self.layers[:-1]:
+            x = phi(layer(x))
+        return self.layers[-1](x)

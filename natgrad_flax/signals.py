@@ -1,0 +1,255 @@
+"""Per-layer signals (a, D): all that any Fisher structure or empirical kernel needs.
+
+For an affine layer u = a W~ with scaled inputs a and outputs f of the whole network, the Jacobian
+of S weighted outputs is J[(n,s), (j,i)] = a[n,j] D[n,s,i] (science: section 0). Nothing of the
+size of a Jacobian is ever built: Gram matrices, products and updates are formulas over (a, D).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+LayerUpdate = dict[str, Array]
+"""Parameters of one layer, or a step in them: ``kernel`` (K, M) and, with a bias, ``bias`` (M,)."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inputs", "derivatives"],
+    meta_fields=["bias_scale", "path"],
+)
+@dataclass(frozen=True)
+class DenseSignals:
+    """Signals of one affine layer.
+
+    Attributes:
+      inputs: a, shape (N, K): inputs of the layer times the scale of its weights.
+      derivatives: D, shape (N, S, M): derivative of the S seeded outputs of each sample with
+        respect to the M pre-activations of that sample.
+      bias_scale: the factor in front of the bias, None where the layer has no bias.
+      path: where the layer stands in the model.
+    """
+
+    inputs: Array
+    derivatives: Array
+    bias_scale: float | None
+    path: tuple[str | int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.inputs.shape[0]
+
+    @property
+    def num_seeds(self) -> int:
+        """S, the number of output directions a sample."""
+        return self.derivatives.shape[1]
+
+    @property
+    def num_units(self) -> int:
+        """M."""
+        return self.derivatives.shape[2]
+
+    @property
+    def fan_in(self) -> int:
+        """K, plus 1 with a bias: parameters a unit."""
+        return self.inputs.shape[1] + (self.bias_scale is not None)
+
+    @property
+    def num_params(self) -> int:
+        """P_l."""
+        return self.fan_in * self.num_units
+
+    def augmented_inputs(self) -> Array:
+        """a with the column of the bias last, shape (N, fan_in)."""
+        if self.bias_scale is None:
+            return self.inputs
+        column = jnp.full((self.num_samples, 1), self.bias_scale, self.inputs.dtype)
+        return jnp.concatenate([self.inputs, column], axis=1)
+
+    def flat_derivatives(self) -> Array:
+        """D with samples and seeds in one axis, n-major, shape (N S, M)."""
+        return self.derivatives.reshape(-1, self.num_units)
+
+    def input_gram(self, other: DenseSignals | None = None) -> Array:
+        """a a'^T with the bias, shape (N, N'); no 1/N."""
+        right = self.inputs if other is None else other.inputs
+        gram = self.inputs @ right.T
+        return gram if self.bias_scale is None else gram + self.bias_scale**2
+
+    def derivative_gram(self, other: DenseSignals | None = None) -> Array:
+        """D D'^T over units, shape (N S, N' S'); no 1/N."""
+        flat = self.flat_derivatives()
+        if other is not None:
+            return flat @ other.flat_derivatives().T
+        return symmetric_product(flat)
+
+    def gram(self, other: DenseSignals | None = None) -> Array:
+        """K_l = J_l J'_l^T, shape (N S, N' S'); no 1/N."""
+        other_seeds = self.num_seeds if other is None else other.num_seeds
+        inputs = self.input_gram(other)
+        return self.derivative_gram(other) * expand_samples(inputs, self.num_seeds, other_seeds)
+
+    def gram_times(self, directions: Array) -> Array:
+        """J_l applied to J_l^T-type directions: (N, M) pre-activation cotangents -> (N, S)."""
+        mixed = self.input_gram() @ directions
+        return jnp.einsum("nsm,nm->ns", self.derivatives, mixed)
+
+    def combine(self, coefficients: Array) -> Array:
+        """sum_s v[n,s] D[n,s,:], shape (N, M)."""
+        return jnp.einsum("ns,nsm->nm", coefficients, self.derivatives)
+
+    def pull_back(self, directions: Array) -> LayerUpdate:
+        """a^T R for pre-activation cotangents R (N, M): the parameter-shaped product."""
+        update = {"kernel": self.inputs.T @ directions}
+        if self.bias_scale is not None:
+            update["bias"] = self.bias_scale * jnp.sum(directions, axis=0)
+        return update
+
+    def vjp(self, coefficients: Array) -> LayerUpdate:
+        """J_l^T v for v of shape (N, S)."""
+        return self.pull_back(self.combine(coefficients))
+
+    def jvp(self, update: LayerUpdate) -> Array:
+        """J_l applied to a step in the parameters, shape (N, S)."""
+        moved = self.inputs @ update["kernel"]
+        if self.bias_scale is not None:
+            moved = moved + self.bias_scale * update["bias"]
+        return jnp.einsum("nsm,nm->ns", self.derivatives, moved)
+
+    def to_dense(self) -> Array:
+        """The Jacobian, shape (N S, P_l): rows n-major, columns kernel row by row, then bias."""
+        dense = jnp.einsum("nsm,nk->nskm", self.derivatives, self.augmented_inputs())
+        return dense.reshape(-1, self.num_params)
+
+    def unravel(self, vector: Array) -> LayerUpdate:
+        """The inverse of the column order of ``to_dense``: (P_l,) to parameters."""
+        matrix = vector.reshape(self.fan_in, self.num_units)
+        update = {"kernel": matrix[: self.inputs.shape[1]]}
+        if self.bias_scale is not None:
+            update["bias"] = matrix[-1]
+        return update
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["layers", "outputs"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class Signals:
+    """Signals of every layer of a network on one batch, in forward order.
+
+    Attributes:
+      layers: one entry a layer.
+      outputs: f, shape (N, C).
+    """
+
+    layers: tuple[DenseSignals, ...]
+    outputs: Array
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.outputs.shape[0]
+
+    @property
+    def num_seeds(self) -> int:
+        """S."""
+        return self.layers[0].num_seeds
+
+    @property
+    def size(self) -> int:
+        """N S, the side of every Gram matrix."""
+        return self.num_samples * self.num_seeds
+
+    @property
+    def num_params(self) -> int:
+        """P."""
+        return sum(layer.num_params for layer in self.layers)
+
+    def take_seeds(self, count: int) -> Signals:
+        """The same signals with the first ``count`` seeds only."""
+        layers = tuple(
+            dataclasses.replace(layer, derivatives=layer.derivatives[:, :count])
+            for layer in self.layers
+        )
+        return Signals(layers, self.outputs)
+
+    def gram(self, other: Signals | None = None) -> Array:
+        """K = sum_l K_l, shape (N S, N' S'); no 1/N."""
+        others: Sequence[DenseSignals | None]
+        others = [None] * len(self.layers) if other is None else other.layers
+        grams = [a.gram(b) for a, b in zip(self.layers, others, strict=True)]
+        return sum(grams[1:], start=grams[0])
+
+    def to_dense(self) -> Array:
+        """The Jacobian, shape (N S, P), layer after layer."""
+        return jnp.concatenate([layer.to_dense() for layer in self.layers], axis=1)
+
+    def unravel(self, vector: Array) -> tuple[LayerUpdate, ...]:
+        """A vector (P,) in the column order of ``to_dense`` as one update a layer."""
+        ends = [sum(layer.num_params for layer in self.layers[:i + 1]) for i in range(len(self.layers))]
+        parts = jnp.split(vector, ends[:-1])
+        return tuple(a.unravel(b) for a, b in zip(self.layers, parts, strict=True))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["coefficients", "directions"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Residual:
+    """The loss residual r, ready for the solvers: J^T r / N is the gradient.
+
+    Either r lies in the span of the seeds that the Fisher is built of, r_n = R_n w_n; then
+    ``coefficients`` is w and the gradient is (R^T J)^T w / N. Or it does not (a Monte-Carlo
+    Fisher); then ``directions`` holds the residual carried back to each layer.
+
+    Attributes:
+      coefficients: w, shape (N, S), or None.
+      directions: for each layer the pre-activation cotangent of r, shape (N, M_l), or None.
+    """
+
+    coefficients: Array | None
+    directions: tuple[Array, ...] | None
+
+    def direction(self, layer: DenseSignals, index: int) -> Array:
+        """The residual carried back to a layer, shape (N, M_l)."""
+        if self.directions is not None:
+            return self.directions[index]
+        assert self.coefficients is not None
+        return layer.combine(self.coefficients)
+
+
+def expand_samples(gram: Array, rows: int, columns: int) -> Array:
+    """An (N, N') array as (N rows, N' columns), every entry repeated; n-major."""
+    n, m = gram.shape
+    blown = jnp.broadcast_to(gram[:, None, :, None], (n, rows, m, columns))
+    return blown.reshape(n * rows, m * columns)
+
+
+def symmetric_product(x: Array, blocks: int = 4, threshold: int = 512) -> Array:
+    """x x^T for x (n, m), multiplying only the lower blocks where n is large.
+
+    XLA has no symmetric rank-k product; b blocks do (b + 1) / (2 b) of the full product's work.
+    """
+    n = x.shape[0]
+    if n < threshold:
+        return x @ x.T
+    step = math.ceil(n / blocks)
+    strips = []
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        strip = x[start:stop] @ x[:stop].T
+        strips.append(jnp.pad(strip, ((0, 0), (0, n - stop))))
+    lower = jnp.concatenate(strips)
+    row, column = jnp.arange(n)[:, None], jnp.arange(n)[None]
+    return jnp.where(row >= column, lower, lower.T)

@@ -1,0 +1,28 @@
+"""Fisher approximations behind one protocol, one file each."""
+
+from natgrad_flax.structures.base import Geometry, Structure
+from natgrad_flax.structures.diagonal import Diagonal
+from natgrad_flax.structures.exact import Exact
+from natgrad_flax.structures.kfac import KFAC
+from natgrad_flax.structures.layer_wise import (
+    BlockDiagonal,
+    BlockTriDiagonal,
+    LayerWise,
+    SingularCouplingWarning,
+)
+from natgrad_flax.structures.quasi_diagonal import QuasiDiagonal
+from natgrad_flax.structures.unit_wise import UnitWise
+
+__all__ = [
+    "KFAC",
+    "BlockDiagonal",
+    "BlockTriDiagonal",
+    "Diagonal",
+    "Exact",
+    "Geometry",
+    "LayerWise",
+    "QuasiDiagonal",
+    "SingularCouplingWarning",
+    "Structure",
+    "UnitWise",
+]

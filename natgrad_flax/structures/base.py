@@ -1,0 +1,165 @@
+"""The one protocol of every Fisher approximation."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals
+
+Space = Literal["auto", "sample", "parameter"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that decide the theory of a structure.
+
+    Attributes:
+      layers: for each layer the parameters a unit (inputs, plus 1 with a bias) and the units.
+      num_samples: N.
+      num_outputs: C.
+      active_fraction: gamma = P(phi' != 0) of the hidden activation, None where it is unknown.
+    """
+
+    layers: tuple[tuple[int, int], ...]
+    num_samples: int
+    num_outputs: int
+    active_fraction: float | None = None
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.layers)
+
+
+@dataclass(frozen=True)
+class Structure(abc.ABC):
+    """A Fisher approximation G; everything it does is a function of signals.
+
+    The signals are seeded by a factor of the Fisher (``natgrad_flax.fisher``), so F = J^T J / N
+    with J the seeded Jacobian, whatever the loss. A damping is added to F in this 1/N convention.
+    It is a number, or where ``damping_scale`` gives one value a layer, an array of that shape; the
+    number 0 stands for the pseudo-inverse.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name in tables and figures."""
+        return type(self).__name__
+
+    @abc.abstractmethod
+    def solve(
+        self, signals: Signals, residual: Residual, damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} J^T r / N, one update a layer, without the P x P matrix."""
+
+    @abc.abstractmethod
+    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
+        """Theta-bar(x', x) = J(x') G^{-1} J(x)^T / N (Karakida & Osawa 2020, Eq. 11).
+
+        Args:
+          test: signals at x' of the plain outputs, S = C.
+          train: signals at x, seeded by the factor of the Fisher.
+          damping: as in ``solve``.
+
+        Returns:
+          Shape (N' C, N S). It acts on the coefficients w of the residual r = R w; for the mean
+          squared error R = I, and this is the matrix of the paper.
+        """
+
+    @abc.abstractmethod
+    def to_dense(self, signals: Signals, damping: float = 0.0) -> Array:
+        """G itself, shape (P, P), parameters in the order of ``Signals.to_dense``."""
+
+    @abc.abstractmethod
+    def damping_scale(self, signals: Signals) -> Array:
+        """Mean diagonal of the Gram blocks that are inverted, over N: what ratio 1 means.
+
+        Shape () where one damping serves all layers, (L,) where each layer has its own.
+        """
+
+    @abc.abstractmethod
+    def alpha(self, geometry: Geometry) -> float:
+        """alpha of the isotropy condition Theta-bar(x, x) = alpha I at zero damping."""
+
+    @abc.abstractmethod
+    def failed_conditions(self, geometry: Geometry) -> list[str]:
+        """What the sizes violate of the assumptions behind alpha, a sentence each."""
+
+    def check(self, signals: Signals, damping: object) -> None:  # noqa: B027
+        """Raises ValueError, or warns, where this structure does not suit the network."""
+
+    def gram_size(self, signals: Signals) -> int:
+        """The side of the largest square array that ``solve`` builds."""
+        return signals.size
+
+
+def dual_direction(
+    layer: DenseSignals,
+    index: int,
+    residual: Residual,
+    solution: Array,
+    shift: Array | float,
+) -> Array:
+    """Pre-activation cotangent (N, M) of an update, from a solve in sample space.
+
+    With r = R w in the span of the seeds, (J^T J + s)^{-1} J^T w = J^T v, v = (J J^T + s)^{-1} w.
+    Otherwise, by Woodbury, (J^T J + s)^{-1} g = (g - J^T v) / s with v = (J J^T + s)^{-1} J g.
+
+    Args:
+      layer: the signals of the layer.
+      index: its place in the network.
+      residual: the residual.
+      solution: v, shape (N S,).
+      shift: s = N rho.
+    """
+    spread = layer.combine(solution.reshape(layer.num_samples, layer.num_seeds))
+    if residual.coefficients is not None:
+        return spread
+    return (residual.direction(layer, index) - spread) / shift
+
+
+def sample_targets(layer: DenseSignals, index: int, residual: Residual) -> Array:
+    """The right-hand side (N S,) of the solve in sample space: w, or this layer's part of J g."""
+    if residual.coefficients is not None:
+        return residual.coefficients.reshape(-1)
+    return layer.gram_times(residual.direction(layer, index)).reshape(-1)
+
+
+def gradient(signals: Signals, residual: Residual) -> tuple[LayerUpdate, ...]:
+    """J^T r / N, the gradient of the loss, one entry a layer."""
+    updates = []
+    for index, layer in enumerate(signals.layers):
+        update = layer.pull_back(residual.direction(layer, index))
+        updates.append(jax.tree.map(lambda leaf: leaf / signals.num_samples, update))
+    return tuple(updates)
+
+
+def ravel(updates: tuple[LayerUpdate, ...]) -> Array:
+    """One vector (P,) in the column order of ``Signals.to_dense``."""
+    return jnp.concatenate(
+        [jnp.ravel(update[key]) for update in updates for key in ("kernel", "bias") if key in update]
+    )
+
+
+def rank_failures(geometry: Geometry) -> list[str]:
+    """Layers whose Jacobian J_l cannot have full row rank N C (Theorem 4.1 needs it)."""
+    n, c = geometry.num_samples, geometry.num_outputs
+    failures = []
+    for index, (fan_in, units) in enumerate(geometry.layers):
+        last = index == geometry.depth - 1
+        if last and fan_in < n:
+            failures.append(
+                f"layer {index + 1} (the last) has {fan_in} inputs for {n} samples; its Jacobian "
+                f"has full row rank only with at least {n}"
+            )
+        elif fan_in * units < n * c:
+            failures.append(
+                f"layer {index + 1} has {fan_in * units} parameters for N C = {n * c} outputs"
+            )
+    return failures

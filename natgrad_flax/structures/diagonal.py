@@ -1,0 +1,118 @@
+"""Entry-wise diagonal of the Fisher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from natgrad_flax.damping import per_layer
+from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals
+from natgrad_flax.structures.base import Geometry, Structure, gradient, ravel
+
+
+@dataclass(frozen=True)
+class Diagonal(Structure):
+    """G_ij = (F_ii + rho) delta_ij (LeCun et al. 1998).
+
+    Not isotropic at any width (Karakida & Osawa 2020, Fig. 3), so it has no alpha.
+    """
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """The gradient over the diagonal; 0 where an entry of the undamped diagonal is 0."""
+        return tuple(
+            jax.tree.map(lambda slope, entry: divide(slope, entry + rho), slopes, entries)
+            for slopes, entries, rho in zip(
+                gradient(signals, residual),
+                fisher_diagonal(signals),
+                per_layer(damping, len(signals.layers)),
+                strict=True,
+            )
+        )
+
+    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
+        """sum_l sum_i (d'_i d_i^T) . (a' diag(1 / (F_i + rho)) a^T) / N (science: 3.5b)."""
+        total = jnp.zeros((), train.outputs.dtype)
+        for there, here, rho in zip(
+            test.layers, train.layers, per_layer(damping, len(train.layers)), strict=True
+        ):
+            left, right = there.augmented_inputs(), here.augmented_inputs()
+            square = jnp.sum(here.derivatives**2, axis=1)
+            entries = square.T @ right**2 / here.num_samples
+            inverse = divide(jnp.ones_like(entries), entries + rho)
+            total = total + sum_over_units(
+                there, here, (inverse,), lambda row: (left * row[0]) @ right.T
+            )
+        return total / train.num_samples
+
+    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
+        """diag(F) + rho I."""
+        depth = len(signals.layers)
+        entries = [
+            jax.tree.map(lambda entry: entry + rho, layer)
+            for layer, rho in zip(fisher_diagonal(signals), per_layer(damping, depth), strict=True)
+        ]
+        return jnp.diag(ravel(tuple(entries)))
+
+    def damping_scale(self, signals: Signals) -> Array:
+        """Mean of the diagonal of F, one value a layer."""
+        return jnp.stack([jnp.mean(ravel((layer,))) for layer in fisher_diagonal(signals)])
+
+    def alpha(self, geometry: Geometry) -> float:
+        """Raises ValueError: not isotropic."""
+        raise ValueError(no_alpha(self.name))
+
+    def failed_conditions(self, geometry: Geometry) -> list[str]:
+        """None: nothing is assumed."""
+        return []
+
+
+def no_alpha(name: str) -> str:
+    """Why an entry-wise Fisher has no alpha, and what to do."""
+    return (
+        f"{name} is not isotropic at any width (Karakida & Osawa 2020, Fig. 3), so sizes alone "
+        "give no learning rate; pass inputs as x= for 1 / lambda_max of its coefficient matrix"
+    )
+
+
+def divide(value: Array, by: Array) -> Array:
+    """value / by, and 0 where by is 0: the pseudo-inverse of a diagonal."""
+    return jnp.where(by != 0, value / jnp.where(by != 0, by, 1), 0)
+
+
+def fisher_diagonal(signals: Signals) -> tuple[LayerUpdate, ...]:
+    """F_ii = (1/N) sum_n sum_s D[n,s,i]^2 a[n,j]^2, in the shape of the parameters."""
+    return tuple(_layer_diagonal(layer) for layer in signals.layers)
+
+
+def _layer_diagonal(layer: DenseSignals) -> LayerUpdate:
+    square = jnp.sum(layer.derivatives**2, axis=1)
+    entries = {"kernel": (layer.inputs**2).T @ square / layer.num_samples}
+    if layer.bias_scale is not None:
+        entries["bias"] = layer.bias_scale**2 * jnp.mean(square, axis=0)
+    return entries
+
+
+def sum_over_units(there: DenseSignals, here: DenseSignals, rows: tuple[Array, ...], kernel) -> Array:  # type: ignore[no-untyped-def]
+    """sum_i (D'_i D_i^T) . kernel(rows_i), unit after unit, shape (N' S', N S).
+
+    Args:
+      there: signals at x'.
+      here: signals at x.
+      rows: arrays whose first axis counts the units.
+      kernel: from one entry of each array to an (N', N) array.
+    """
+
+    def add(total: Array, unit: tuple[Array, Array, tuple[Array, ...]]) -> tuple[Array, None]:
+        out, into, row = unit
+        inputs = kernel(row)[:, None, :, None]
+        return total + out[:, :, None, None] * inputs * into[None, None, :, :], None
+
+    start = jnp.zeros((*there.derivatives.shape[:2], *here.derivatives.shape[:2]), here.inputs.dtype)
+    units = (jnp.moveaxis(there.derivatives, 2, 0), jnp.moveaxis(here.derivatives, 2, 0), rows)
+    total, _ = jax.lax.scan(add, start, units)
+    return total.reshape(-1, here.num_samples * here.num_seeds)

@@ -1,0 +1,103 @@
+"""The exact Fisher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+from natgrad_flax.linalg import add_diagonal, solve_psd
+from natgrad_flax.damping import is_zero
+from natgrad_flax.signals import LayerUpdate, Residual, Signals
+from natgrad_flax.structures.base import (
+    Geometry,
+    Space,
+    Structure,
+    dual_direction,
+    gradient,
+    ravel,
+    sample_targets,
+)
+
+
+@dataclass(frozen=True)
+class Exact(Structure):
+    """The whole Fisher, F + rho I (Karakida & Osawa 2020, Eqs. 8 and 9); alpha = 1.
+
+    In sample space one Cholesky factorisation of the N S x N S Gram matrix, in parameter space one
+    of the P x P Fisher.
+
+    Args:
+      space: "sample", "parameter", or "auto" for the smaller of the two.
+    """
+
+    space: Space = "auto"
+
+    def _in_parameters(self, signals: Signals) -> bool:
+        if self.space == "auto":
+            return signals.num_params < signals.size
+        return self.space == "parameter"
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} J^T r / N; see ``Structure.solve``."""
+        shifted = not is_zero(damping)
+        if self._in_parameters(signals):
+            flat = ravel(gradient(signals, residual))
+            return signals.unravel(
+                solve_psd(self.to_dense(signals, damping), flat, shifted=shifted)
+            )
+        shift = signals.num_samples * damping
+        targets = residual.coefficients
+        if targets is None:
+            parts = [sample_targets(a, i, residual) for i, a in enumerate(signals.layers)]
+            targets = sum(parts[1:], start=parts[0])
+        gram = add_diagonal(signals.gram(), shift)
+        solution = solve_psd(gram, targets.reshape(-1), shifted=shifted)
+        return tuple(
+            layer.pull_back(dual_direction(layer, index, residual, solution, shift))
+            for index, layer in enumerate(signals.layers)
+        )
+
+    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
+        """Theta(x', x) (Theta + rho)^{-1} (Karakida & Osawa 2020, Eq. 13)."""
+        gram = add_diagonal(train.gram(), train.num_samples * damping)
+        cross = train.gram(test)
+        return solve_psd(gram, cross, shifted=not is_zero(damping)).T
+
+    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
+        """J^T J / N + rho I."""
+        jacobian = signals.to_dense()
+        return add_diagonal(jacobian.T @ jacobian / signals.num_samples, damping)
+
+    def damping_scale(self, signals: Signals) -> Array:
+        """Mean diagonal of K / N."""
+        return sum(mean_gram_diagonal(signals), start=jnp.zeros(()))
+
+    def alpha(self, geometry: Geometry) -> float:
+        """1."""
+        return 1.0
+
+    def failed_conditions(self, geometry: Geometry) -> list[str]:
+        """N C must not exceed the number of parameters."""
+        params = sum(fan_in * units for fan_in, units in geometry.layers)
+        outputs = geometry.num_samples * geometry.num_outputs
+        if outputs <= params:
+            return []
+        return [f"the network has {params} parameters for N C = {outputs} outputs"]
+
+    def gram_size(self, signals: Signals) -> int:
+        """N S or P."""
+        return signals.num_params if self._in_parameters(signals) else signals.size
+
+
+def mean_gram_diagonal(signals: Signals) -> list[Array]:
+    """For each layer the mean diagonal of K_l, over N."""
+    values = []
+    for layer in signals.layers:
+        norms = jnp.sum(layer.augmented_inputs() ** 2, axis=1)
+        sizes = jnp.sum(layer.derivatives**2, axis=(1, 2)) / layer.num_seeds
+        values.append(jnp.mean(norms * sizes) / layer.num_samples)
+    return values

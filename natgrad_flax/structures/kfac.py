@@ -1,0 +1,199 @@
+"""Kronecker-factored Fisher (K-FAC)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.linalg import add_diagonal, solve_psd
+from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals, expand_samples
+from natgrad_flax.structures.base import Geometry, Space, Structure
+
+
+@dataclass(frozen=True)
+class KFAC(Structure):
+    """Blocks (B* + rho I) (x) (A* + rho I), A* = a^T a / N, B* = D^T D / N (Eq. 20).
+
+    Taken literally, Eq. 20 gives the isotropy constant alpha = N (L - 1) + 1, because B* of the
+    last layer is 1 and not 1/N. Eq. 21 and alpha = N L need B* / N there. With fewer inputs than
+    samples layer 1 is isotropic only after a Forster transform, with N replaced by the input
+    dimension. Each factor is inverted in the smaller of sample and parameter space.
+
+    Args:
+      last_layer: "scaled" (B* / N in the last layer: Eq. 21) or "literal" (Eq. 20).
+      split: "plain" adds rho to both factors (Eq. 20); "pi" adds pi sqrt(rho) to A* and
+        sqrt(rho) / pi to B*, with pi^2 the ratio of their mean diagonals (Martens & Grosse 2015).
+      first_layer: "scaled" multiplies the update of a first layer with fan-in below N by
+        N / fan-in, so that alpha = N L holds after a Forster transform; or "literal".
+      space: "sample", "parameter" or "auto", for both factors.
+    """
+
+    last_layer: Literal["scaled", "literal"] = "scaled"
+    split: Literal["plain", "pi"] = "plain"
+    first_layer: Literal["literal", "scaled"] = "literal"
+    space: Space = "auto"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("last_layer", ("scaled", "literal")),
+            ("split", ("plain", "pi")),
+            ("first_layer", ("literal", "scaled")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
+
+    def _divisors(self, signals: Signals, index: int) -> tuple[float, float]:
+        """(a, b) with A* = a^T a / a and B* = D^T D / b."""
+        n = signals.num_samples
+        low = signals.layers[index].fan_in < n
+        scaled_first = index == 0 and low and self.first_layer == "scaled"
+        scaled_last = index == len(signals.layers) - 1 and self.last_layer == "scaled"
+        fan_in = signals.layers[index].fan_in
+        return n * (n / fan_in if scaled_first else 1.0), n * (n if scaled_last else 1.0)
+
+    def _in_parameters(self, samples: int, params: int) -> bool:
+        return params < samples if self.space == "auto" else self.space == "parameter"
+
+    def _dampings(
+        self, layer: DenseSignals, damping: Array | float, over_a: float, over_b: float
+    ) -> tuple[Array | float, Array | float]:
+        """What is added to A* and to B*."""
+        if self.split == "plain" or is_zero(damping):
+            return damping, damping
+        mean_a, mean_b = _mean_diagonals(layer, over_a, over_b)
+        pi = jnp.where(mean_b > 0, jnp.sqrt(mean_a / jnp.where(mean_b > 0, mean_b, 1)), 1)
+        root = jnp.sqrt(jnp.asarray(damping, layer.inputs.dtype))
+        return pi * root, root / pi
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} J^T r / N; see ``Structure.solve``."""
+        shifted = not is_zero(damping)
+        updates = []
+        for index, (layer, rho) in enumerate(
+            zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
+        ):
+            over_a, over_b = self._divisors(signals, index)
+            rho_a, rho_b = self._dampings(layer, rho, over_a, over_b)
+            half = self._precondition_units(layer, index, residual, over_b, rho_b, shifted)
+            update = self._precondition_inputs(layer, half, over_a, rho_a, shifted)
+            updates.append(jax.tree.map(lambda leaf: leaf / signals.num_samples, update))
+        return tuple(updates)
+
+    def _precondition_units(
+        self,
+        layer: DenseSignals,
+        index: int,
+        residual: Residual,
+        over: float,
+        rho: Array | float,
+        shifted: bool,
+    ) -> Array:
+        """r^T D (B* + rho)^{-1} sample by sample, shape (N, M)."""
+        flat = layer.flat_derivatives()
+        if self._in_parameters(*flat.shape):
+            factor = add_diagonal(flat.T @ flat / over, rho)
+            return solve_psd(factor, residual.direction(layer, index).T, shifted=shifted).T
+        gram = add_diagonal(layer.derivative_gram(), over * rho)
+        dual = solve_psd(gram, flat, shifted=shifted)
+        if residual.coefficients is not None:
+            spread = dual.reshape(layer.derivatives.shape)
+            return over * jnp.einsum("ns,nsm->nm", residual.coefficients, spread)
+        direction = residual.direction(layer, index)
+        return (direction - (direction @ flat.T) @ dual) / rho
+
+    def _precondition_inputs(
+        self,
+        layer: DenseSignals,
+        directions: Array,
+        over: float,
+        rho: Array | float,
+        shifted: bool,
+    ) -> LayerUpdate:
+        """(A* + rho)^{-1} a^T R for R of shape (N, M)."""
+        if self._in_parameters(layer.num_samples, layer.fan_in):
+            inputs = layer.augmented_inputs()
+            factor = add_diagonal(inputs.T @ inputs / over, rho)
+            solved = solve_psd(factor, inputs.T @ directions, shifted=shifted)
+            return layer.unravel(solved.reshape(-1))
+        gram = add_diagonal(layer.input_gram(), over * rho)
+        return layer.pull_back(over * solve_psd(gram, directions, shifted=shifted))
+
+    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
+        """sum_l (B(x',x) B^{-1}) . (A(x',x) A^{-1}), times N (Karakida & Osawa 2020, Eq. 21)."""
+        shifted = not is_zero(damping)
+        total = jnp.zeros((), train.outputs.dtype)
+        for index, (there, here, rho) in enumerate(
+            zip(test.layers, train.layers, per_layer(damping, len(train.layers)), strict=True)
+        ):
+            over_a, over_b = self._divisors(train, index)
+            rho_a, rho_b = self._dampings(here, rho, over_a, over_b)
+            left = here.derivative_gram(there)
+            gram = add_diagonal(here.derivative_gram(), over_b * rho_b)
+            units = over_b * solve_psd(gram, left, shifted=shifted).T
+            gram = add_diagonal(here.input_gram(), over_a * rho_a)
+            inputs = over_a * solve_psd(gram, here.input_gram(there), shifted=shifted).T
+            blown = expand_samples(inputs, there.num_seeds, here.num_seeds)
+            total = total + units * blown / train.num_samples
+        return total
+
+    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
+        """Block-diagonal of the Kronecker products."""
+        blocks = []
+        for index, (layer, rho) in enumerate(
+            zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
+        ):
+            over_a, over_b = self._divisors(signals, index)
+            rho_a, rho_b = self._dampings(layer, rho, over_a, over_b)
+            inputs, flat = layer.augmented_inputs(), layer.flat_derivatives()
+            blocks.append(
+                jnp.kron(
+                    add_diagonal(inputs.T @ inputs / over_a, rho_a),
+                    add_diagonal(flat.T @ flat / over_b, rho_b),
+                )
+            )
+        return jax.scipy.linalg.block_diag(*blocks)
+
+    def damping_scale(self, signals: Signals) -> Array:
+        """Mean diagonal of each Kronecker product A* (x) B*, shape (L,)."""
+        scales = []
+        for index, layer in enumerate(signals.layers):
+            mean_a, mean_b = _mean_diagonals(layer, *self._divisors(signals, index))
+            scales.append(mean_a * mean_b)
+        return jnp.stack(scales)
+
+    def alpha(self, geometry: Geometry) -> float:
+        """N L with both scalings, N (L - 1) + 1 literally; layer 1 counts its fan-in where below N.
+
+        The value for a first layer with fan-in below N holds after a Forster transform.
+        """
+        n, fan_in = geometry.num_samples, geometry.layers[0][0]
+        counts = [n] * geometry.depth
+        if fan_in < n and self.first_layer == "literal":
+            counts[0] = fan_in
+        if self.last_layer == "literal":
+            counts[-1] = counts[-1] / n
+        return float(sum(counts))
+
+    def failed_conditions(self, geometry: Geometry) -> list[str]:
+        """Inputs of every layer but the first at least N; hidden units at least N C."""
+        n, outputs = geometry.num_samples, geometry.num_samples * geometry.num_outputs
+        failures = []
+        for index, (fan_in, units) in enumerate(geometry.layers):
+            if index > 0 and fan_in < n:
+                failures.append(f"layer {index + 1} has {fan_in} inputs for {n} samples")
+            if index < geometry.depth - 1 and units < outputs:
+                failures.append(f"layer {index + 1} has {units} units for N C = {outputs} outputs")
+        return failures
+
+
+def _mean_diagonals(layer: DenseSignals, over_a: float, over_b: float) -> tuple[Array, Array]:
+    """Mean diagonals of A* and B*."""
+    mean_a = jnp.sum(layer.augmented_inputs() ** 2) / (over_a * layer.fan_in)
+    return mean_a, jnp.sum(layer.derivatives**2) / (over_b * layer.num_units)

@@ -1,0 +1,411 @@
+"""Layer-wise Fisher approximations: a coupling matrix Sigma between layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.linalg import add_diagonal, lu_solve, pinv_solve, solve_psd
+from natgrad_flax.signals import LayerUpdate, Residual, Signals
+from natgrad_flax.structures.base import (
+    Geometry,
+    Space,
+    Structure,
+    dual_direction,
+    gradient,
+    rank_failures,
+    ravel,
+    sample_targets,
+)
+from natgrad_flax.structures.exact import mean_gram_diagonal
+
+
+class SingularCouplingWarning(UserWarning):
+    """The block tri-diagonal coupling of this depth is singular; says what is done instead."""
+
+
+@dataclass(frozen=True)
+class LayerWise(Structure):
+    """G = S^T (Sigma (x) I) S / N + rho I, S = blockdiag(J_1, ..., J_L) (Eq. 15).
+
+    For any nonsingular symmetric Sigma (positive definite or not) and Jacobians J_l of full row
+    rank, zero damping gives Theta-bar(x', x) = sum_l (Sigma^{-1} 1)_l Theta_l(x', x) Theta_l^{-1}
+    and alpha = 1^T Sigma^{-1} 1 (Karakida & Osawa 2020, Theorem 4.1).
+
+    Args:
+      sigma: symmetric (L, L) array.
+      space: "sample", "parameter", or "auto" for the cheaper one.
+
+    Raises:
+      ValueError: sigma is not a finite, symmetric, nonsingular square matrix.
+    """
+
+    sigma: tuple[tuple[float, ...], ...] = field()
+    space: Space = "auto"
+
+    def __init__(self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto") -> None:
+        matrix = np.asarray(sigma, dtype=np.float64)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
+            raise ValueError(f"sigma must be a square matrix (L, L), got shape {matrix.shape}")
+        if not np.isfinite(matrix).all():
+            raise ValueError("sigma has NaN or infinite entries")
+        if not np.allclose(matrix, matrix.T, rtol=1e-12, atol=1e-12):
+            raise ValueError("sigma must be symmetric")
+        size = np.abs(np.linalg.eigvalsh(matrix))
+        if size.min() <= 1e-12 * max(size.max(), 1e-300):
+            raise ValueError(
+                f"sigma is singular: its smallest absolute eigenvalue is {size.min():.3g} beside a "
+                f"largest of {size.max():.3g}; Theorem 4.1 needs a nonsingular one"
+            )
+        object.__setattr__(self, "sigma", tuple(map(tuple, matrix.tolist())))
+        object.__setattr__(self, "space", space)
+
+    def coupling(self, depth: int) -> np.ndarray:
+        """Sigma for a network of L layers, shape (L, L).
+
+        Raises:
+          ValueError: sigma was given for another number of layers.
+        """
+        matrix = np.asarray(self.sigma)
+        if len(matrix) != depth:
+            raise ValueError(
+                f"sigma is {len(matrix)} x {len(matrix)} but the network has {depth} layers"
+            )
+        return matrix
+
+    def weights(self, depth: int) -> np.ndarray:
+        """Sigma^{-1} 1 (or Sigma^+ 1), the weight of each layer at zero damping, shape (L,)."""
+        return np.linalg.pinv(self.coupling(depth), hermitian=True) @ np.ones(depth)
+
+    def _in_parameters(self, signals: Signals) -> bool:
+        if self.space == "auto":
+            return signals.num_params < len(signals.layers) * signals.size
+        return self.space == "parameter"
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} J^T r / N; see ``Structure.solve``."""
+        sigma = self.coupling(len(signals.layers))
+        if self._in_parameters(signals):
+            dense = self.to_dense(signals, damping)
+            flat = ravel(gradient(signals, residual))
+            solver = pinv_solve if is_zero(damping) else lu_solve
+            return signals.unravel(solver(dense, flat))
+        shift = signals.num_samples * damping
+        targets = [sample_targets(a, i, residual) for i, a in enumerate(signals.layers)]
+        if residual.coefficients is None:
+            targets = _mix(sigma, targets)
+        grams = [layer.gram() for layer in signals.layers]
+        duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping))
+        return tuple(
+            layer.pull_back(dual_direction(layer, index, residual, duals[index], shift))
+            for index, layer in enumerate(signals.layers)
+        )
+
+    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
+        """Eq. 16 at zero damping; sum_l K_l(x', x) U_l with damping (science: 3.3)."""
+        sigma = self.coupling(len(train.layers))
+        grams = [layer.gram() for layer in train.layers]
+        targets = [jnp.eye(train.size, dtype=grams[0].dtype)] * len(grams)
+        shift = train.num_samples * damping
+        duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping))
+        cross = [a.gram(b) for a, b in zip(test.layers, train.layers, strict=True)]
+        parts = [a @ b for a, b in zip(cross, duals, strict=True)]
+        return sum(parts[1:], start=parts[0])
+
+    def _solve_grams(
+        self,
+        sigma: np.ndarray,
+        grams: list[Array],
+        targets: list[Array],
+        shift: Array | float,
+        *,
+        zero: bool,
+    ) -> list[Array]:
+        """u with (s I + (Sigma (x) I) blockdiag(K_l)) u = b; at s = 0 the pseudo-inverse's u.
+
+        Args:
+          sigma: the coupling.
+          grams: K_l, L arrays (n, n).
+          targets: b, L arrays (n,) or (n, k); at s = 0 they must all be the same.
+          shift: s = N rho.
+          zero: s is known to be 0.
+        """
+        if zero:
+            weights = self.weights(len(grams))
+            return [
+                weight * solve_psd(gram, target, shifted=False)
+                if abs(weight) > 1e-12
+                else jnp.zeros_like(target)
+                for weight, gram, target in zip(weights, grams, targets, strict=True)
+            ]
+        return _solve_dense(sigma, grams, targets, shift)
+
+    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
+        """The Hadamard product of J^T J / N with Sigma blown up to parameters, plus rho I."""
+        jacobian = signals.to_dense()
+        owner = np.repeat(
+            np.arange(len(signals.layers)), [layer.num_params for layer in signals.layers]
+        )
+        mask = jnp.asarray(self.coupling(len(signals.layers))[owner][:, owner], jacobian.dtype)
+        dense = mask * (jacobian.T @ jacobian) / signals.num_samples
+        values = jnp.stack([jnp.asarray(v) for v in per_layer(damping, len(signals.layers))])
+        return dense + jnp.diag(values[owner].astype(dense.dtype))
+
+    def damping_scale(self, signals: Signals) -> Array:
+        """Mean diagonal of K_l / N over layers."""
+        return jnp.mean(jnp.stack(mean_gram_diagonal(signals)))
+
+    def alpha(self, geometry: Geometry) -> float:
+        """1^T Sigma^{-1} 1."""
+        return float(self.weights(geometry.depth).sum())
+
+    def failed_conditions(self, geometry: Geometry) -> list[str]:
+        """Every J_l must be able to have full row rank."""
+        return rank_failures(geometry)
+
+    def check(self, signals: Signals, damping: object) -> None:
+        """Sigma must have the size of the network; undamped, every J_l full row rank.
+
+        Raises:
+          ValueError: it has not.
+        """
+        depth = len(signals.layers)
+        sigma = self.coupling(depth)
+        if not is_zero(damping) or self._in_parameters(signals) or np.array_equal(sigma, np.eye(depth)):
+            return
+        shapes = tuple((layer.fan_in, layer.num_units) for layer in signals.layers)
+        failures = rank_failures(Geometry(shapes, signals.num_samples, signals.num_seeds))
+        if failures:
+            raise ValueError(
+                f"{self.name} at zero damping needs layer Jacobians of full row rank: "
+                + "; ".join(failures)
+                + ". Use wider layers, fewer samples or a positive damping"
+            )
+
+    def gram_size(self, signals: Signals) -> int:
+        """L N S or P."""
+        if self._in_parameters(signals):
+            return signals.num_params
+        return len(signals.layers) * signals.size
+
+
+class BlockDiagonal(LayerWise):
+    """Sigma = I: one Fisher block a layer (Karakida & Osawa 2020, Section 4.1); alpha = L.
+
+    Each layer is solved in the smaller of sample and parameter space, and may have a damping of
+    its own.
+
+    Args:
+      space: "sample", "parameter", or "auto".
+    """
+
+    def __init__(self, space: Space = "auto") -> None:
+        object.__setattr__(self, "sigma", ())
+        object.__setattr__(self, "space", space)
+
+    def coupling(self, depth: int) -> np.ndarray:
+        """The identity, shape (L, L)."""
+        return np.eye(depth)
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} J^T r / N; see ``Structure.solve``."""
+        shifted = not is_zero(damping)
+        updates = []
+        for index, (layer, rho) in enumerate(
+            zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
+        ):
+            small = layer.num_params < signals.size if self.space == "auto" else False
+            if small or self.space == "parameter":
+                jacobian = layer.to_dense()
+                block = add_diagonal(jacobian.T @ jacobian / signals.num_samples, rho)
+                slope = layer.pull_back(residual.direction(layer, index))
+                flat = ravel((slope,)) / signals.num_samples
+                updates.append(layer.unravel(solve_psd(block, flat, shifted=shifted)))
+                continue
+            shift = signals.num_samples * rho
+            gram = add_diagonal(layer.gram(), shift)
+            dual = solve_psd(gram, sample_targets(layer, index, residual), shifted=shifted)
+            updates.append(layer.pull_back(dual_direction(layer, index, residual, dual, shift)))
+        return tuple(updates)
+
+    def _solve_grams(
+        self,
+        sigma: np.ndarray,
+        grams: list[Array],
+        targets: list[Array],
+        shift: Array | float,
+        *,
+        zero: bool,
+    ) -> list[Array]:
+        return [
+            solve_psd(add_diagonal(gram, s), target, shifted=not zero)
+            for gram, target, s in zip(grams, targets, per_layer(shift, len(grams)), strict=True)
+        ]
+
+    def damping_scale(self, signals: Signals) -> Array:
+        """Mean diagonal of K_l / N, one value a layer."""
+        return jnp.stack(mean_gram_diagonal(signals))
+
+    def gram_size(self, signals: Signals) -> int:
+        """N S, or the largest P_l below it."""
+        if self.space == "parameter":
+            return max(layer.num_params for layer in signals.layers)
+        return signals.size
+
+
+class BlockTriDiagonal(LayerWise):
+    """Sigma_ij = 1 for |i - j| <= 1: neighbouring layers are coupled (Eq. 19).
+
+    Lemma 4.3: alpha = s for L = 3s and s + 1 for L = 3s + 1. Sigma is indefinite for every L >= 3
+    (the paper's "positive definite" is an error) and singular for L = 3s + 2. There 1 still lies
+    in its range, so the pseudo-inverse of G gives Theta-bar = (s + 1) I at zero damping; this is
+    what is computed, with a ``SingularCouplingWarning`` that says so.
+
+    Args:
+      space: "sample", "parameter", or "auto".
+    """
+
+    def __init__(self, space: Space = "auto") -> None:
+        object.__setattr__(self, "sigma", ())
+        object.__setattr__(self, "space", space)
+
+    def coupling(self, depth: int) -> np.ndarray:
+        """The tri-diagonal matrix of ones, shape (L, L)."""
+        return np.eye(depth) + np.eye(depth, k=1) + np.eye(depth, k=-1)
+
+    def check(self, signals: Signals, damping: object) -> None:
+        """As for every layer-wise structure; warns where Sigma is singular.
+
+        Raises:
+          ValueError: a layer Jacobian cannot have full row rank at zero damping.
+        """
+        super().check(signals, damping)
+        depth = len(signals.layers)
+        if depth % 3 == 2:
+            warnings.warn(
+                f"the block tri-diagonal Sigma of L = {depth} = 3s + 2 layers is singular; zero "
+                "damping uses the pseudo-inverse of G, which is still isotropic with alpha = "
+                f"{(depth + 1) // 3}; a small positive damping can hit a resonance and diverge",
+                SingularCouplingWarning,
+                stacklevel=4,
+            )
+
+    def _solve_grams(
+        self,
+        sigma: np.ndarray,
+        grams: list[Array],
+        targets: list[Array],
+        shift: Array | float,
+        *,
+        zero: bool,
+    ) -> list[Array]:
+        if not zero:
+            return _solve_tridiagonal(grams, targets, shift)
+        duals = super()._solve_grams(sigma, grams, targets, shift, zero=True)
+        if len(grams) % 3 != 2:
+            return duals
+        return _minimum_norm(sigma, grams, duals)
+
+
+def _mix(sigma: np.ndarray, targets: list[Array]) -> list[Array]:
+    """(Sigma (x) I) b."""
+    mixed = jnp.asarray(sigma, targets[0].dtype) @ jnp.stack(targets).reshape(len(targets), -1)
+    return [row.reshape(targets[0].shape) for row in mixed]
+
+
+def _solve_dense(
+    sigma: np.ndarray, grams: list[Array], targets: list[Array], shift: Array | float
+) -> list[Array]:
+    """One factorisation of the whole L n x L n system: Cholesky for a definite Sigma, else LU."""
+    depth, n = len(grams), grams[0].shape[0]
+    if np.linalg.eigvalsh(sigma)[0] > 0:
+        inverse = np.linalg.inv(sigma)
+        eye = jnp.eye(n, dtype=grams[0].dtype)
+        coupled = jnp.kron(jnp.asarray(inverse, grams[0].dtype), eye) * shift
+        matrix = coupled + jax.scipy.linalg.block_diag(*grams)
+        flat = solve_psd(matrix, jnp.concatenate(_mix(inverse, targets)), shifted=True)
+    else:
+        rows = [jnp.concatenate([s * k for s, k in zip(row, grams, strict=True)], 1) for row in sigma]
+        matrix = add_diagonal(jnp.concatenate(rows), shift)
+        flat = lu_solve(matrix, jnp.concatenate(targets))
+    return jnp.split(flat, depth)
+
+
+def _solve_tridiagonal(
+    grams: list[Array], targets: list[Array], shift: Array | float
+) -> list[Array]:
+    """The damped tri-diagonal system by odd-even elimination (science: 3.3).
+
+    Layers 1, 3, 5, ... have the positive definite diagonal blocks K_l + s and no coupling among
+    themselves; they are eliminated by Cholesky. What remains, of half the size, is indefinite and
+    is solved by LU with pivoting. Plain block elimination from one end would divide by blocks that
+    become singular as s -> 0.
+    """
+    depth, n = len(grams), grams[0].shape[0]
+    kept = range(1, depth, 2)
+    damped = {i: add_diagonal(grams[i], shift) for i in range(0, depth, 2)}
+
+    def eliminate(i: int, block: Array) -> Array:
+        """K_i (K_i + s)^{-1} block, without the product with K_i."""
+        return block - shift * solve_psd(damped[i], block, shifted=True)
+
+    # z_i = K_i u_i of an eliminated layer is eliminate(i, b_i - z_{i-1} - z_{i+1})
+    rows, right = [], []
+    width = 1 if targets[0].ndim == 1 else targets[0].shape[1]
+    for i in kept:
+        cells = {j: jnp.zeros((n, n), grams[0].dtype) for j in kept}
+        cells[i] = add_diagonal(grams[i], shift)
+        target = targets[i].reshape(n, width)
+        for neighbour in (i - 1, i + 1):
+            if neighbour >= depth:
+                continue
+            columns = [j for j in (neighbour - 1, neighbour + 1) if 0 < j < depth]
+            stacked = [grams[j] for j in columns] + [targets[neighbour].reshape(n, width)]
+            pieces = eliminate(neighbour, jnp.concatenate(stacked, axis=1))
+            for k, j in enumerate(columns):
+                cells[j] = cells[j] - pieces[:, k * n : (k + 1) * n]
+            target = target - pieces[:, len(columns) * n :]
+        rows.append(jnp.concatenate([cells[j] for j in kept], axis=1))
+        right.append(target)
+    duals: dict[int, Array] = {}
+    if rows:
+        solution = lu_solve(jnp.concatenate(rows), jnp.concatenate(right))
+        duals = dict(zip(kept, jnp.split(solution, len(rows)), strict=True))
+    for i in range(0, depth, 2):
+        target = targets[i].reshape(n, width)
+        for j in (i - 1, i + 1):
+            if 0 < j < depth:
+                target = target - grams[j] @ duals[j]
+        duals[i] = solve_psd(damped[i], target, shifted=True)
+    return [duals[i].reshape(targets[i].shape) for i in range(depth)]
+
+
+def _minimum_norm(sigma: np.ndarray, grams: list[Array], duals: list[Array]) -> list[Array]:
+    """Moves along the null space of G's range conditions to the update of least norm.
+
+    For a null vector v of Sigma, u_l + v_l K_l^{-1} t solves the same equations for every t; the
+    squared norm sum_l z_l^T K_l^{-1} z_l with z_l = K_l u_l + v_l t is least for
+    (sum_l v_l^2 K_l^{-1}) t = -sum_l v_l u_l.
+    """
+    null = np.linalg.svd(sigma)[2][-1]
+    active = [i for i in range(len(grams)) if abs(null[i]) > 1e-9]
+    eye = jnp.eye(grams[0].shape[0], dtype=grams[0].dtype)
+    inverses = {i: solve_psd(grams[i], eye, shifted=False) for i in active}
+    metric = sum(null[i] ** 2 * inverses[i] for i in active)
+    slope = -sum(null[i] * duals[i] for i in active)
+    step = solve_psd(jnp.asarray(metric), jnp.asarray(slope), shifted=False)
+    return [
+        dual + null[i] * (inverses[i] @ step) if i in inverses else dual
+        for i, dual in enumerate(duals)
+    ]

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-_LANES = 64  # units on the minor axis: long enough for XLA CPU to vectorise, not unroll
+_LANES = 64  # units on the minor axis: enough for XLA CPU to vectorise, not to unroll
 _MAX_BLOCKS = 8  # column blocks per matrix: bounds the size of the compiled program
 _MIN_BLOCK = 10  # smallest worthwhile column block
 _MAX_TERMS = 32  # products per fused kernel: LLVM gives up vectorising beyond about 45
 
 
+@partial(jax.jit, static_argnames="chunk_size")
 def solve_scaled_gram(
     gram: Array, scale: Array, shift: Array, rhs: Array, *, chunk_size: int | None = None
 ) -> Array:
@@ -24,10 +25,9 @@ def solve_scaled_gram(
     block on XLA's intra-op pool, so that two independent ones can deadlock. Elsewhere it is a
     vmapped Cholesky factorisation.
 
-    Cost: about ``M N^3 / 3`` flops plus ``O(M N^2 K)`` for the blocks of about max(10, N / 8) = K
-    columns; memory about ``chunk_size N^2`` numbers plus copies of the (N, M) inputs. On CPU the
-    program is unrolled over blocks: compile time grows with N (meant for N up to about 200), and
-    vmapping over ``gram`` is slow (the kernel barriers become selects).
+    Cost: about ``M N^3 / 3`` flops plus ``O(M N^2 K)`` for column blocks of K ~ max(10, N / 8);
+    memory ``chunk_size N^2`` numbers plus copies of the inputs. On CPU the program is unrolled:
+    compile time grows with N (meant for N <= 200); do not vmap over ``gram`` there (slow).
 
     Args:
         gram: Symmetric positive semi-definite matrix A, (N, N).
@@ -41,13 +41,14 @@ def solve_scaled_gram(
     """
     n, m = rhs.shape
     dtype = jnp.result_type(gram, scale, shift, rhs)
+    if 0 in rhs.shape:
+        return rhs.astype(dtype)
     gram, rhs = gram.astype(dtype), rhs.astype(dtype)
     scale, shift = (jnp.broadcast_to(x, rhs.shape).astype(dtype) for x in (scale, shift))
-    if 0 in rhs.shape:
-        return rhs
+    shape: tuple[int, ...]
     if jax.default_backend() != "cpu":
-        size, size_n, solve = min(chunk_size or 1024, m), n, _solve_chunk_lapack
-        shape = (size,)
+        size = min(chunk_size or 1024, m)
+        shape, size_n, solve = (size,), n, _solve_chunk_lapack
     else:
         lanes = min(_LANES, m, chunk_size or m)
         groups = max(1, min(chunk_size or 256, m) // lanes)
@@ -58,8 +59,8 @@ def solve_scaled_gram(
     gram = jnp.pad(gram, (pad[0], pad[0]))
 
     def split(x: Array, fill: float) -> Array:  # (N, M) -> (chunks, *shape[:-1], N, shape[-1])
-        x = jnp.pad(x, pad, constant_values=fill).reshape(size_n, -1, *shape)
-        return jnp.moveaxis(x, 0, -2)
+        x = jnp.pad(x, pad, constant_values=fill)
+        return jnp.moveaxis(x.reshape(size_n, -1, *shape), 0, -2)
 
     out = lax.map(lambda x: solve(gram, *x), (split(scale, 0), split(shift, 1), split(rhs, 0)))
     return jnp.moveaxis(out, -2, 0).reshape(size_n, -1)[:n, :m]
@@ -67,6 +68,7 @@ def solve_scaled_gram(
 
 def _solve_chunk_lapack(gram: Array, scale: Array, shift: Array, rhs: Array) -> Array:
     """Solve one chunk (N, B) by vmapped Cholesky factorisations."""
+
     def solve(d: Array, e: Array, b: Array) -> Array:
         factor = jnp.linalg.cholesky(d[:, None] * gram * d + jnp.diag(e))
         return jax.scipy.linalg.cho_solve((factor, True), b)
@@ -76,18 +78,16 @@ def _solve_chunk_lapack(gram: Array, scale: Array, shift: Array, rhs: Array) -> 
 
 def _solve_chunk_cpu(gram: Array, scale: Array, shift: Array, rhs: Array) -> Array:
     """Solve one chunk (C, N, W) by left-looking blocked Cholesky, units on axes 0 and -1."""
-    c, n, w = rhs.shape
+    (c, n, w), dtype = rhs.shape, rhs.dtype
     k = n // min(_MAX_BLOCKS, -(-n // _MIN_BLOCK))
-    dtype = rhs.dtype
-    go = jnp.isfinite(gram[0, 0])
+    go = jnp.isfinite(gram[0, 0])  # known at run time only, so that XLA keeps the branches
 
-    def kernel(fun: Callable[..., Array], *args: Any) -> Array:
-        """Evaluate fun as its own kernel: a branch is the one barrier XLA does not fuse across."""
+    def kernel(fun: Callable[..., Array], *args: Any) -> Array:  # XLA fuses nothing across a cond
         out = jax.eval_shape(fun, *args)
         return lax.cond(go, fun, lambda *_: jnp.full(out.shape, jnp.nan, out.dtype), *args)
 
     def add_products(acc: Array, sign: int, count: int, factors: Callable, *args: Any) -> Array:
-        """acc + sign * (sum of the products factors(t, *args), t < count), in few kernels."""
+        """Return acc + sign * (sum over t < count of the product of factors(t, *args))."""
 
         def part(lo: int, acc: Array, *args: Any) -> Array:
             for t in range(lo, min(count, lo + _MAX_TERMS)):
@@ -102,35 +102,27 @@ def _solve_chunk_cpu(gram: Array, scale: Array, shift: Array, rhs: Array) -> Arr
     def cut(x: Array, axis: int, lo: int, size: int = 1) -> Array:
         return lax.slice_in_dim(x, lo, lo + size, axis=axis)
 
-    def across(column: Array) -> Array:
-        return column.reshape(c, 1, k, w)
-
     # Column blocks of the factor of [[K, b], [b^T, .]]: its last row is the forward solution.
     scale1 = jnp.pad(scale, ((0, 0), (0, 1), (0, 0)))
     gram1 = jnp.pad(gram, ((0, 1), (0, 0)))
-    lower: list[Array] = []
-    inv: list[Array] = []
-
-    def solve(t: int, panel: Array, inverse: Array) -> tuple:
-        return cut(panel, 2, t), across(cut(inverse, 2, t))
-
+    lower, inv = list[Array](), list[Array]()
     for p in range(0, n, k):
         rows = n + 1 - p
         d, e, b = (cut(x, 1, p, k)[:, None] for x in (scale, shift, rhs))
         eye = jnp.eye(rows, k, dtype=dtype)[None, :, :, None]
-        last = (jnp.arange(rows) == n - p).astype(dtype)[None, :, None, None]
+        last = jnp.eye(rows, 1, 1 - rows, dtype)[None, :, :, None]
         panel = gram1[None, p:, p : p + k, None] * scale1[:, p:, None] * d + eye * e + last * b
 
         def update(t: int, done: list[Array], p: int = p, rows: int = rows) -> tuple:
             x = cut(cut(done[t // k], 1, p - t // k * k, rows), 2, t % k)
-            return x, across(cut(x, 1, 0, k))
+            return x, cut(x, 1, 0, k).reshape(c, 1, k, w)
 
+        solve = lambda t, x, y: (cut(x, 2, t), cut(y, 2, t).reshape(c, 1, k, w))  # noqa: E731
         panel = add_products(panel, -1, p, update, lower) if p else kernel(lambda x: x, panel)
         inv.append(_inverse_cholesky(cut(panel, 1, 0, k)))
         lower.append(add_products(jnp.zeros_like(panel), 1, k, solve, panel, inv[-1]))
 
-    # Back substitution, L^T v = y.
-    out: list[Array] = []
+    out: list[Array] = []  # back substitution, L^T v = y
     for p in range(n - k, -1, -k):
         low, y = lower[p // k], lower[p // k][:, n - p]
         if out:
@@ -152,7 +144,7 @@ def _inverse_cholesky(block: Array) -> Array:
     k, dtype = block.shape[1], block.dtype
 
     def append(x: Array, value: float, axis: int) -> Array:
-        return lax.pad(x, jnp.asarray(value, dtype), [(0, i == axis, 0) for i in range(x.ndim)])
+        return lax.pad(x, jnp.array(value, dtype), [(0, int(i == axis), 0) for i in range(x.ndim)])
 
     def step(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         z, active = state

@@ -58,6 +58,12 @@ def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
     )
 
 
+def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
+    """The inverse, or pseudo-inverse, of an (n, n) matrix; see ``solve_psd``."""
+    eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    return solve_psd(matrix, eye, shifted=shifted)
+
+
 def add_diagonal(matrix: Array, value: Array | float) -> Array:
     """matrix + value I, for an (n, n) matrix."""
     eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)

@@ -43,8 +43,8 @@ class Structure(abc.ABC):
 
     The signals are seeded by a factor of the Fisher (``natgrad_flax.fisher``), so F = J^T J / N
     with J the seeded Jacobian, whatever the loss. A damping is added to F in this 1/N convention.
-    It is a number, or where ``damping_scale`` gives one value a layer, an array of that shape; the
-    number 0 stands for the pseudo-inverse.
+    It is a number, or an array of the shape that ``damping_scale`` has; the number 0 stands for the
+    pseudo-inverse.
     """
 
     @property
@@ -78,9 +78,10 @@ class Structure(abc.ABC):
 
     @abc.abstractmethod
     def damping_scale(self, signals: Signals) -> Array:
-        """Mean diagonal of the Gram blocks that are inverted, over N: what ratio 1 means.
+        """Mean diagonal of the Gram blocks that are inverted, over N: a relative damping of 1.
 
-        Shape () where one damping serves all layers, (L,) where each layer has its own.
+        Shape () where one damping serves all layers, (L,) where each layer has its own, (L, 2)
+        where each of two Kronecker factors has.
         """
 
     @abc.abstractmethod

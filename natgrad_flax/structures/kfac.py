@@ -10,8 +10,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.linalg import add_diagonal, solve_psd
-from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals, expand_samples
+from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd
+from natgrad_flax.signals import (
+    DenseSignals,
+    LayerUpdate,
+    Residual,
+    Signals,
+    expand_samples,
+    symmetric_product,
+)
 from natgrad_flax.structures.base import Geometry, Space, Structure
 
 
@@ -62,10 +69,14 @@ class KFAC(Structure):
     def _dampings(
         self, layer: DenseSignals, damping: Array | float, over_a: float, over_b: float
     ) -> tuple[Array | float, Array | float]:
-        """What is added to A* and to B*."""
+        """What is added to A* and to B*: from one number, or the pair itself."""
+        if jnp.ndim(damping) == 1:
+            pair = jnp.asarray(damping)
+            return pair[0], pair[1]
         if self.split == "plain" or is_zero(damping):
             return damping, damping
-        mean_a, mean_b = _mean_diagonals(layer, over_a, over_b)
+        mean_a = jnp.sum(layer.augmented_inputs() ** 2) / (over_a * layer.fan_in)
+        mean_b = jnp.sum(layer.derivatives**2) / (over_b * layer.num_units)
         pi = jnp.where(mean_b > 0, jnp.sqrt(mean_a / jnp.where(mean_b > 0, mean_b, 1)), 1)
         root = jnp.sqrt(jnp.asarray(damping, layer.inputs.dtype))
         return pi * root, root / pi
@@ -98,15 +109,16 @@ class KFAC(Structure):
         """r^T D (B* + rho)^{-1} sample by sample, shape (N, M)."""
         flat = layer.flat_derivatives()
         if self._in_parameters(*flat.shape):
-            factor = add_diagonal(flat.T @ flat / over, rho)
+            factor = add_diagonal(symmetric_product(flat.T) / over, rho)
             return solve_psd(factor, residual.direction(layer, index).T, shifted=shifted).T
-        gram = add_diagonal(layer.derivative_gram(), over * rho)
-        dual = solve_psd(gram, flat, shifted=shifted)
+        # an explicit inverse of the small side leaves one product with the wide one
+        inverse = inverse_psd(add_diagonal(layer.derivative_gram(), over * rho), shifted=shifted)
         if residual.coefficients is not None:
-            spread = dual.reshape(layer.derivatives.shape)
-            return over * jnp.einsum("ns,nsm->nm", residual.coefficients, spread)
+            n, s = residual.coefficients.shape
+            rows = jnp.einsum("ns,nsm->nm", residual.coefficients, inverse.reshape(n, s, n * s))
+            return over * rows @ flat
         direction = residual.direction(layer, index)
-        return (direction - (direction @ flat.T) @ dual) / rho
+        return (direction - ((direction @ flat.T) @ inverse) @ flat) / rho
 
     def _precondition_inputs(
         self,
@@ -122,8 +134,8 @@ class KFAC(Structure):
             factor = add_diagonal(inputs.T @ inputs / over, rho)
             solved = solve_psd(factor, inputs.T @ directions, shifted=shifted)
             return layer.unravel(solved.reshape(-1))
-        gram = add_diagonal(layer.input_gram(), over * rho)
-        return layer.pull_back(over * solve_psd(gram, directions, shifted=shifted))
+        inverse = inverse_psd(add_diagonal(layer.input_gram(), over * rho), shifted=shifted)
+        return layer.pull_back(over * inverse @ directions)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_l (B(x',x) B^{-1}) . (A(x',x) A^{-1}), times N (Karakida & Osawa 2020, Eq. 21)."""
@@ -161,11 +173,13 @@ class KFAC(Structure):
         return jax.scipy.linalg.block_diag(*blocks)
 
     def damping_scale(self, signals: Signals) -> Array:
-        """Mean diagonal of each Kronecker product A* (x) B*, shape (L,)."""
+        """Mean diagonals of the Gram matrices of A* and of B*, over their divisors, shape (L, 2)."""
         scales = []
         for index, layer in enumerate(signals.layers):
-            mean_a, mean_b = _mean_diagonals(layer, *self._divisors(signals, index))
-            scales.append(mean_a * mean_b)
+            over_a, over_b = self._divisors(signals, index)
+            mean_a = jnp.sum(layer.augmented_inputs() ** 2) / (over_a * signals.num_samples)
+            mean_b = jnp.sum(layer.derivatives**2) / (over_b * signals.size)
+            scales.append(jnp.stack([mean_a, mean_b]))
         return jnp.stack(scales)
 
     def alpha(self, geometry: Geometry) -> float:
@@ -191,9 +205,3 @@ class KFAC(Structure):
             if index < geometry.depth - 1 and units < outputs:
                 failures.append(f"layer {index + 1} has {units} units for N C = {outputs} outputs")
         return failures
-
-
-def _mean_diagonals(layer: DenseSignals, over_a: float, over_b: float) -> tuple[Array, Array]:
-    """Mean diagonals of A* and B*."""
-    mean_a = jnp.sum(layer.augmented_inputs() ** 2) / (over_a * layer.fan_in)
-    return mean_a, jnp.sum(layer.derivatives**2) / (over_b * layer.num_units)

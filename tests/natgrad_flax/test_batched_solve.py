@@ -34,16 +34,19 @@ def _residual(a, d, e, b, v):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
-    "n,m,chunk", [(1, 1, None), (1, 5, 2), (3, 1, None), (7, 130, 64), (23, 301, None), (45, 9, 4)]
+    ("n", "m", "chunk"),
+    [(1, 1, None), (1, 5, 2), (3, 1, None), (7, 130, 64), (23, 301, None), (45, 9, 4)],
 )
 def test_matches_numpy(n, m, chunk, dtype):
     with enable_x64(True):
         args = [jnp.asarray(x) for x in _problem(n, m, dtype)]
         v = jax.jit(lambda *a: solve_scaled_gram(*a, chunk_size=chunk))(*args)
-        assert v.dtype == dtype and v.shape == (n, m)
+        assert v.dtype == dtype
+        assert v.shape == (n, m)
         res, err = _residual(*args, v)
         tol = 1e-5 if dtype == np.float32 else 1e-12
-        assert res < tol and err < 10 * tol
+        assert res < tol
+        assert err < 10 * tol
 
 
 def test_many_blocks():

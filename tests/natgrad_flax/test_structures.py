@@ -1,0 +1,134 @@
+"""Every structure against explicit dense matrices, on random small networks."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from natgrad_reference import flatten, metric, reference, solve_dense
+
+import natgrad_flax as ng
+
+ACTIVATIONS = ["relu", "tanh", "erf", "gelu", "leaky_relu", "identity"]
+
+
+@st.composite
+def problems(draw, min_width=2, max_depth=6, loss=None):
+    """A random MLP, a batch and a loss, in float64."""
+    depth = draw(st.integers(1, max_depth))
+    loss = loss or draw(st.sampled_from([ng.MeanSquaredError(), ng.SoftmaxCrossEntropy()]))
+    least = 2 if isinstance(loss, ng.SoftmaxCrossEntropy) else 1
+    hidden = draw(st.lists(st.integers(min_width, 9), min_size=depth - 1, max_size=depth - 1))
+    widths = (draw(st.integers(min_width, 8)), *hidden, draw(st.integers(least, 4)))
+    seed = draw(st.integers(0, 2**16))
+    model = ng.MLP(
+        widths,
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        weight_variance=draw(st.sampled_from([1.0, 2.0])),
+        bias_variance=draw(st.sampled_from([0.0, 0.3])),
+        param_dtype=jnp.float64,
+        rngs=nnx.Rngs(seed),
+    )
+    n = draw(st.integers(1, 5))
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(n, widths[0])))
+    if isinstance(loss, ng.SoftmaxCrossEntropy):
+        y = jnp.asarray(np.eye(widths[-1])[rng.integers(0, widths[-1], n)])
+    else:
+        y = jnp.asarray(rng.normal(size=(n, widths[-1])))
+    return model, x, y, loss
+
+
+def layer_wise(definite):
+    """A LayerWise of random Sigma, made for the depth of the model."""
+
+    def build(model, space):
+        depth = len(model.layers)
+        sigma = np.random.default_rng(depth).normal(size=(depth, depth))
+        sigma = sigma @ sigma.T + np.eye(depth) if definite else sigma + sigma.T
+        return ng.LayerWise(sigma, space)
+
+    return build
+
+
+STRUCTURES = {
+    "exact": lambda model, space: ng.Exact(space),
+    "block-diagonal": lambda model, space: ng.BlockDiagonal(space),
+    "block-tri-diagonal": lambda model, space: ng.BlockTriDiagonal(space),
+    "layer-wise-definite": layer_wise(definite=True),
+    "layer-wise-indefinite": layer_wise(definite=False),
+    "kfac": lambda model, space: ng.KFAC(space=space),
+    "kfac-literal-pi": lambda model, space: ng.KFAC("literal", "pi", "scaled", space),
+    "unit-wise": lambda model, space: ng.UnitWise(space),
+    "diagonal": lambda model, space: ng.Diagonal(),
+    "quasi-diagonal": lambda model, space: ng.QuasiDiagonal(),
+}
+
+
+def check(build, problem, space, damping, fisher="exact"):
+    model, x, y, loss = problem
+    structure = build(model, space)
+    key = jax.random.key(3)
+    seeds = None
+    if fisher == "empirical":
+        seeds = loss.residual(model(x), y)[:, None, :]
+    elif fisher == "mc":
+        seeds = jnp.swapaxes(loss.sample(key, model(x), 2), 1, 2)
+    ref = reference(model, x, y, loss, seeds)
+    expected, condition = solve_dense(structure, ref, damping)
+    assume(condition < 1e6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ng.SingularCouplingWarning)
+        try:
+            update = ng.natural_gradient(
+                model,
+                x,
+                y,
+                structure=structure,
+                loss=loss,
+                damping=damping,
+                fisher=fisher,
+                key=key,
+                mc_samples=2,
+            )
+        except ValueError as error:
+            # undamped couplings of layers whose Jacobians cannot have full row rank
+            assert damping == 0, error
+            assert "full row rank" in str(error)
+            assume(False)
+    scale = max(np.abs(expected).max(), 1e-6)
+    np.testing.assert_allclose(flatten(update) / scale, expected / scale, atol=1e-8, rtol=0)
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("x64")
+class TestAgainstDense:
+    @pytest.mark.parametrize("name", STRUCTURES)
+    @hypothesis_settings(max_examples=12)
+    @given(data=st.data())
+    def test_damped(self, name, data):
+        problem = data.draw(problems())
+        space = data.draw(st.sampled_from(["auto", "sample", "parameter"]))
+        check(STRUCTURES[name], problem, space, data.draw(st.sampled_from([1e-3, 0.3])))
+
+    @pytest.mark.parametrize("name", STRUCTURES)
+    @hypothesis_settings(max_examples=8)
+    @given(data=st.data())
+    def test_undamped(self, name, data):
+        problem = data.draw(problems())
+        space = data.draw(st.sampled_from(["auto", "sample", "parameter"]))
+        check(STRUCTURES[name], problem, space, 0.0)
+
+    @pytest.mark.parametrize("fisher", ["mc", "empirical"])
+    @pytest.mark.parametrize("name", STRUCTURES)
+    @hypothesis_settings(max_examples=4)
+    @given(data=st.data())
+    def test_other_fishers(self, name, fisher, data):
+        problem = data.draw(problems())
+        space = data.draw(st.sampled_from(["sample", "parameter"]))
+        check(STRUCTURES[name], problem, space, 0.1, fisher)

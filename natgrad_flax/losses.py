@@ -97,7 +97,23 @@ class SoftmaxCrossEntropy(Loss):
     Targets are rows of probabilities (one-hot, or soft). With p = softmax(f): r = p - y and
     H = diag(p) - p p^T of rank C - 1 (Karakida & Osawa 2020, Section D). The factor R has C - 1
     columns, so the Gram matrices of the seeded Jacobian can have full rank.
+
+    Args:
+      output_damping: added to H, not to the Fisher: with a positive value the exact Fisher is
+        J^T (H + output_damping I) J / N, whose undamped step in function space is
+        (H + output_damping I)^{-1} (p - y) (Section D; R then has C columns).
+
+    Raises:
+      ValueError: output_damping is negative or not finite.
     """
+
+    output_damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.output_damping < float("inf"):
+            raise ValueError(
+                f"output_damping must be 0 or positive and finite, got {self.output_damping}"
+            )
 
     def __call__(self, outputs: Array, targets: Array) -> Array:
         """The loss, a scalar."""
@@ -108,26 +124,49 @@ class SoftmaxCrossEntropy(Loss):
         return jax.nn.softmax(outputs) - targets
 
     def fisher(self, outputs: Array) -> Array:
-        """diag(p) - p p^T, shape (N, C, C)."""
+        """diag(p) - p p^T + output_damping I, shape (N, C, C)."""
         p = jax.nn.softmax(outputs)
-        return p[:, :, None] * (jnp.eye(p.shape[1], dtype=p.dtype) - p[:, None, :])
+        eye = jnp.eye(p.shape[1], dtype=p.dtype)
+        return p[:, :, None] * (eye - p[:, None, :]) + self.output_damping * eye
 
     def factor(self, outputs: Array) -> Array:
-        """diag(sqrt p) Q, shape (N, C, C - 1), Q an orthonormal basis of the complement of sqrt p.
+        """R with R R^T = H: shape (N, C, C - 1), or (N, C, C) with an output damping.
 
-        R R^T = diag(sqrt p) (I - sqrt p sqrt p^T) diag(sqrt p) = H.
+        Undamped R = diag(sqrt p) Q, Q an orthonormal basis of the complement of sqrt p, because
+        H = diag(sqrt p) (I - sqrt p sqrt p^T) diag(sqrt p).
         """
+        if self.output_damping:
+            root, direction, shrink = self._damped_terms(outputs)
+            eye = jnp.eye(outputs.shape[1], dtype=outputs.dtype)
+            inner = eye - shrink * direction[:, :, None] * direction[:, None, :]
+            return root[:, :, None] * inner
         root = jnp.exp(0.5 * jax.nn.log_softmax(outputs))
         return root[:, :, None] * _complement(root)
 
     def coefficients(self, outputs: Array, targets: Array) -> Array:
-        """R^+ r = Q^T (r / sqrt p), shape (N, C - 1)."""
+        """w with R w = r: Q^T (r / sqrt p), shape (N, C - 1) or (N, C)."""
+        if self.output_damping:
+            root, direction, shrink = self._damped_terms(outputs)
+            scaled = self.residual(outputs, targets) / root
+            along = jnp.sum(direction * scaled, axis=1, keepdims=True)
+            return scaled + (shrink / (1 - shrink))[:, :, 0] * along * direction
         log_p = jax.nn.log_softmax(outputs)
         root = jnp.exp(0.5 * log_p)
         # y / sqrt p for a label whose probability underflows: bounded, so that 0 stays 0
         floor = -2 * jnp.log(jnp.finfo(outputs.dtype).max) / 3
         scaled = root - targets * jnp.exp(-0.5 * jnp.maximum(log_p, floor))
         return jnp.einsum("ncs,nc->ns", _complement(root), scaled)
+
+    def _damped_terms(self, outputs: Array) -> tuple[Array, Array, Array]:
+        """H + d I = E^{1/2} (I - u u^T) E^{1/2}, E = diag(p + d), u = p / sqrt(p + d).
+
+        Returns sqrt(p + d), u / |u| and b with (I - b u u^T / |u|^2)^2 = I - u u^T.
+        """
+        p = jax.nn.softmax(outputs)
+        root = jnp.sqrt(p + self.output_damping)
+        u = p / root
+        square = jnp.sum(u * u, axis=1, keepdims=True)
+        return root, u / jnp.sqrt(square), (1 - jnp.sqrt(1 - square))[:, :, None]
 
     def sample(self, key: Array, outputs: Array, num_samples: int) -> Array:
         """(p - e_k) / sqrt(num_samples) with classes k drawn from p, shape (N, C, num_samples)."""

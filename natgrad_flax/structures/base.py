@@ -159,6 +159,10 @@ def rank_failures(geometry: Geometry) -> list[str]:
                 f"layer {index + 1} (the last) has {fan_in} inputs for {n} samples; its Jacobian "
                 f"has full row rank only with at least {n}"
             )
+        elif min(width for _, width in geometry.layers[index:]) < c:
+            failures.append(
+                f"outputs reach layer {index + 1} through fewer units than the {c} of them"
+            )
         elif fan_in * units < n * c:
             failures.append(
                 f"layer {index + 1} has {fan_in * units} parameters for N C = {n * c} outputs"

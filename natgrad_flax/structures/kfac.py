@@ -77,7 +77,8 @@ class KFAC(Structure):
             return damping, damping
         mean_a = jnp.sum(layer.augmented_inputs() ** 2) / (over_a * layer.fan_in)
         mean_b = jnp.sum(layer.derivatives**2) / (over_b * layer.num_units)
-        pi = jnp.where(mean_b > 0, jnp.sqrt(mean_a / jnp.where(mean_b > 0, mean_b, 1)), 1)
+        usable = (mean_a > 0) & (mean_b > 0)
+        pi = jnp.where(usable, jnp.sqrt(mean_a / jnp.where(usable, mean_b, 1)), 1)
         root = jnp.sqrt(jnp.asarray(damping, layer.inputs.dtype))
         return pi * root, root / pi
 

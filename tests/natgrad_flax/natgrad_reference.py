@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from scipy import special, stats
+
 import natgrad_flax as ng
-from natgrad_flax.activations import get_activation
 
 
 def flatten(state) -> np.ndarray:
@@ -40,45 +41,50 @@ class Reference:
     num_samples: int
 
 
+ACTIVATIONS = {
+    "relu": (lambda u: np.maximum(u, 0), lambda u: 1.0 * (u > 0)),
+    "tanh": (np.tanh, lambda u: 1 - np.tanh(u) ** 2),
+    "erf": (special.erf, lambda u: 2 / np.sqrt(np.pi) * np.exp(-(u**2))),
+    "gelu": (lambda u: u * stats.norm.cdf(u), lambda u: stats.norm.cdf(u) + u * stats.norm.pdf(u)),
+    "leaky_relu": (lambda u: np.where(u > 0, u, 0.01 * u), lambda u: np.where(u > 0, 1, 0.01)),
+    "identity": (lambda u: u, np.ones_like),
+}
+
+
 def reference(model: ng.MLP, x, y, loss: ng.Loss, seeds=None) -> Reference:
-    """The dense matrices by automatic differentiation and a hand-written backward pass.
+    """The dense matrices by a hand-written forward and backward pass in NumPy.
 
     ``seeds`` (N, S, C) replace the factor of the output Fisher (Monte-Carlo, empirical).
     """
-    graphdef, state = nnx.split(model)
-    outputs = model(x)
+    x, y = np.asarray(x), np.asarray(y)
+    inputs, pre, outputs = forward(model, x)
     n, c = outputs.shape
-    jac = jax.jacobian(lambda s: nnx.merge(graphdef, s)(x))(state)
-    depth = len(model.layers)
-    columns, owner, unit, bias, first = [], [], [], [], 0
-    for index in range(depth):
-        layer = jac["layers"][index]
-        kernel = np.asarray(layer["kernel"][...])
-        k, m = kernel.shape[-2:]
-        columns.append(kernel.reshape(n * c, -1))
-        unit.append(first + np.tile(np.arange(m), k))
-        bias.append(np.zeros(k * m, bool))
-        if "bias" in layer:
-            columns.append(np.asarray(layer["bias"][...]).reshape(n * c, -1))
-            unit.append(first + np.arange(m))
-            bias.append(np.ones(m, bool))
-        owner.append(np.full((k + ("bias" in layer)) * m, index))
-        first += m
-    jacobian = np.concatenate(columns, axis=1)
-    slope = jax.grad(lambda s: loss(nnx.merge(graphdef, s)(x), y))(state)
+    plain = backward(model, pre, np.broadcast_to(np.eye(c), (n, c, c)))
+    residual, output_fisher = loss_terms(loss, outputs, y)
     if seeds is None:
-        values, vectors = np.linalg.eigh(np.asarray(loss.fisher(outputs)))
+        values, vectors = np.linalg.eigh(output_fisher)
         seeds = (vectors * np.sqrt(np.maximum(values, 0))[:, None, :]).swapaxes(1, 2)
     seeds = np.asarray(seeds)
+    columns = [
+        np.einsum("nsm,nk->nskm", d, a).reshape(n * c, -1)
+        for a, d in zip(inputs, plain, strict=True)
+    ]
+    jacobian = np.concatenate(columns, axis=1)
     weighted = np.einsum("nsc,ncp->nsp", seeds, jacobian.reshape(n, c, -1))
-    fisher = np.einsum("nsp,nsq->pq", weighted, weighted) / n
-    inputs, backward = _signals(model, np.asarray(x), seeds)
+    owner, unit, bias, first = [], [], [], 0
+    for index, (a, d) in enumerate(zip(inputs, plain, strict=True)):
+        k, m = a.shape[1], d.shape[2]
+        has_bias = model.layers[index].bias is not None
+        owner.append(np.full(k * m, index))
+        unit.append(first + np.tile(np.arange(m), k))
+        bias.append(np.arange(k * m) >= (k - has_bias) * m)
+        first += m
     return Reference(
         jacobian,
-        flatten(slope),
-        fisher,
+        jacobian.T @ residual.reshape(-1) / n,
+        np.einsum("nsp,nsq->pq", weighted, weighted) / n,
         inputs,
-        backward,
+        backward(model, pre, seeds),
         np.concatenate(owner),
         np.concatenate(unit),
         np.concatenate(bias),
@@ -86,27 +92,50 @@ def reference(model: ng.MLP, x, y, loss: ng.Loss, seeds=None) -> Reference:
     )
 
 
-def _signals(model, x, seeds):
-    phi = get_activation(model.activation).function
-    derivative = jax.vmap(jax.vmap(jax.grad(lambda u: phi(u))))
+def loss_terms(loss: ng.Loss, outputs, y):
+    """The residual (N, C) and the output Fisher (N, C, C)."""
+    if isinstance(loss, ng.MeanSquaredError):
+        return outputs - y, np.broadcast_to(np.eye(y.shape[1]), (*y.shape, y.shape[1]))
+    p = special.softmax(outputs, axis=1)
+    return p - y, p[:, :, None] * (np.eye(y.shape[1]) - p[:, None, :])
+
+
+def forward(model, x):
+    """Scaled inputs with the bias column, pre-activations, and outputs."""
+    phi = ACTIVATIONS[model.activation][0]
     inputs, pre, h = [], [], x
     for layer in model.layers:
-        kernel = np.asarray(layer.kernel[...])
         a = np.sqrt(model.weight_variance / h.shape[1]) * h
-        u = a @ kernel
+        weights = np.asarray(layer.kernel[...])
         if layer.bias is not None:
-            u = u + np.sqrt(model.bias_variance) * np.asarray(layer.bias[...])
             a = np.concatenate([a, np.full((len(a), 1), np.sqrt(model.bias_variance))], axis=1)
+            weights = np.concatenate([weights, np.asarray(layer.bias[...])[None]])
         inputs.append(a)
-        pre.append(u)
-        h = np.asarray(phi(jnp.asarray(u)))
-    backward = [seeds]
+        pre.append(a @ weights)
+        h = phi(pre[-1])
+    return inputs, pre, pre[-1]
+
+
+def backward(model, pre, seeds):
+    """Derivatives of the seeded outputs with respect to pre-activations, L arrays (N, S, M)."""
+    slope = ACTIVATIONS[model.activation][1]
+    out = [seeds]
     for index in range(len(model.layers) - 1, 0, -1):
         kernel = np.asarray(model.layers[index].kernel[...])
         scale = np.sqrt(model.weight_variance / kernel.shape[0])
-        slope = np.asarray(derivative(jnp.asarray(pre[index - 1])))
-        backward.insert(0, scale * (backward[0] @ kernel.T) * slope[:, None, :])
-    return inputs, backward
+        out.insert(0, scale * (out[0] @ kernel.T) * slope(pre[index - 1])[:, None, :])
+    return out
+
+
+def make_mlp(widths, seed, dtype=np.float64, **settings) -> ng.MLP:
+    """An MLP with NumPy's random parameters: nothing to compile for every new shape."""
+    rng = np.random.default_rng(seed)
+    abstract = nnx.eval_shape(
+        lambda: ng.MLP(widths, param_dtype=dtype, rngs=nnx.Rngs(0), **settings)
+    )
+    graphdef, state = nnx.split(abstract)
+    filled = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), state)
+    return nnx.merge(graphdef, filled)
 
 
 def metric(structure: ng.Structure, ref: Reference, damping: float) -> np.ndarray:
@@ -154,7 +183,8 @@ def _kronecker(structure: ng.KFAC, ref: Reference, damping: float) -> np.ndarray
             left = left * a.shape[1] / n
         rho_a = rho_b = damping
         if structure.split == "pi" and damping:
-            pi = np.sqrt((np.trace(left) / len(left)) / (np.trace(right) / len(right)))
+            mean_a, mean_b = np.mean(np.diag(left)), np.mean(np.diag(right))
+            pi = np.sqrt(mean_a / mean_b) if mean_a > 0 and mean_b > 0 else 1.0
             rho_a, rho_b = pi * np.sqrt(damping), np.sqrt(damping) / pi
         blocks.append(
             np.kron(left + rho_a * np.eye(len(left)), right + rho_b * np.eye(len(right)))

@@ -6,15 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from natgrad_reference import flatten, metric, reference, solve_dense
+from natgrad_reference import (
+    ACTIVATIONS,
+    blocks_of,
+    flatten,
+    make_mlp,
+    metric,
+    reference,
+    solve_dense,
+)
 
 import natgrad_flax as ng
-
-ACTIVATIONS = ["relu", "tanh", "erf", "gelu", "leaky_relu", "identity"]
 
 
 @st.composite
@@ -26,13 +31,12 @@ def problems(draw, min_width=2, max_depth=6, loss=None):
     hidden = draw(st.lists(st.integers(min_width, 9), min_size=depth - 1, max_size=depth - 1))
     widths = (draw(st.integers(min_width, 8)), *hidden, draw(st.integers(least, 4)))
     seed = draw(st.integers(0, 2**16))
-    model = ng.MLP(
+    model = make_mlp(
         widths,
-        activation=draw(st.sampled_from(ACTIVATIONS)),
+        seed,
+        activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
         weight_variance=draw(st.sampled_from([1.0, 2.0])),
         bias_variance=draw(st.sampled_from([0.0, 0.3])),
-        param_dtype=jnp.float64,
-        rngs=nnx.Rngs(seed),
     )
     n = draw(st.integers(1, 5))
     rng = np.random.default_rng(seed)
@@ -70,6 +74,23 @@ STRUCTURES = {
 }
 
 
+def has_documented_inverse(structure, ref):
+    """Whether the undamped update is the pseudo-inverse's: it is not for every structure."""
+    if isinstance(structure, ng.QuasiDiagonal):
+        # a weight whose input does not vary gets a generalised inverse that is not Moore-Penrose
+        matrix = metric(structure, ref, 0.0)
+        blocks = [matrix[np.ix_(rows, rows)] for rows in blocks_of(structure, ref)]
+        return all(np.linalg.matrix_rank(b) == len(b) or not b.any() for b in blocks)
+    if isinstance(structure, ng.LayerWise) and not isinstance(structure, ng.BlockDiagonal):
+        # Theorem 4.1 needs layer Jacobians of full row rank
+        needed = np.linalg.matrix_rank(ref.backward[-1]).sum()
+        for a, d in zip(ref.inputs, ref.backward, strict=True):
+            jacobian = np.einsum("nsm,nk->nskm", d, a).reshape(d.shape[0] * d.shape[1], -1)
+            if np.linalg.matrix_rank(jacobian, rtol=1e-4) < needed:
+                return False
+    return True
+
+
 def check(build, problem, space, damping, fisher="exact"):
     model, x, y, loss = problem
     structure = build(model, space)
@@ -82,6 +103,8 @@ def check(build, problem, space, damping, fisher="exact"):
     ref = reference(model, x, y, loss, seeds)
     expected, condition = solve_dense(structure, ref, damping)
     assume(condition < 1e6)
+    if damping == 0:
+        assume(has_documented_inverse(structure, ref))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ng.SingularCouplingWarning)
         try:
@@ -109,7 +132,7 @@ def check(build, problem, space, damping, fisher="exact"):
 @pytest.mark.usefixtures("x64")
 class TestAgainstDense:
     @pytest.mark.parametrize("name", STRUCTURES)
-    @hypothesis_settings(max_examples=12)
+    @hypothesis_settings(max_examples=10)
     @given(data=st.data())
     def test_damped(self, name, data):
         problem = data.draw(problems())
@@ -117,7 +140,7 @@ class TestAgainstDense:
         check(STRUCTURES[name], problem, space, data.draw(st.sampled_from([1e-3, 0.3])))
 
     @pytest.mark.parametrize("name", STRUCTURES)
-    @hypothesis_settings(max_examples=8)
+    @hypothesis_settings(max_examples=6)
     @given(data=st.data())
     def test_undamped(self, name, data):
         problem = data.draw(problems())
@@ -126,7 +149,7 @@ class TestAgainstDense:
 
     @pytest.mark.parametrize("fisher", ["mc", "empirical"])
     @pytest.mark.parametrize("name", STRUCTURES)
-    @hypothesis_settings(max_examples=4)
+    @hypothesis_settings(max_examples=3)
     @given(data=st.data())
     def test_other_fishers(self, name, fisher, data):
         problem = data.draw(problems())

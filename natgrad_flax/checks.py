@@ -125,12 +125,16 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, A
 
 
 def _check_finite(array: Any, name: str) -> None:
-    # a sum is finite where all entries are, and one pass without a temporary; only overflow of
-    # the sum itself needs the second look
-    if is_concrete(array) and not np.isfinite(jnp.sum(array)):
+    if not is_concrete(array):
+        return
+    # a sum is finite where all entries are, in one pass without a temporary; only overflow of the
+    # sum itself needs the second look
+    with jax.ensure_compile_time_eval():
+        if np.isfinite(jnp.sum(array)):
+            return
         bad = int(array.size - jnp.sum(jnp.isfinite(array)))
-        if bad:
-            raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}")
+    if bad:
+        raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}")
 
 
 def available_memory() -> int:

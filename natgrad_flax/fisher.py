@@ -44,8 +44,13 @@ def fisher_signals(
 
     Returns:
       Signals with F = J^T J / N, J the seeded Jacobian; and the residual.
+
+    Raises:
+      TypeError, ValueError: as in ``linearise``; outputs that do not have the shape of y.
     """
     outputs, backward = linearise(model, x)
+    if outputs.shape != y.shape:
+        raise ValueError(f"the model returns {outputs.shape}, but y has shape {y.shape}")
     residual = loss.residual(outputs, y)
     if fisher == "exact":
         signals = backward(jnp.swapaxes(loss.factor(outputs), 1, 2))

@@ -21,7 +21,7 @@ from natgrad_flax.checks import (
     check_settings,
     check_structure,
 )
-from natgrad_flax.damping import RelativeDamping
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.fisher import FisherKind, fisher_signals
 from natgrad_flax.losses import Loss
 from natgrad_flax.signals import LayerUpdate, Residual, Signals
@@ -64,8 +64,10 @@ def natural_gradient(
       ValueError, TypeError: bad settings or a bad batch, before any work.
     """
     check_settings(structure, loss, fisher, damping, mc_samples)
-    if callable(damping):
-        raise TypeError("a damping schedule needs the step count: use natural_gradient_descent")
+    if callable(damping) or isinstance(damping, LevenbergMarquardt):
+        raise TypeError(
+            "schedules and adaptive damping need the step count: use natural_gradient_descent"
+        )
     if fisher == "mc" and key is None:
         raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
     x, y = check_batch(model, x, y, loss)
@@ -199,8 +201,6 @@ def prepare(
         x,
         y,
     )
-    if signals.outputs.shape != y.shape:
-        raise ValueError(f"the model returns {signals.outputs.shape}, but y has shape {y.shape}")
     itemsize = signals.outputs.dtype.itemsize
     check_fits(structure.gram_size(signals), itemsize, f"the system that {structure.name} solves")
     structure.check(signals, damping)

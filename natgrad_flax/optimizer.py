@@ -38,8 +38,8 @@ def natural_gradient_descent(
 ) -> optax.GradientTransformationExtraArgs:
     """Natural-gradient descent: theta <- theta - eta G^{-1} dL (Karakida & Osawa 2020, Eq. 7).
 
-    ``update`` needs the batch: ``tx.update(grads, state, params, model=model, x=x, y=y)``, or
-    through ``nnx.Optimizer``: ``optimizer.update(model, grads, model=model, x=x, y=y)``. The
+    ``update`` needs the batch: ``tx.update(grads, state, params, module=model, x=x, y=y)``, or
+    through ``nnx.Optimizer``: ``optimizer.update(model, grads, module=model, x=x, y=y)``. The
     natural gradient is a function of the batch, not of the incoming updates; these are taken only
     for their tree (inside ``jit`` computing them costs nothing, XLA drops it). So this
     transformation stands first in an ``optax.chain``; clipping, momentum and weight decay that
@@ -57,7 +57,7 @@ def natural_gradient_descent(
       seed: of the drawn targets.
 
     Returns:
-      An optax transformation with the extra arguments ``model`` (the module, or a copy of it, whose
+      An optax transformation with the extra arguments ``module`` (the model, or a copy of it, whose
       parameters are those of this step), ``x`` (N, M_0) and ``y`` (N, C).
 
     Raises:
@@ -80,26 +80,26 @@ def natural_gradient_descent(
         state: NaturalGradientState,
         params: optax.Params | None = None,
         *,
-        model: nnx.Module | None = None,
+        module: nnx.Module | None = None,
         x: Array | None = None,
         y: Array | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, NaturalGradientState]:
         del extra
-        if model is None or x is None or y is None:
+        if module is None or x is None or y is None:
             raise ValueError(
-                "natural_gradient_descent needs the batch: pass model=model, x=x, y=y to update"
+                "natural_gradient_descent needs the batch: pass module=model, x=x, y=y to update"
             )
-        x, y = check_batch(model, x, y, loss)
+        x, y = check_batch(module, x, y, loss)
         rho: Any = damping
         if adaptive:
             rho = state.damping
         elif callable(damping):
             rho = damping(state.count)
-        prepare(structure, model, x, y, loss, fisher, mc_samples, rho)
+        prepare(structure, module, x, y, loss, fisher, mc_samples, rho)
         key, draw = jax.random.split(state.key)
         solved, signals, residual = compute(
-            model,
+            module,
             x,
             y,
             structure=structure,
@@ -117,7 +117,7 @@ def natural_gradient_descent(
             slope = _slope(signals, residual, solved)
             predicted = (-rate + rate**2 / 2) * slope
             before = loss(signals.outputs, y)
-            actual = loss(_moved(model, step)(x), y) - before
+            actual = loss(_moved(module, step)(x), y) - before
             next_damping = adaptive.adapt(state.damping, actual, predicted)
         elif callable(damping):
             next_damping = jnp.asarray(rho, jnp.float32)

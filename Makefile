@@ -1,0 +1,110 @@
+# `make report` and `make test` set up everything they need in .venv: only Python >= 3.11 is asked for.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+UV := $(BIN)/python -m uv
+BIN_JAX := .venv-jax/bin
+
+# pytest workers: one a core, at most 4, because each holds its own compiled programs
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+PYTEST_ARGS ?=
+
+# $(call find_python,MINOR,COMMANDS): prints the first of the commands that runs as Python >= 3.MINOR.
+# They are run, not only looked up: the shims of version managers are on PATH for absent versions.
+find_python = for python in $(2); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, $(1)))' >/dev/null 2>&1; \
+	  then echo "$$python"; break; fi; \
+	done
+PYENV_VERSIONS := $${PYENV_ROOT:-$$HOME/.pyenv}/versions
+PYTHON ?= $(shell $(call find_python,11,python3 python3.11 python3.12 python3.13 python3.14))
+PYTHON_JAX ?= $(shell $(call find_python,12,python3.12 $(PYENV_VERSIONS)/3.12*/bin/python3.12 \
+	  python3.13 $(PYENV_VERSIONS)/3.13*/bin/python3.13 \
+	  python3.14 $(PYENV_VERSIONS)/3.14*/bin/python3.14 python3))
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+.PHONY: report
+report: .venv/.run ## natural gradient on real images beside theory, into report/ (NATGRAD_DATA: the data)
+	$(BIN)/natgrad dynamics --out report
+
+.PHONY: test
+test: .venv/.dev ## the test suite, without the slow tests
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: test-slow
+test-slow: .venv/.dev ## the tests at the sizes of the papers; minutes each
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+.PHONY: test-jax
+test-jax: .venv/.dev ## the test suite on Python >= 3.12 and the newest JAX, where there is such a Python
+	@if [ -z "$(PYTHON_JAX)" ]; then \
+	  echo "make test-jax: no Python >= 3.12 found, nothing tested (set PYTHON_JAX to name one)"; \
+	else \
+	  $(MAKE) PYTHON_JAX="$(PYTHON_JAX)" test-jax-found; \
+	fi
+
+.PHONY: test-jax-found
+test-jax-found: .venv-jax/.dev
+	@$(BIN_JAX)/python -c 'import platform, jax; print("Python", platform.python_version(), "JAX", jax.__version__)'
+	$(BIN_JAX)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: .venv/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: .venv/.dev ## sorts imports and formats
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: .venv/.bench ## the asv suite on the last commit, each benchmark once
+	$(BIN)/asv machine --yes
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/asv run --quick --show-stderr HEAD^!
+
+.PHONY: bench-check
+bench-check: .venv/.bench ## whether asv can load the benchmarks of this working tree
+	$(BIN)/asv check --python=same
+
+.PHONY: clean
+clean: ## removes what make made; benchmark results stay
+	rm -rf .venv .venv-jax report build dist natgrad.egg-info .asv/env .asv/html
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Environments. The stamps depend on pyproject.toml, so a new requirement is installed by itself.
+
+.venv/.uv:
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "natgrad needs Python 3.11 or newer: install one, or name it with PYTHON=..." >&2; exit 1; \
+	fi
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	@touch $@
+
+.venv/.run: .venv/.uv pyproject.toml
+	$(UV) pip install --quiet --python $(BIN)/python -e .
+	@touch $@
+
+# mypy cannot follow the renaming of datasets/ in an editable install, but it can follow a link
+.venv/.dev: .venv/.uv pyproject.toml
+	$(UV) pip install --quiet --python $(BIN)/python -e '.[dev]'
+	@mkdir -p .venv/typing && ln -sfn ../../datasets .venv/typing/natgrad_datasets
+	@touch $@ .venv/.run
+
+.venv/.bench: .venv/.uv pyproject.toml
+	$(UV) pip install --quiet --python $(BIN)/python -e '.[bench]'
+	@touch $@
+
+.venv-jax/.dev: .venv/.uv pyproject.toml
+	"$(PYTHON_JAX)" -m venv --clear .venv-jax
+	$(UV) pip install --quiet --python $(BIN_JAX)/python -e '.[dev]'
+	@touch $@

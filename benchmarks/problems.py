@@ -1,0 +1,140 @@
+"""The problems that benchmarks share: networks, batches and Fisher structures, all as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+import natgrad_flax as ng
+from natgrad_flax.fisher import FisherKind
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A Fisher structure in a benchmark.
+
+    Attributes:
+      structure: the structure.
+      bias_variance: of the network on which it is measured.
+      undamped: it is measured at zero damping where the line asks for that.
+    """
+
+    structure: ng.Structure
+    bias_variance: float = 0.0
+    undamped: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A network, a batch size, a loss and a kind of Fisher: a line of the table in README.md.
+
+    Attributes:
+      title: what the table calls it.
+      widths: (M_0, ..., M_L) of the ReLU network.
+      num_samples: N.
+      loss: the loss.
+      fisher: "exact" or "mc" with one sample.
+      undamped: the structures that can do so run at zero damping.
+      targets: for each structure the ratio to reach.
+    """
+
+    title: str
+    widths: tuple[int, ...]
+    num_samples: int
+    loss: ng.Loss
+    fisher: FisherKind
+    undamped: bool
+    targets: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and its batch.
+
+    Attributes:
+      model: the network, in float32.
+      x: inputs (N, M_0), Gaussian rows of unit norm.
+      y: targets (N, M_L): one-hot for the cross-entropy, otherwise +-0.5.
+      key: for a Monte-Carlo Fisher.
+    """
+
+    model: ng.MLP
+    x: Array
+    y: Array
+    key: Array
+
+
+STRUCTURES: dict[str, Entry] = {
+    "exact": Entry(ng.Exact(), undamped=True),
+    "block-diag": Entry(ng.BlockDiagonal(), undamped=True),
+    "tri-diag": Entry(ng.BlockTriDiagonal(), undamped=True),
+    "K-FAC": Entry(ng.KFAC(), undamped=True),
+    "diagonal": Entry(ng.Diagonal()),
+    # without a bias it is the diagonal
+    "quasi-diag": Entry(ng.QuasiDiagonal(), bias_variance=0.1),
+    "unit-wise": Entry(ng.UnitWise()),
+}
+
+
+def _targets(*ratios: float) -> Mapping[str, float]:
+    return dict(zip(STRUCTURES, ratios, strict=True))
+
+
+LINES: dict[str, Line] = {
+    "mse-4096": Line(
+        "784-4096-4096-1 ReLU, N=100, MSE",
+        (784, 4096, 4096, 1),
+        100,
+        ng.MeanSquaredError(),
+        "exact",
+        True,
+        _targets(1.2, 1.2, 1.2, 1.4, 2, 2.5, 3),
+    ),
+    "xent-1024": Line(
+        "784-1024-1024-10 ReLU, N=128, cross-entropy, true Fisher",
+        (784, 1024, 1024, 10),
+        128,
+        ng.SoftmaxCrossEntropy(),
+        "exact",
+        False,
+        _targets(12, 14, 16, 10, 6, 8, 15),
+    ),
+    "xent-1024-mc": Line(
+        "the same, Monte-Carlo Fisher (1 sample)",
+        (784, 1024, 1024, 10),
+        128,
+        ng.SoftmaxCrossEntropy(),
+        "mc",
+        False,
+        _targets(2, 2.2, 2.5, 3, 3, 4, 10),
+    ),
+}
+
+
+def make_problem(line: Line, entry: Entry) -> Problem:
+    """The model and batch of a line, the same numbers at every call."""
+    inputs, labels, targets = jax.random.split(jax.random.key(SEED), 3)
+    x = jax.random.normal(inputs, (line.num_samples, line.widths[0]), jnp.float32)
+    x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
+    outputs = line.widths[-1]
+    if isinstance(line.loss, ng.SoftmaxCrossEntropy):
+        classes = jax.random.randint(labels, (line.num_samples,), 0, outputs)
+        y = jax.nn.one_hot(classes, outputs, dtype=jnp.float32)
+    else:
+        y = jax.random.bernoulli(labels, shape=(line.num_samples, outputs)) - jnp.float32(0.5)
+    model = ng.MLP(
+        line.widths,
+        activation="relu",
+        weight_variance=2.0,
+        bias_variance=entry.bias_variance,
+        param_dtype=jnp.float32,
+        rngs=nnx.Rngs(SEED),
+    )
+    return Problem(model, x, y, targets)

@@ -1,0 +1,157 @@
+"""Training curves predicted from the kernels at initialisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from natgrad_flax import Loss, MeanSquaredError, Structure
+from natgrad_flax.checks import check_learning_rate
+from ntk_analysis.coefficient import Damping, Kernels, check_theory_arguments, coefficient_pair
+from ntk_analysis.empirical import Matrix, initial_signals
+
+
+@dataclass(frozen=True, eq=False)
+class LinearisedDynamics:
+    """Outputs of the linearised network at every step, all float64.
+
+    Attributes:
+      outputs_train: f_t(x), shape (steps + 1, N, C); the first entry is the network's own output.
+      outputs_test: f_t(x'), shape (steps + 1, N', C), or None without test inputs.
+      targets_train: y, shape (N, C).
+    """
+
+    outputs_train: Matrix
+    outputs_test: Matrix | None
+    targets_train: Matrix
+
+    @property
+    def train_losses(self) -> Matrix:
+        """1/(2N) sum |f_t - y|^2 after each step, shape (steps + 1,)."""
+        return squared_losses(self.outputs_train, self.targets_train)
+
+    def test_losses(self, targets: ArrayLike) -> Matrix:
+        """1/(2N') sum |f_t(x') - y'|^2 after each step, shape (steps + 1,).
+
+        Args:
+          targets: y', shape (N', C).
+
+        Raises:
+          ValueError: there are no test outputs, or the shape is wrong.
+        """
+        if self.outputs_test is None:
+            raise ValueError("no test outputs were predicted: pass x_test to predict_dynamics")
+        return squared_losses(self.outputs_test, targets)
+
+
+def predict_dynamics(
+    structure: Structure,
+    model: nnx.Module,
+    x: ArrayLike,
+    y: ArrayLike,
+    learning_rate: float,
+    steps: int,
+    damping: Damping = 0.0,
+    x_test: ArrayLike | None = None,
+    kernels: Kernels = "empirical",
+    *,
+    loss: Loss | None = None,
+) -> LinearisedDynamics:
+    """Training of the linearised network with a fixed metric, step by step and exactly.
+
+    With the coefficient matrix at initialisation, damping included,
+    f_{t+1}(x) - y = (I - eta Theta-bar(x, x)) (f_t(x) - y) and
+    f_{t+1}(x') = f_t(x') - eta Theta-bar(x', x) (f_t(x) - y). For gradient descent these are the
+    dynamics of Karakida & Osawa (2020), Eq. 5; for an isotropic Fisher they shrink the residual by
+    1 - c per step at eta = c / alpha (Corollary 4.2).
+
+    Args:
+      structure: the Fisher approximation, or ``GradientDescent()``.
+      model: any module built of layers with signals.
+      x: training inputs, shape (N, ...).
+      y: targets, shape (N, C).
+      learning_rate: eta > 0.
+      steps: number of steps, at least 0.
+      damping: rho, added to the Fisher in the 1/N convention, or an ``ng.RelativeDamping``.
+      x_test: test inputs, shape (N', ...).
+      kernels: "empirical", those of this model.
+      loss: the mean squared error, the only one whose linearised dynamics are linear.
+
+    Raises:
+      ValueError, TypeError: bad arguments, or a structure that does not suit the network.
+    """
+    if loss is not None and not isinstance(loss, MeanSquaredError):
+        raise ValueError(
+            f"training curves are predicted for the mean squared error only, got {loss!r}"
+        )
+    check_theory_arguments(structure, damping, kernels)
+    check_learning_rate(learning_rate)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
+    signals = initial_signals(model, x, x_test)
+    targets = _targets(y, (signals.num_train, signals.num_outputs))
+    train, test = coefficient_pair(structure, signals, damping)
+    return linearised_dynamics(train, test, signals.outputs, targets, learning_rate, steps)
+
+
+def linearised_dynamics(
+    coefficient_train: Matrix,
+    coefficient_test: Matrix,
+    outputs: Matrix,
+    targets: Matrix,
+    learning_rate: float,
+    steps: int,
+) -> LinearisedDynamics:
+    """As ``predict_dynamics``, from matrices that are at hand.
+
+    Args:
+      coefficient_train: Theta-bar(x, x), shape (N C, N C).
+      coefficient_test: Theta-bar(x', x), shape (N' C, N C); N' may be 0.
+      outputs: f_0 on training, then test samples, shape (N + N', C).
+      targets: y, shape (N, C).
+      learning_rate: eta.
+      steps: number of steps.
+    """
+    n, c = targets.shape
+    inside = np.empty((steps + 1, n, c))
+    outside = np.empty((steps + 1, len(outputs) - n, c))
+    inside[0], outside[0] = outputs[:n], outputs[n:]
+    residual = (outputs[:n] - targets).reshape(-1)
+    # a learning rate above its bound diverges, in theory too
+    with np.errstate(over="ignore", invalid="ignore"):
+        for t in range(steps):
+            outside[t + 1] = outside[t] - learning_rate * (coefficient_test @ residual).reshape(
+                -1, c
+            )
+            residual = residual - learning_rate * (coefficient_train @ residual)
+            inside[t + 1] = residual.reshape(n, c) + targets
+    return LinearisedDynamics(inside, outside if len(outputs) > n else None, targets)
+
+
+def squared_losses(outputs: ArrayLike, targets: ArrayLike) -> Matrix:
+    """1/(2N) sum_n |f_t(x_n) - y_n|^2 for outputs (T, N, C) and targets (N, C), shape (T,).
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    values, wanted = np.asarray(outputs, np.float64), np.asarray(targets, np.float64)
+    if values.ndim != 3 or values.shape[1:] != wanted.shape:
+        raise ValueError(
+            f"targets must have shape {values.shape[1:]} for outputs of {values.shape}, got "
+            f"{wanted.shape}"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        result: Matrix = np.sum((values - wanted) ** 2, axis=(1, 2)) / (2 * len(wanted))
+    return result
+
+
+def _targets(y: ArrayLike, shape: tuple[int, int]) -> Matrix:
+    targets = np.asarray(y, np.float64)
+    if targets.shape != shape:
+        raise ValueError(f"y must have shape (N, C) = {shape}, got {targets.shape}")
+    if not np.isfinite(targets).all():
+        raise ValueError("y has NaN or infinite entries")
+    return targets

@@ -1,0 +1,158 @@
+"""Finite-width kernels, layer by layer, from the signals of a model.
+
+Everything here runs in float64 inside a local ``jax.enable_x64`` scope; the switch of the program
+that calls it is left as it is. Results are NumPy arrays, which are float64 outside the scope too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
+
+from natgrad_flax import Signals, jacobian_signals
+from natgrad_flax.checks import check_fits, check_inputs
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class InitialSignals:
+    """Float64 signals of a model on training and test inputs, from one pass over both.
+
+    Attributes:
+      everything: signals of the training samples followed by the test samples.
+      num_train: N.
+    """
+
+    everything: Signals
+    num_train: int
+
+    @property
+    def train(self) -> Signals:
+        """Signals of the N training samples."""
+        return _first_samples(self.everything, self.num_train)
+
+    @property
+    def num_test(self) -> int:
+        """N', 0 without test inputs."""
+        return self.everything.num_samples - self.num_train
+
+    @property
+    def num_outputs(self) -> int:
+        """C."""
+        return self.everything.outputs.shape[1]
+
+    @property
+    def outputs(self) -> Matrix:
+        """f_0 on training samples, then test samples, shape (N + N', C)."""
+        return np.asarray(self.everything.outputs)
+
+
+def initial_signals(
+    model: nnx.Module, x_train: ArrayLike, x_test: ArrayLike | None = None
+) -> InitialSignals:
+    """The float64 signals of a model, to be shared by all structures.
+
+    Args:
+      model: any module built of layers with signals; parameters of any precision.
+      x_train: inputs, shape (N, ...).
+      x_test: more inputs, shape (N', ...).
+
+    Raises:
+      ValueError, TypeError: bad inputs, or a layer without signals.
+    """
+    with jax.enable_x64(True):
+        parts = [_float64_inputs(x_train, "x_train")]
+        if x_test is not None:
+            parts.append(_float64_inputs(x_test, "x_test"))
+            if parts[0].shape[1:] != parts[1].shape[1:]:
+                raise ValueError(
+                    "x_test must have samples of the shape of x_train's, "
+                    f"{parts[0].shape[1:]}, got {parts[1].shape[1:]}"
+                )
+        inputs = jnp.concatenate(parts)
+        widths = getattr(model, "widths", None)
+        if widths is not None and inputs.shape[1:] != (widths[0],):
+            raise ValueError(
+                f"the model takes inputs of shape (N, {widths[0]}), got {parts[0].shape}"
+            )
+        signals = jacobian_signals(_in_float64(model), inputs)
+    return InitialSignals(signals, len(parts[0]))
+
+
+def empirical_layer_kernels(
+    model: nnx.Module, x1: ArrayLike, x2: ArrayLike | None = None
+) -> list[Matrix]:
+    """The tangent kernel of each layer, K_l = J_l(x1) J_l(x2)^T without 1/N.
+
+    Their sum is the empirical neural tangent kernel. Computed from layer inputs and
+    output-to-pre-activation derivatives; no Jacobian is built.
+
+    Args:
+      model: any module built of layers with signals, L in number.
+      x1: inputs, shape (N1, ...).
+      x2: inputs, shape (N2, ...); x1 by default.
+
+    Returns:
+      L float64 arrays (N1 C, N2 C) in forward order; rows and columns run over samples, then over
+      outputs.
+
+    Raises:
+      ValueError, TypeError: bad inputs, a layer without signals, or kernels that cannot fit in
+        memory.
+    """
+    signals = initial_signals(model, x1, x2)
+    size = signals.everything.size
+    with jax.enable_x64(True):
+        check_fits(size, 8, "the kernel of a layer")
+        first = signals.train
+        if x2 is None:
+            return [np.asarray(layer.gram()) for layer in first.layers]
+        second = _last_samples(signals.everything, signals.num_train)
+        return [
+            np.asarray(left.gram(right))
+            for left, right in zip(first.layers, second.layers, strict=True)
+        ]
+
+
+def _first_samples(signals: Signals, count: int) -> Signals:
+    layers = tuple(
+        dataclasses.replace(
+            layer, inputs=layer.inputs[:count], derivatives=layer.derivatives[:count]
+        )
+        for layer in signals.layers
+    )
+    return Signals(layers, signals.outputs[:count])
+
+
+def _last_samples(signals: Signals, start: int) -> Signals:
+    layers = tuple(
+        dataclasses.replace(
+            layer, inputs=layer.inputs[start:], derivatives=layer.derivatives[start:]
+        )
+        for layer in signals.layers
+    )
+    return Signals(layers, signals.outputs[start:])
+
+
+def _in_float64(model: nnx.Module) -> nnx.Module:
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(cast, state))
+
+
+def _float64_inputs(x: ArrayLike, name: str) -> jax.Array:
+    try:
+        return check_inputs(x).astype(jnp.float64)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from None

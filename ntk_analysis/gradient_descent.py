@@ -1,0 +1,64 @@
+"""Plain gradient descent as the structure G = I, so that theory treats it like the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from natgrad_flax import Residual, Signals, Structure
+from natgrad_flax.damping import is_zero
+from natgrad_flax.signals import LayerUpdate
+from natgrad_flax.structures import Geometry
+
+
+@dataclass(frozen=True)
+class GradientDescent(Structure):
+    """G = I: gradient descent; its coefficient matrix is the neural tangent kernel itself.
+
+    Theta(x', x) = J(x') J(x)^T / N (Karakida & Osawa 2020, Eq. 4). It is not isotropic; the best
+    constant learning rate of the linearised network is 1 / lambda_max(Theta).
+    """
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """J^T r / N, the gradient."""
+        updates = []
+        for index, layer in enumerate(signals.layers):
+            update = layer.pull_back(residual.direction(layer, index))
+            updates.append(jax.tree.map(lambda leaf: leaf / signals.num_samples, update))
+        return tuple(updates)
+
+    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
+        """Theta(x', x) = K(x', x) / N, shape (N' C, N S)."""
+        return test.gram(train) / train.num_samples
+
+    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
+        """The identity, shape (P, P)."""
+        return jnp.eye(signals.num_params, dtype=signals.outputs.dtype)
+
+    def damping_scale(self, signals: Signals) -> Array:
+        """Raises ValueError: there is no Fisher to damp."""
+        raise ValueError(_NO_DAMPING)
+
+    def alpha(self, geometry: Geometry) -> float:
+        """Raises ValueError: not isotropic."""
+        raise ValueError(
+            "gradient descent is not isotropic, so sizes alone give no learning rate; "
+            "use 1 / lambda_max of its coefficient matrix"
+        )
+
+    def failed_conditions(self, geometry: Geometry) -> list[str]:
+        """None: nothing is assumed."""
+        return []
+
+    def check(self, signals: Signals, damping: object) -> None:
+        """Raises ValueError on a damping other than 0."""
+        if not is_zero(damping):
+            raise ValueError(_NO_DAMPING)
+
+
+_NO_DAMPING = "gradient descent inverts no Fisher, so it takes no damping: pass damping=0"

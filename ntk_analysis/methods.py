@@ -1,0 +1,168 @@
+"""The training methods of an experiment: a structure, its damping and its learning rate."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import numpy as np
+from flax import nnx
+
+from natgrad_flax import (
+    KFAC,
+    BlockDiagonal,
+    BlockTriDiagonal,
+    Diagonal,
+    Exact,
+    QuasiDiagonal,
+    RelativeDamping,
+    Structure,
+    UnitWise,
+    optimal_learning_rate,
+)
+from ntk_analysis.coefficient import Damping
+from ntk_analysis.empirical import Matrix
+from ntk_analysis.gradient_descent import GradientDescent
+
+STRUCTURES: dict[str, Structure] = {
+    "gd": GradientDescent(),
+    "exact": Exact(),
+    "block-diagonal": BlockDiagonal(),
+    "block-tri-diagonal": BlockTriDiagonal(),
+    "kfac": KFAC(),
+    "unit-wise": UnitWise(),
+    "diagonal": Diagonal(),
+    "quasi-diagonal": QuasiDiagonal(),
+}
+"""Structures by the name that the command line gives them."""
+
+# an undamped unit divides by derivatives that can be arbitrarily small (science: KO-Thm5.1); so
+# does an undamped entry, whose network then leaves its linearisation in the first steps
+_DEFAULT_DAMPING = {
+    "unit-wise": RelativeDamping(1e-3),
+    "diagonal": RelativeDamping(1e-3),
+    "quasi-diagonal": RelativeDamping(1e-3),
+}
+_DEFAULT_SMALL_RATES = (0.25, 0.5)
+_ALIASES = {"gradient-descent": "gd", "k-fac": "kfac", "block-tridiagonal": "block-tri-diagonal"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One curve.
+
+    Attributes:
+      name: of the structure, a key of ``STRUCTURES``.
+      factor: c, by which the theoretical learning rate is multiplied.
+      damping: rho in the 1/N convention, or an ``ng.RelativeDamping``.
+    """
+
+    name: str
+    factor: float
+    damping: Damping
+
+    @property
+    def structure(self) -> Structure:
+        """The Fisher approximation, or gradient descent."""
+        return STRUCTURES[self.name]
+
+    @property
+    def identifier(self) -> str:
+        """Unique among the methods of one experiment."""
+        return self.name if self.factor == 1 else f"{self.name} c={self.factor:g}"
+
+    @property
+    def damping_text(self) -> str:
+        """The damping in words."""
+        if isinstance(self.damping, RelativeDamping):
+            return f"relative {self.damping.ratio:g}"
+        return f"{self.damping:g}"
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """A learning rate and where it comes from.
+
+    Attributes:
+      value: eta, with the factor c.
+      rule: "1/alpha" or "1/lambda_max" (of the coefficient matrix), before the factor.
+      note: why the rule is not 1/alpha, or "".
+    """
+
+    value: float
+    rule: str
+    note: str
+
+
+def find_structure(name: str) -> str:
+    """The official name of a structure; case and underscores do not matter.
+
+    Raises:
+      ValueError: unknown; the message offers the nearest name.
+    """
+    wanted = name.strip().lower().replace("_", "-")
+    wanted = _ALIASES.get(wanted, wanted)
+    if wanted in STRUCTURES:
+        return wanted
+    near = difflib.get_close_matches(wanted, STRUCTURES, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown structure {name!r}; {hint}known are {', '.join(STRUCTURES)}")
+
+
+def select_methods(
+    structures: tuple[str, ...] | None, scale: float, damping: Damping | None
+) -> tuple[Method, ...]:
+    """The methods of an experiment.
+
+    Args:
+      structures: official names; all by default, and then the block-diagonal structure at smaller
+        learning rates too.
+      scale: multiplies every learning rate.
+      damping: for every structure but gradient descent; by default 0, or a small relative one
+        where training needs it.
+    """
+
+    def method(name: str, factor: float) -> Method:
+        rho = _DEFAULT_DAMPING.get(name, 0.0) if damping is None else damping
+        return Method(name, factor * scale, 0.0 if name == "gd" else rho)
+
+    chosen = []
+    for name in structures or STRUCTURES:
+        chosen.append(method(name, 1.0))
+        if structures is None and name == "block-diagonal":
+            chosen.extend(method(name, factor) for factor in _DEFAULT_SMALL_RATES)
+    return tuple(chosen)
+
+
+def theoretical_learning_rate(
+    method: Method, model: nnx.Module, num_samples: int, coefficient: Matrix
+) -> LearningRate:
+    """c / alpha where the structure is isotropic, else c / lambda_max (Corollary 4.2, Section 2).
+
+    Args:
+      method: the method.
+      model: the network.
+      num_samples: N.
+      coefficient: Theta-bar(x, x) of the method, shape (N C, N C).
+    """
+    largest = spectrum(coefficient)[1]
+    try:
+        rate = optimal_learning_rate(method.structure, model, num_samples)
+    except ValueError as error:
+        entry_wise = method.name in ("gd", "diagonal", "quasi-diagonal")
+        return LearningRate(
+            method.factor / largest, "1/lambda_max", "" if entry_wise else str(error)
+        )
+    if rate * largest > 2:
+        note = (
+            f"at 1 / alpha = {rate:.3g} the linearised network would diverge, since lambda_max of "
+            f"the coefficient matrix is {largest:.3g}; 1 / lambda_max is used"
+        )
+        return LearningRate(method.factor / largest, "1/lambda_max", note)
+    return LearningRate(method.factor * rate, "1/alpha", "")
+
+
+def spectrum(coefficient: Matrix) -> tuple[float, float]:
+    """The smallest and the largest real part of the eigenvalues of a coefficient matrix."""
+    values = np.linalg.eigvals(coefficient).real
+    return float(values.min()), float(values.max())

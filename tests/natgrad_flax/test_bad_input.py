@@ -1,0 +1,203 @@
+"""Bad input: one clear error each, before any work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import natgrad_flax as ng
+from natgrad_flax import checks
+
+MODEL = ng.MLP((5, 8, 8, 2), rngs=nnx.Rngs(0))
+X = jax.random.normal(jax.random.key(0), (4, 5))
+Y = jnp.eye(2)[jnp.asarray([0, 1, 0, 1])]
+BROKEN = ng.MLP((5, 8, 2), rngs=nnx.Rngs(0))
+BROKEN.layers[0].kernel[...] = BROKEN.layers[0].kernel[...].at[0, 0].set(jnp.nan)
+GOOD = {"structure": ng.Exact(), "loss": ng.MeanSquaredError(), "damping": 0.1}
+
+CASES = {
+    "inputs of another width": ({"x": X[:, :4]}, ValueError, r"inputs of shape \(N, 5\)"),
+    "one sample without its axis": ({"x": X[0]}, ValueError, r"\(N, features\)"),
+    "empty batch": ({"x": X[:0], "y": Y[:0]}, ValueError, "batch is empty"),
+    "integer inputs": ({"x": jnp.ones((4, 5), int)}, TypeError, "floating"),
+    "NaN in the inputs": ({"x": X.at[1, 2].set(jnp.nan)}, ValueError, "x has 1 NaN or infinite"),
+    "infinity in the targets": ({"y": Y.at[0, 0].set(jnp.inf)}, ValueError, "y has 1 NaN"),
+    "NaN in the parameters": ({"model": BROKEN}, ValueError, "parameters at .*kernel.* has 1 NaN"),
+    "class numbers": ({"y": jnp.asarray([0, 1, 0, 1])}, ValueError, "one-hot"),
+    "integer targets": ({"y": jnp.ones((4, 2), int)}, TypeError, "one_hot"),
+    "another number of outputs": ({"y": Y[:, :1]}, ValueError, "2 outputs"),
+    "another number of targets": ({"y": Y[:3]}, ValueError, "N = 4"),
+    "probabilities that do not sum to 1": (
+        {"y": Y * 0.7, "loss": ng.SoftmaxCrossEntropy()},
+        ValueError,
+        "sum to 1",
+    ),
+    "labels of both signs": (
+        {"y": Y - 0.5, "loss": ng.SoftmaxCrossEntropy()},
+        ValueError,
+        "probabilities",
+    ),
+    "unknown structure": ({"structure": "kfac"}, TypeError, r"ng.KFAC\(\)"),
+    "structure class": ({"structure": ng.KFAC}, TypeError, r"write KFAC\(\)"),
+    "unknown loss": ({"loss": "mse"}, TypeError, "ng.MeanSquaredError"),
+    "unknown Fisher": ({"fisher": "true"}, ValueError, "exact, mc, empirical"),
+    "negative damping": ({"damping": -1e-3}, ValueError, "damping must be 0 or positive"),
+    "NaN damping": ({"damping": float("nan")}, ValueError, "damping must be 0 or positive"),
+    "damping of another type": ({"damping": "auto"}, TypeError, "damping must be a number"),
+    "schedule outside the optimizer": ({"damping": lambda t: 0.1}, TypeError, "schedule"),
+    "adaptive damping outside the optimizer": (
+        {"damping": ng.LevenbergMarquardt()},
+        TypeError,
+        "natural_gradient_descent",
+    ),
+    "Monte-Carlo without a key": ({"fisher": "mc"}, ValueError, "key="),
+    "undamped Monte-Carlo": (
+        {"fisher": "mc", "damping": 0.0, "key": jax.random.key(0)},
+        ValueError,
+        "positive damping",
+    ),
+    "no samples to draw": ({"mc_samples": 0}, ValueError, "mc_samples"),
+    "sigma of another depth": (
+        {"structure": ng.LayerWise(np.eye(2))},
+        ValueError,
+        "2 x 2 but the network has 3 layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_natural_gradient(name):
+    changes, error, message = CASES[name]
+    arguments = {"model": MODEL, "x": X, "y": Y, **GOOD, **changes}
+    with pytest.raises(error, match=message):
+        ng.natural_gradient(
+            arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments
+        )
+
+
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [
+        (np.ones((3, 3)), "singular"),
+        ([[1.0, 2.0], [0.0, 1.0]], "symmetric"),
+        (np.ones((2, 3)), "square"),
+        ([[np.nan, 0.0], [0.0, 1.0]], "NaN"),
+    ],
+)
+def test_sigma(sigma, message):
+    with pytest.raises(ValueError, match=message):
+        ng.LayerWise(sigma)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"widths": (5,)}, "at least two positive integers"),
+        ({"widths": (5, 0, 1)}, "at least two positive integers"),
+        ({"widths": (5, 2.5, 1)}, "at least two positive integers"),
+        ({"activation": "rleu"}, "unknown activation 'rleu'.*Did you mean 'relu'"),
+        ({"weight_variance": 0.0}, "weight_variance"),
+        ({"bias_variance": -1.0}, "bias_variance"),
+        ({"bias_variance": float("nan")}, "bias_variance"),
+    ],
+)
+def test_models(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ng.MLP(**{"widths": (5, 4, 1), "rngs": nnx.Rngs(0), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("structure", "widths", "message"),
+    [
+        (ng.BlockDiagonal(), (784, 64, 64, 1), r"layer 3 \(the last\) has 64 inputs for 100"),
+        (ng.BlockTriDiagonal(), (784, 64, 64, 1), "layer 3"),
+        (ng.KFAC(), (784, 200, 99, 1), "layer 2 has 99 units for N C = 100"),
+        (ng.UnitWise(), (64, 200, 200, 1), "layer 1 has 64 inputs for 100 samples"),
+        (ng.Exact(), (3, 4, 1), "16 parameters for N C = 100"),
+        (ng.Diagonal(), (784, 200, 200, 1), "not isotropic at any width"),
+        (ng.QuasiDiagonal(), (784, 200, 200, 1), "not isotropic at any width"),
+    ],
+)
+def test_optimal_learning_rate_names_the_failed_condition(structure, widths, message):
+    model = ng.MLP(widths, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        ng.optimal_learning_rate(structure, model, 100)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, None])
+def test_optimal_learning_rate_needs_a_number_of_samples(count):
+    with pytest.raises(ValueError, match="num_samples"):
+        ng.optimal_learning_rate(ng.Exact(), MODEL, count)
+
+
+def test_too_few_units_for_an_undamped_coupling():
+    x = jax.random.normal(jax.random.key(0), (30, 40))
+    model = ng.MLP((40, 20, 20, 1), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"full row rank: layer 3 .* has 20 inputs for 30 samples"):
+        ng.natural_gradient(
+            model, x, jnp.ones((30, 1)), structure=ng.BlockTriDiagonal(), loss=GOOD["loss"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        (ng.Exact(), r"that Exact solves is 400000 x 400000: .* needs 1,192.1 GiB"),
+        (ng.Exact(space="parameter"), "726000 x 726000"),
+        (ng.BlockDiagonal(), "400000 x 400000"),
+        (ng.BlockTriDiagonal(space="sample"), "1200000 x 1200000"),
+    ],
+)
+def test_arrays_that_cannot_fit(structure, message, monkeypatch):
+    monkeypatch.setattr(checks, "available_memory", lambda: 24 * 2**30)
+    model = ng.MLP((600, 600, 600, 10), rngs=nnx.Rngs(0))
+    x = jnp.ones((40_000, 600), jnp.float32)
+    y = jnp.ones((40_000, 10), jnp.float32)
+    with pytest.raises(ValueError, match=message):
+        ng.natural_gradient(model, x, y, structure=structure, loss=GOOD["loss"], damping=0.1)
+
+
+def test_model_that_returns_another_shape():
+    class Odd(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    with pytest.raises(ValueError, match=r"returns \(4, 3\), but y has shape \(4, 2\)"):
+        ng.natural_gradient(Odd(), X, Y, **GOOD)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("inf")])
+def test_relative_damping(ratio):
+    with pytest.raises(ValueError, match="RelativeDamping"):
+        ng.RelativeDamping(ratio)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"initial": 0.0}, {"increase": 0.9}, {"decrease": 1.1}, {"lower": 0.8}]
+)
+def test_levenberg_marquardt(changes):
+    with pytest.raises(ValueError, match="LevenbergMarquardt"):
+        ng.LevenbergMarquardt(**changes)
+
+
+@pytest.mark.parametrize("field", ["last_layer", "split", "first_layer"])
+def test_kfac_options(field):
+    with pytest.raises(ValueError, match=field):
+        ng.KFAC(**{field: "other"})
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_learning_rate(rate):
+    with pytest.raises(ValueError, match="learning_rate"):
+        ng.natural_gradient_descent(rate, **GOOD)
+
+
+def test_optimizer_without_the_batch():
+    tx = ng.natural_gradient_descent(1.0, **GOOD)
+    params = nnx.as_pure(nnx.state(MODEL, nnx.Param))
+    with pytest.raises(ValueError, match="pass module=model, x=x, y=y"):
+        tx.update(params, tx.init(params), params)

@@ -34,7 +34,8 @@ def solve_scaled_gram(
         scale: d, broadcastable to (N, M); zeros allowed (then ``v = b / e`` in that row).
         shift: e >= 0, broadcastable to (N, M).
         rhs: b, (N, M).
-        chunk_size: Units solved at once (default 256 on CPU, 1024 elsewhere).
+        chunk_size: Units solved at once (default 64 on CPU, where a chunk should stay in the
+            cache, and 1024 elsewhere).
 
     Returns:
         v, (N, M). NaN for units whose matrix is not numerically positive definite.
@@ -51,7 +52,7 @@ def solve_scaled_gram(
         shape, size_n, solve = (size,), n, _solve_chunk_lapack
     else:
         lanes = min(_LANES, m, chunk_size or m)
-        groups = max(1, min(chunk_size or 256, m) // lanes)
+        groups = max(1, min(chunk_size or 64, m) // lanes)
         size, shape, solve = groups * lanes, (groups, lanes), _solve_chunk_cpu
         blocks = min(_MAX_BLOCKS, -(-n // _MIN_BLOCK))
         size_n = -(-n // blocks) * blocks

@@ -21,7 +21,8 @@ from jax import Array
 from natgrad_flax.layers import Dense
 from natgrad_flax.signals import DenseSignals, Signals
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]
+"""Where a layer stands in a model: names of attributes and numbers in lists."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def layer_paths(model: nnx.Module) -> dict[Path, nnx.Module]:
       TypeError: a module that owns parameters or batch statistics has no signals.
     """
     found: dict[Path, nnx.Module] = {}
-    for path, module in nnx.iter_modules(model):
+    for path, module in _modules(model):
         if type(module) in LAYER_KINDS:
             found[path] = module
             continue
@@ -83,6 +84,10 @@ def layer_paths(model: nnx.Module) -> dict[Path, nnx.Module]:
     if not found:
         raise TypeError(f"{type(model).__name__} has no layer with signals (Dense, nnx.Linear)")
     return found
+
+
+def _modules(model: nnx.Module) -> list[tuple[Path, nnx.Module]]:
+    return [(tuple(path), module) for path, module in nnx.iter_modules(model)]
 
 
 def _dig(state: Any, path: Path) -> Any:
@@ -112,7 +117,7 @@ def linearise(model: nnx.Module, x: Array) -> tuple[Array, Callable[[Array], Sig
     def forward(perturbations: Any) -> tuple[Array, tuple[Any, Any]]:
         # the merge makes a copy, whose classes may be changed
         copy = nnx.merge(graphdef, state)
-        for path, layer in list(nnx.iter_modules(copy)):
+        for path, layer in _modules(copy):
             if path in kinds:
                 layer.__class__ = _tapped(type(layer))
                 names[id(layer)] = path
@@ -128,7 +133,9 @@ def linearise(model: nnx.Module, x: Array) -> tuple[Array, Callable[[Array], Sig
         order = [names[call] for call in calls]
         _check_calls(layers, order, sown, shape, x.shape[0])
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), perturbed)
-        outputs, backward, (_, intermediates) = jax.vjp(forward, zeros, has_aux=True)
+        outputs, backward, (_, intermediates) = jax.vjp(  # type: ignore[misc]
+            forward, zeros, has_aux=True
+        )
     finally:
         _CALLED.reset(token)
 

@@ -108,8 +108,8 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, A
         )
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(
-            f"y must be floating targets of shape (N, C), got dtype {y.dtype}; class numbers become "
-            "targets by jax.nn.one_hot"
+            f"y must be floating targets of shape (N, C), got dtype {y.dtype}; class numbers "
+            "become targets by jax.nn.one_hot"
         )
     widths = getattr(model, "widths", None)
     if widths is not None and (x.ndim != 2 or x.shape[1] != widths[0]):

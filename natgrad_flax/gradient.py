@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.activations import ACTIVATIONS
-from natgrad_flax.capture import jacobian_signals, layer_paths
+from natgrad_flax.capture import Path, jacobian_signals, layer_paths
 from natgrad_flax.checks import (
     check_batch,
     check_damping,
@@ -20,6 +20,7 @@ from natgrad_flax.checks import (
     check_inputs,
     check_settings,
     check_structure,
+    is_concrete,
 )
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.fisher import FisherKind, fisher_signals
@@ -72,7 +73,11 @@ def natural_gradient(
         raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
     x, y = check_batch(model, x, y, loss)
     prepare(structure, model, x, y, loss, fisher, mc_samples, damping)
-    static = damping if isinstance(damping, (int, RelativeDamping)) or damping == 0 else None
+    static: float | RelativeDamping | None = None
+    if isinstance(damping, RelativeDamping):
+        static = damping
+    elif is_concrete(damping) and np.ndim(damping) == 0 and damping == 0:
+        static = 0.0
     graphdef, state = nnx.split(model)
     updates = _compiled(
         state,
@@ -101,19 +106,21 @@ def compute(
     fisher: FisherKind,
     key: Array | None,
     mc_samples: int,
-) -> tuple[dict[tuple[str | int, ...], LayerUpdate], Signals, Residual]:
+) -> tuple[dict[Path, LayerUpdate], Signals, Residual]:
     """The natural gradient by path of the layer, without checks; to be traced."""
     signals, residual = fisher_signals(
         model, x, y, loss=loss, fisher=fisher, key=key, num_samples=mc_samples
     )
-    rho: Array | float
-    if isinstance(damping, RelativeDamping):
-        rho = damping.ratio * structure.damping_scale(signals)
-    else:
-        rho = damping
-    solved = structure.solve(signals, residual, rho)
+    solved = structure.solve(signals, residual, resolve_damping(structure, signals, damping))
     paths = [layer.path for layer in signals.layers]
     return dict(zip(paths, solved, strict=True)), signals, residual
+
+
+def resolve_damping(structure: Structure, signals: Signals, damping: Damping) -> Array | float:
+    """The damping in the 1/N convention; a relative one is scaled by the structure's Gram."""
+    if isinstance(damping, RelativeDamping):
+        return damping.ratio * structure.damping_scale(signals)
+    return damping
 
 
 @partial(
@@ -133,7 +140,7 @@ def _compiled(
     fisher: FisherKind,
     mc_samples: int,
     static_damping: float | RelativeDamping | None,
-) -> dict[tuple[str | int, ...], LayerUpdate]:
+) -> dict[Path, LayerUpdate]:
     chosen = static_damping if damping is None else damping
     assert chosen is not None
     return compute(
@@ -151,7 +158,14 @@ def _compiled(
 
 @partial(jax.jit, static_argnames=("graphdef", "loss", "fisher", "mc_samples"))
 def _signals(
-    state: Any, x: Array, y: Array, *, graphdef: Any, loss: Loss, fisher: FisherKind, mc_samples: int
+    state: Any,
+    x: Array,
+    y: Array,
+    *,
+    graphdef: Any,
+    loss: Loss,
+    fisher: FisherKind,
+    mc_samples: int,
 ) -> Signals:
     return fisher_signals(
         nnx.merge(graphdef, state),
@@ -164,22 +178,27 @@ def _signals(
     )[0]
 
 
-def as_state(params: Any, updates: dict[tuple[str | int, ...], LayerUpdate]) -> Any:
+def as_state(params: Any, updates: dict[Path, LayerUpdate]) -> Any:
     """Updates by path in the tree of the parameters, with their dtypes."""
-    flat = {
-        (*path, name): leaf for path, layer in updates.items() for name, leaf in layer.items()
-    }
+    flat = {(*path, name): leaf for path, layer in updates.items() for name, leaf in layer.items()}
 
     def pick(path: tuple[Any, ...], leaf: Any) -> Any:
-        keys = tuple(
-            getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None)))
-            for entry in path
-        )
-        # a Variable adds a last key of its own
-        found = flat[keys] if keys in flat else flat[keys[:-1]]
-        return found.astype(leaf.dtype)
+        return flat[leaf_names(path)].astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(pick, params)
+
+
+def leaf_names(path: tuple[Any, ...]) -> Path:
+    """The path of a parameter in a pytree, whether its leaves are Variables or plain arrays."""
+    names: list[str | int] = []
+    for entry in path:
+        if isinstance(entry, jax.tree_util.DictKey | jax.tree_util.FlattenedIndexKey):
+            names.append(entry.key)
+        elif isinstance(entry, jax.tree_util.SequenceKey):
+            names.append(entry.idx)
+        elif entry.name != "value":
+            names.append(entry.name)
+    return tuple(names)
 
 
 def prepare(
@@ -220,7 +239,7 @@ def model_geometry(model: nnx.Module, num_samples: int) -> Geometry:
     return Geometry(tuple(layers), num_samples, layers[-1][1], fraction)
 
 
-def _sort_key(path: tuple[str | int, ...]) -> tuple[tuple[int, int, str], ...]:
+def _sort_key(path: Path) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, p, "") if isinstance(p, int) else (1, 0, p) for p in path)
 
 
@@ -230,7 +249,7 @@ def optimal_learning_rate(
     num_samples: int | None = None,
     *,
     x: Array | None = None,
-    damping: float = 0.0,
+    damping: Damping = 0.0,
 ) -> float:
     """1 / alpha, which makes the linearised network converge in one step (Corollary 4.2).
 
@@ -248,10 +267,13 @@ def optimal_learning_rate(
     """
     check_structure(structure)
     check_damping(damping)
+    if callable(damping) or isinstance(damping, LevenbergMarquardt):
+        raise TypeError("a learning rate needs one damping: a number or an ng.RelativeDamping")
     if x is not None:
         x = check_inputs(x)
         signals = jacobian_signals(model, x)
-        matrix = np.asarray(structure.coefficient(signals, signals, damping))
+        rho = resolve_damping(structure, signals, damping)
+        matrix = np.asarray(structure.coefficient(signals, signals, rho))
         return float(1 / np.linalg.eigvals(matrix).real.max())
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}")

@@ -44,7 +44,9 @@ class Dense(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         if in_features < 1 or out_features < 1:
-            raise ValueError(f"a layer needs sizes of at least 1, got {in_features} -> {out_features}")
+            raise ValueError(
+                f"a layer needs sizes of at least 1, got {in_features} -> {out_features}"
+            )
         if not (math.isfinite(weight_variance) and weight_variance > 0):
             raise ValueError(f"weight_variance must be positive and finite, got {weight_variance}")
         if not (math.isfinite(bias_variance) and bias_variance >= 0):

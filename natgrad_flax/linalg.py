@@ -16,9 +16,7 @@ from jax.lax import linalg as lax_linalg
 def _cholesky_solve(factor: Array, rhs: Array) -> Array:
     columns = rhs[:, None] if rhs.ndim == 1 else rhs
     half = lax_linalg.triangular_solve(factor, columns, left_side=True, lower=True)
-    full = lax_linalg.triangular_solve(
-        factor, half, left_side=True, lower=True, transpose_a=True
-    )
+    full = lax_linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
     return full.reshape(rhs.shape)
 
 
@@ -47,21 +45,47 @@ def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
       matrix^{-1} rhs, or matrix^+ rhs (n^3 x 10 flops more) where it has no full rank.
     """
     factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
-    diagonal = jnp.diagonal(matrix)
-    pivots = jnp.diagonal(factor) ** 2
-    threshold = 0.0 if shifted else matrix.shape[0] * jnp.finfo(matrix.dtype).eps
-    full_rank = jnp.all(pivots > threshold * diagonal)
     return jax.lax.cond(
-        full_rank,
+        _is_full_rank(matrix, factor, shifted),
         lambda: _cholesky_solve(factor, rhs),
         lambda: pinv_solve(matrix, rhs),
     )
 
 
+def _is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
+    threshold = 0.0 if shifted else matrix.shape[0] * jnp.finfo(matrix.dtype).eps
+    return jnp.all(jnp.diagonal(factor) ** 2 > threshold * jnp.diagonal(matrix))
+
+
 def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
-    """The inverse, or pseudo-inverse, of an (n, n) matrix; see ``solve_psd``."""
+    """The inverse, or pseudo-inverse, of an (n, n) matrix; the arguments are ``solve_psd``'s."""
+    factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
     eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-    return solve_psd(matrix, eye, shifted=shifted)
+
+    def from_factor() -> Array:
+        lower = _inverse_lower(factor)
+        return symmetric_product(lower.T)
+
+    return jax.lax.cond(
+        _is_full_rank(matrix, factor, shifted), from_factor, lambda: pinv_solve(matrix, eye)
+    )
+
+
+def _inverse_lower(factor: Array) -> Array:
+    """The inverse of a lower triangular matrix by halves.
+
+    Nearly all of it is matrix products, which use every core; triangular solves with many
+    right-hand sides do not.
+    """
+    n = factor.shape[0]
+    if n <= 160:
+        eye = jnp.eye(n, dtype=factor.dtype)
+        return lax_linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+    half = n // 2
+    first, second = _inverse_lower(factor[:half, :half]), _inverse_lower(factor[half:, half:])
+    corner = -(second @ factor[half:, :half]) @ first
+    top = jnp.pad(first, ((0, 0), (0, n - half)))
+    return jnp.concatenate([top, jnp.concatenate([corner, second], axis=1)])
 
 
 def add_diagonal(matrix: Array, value: Array | float) -> Array:
@@ -73,3 +97,18 @@ def add_diagonal(matrix: Array, value: Array | float) -> Array:
 def lu_solve(matrix: Array, rhs: Array) -> Array:
     """Solves a general (n, n) system with rhs (n,) or (n, k) by LU with partial pivoting."""
     return jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(matrix), rhs)
+
+
+def symmetric_product(x: Array, halvings: int = 2) -> Array:
+    """x x^T for x (n, m), with the blocks above the diagonal mirrored where n is large.
+
+    XLA has no symmetric rank-k product; two halvings do 5/8 of the full product's work.
+    """
+    n = x.shape[0]
+    if halvings == 0 or n < 512:
+        return x @ x.T
+    upper, lower = x[: n // 2], x[n // 2 :]
+    corner = lower @ upper.T
+    top = jnp.concatenate([symmetric_product(upper, halvings - 1), corner.T], axis=1)
+    bottom = jnp.concatenate([corner, symmetric_product(lower, halvings - 1)], axis=1)
+    return jnp.concatenate([top, bottom])

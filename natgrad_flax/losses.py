@@ -184,8 +184,8 @@ class SoftmaxCrossEntropy(Loss):
         """
         if targets.shape[1] < 2:
             raise ValueError(
-                f"softmax cross-entropy needs C >= 2 outputs, got targets of shape {targets.shape}; "
-                "use two one-hot columns for a binary problem"
+                f"softmax cross-entropy needs C >= 2 outputs, got targets of {targets.shape}; use "
+                "two one-hot columns for a binary problem"
             )
         sums = targets.sum(axis=1)
         if targets.min() < 0 or np.abs(sums - 1).max() > 1e-3:

@@ -13,7 +13,7 @@ from jax import Array
 from natgrad_flax.checks import check_batch, check_learning_rate, check_settings
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.fisher import FisherKind
-from natgrad_flax.gradient import as_state, compute, prepare
+from natgrad_flax.gradient import as_state, compute, leaf_names, prepare
 from natgrad_flax.losses import Loss
 from natgrad_flax.structures import Structure
 
@@ -21,7 +21,7 @@ from natgrad_flax.structures import Structure
 class NaturalGradientState(NamedTuple):
     """State of ``natural_gradient_descent``."""
 
-    count: Array  # shape=(), dtype=int32; steps taken
+    steps: Array  # shape=(), dtype=int32; steps taken
     damping: Array  # shape=(), dtype=float32; the damping of the next step, adaptive or not
     key: Array  # a jax.random key; draws the targets of a Monte-Carlo Fisher
 
@@ -95,7 +95,7 @@ def natural_gradient_descent(
         if adaptive:
             rho = state.damping
         elif callable(damping):
-            rho = damping(state.count)
+            rho = damping(state.steps)
         prepare(structure, module, x, y, loss, fisher, mc_samples, rho)
         key, draw = jax.random.split(state.key)
         solved, signals, residual = compute(
@@ -109,7 +109,7 @@ def natural_gradient_descent(
             key=draw,
             mc_samples=mc_samples,
         )
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         direction = as_state(updates, solved)
         step = jax.tree.map(lambda leaf: (-rate * leaf).astype(leaf.dtype), direction)
         next_damping = state.damping
@@ -121,7 +121,7 @@ def natural_gradient_descent(
             next_damping = adaptive.adapt(state.damping, actual, predicted)
         elif callable(damping):
             next_damping = jnp.asarray(rho, jnp.float32)
-        return step, NaturalGradientState(state.count + 1, next_damping, key)
+        return step, NaturalGradientState(state.steps + 1, next_damping, key)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -140,13 +140,10 @@ def _slope(signals: Any, residual: Any, solved: dict[Any, Any]) -> Array:
 def _moved(model: nnx.Module, step: Any) -> nnx.Module:
     """A copy of the model one step further."""
     graphdef, state = nnx.split(model)
-    leaves = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(step)}
-    moved = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf + leaves[_names(path)] if _names(path) in leaves else leaf, state
-    )
-    return nnx.merge(graphdef, moved)
+    leaves = {leaf_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(step)}
 
+    def move(path: tuple[Any, ...], leaf: Array) -> Array:
+        name = leaf_names(path)
+        return leaf + leaves[name] if name in leaves else leaf
 
-def _names(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    keys = (getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None))) for entry in path)
-    return tuple(key for key in keys if key != "value")
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(move, state))

@@ -8,14 +8,16 @@ size of a Jacobian is ever built: Gram matrices, products and updates are formul
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from natgrad_flax.linalg import symmetric_product
 
 LayerUpdate = dict[str, Array]
 """Parameters of one layer, or a step in them: ``kernel`` (K, M) and, with a bias, ``bias`` (M,)."""
@@ -139,9 +141,7 @@ class DenseSignals:
         return update
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["layers", "outputs"], meta_fields=[]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["layers", "outputs"], meta_fields=[])
 @dataclass(frozen=True)
 class Signals:
     """Signals of every layer of a network on one batch, in forward order.
@@ -195,7 +195,7 @@ class Signals:
 
     def unravel(self, vector: Array) -> tuple[LayerUpdate, ...]:
         """A vector (P,) in the column order of ``to_dense`` as one update a layer."""
-        ends = [sum(layer.num_params for layer in self.layers[:i + 1]) for i in range(len(self.layers))]
+        ends = np.cumsum([layer.num_params for layer in self.layers])
         parts = jnp.split(vector, ends[:-1])
         return tuple(a.unravel(b) for a, b in zip(self.layers, parts, strict=True))
 
@@ -234,22 +234,3 @@ def expand_samples(gram: Array, rows: int, columns: int) -> Array:
     n, m = gram.shape
     blown = jnp.broadcast_to(gram[:, None, :, None], (n, rows, m, columns))
     return blown.reshape(n * rows, m * columns)
-
-
-def symmetric_product(x: Array, blocks: int = 4, threshold: int = 512) -> Array:
-    """x x^T for x (n, m), multiplying only the lower blocks where n is large.
-
-    XLA has no symmetric rank-k product; b blocks do (b + 1) / (2 b) of the full product's work.
-    """
-    n = x.shape[0]
-    if n < threshold:
-        return x @ x.T
-    step = math.ceil(n / blocks)
-    strips = []
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        strip = x[start:stop] @ x[:stop].T
-        strips.append(jnp.pad(strip, ((0, 0), (0, n - stop))))
-    lower = jnp.concatenate(strips)
-    row, column = jnp.arange(n)[:, None], jnp.arange(n)[None]
-    return jnp.where(row >= column, lower, lower.T)

@@ -1,6 +1,6 @@
 """Fisher approximations behind one protocol, one file each."""
 
-from natgrad_flax.structures.base import Geometry, Structure
+from natgrad_flax.structures.base import Geometry, IsotropyWarning, Structure
 from natgrad_flax.structures.diagonal import Diagonal
 from natgrad_flax.structures.exact import Exact
 from natgrad_flax.structures.kfac import KFAC
@@ -20,6 +20,7 @@ __all__ = [
     "Diagonal",
     "Exact",
     "Geometry",
+    "IsotropyWarning",
     "LayerWise",
     "QuasiDiagonal",
     "SingularCouplingWarning",

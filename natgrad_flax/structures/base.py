@@ -6,13 +6,16 @@ import abc
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals
 
 Space = Literal["auto", "sample", "parameter"]
+
+
+class IsotropyWarning(UserWarning):
+    """A learning rate rests on a preparation of the data that sizes cannot show."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +137,22 @@ def sample_targets(layer: DenseSignals, index: int, residual: Residual) -> Array
 
 def gradient(signals: Signals, residual: Residual) -> tuple[LayerUpdate, ...]:
     """J^T r / N, the gradient of the loss, one entry a layer."""
-    updates = []
-    for index, layer in enumerate(signals.layers):
-        update = layer.pull_back(residual.direction(layer, index))
-        updates.append(jax.tree.map(lambda leaf: leaf / signals.num_samples, update))
-    return tuple(updates)
+    # the division goes to the small side of the product: (N, M) and not (K, M)
+    return tuple(
+        layer.pull_back(residual.direction(layer, index) / signals.num_samples)
+        for index, layer in enumerate(signals.layers)
+    )
 
 
 def ravel(updates: tuple[LayerUpdate, ...]) -> Array:
     """One vector (P,) in the column order of ``Signals.to_dense``."""
     return jnp.concatenate(
-        [jnp.ravel(update[key]) for update in updates for key in ("kernel", "bias") if key in update]
+        [
+            jnp.ravel(update[key])
+            for update in updates
+            for key in ("kernel", "bias")
+            if key in update
+        ]
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -25,7 +26,7 @@ class Diagonal(Structure):
     ) -> tuple[LayerUpdate, ...]:
         """The gradient over the diagonal; 0 where an entry of the undamped diagonal is 0."""
         return tuple(
-            jax.tree.map(lambda slope, entry: divide(slope, entry + rho), slopes, entries)
+            jax.tree.map(lambda slope, entry, rho=rho: divide(slope, entry + rho), slopes, entries)
             for slopes, entries, rho in zip(
                 gradient(signals, residual),
                 fisher_diagonal(signals),
@@ -44,16 +45,18 @@ class Diagonal(Structure):
             square = jnp.sum(here.derivatives**2, axis=1)
             entries = square.T @ right**2 / here.num_samples
             inverse = divide(jnp.ones_like(entries), entries + rho)
-            total = total + sum_over_units(
-                there, here, (inverse,), lambda row: (left * row[0]) @ right.T
-            )
+
+            def kernel(row: tuple[Array, ...], left: Array = left, right: Array = right) -> Array:
+                return (left * row[0]) @ right.T
+
+            total = total + sum_over_units(there, here, (inverse,), kernel)
         return total / train.num_samples
 
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
         """diag(F) + rho I."""
         depth = len(signals.layers)
         entries = [
-            jax.tree.map(lambda entry: entry + rho, layer)
+            jax.tree.map(lambda entry, rho=rho: entry + rho, layer)
             for layer, rho in zip(fisher_diagonal(signals), per_layer(damping, depth), strict=True)
         ]
         return jnp.diag(ravel(tuple(entries)))
@@ -90,14 +93,24 @@ def fisher_diagonal(signals: Signals) -> tuple[LayerUpdate, ...]:
 
 
 def _layer_diagonal(layer: DenseSignals) -> LayerUpdate:
-    square = jnp.sum(layer.derivatives**2, axis=1)
-    entries = {"kernel": (layer.inputs**2).T @ square / layer.num_samples}
+    square = mean_squares(layer)
+    entries = {"kernel": (layer.inputs**2).T @ square}
     if layer.bias_scale is not None:
-        entries["bias"] = layer.bias_scale**2 * jnp.mean(square, axis=0)
+        entries["bias"] = layer.bias_scale**2 * jnp.sum(square, axis=0)
     return entries
 
 
-def sum_over_units(there: DenseSignals, here: DenseSignals, rows: tuple[Array, ...], kernel) -> Array:  # type: ignore[no-untyped-def]
+def mean_squares(layer: DenseSignals) -> Array:
+    """sum_s D[n,s,i]^2 / N, shape (N, M)."""
+    return jnp.sum(layer.derivatives**2, axis=1) / layer.num_samples
+
+
+def sum_over_units(
+    there: DenseSignals,
+    here: DenseSignals,
+    rows: tuple[Array, ...],
+    kernel: Callable[[tuple[Array, ...]], Array],
+) -> Array:
     """sum_i (D'_i D_i^T) . kernel(rows_i), unit after unit, shape (N' S', N S).
 
     Args:
@@ -112,7 +125,8 @@ def sum_over_units(there: DenseSignals, here: DenseSignals, rows: tuple[Array, .
         inputs = kernel(row)[:, None, :, None]
         return total + out[:, :, None, None] * inputs * into[None, None, :, :], None
 
-    start = jnp.zeros((*there.derivatives.shape[:2], *here.derivatives.shape[:2]), here.inputs.dtype)
+    shape = (*there.derivatives.shape[:2], *here.derivatives.shape[:2])
+    start = jnp.zeros(shape, here.inputs.dtype)
     units = (jnp.moveaxis(there.derivatives, 2, 0), jnp.moveaxis(here.derivatives, 2, 0), rows)
     total, _ = jax.lax.scan(add, start, units)
     return total.reshape(-1, here.num_samples * here.num_seeds)

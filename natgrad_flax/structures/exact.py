@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.damping import is_zero
+from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.signals import LayerUpdate, Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,

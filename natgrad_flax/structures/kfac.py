@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,16 +11,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd
+from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd, symmetric_product
 from natgrad_flax.signals import (
     DenseSignals,
     LayerUpdate,
     Residual,
     Signals,
     expand_samples,
-    symmetric_product,
 )
-from natgrad_flax.structures.base import Geometry, Space, Structure
+from natgrad_flax.structures.base import Geometry, IsotropyWarning, Space, Structure
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class KFAC(Structure):
             over_a, over_b = self._divisors(signals, index)
             rho_a, rho_b = self._dampings(layer, rho, over_a, over_b)
             half = self._precondition_units(layer, index, residual, over_b, rho_b, shifted)
-            update = self._precondition_inputs(layer, half, over_a, rho_a, shifted)
-            updates.append(jax.tree.map(lambda leaf: leaf / signals.num_samples, update))
+            half = half / signals.num_samples
+            updates.append(self._precondition_inputs(layer, half, over_a, rho_a, shifted))
         return tuple(updates)
 
     def _precondition_units(
@@ -174,7 +174,7 @@ class KFAC(Structure):
         return jax.scipy.linalg.block_diag(*blocks)
 
     def damping_scale(self, signals: Signals) -> Array:
-        """Mean diagonals of the Gram matrices of A* and of B*, over their divisors, shape (L, 2)."""
+        """Mean diagonals of the Gram matrices of A* and of B*, over their divisors, (L, 2)."""
         scales = []
         for index, layer in enumerate(signals.layers):
             over_a, over_b = self._divisors(signals, index)
@@ -186,12 +186,21 @@ class KFAC(Structure):
     def alpha(self, geometry: Geometry) -> float:
         """N L with both scalings, N (L - 1) + 1 literally; layer 1 counts its fan-in where below N.
 
-        The value for a first layer with fan-in below N holds after a Forster transform.
+        The value for a first layer with fan-in below N holds after a Forster transform, and an
+        ``IsotropyWarning`` says so.
         """
         n, fan_in = geometry.num_samples, geometry.layers[0][0]
-        counts = [n] * geometry.depth
-        if fan_in < n and self.first_layer == "literal":
-            counts[0] = fan_in
+        counts = [float(n)] * geometry.depth
+        if fan_in < n:
+            warnings.warn(
+                f"KFAC: layer 1 has {fan_in} inputs for {n} samples; it is isotropic, and this "
+                "alpha right, only after a Forster transform of the inputs "
+                "(natgrad_datasets.forster_transform)",
+                IsotropyWarning,
+                stacklevel=3,
+            )
+            if self.first_layer == "literal":
+                counts[0] = fan_in
         if self.last_layer == "literal":
             counts[-1] = counts[-1] / n
         return float(sum(counts))

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -23,6 +22,12 @@ from natgrad_flax.structures.base import (
     rank_failures,
     ravel,
     sample_targets,
+)
+from natgrad_flax.structures.coupling import (
+    minimum_norm,
+    mix,
+    solve_coupled,
+    solve_tridiagonal,
 )
 from natgrad_flax.structures.exact import mean_gram_diagonal
 
@@ -50,7 +55,9 @@ class LayerWise(Structure):
     sigma: tuple[tuple[float, ...], ...] = field()
     space: Space = "auto"
 
-    def __init__(self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto") -> None:
+    def __init__(
+        self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto"
+    ) -> None:
         matrix = np.asarray(sigma, dtype=np.float64)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
             raise ValueError(f"sigma must be a square matrix (L, L), got shape {matrix.shape}")
@@ -102,7 +109,7 @@ class LayerWise(Structure):
         shift = signals.num_samples * damping
         targets = [sample_targets(a, i, residual) for i, a in enumerate(signals.layers)]
         if residual.coefficients is None:
-            targets = _mix(sigma, targets)
+            targets = mix(sigma, targets)
         grams = [layer.gram() for layer in signals.layers]
         duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping))
         return tuple(
@@ -147,7 +154,7 @@ class LayerWise(Structure):
                 else jnp.zeros_like(target)
                 for weight, gram, target in zip(weights, grams, targets, strict=True)
             ]
-        return _solve_dense(sigma, grams, targets, shift)
+        return solve_coupled(sigma, grams, targets, shift)
 
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
         """The Hadamard product of J^T J / N with Sigma blown up to parameters, plus rho I."""
@@ -180,7 +187,11 @@ class LayerWise(Structure):
         """
         depth = len(signals.layers)
         sigma = self.coupling(depth)
-        if not is_zero(damping) or self._in_parameters(signals) or np.array_equal(sigma, np.eye(depth)):
+        if (
+            not is_zero(damping)
+            or self._in_parameters(signals)
+            or np.array_equal(sigma, np.eye(depth))
+        ):
             return
         shapes = tuple((layer.fan_in, layer.num_units) for layer in signals.layers)
         failures = rank_failures(Geometry(shapes, signals.num_samples, signals.num_seeds))
@@ -311,101 +322,8 @@ class BlockTriDiagonal(LayerWise):
         zero: bool,
     ) -> list[Array]:
         if not zero:
-            return _solve_tridiagonal(grams, targets, shift)
+            return solve_tridiagonal(grams, targets, shift)
         duals = super()._solve_grams(sigma, grams, targets, shift, zero=True)
         if len(grams) % 3 != 2:
             return duals
-        return _minimum_norm(sigma, grams, duals)
-
-
-def _mix(sigma: np.ndarray, targets: list[Array]) -> list[Array]:
-    """(Sigma (x) I) b."""
-    mixed = jnp.asarray(sigma, targets[0].dtype) @ jnp.stack(targets).reshape(len(targets), -1)
-    return [row.reshape(targets[0].shape) for row in mixed]
-
-
-def _solve_dense(
-    sigma: np.ndarray, grams: list[Array], targets: list[Array], shift: Array | float
-) -> list[Array]:
-    """One factorisation of the whole L n x L n system: Cholesky for a definite Sigma, else LU."""
-    depth, n = len(grams), grams[0].shape[0]
-    if np.linalg.eigvalsh(sigma)[0] > 0:
-        inverse = np.linalg.inv(sigma)
-        eye = jnp.eye(n, dtype=grams[0].dtype)
-        coupled = jnp.kron(jnp.asarray(inverse, grams[0].dtype), eye) * shift
-        matrix = coupled + jax.scipy.linalg.block_diag(*grams)
-        flat = solve_psd(matrix, jnp.concatenate(_mix(inverse, targets)), shifted=True)
-    else:
-        rows = [jnp.concatenate([s * k for s, k in zip(row, grams, strict=True)], 1) for row in sigma]
-        matrix = add_diagonal(jnp.concatenate(rows), shift)
-        flat = lu_solve(matrix, jnp.concatenate(targets))
-    return jnp.split(flat, depth)
-
-
-def _solve_tridiagonal(
-    grams: list[Array], targets: list[Array], shift: Array | float
-) -> list[Array]:
-    """The damped tri-diagonal system by odd-even elimination (science: 3.3).
-
-    Layers 1, 3, 5, ... have the positive definite diagonal blocks K_l + s and no coupling among
-    themselves; they are eliminated by Cholesky. What remains, of half the size, is indefinite and
-    is solved by LU with pivoting. Plain block elimination from one end would divide by blocks that
-    become singular as s -> 0.
-    """
-    depth, n = len(grams), grams[0].shape[0]
-    kept = range(1, depth, 2)
-    damped = {i: add_diagonal(grams[i], shift) for i in range(0, depth, 2)}
-
-    def eliminate(i: int, block: Array) -> Array:
-        """K_i (K_i + s)^{-1} block, without the product with K_i."""
-        return block - shift * solve_psd(damped[i], block, shifted=True)
-
-    # z_i = K_i u_i of an eliminated layer is eliminate(i, b_i - z_{i-1} - z_{i+1})
-    rows, right = [], []
-    width = 1 if targets[0].ndim == 1 else targets[0].shape[1]
-    for i in kept:
-        cells = {j: jnp.zeros((n, n), grams[0].dtype) for j in kept}
-        cells[i] = add_diagonal(grams[i], shift)
-        target = targets[i].reshape(n, width)
-        for neighbour in (i - 1, i + 1):
-            if neighbour >= depth:
-                continue
-            columns = [j for j in (neighbour - 1, neighbour + 1) if 0 < j < depth]
-            stacked = [grams[j] for j in columns] + [targets[neighbour].reshape(n, width)]
-            pieces = eliminate(neighbour, jnp.concatenate(stacked, axis=1))
-            for k, j in enumerate(columns):
-                cells[j] = cells[j] - pieces[:, k * n : (k + 1) * n]
-            target = target - pieces[:, len(columns) * n :]
-        rows.append(jnp.concatenate([cells[j] for j in kept], axis=1))
-        right.append(target)
-    duals: dict[int, Array] = {}
-    if rows:
-        solution = lu_solve(jnp.concatenate(rows), jnp.concatenate(right))
-        duals = dict(zip(kept, jnp.split(solution, len(rows)), strict=True))
-    for i in range(0, depth, 2):
-        target = targets[i].reshape(n, width)
-        for j in (i - 1, i + 1):
-            if 0 < j < depth:
-                target = target - grams[j] @ duals[j]
-        duals[i] = solve_psd(damped[i], target, shifted=True)
-    return [duals[i].reshape(targets[i].shape) for i in range(depth)]
-
-
-def _minimum_norm(sigma: np.ndarray, grams: list[Array], duals: list[Array]) -> list[Array]:
-    """Moves along the null space of G's range conditions to the update of least norm.
-
-    For a null vector v of Sigma, u_l + v_l K_l^{-1} t solves the same equations for every t; the
-    squared norm sum_l z_l^T K_l^{-1} z_l with z_l = K_l u_l + v_l t is least for
-    (sum_l v_l^2 K_l^{-1}) t = -sum_l v_l u_l.
-    """
-    null = np.linalg.svd(sigma)[2][-1]
-    active = [i for i in range(len(grams)) if abs(null[i]) > 1e-9]
-    eye = jnp.eye(grams[0].shape[0], dtype=grams[0].dtype)
-    inverses = {i: solve_psd(grams[i], eye, shifted=False) for i in active}
-    metric = sum(null[i] ** 2 * inverses[i] for i in active)
-    slope = -sum(null[i] * duals[i] for i in active)
-    step = solve_psd(jnp.asarray(metric), jnp.asarray(slope), shifted=False)
-    return [
-        dual + null[i] * (inverses[i] @ step) if i in inverses else dual
-        for i, dual in enumerate(duals)
-    ]
+        return minimum_norm(sigma, grams, duals)

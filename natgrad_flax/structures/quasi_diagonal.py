@@ -14,7 +14,7 @@ from natgrad_flax.structures.base import Geometry, Structure, gradient
 from natgrad_flax.structures.diagonal import (
     Diagonal,
     divide,
-    fisher_diagonal,
+    mean_squares,
     no_alpha,
     sum_over_units,
 )
@@ -45,26 +45,28 @@ class QuasiDiagonal(Structure):
             if layer.bias_scale is None:
                 updates.append({"kernel": divide(slope["kernel"], entries.weights)})
                 continue
-            centred = slope["kernel"] - slope["bias"] * entries.ratio
-            kernel = divide(centred, entries.remainder)
-            shared = jnp.sum(entries.ratio * kernel, axis=0)
-            updates.append({"kernel": kernel, "bias": divide(slope["bias"], entries.bias) - shared})
+            scaled = divide(slope["bias"], entries.bias)
+            kernel = divide(slope["kernel"] - scaled * entries.mixed, entries.remainder)
+            shared = divide(jnp.sum(entries.mixed * kernel, axis=0), entries.bias)
+            updates.append({"kernel": kernel, "bias": scaled - shared})
         return tuple(updates)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """As for the diagonal with inputs a_j - (M_0j / M_00) a_0, plus the bias direction."""
         total = jnp.zeros((), train.outputs.dtype)
-        for index, (there, here, rho) in enumerate(
-            zip(test.layers, train.layers, per_layer(damping, len(train.layers)), strict=True)
+        for there, here, rho in zip(
+            test.layers, train.layers, per_layer(damping, len(train.layers)), strict=True
         ):
             scale = here.bias_scale
             if scale is None:
-                pair = (Signals((s.layers[index],), s.outputs) for s in (test, train))
-                total = total + Diagonal().coefficient(*pair, rho)
+                left = Signals((there,), test.outputs)
+                right = Signals((here,), train.outputs)
+                total = total + Diagonal().coefficient(left, right, rho)
                 continue
             entries = _layer_entries(here, rho)
             inverse = divide(jnp.ones_like(entries.remainder), entries.remainder)
-            rows = (entries.ratio.T, inverse.T, divide(jnp.ones_like(entries.bias), entries.bias))
+            bias = divide(jnp.ones_like(entries.bias), entries.bias)
+            rows = ((entries.mixed * bias).T, inverse.T, bias)
 
             def kernel(
                 row: tuple[Array, ...],
@@ -82,14 +84,13 @@ class QuasiDiagonal(Structure):
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
         """The metric of every unit, in the order of ``Signals.to_dense``."""
         blocks = []
-        for layer, rho in zip(
-            signals.layers, per_layer(damping, len(signals.layers)), strict=True
-        ):
+        for layer, rho in zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True):
             entries = _layer_entries(layer, rho)
             if layer.bias_scale is None:
                 blocks.append(jnp.diag(entries.weights.reshape(-1)))
                 continue
-            row = jnp.concatenate([entries.ratio, jnp.ones((1, layer.num_units))])
+            ratio = divide(entries.mixed, jnp.broadcast_to(entries.bias, entries.mixed.shape))
+            row = jnp.concatenate([ratio, jnp.ones((1, layer.num_units))])
             unit = jnp.einsum("ji,ki,i->jki", row, row, entries.bias)
             rest = jnp.concatenate([entries.remainder, jnp.zeros((1, layer.num_units))])
             unit = unit + jnp.einsum("jk,ji->jki", jnp.eye(layer.fan_in), rest)
@@ -113,25 +114,24 @@ class QuasiDiagonal(Structure):
 
 @dataclass(frozen=True)
 class _Entries:
-    """M_jj (K, M); with a bias M_00 (M,), M_0j / M_00 and M_jj - M_0j^2 / M_00 (K, M)."""
+    """M_jj (K, M); with a bias M_00 (M,), M_0j and M_jj - M_0j^2 / M_00 (K, M)."""
 
     weights: Array
     bias: Array
-    ratio: Array
+    mixed: Array
     remainder: Array
 
 
 def _layer_entries(layer: DenseSignals, rho: Array | float) -> _Entries:
-    diagonal = fisher_diagonal(Signals((layer,), layer.inputs))[0]
-    weights = diagonal["kernel"] + rho
+    square = mean_squares(layer)
+    weights = (layer.inputs**2).T @ square + rho
     if layer.bias_scale is None:
         empty = jnp.zeros((0,), weights.dtype)
         return _Entries(weights, empty, empty, empty)
-    bias = diagonal["bias"] + rho
-    square = jnp.sum(layer.derivatives**2, axis=1)
-    mixed = layer.bias_scale * layer.inputs.T @ square / layer.num_samples
-    ratio = divide(mixed, jnp.broadcast_to(bias, mixed.shape))
-    remainder = weights - ratio * mixed
+    bias = layer.bias_scale**2 * jnp.sum(square, axis=0) + rho
+    mixed = (layer.bias_scale * layer.inputs).T @ square
+    inverse = divide(jnp.ones_like(bias), bias)
+    remainder = weights - mixed**2 * inverse
     # what is left of a weight whose input does not vary is rounding, and counts as zero
-    noise = layer.num_samples * jnp.finfo(weights.dtype).eps * weights
-    return _Entries(weights, bias, ratio, jnp.where(remainder > noise, remainder, 0))
+    noise = layer.num_samples * jnp.finfo(weights.dtype).eps
+    return _Entries(weights, bias, mixed, jnp.where(remainder > noise * weights, remainder, 0))

@@ -205,5 +205,3 @@ def _undamped(layer: DenseSignals, direction: Array) -> Array:
         return jax.lax.cond(jnp.all(active), shared, masked)
 
     return jax.lax.cond(full_rank, regular, deficient)
-
-

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-
 from scipy import special, stats
 
 import natgrad_flax as ng
@@ -186,9 +185,7 @@ def _kronecker(structure: ng.KFAC, ref: Reference, damping: float) -> np.ndarray
             mean_a, mean_b = np.mean(np.diag(left)), np.mean(np.diag(right))
             pi = np.sqrt(mean_a / mean_b) if mean_a > 0 and mean_b > 0 else 1.0
             rho_a, rho_b = pi * np.sqrt(damping), np.sqrt(damping) / pi
-        blocks.append(
-            np.kron(left + rho_a * np.eye(len(left)), right + rho_b * np.eye(len(right)))
-        )
+        blocks.append(np.kron(left + rho_a * np.eye(len(left)), right + rho_b * np.eye(len(right))))
     size = sum(map(len, blocks))
     out, at = np.zeros((size, size)), 0
     for block in blocks:

@@ -36,9 +36,7 @@ class TestAgainstDefinition:
     def test_factor_and_coefficients(self, loss):
         outputs, targets = batch()
         factor = loss.factor(outputs)
-        np.testing.assert_allclose(
-            factor @ factor.swapaxes(1, 2), loss.fisher(outputs), atol=1e-12
-        )
+        np.testing.assert_allclose(factor @ factor.swapaxes(1, 2), loss.fisher(outputs), atol=1e-12)
         assert np.linalg.matrix_rank(np.asarray(factor)).min() == factor.shape[2]
         w = loss.coefficients(outputs, targets)
         np.testing.assert_allclose(

@@ -76,7 +76,7 @@ def test_schedules_of_rate_and_damping():
         )
         for a, b in zip(leaves(step), leaves(expected), strict=True):
             np.testing.assert_allclose(a, -0.5 / (1 + count) * b, atol=1e-5)
-        assert state.count == count + 1
+        assert state.steps == count + 1
         np.testing.assert_allclose(state.damping, 0.1 * 0.5**count, rtol=1e-6)
 
 
@@ -202,7 +202,7 @@ def test_jit_traces_once_and_scan_gives_the_same_steps():
     np.testing.assert_allclose(scanned, jnp.stack(looped), rtol=1e-3)
     for a, b in zip(leaves(final), leaves(carry[0]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)
-    assert state.count == 4
+    assert state.steps == 4
     assert scanned[-1] < scanned[0] / 2
 
 

@@ -4,11 +4,11 @@ import os
 
 import jax
 import jax.numpy as jnp
+import natgrad_datasets
 import numpy as np
 import pytest
 from flax import nnx
 
-import natgrad_datasets
 import natgrad_flax as ng
 
 MSE = ng.MeanSquaredError()

@@ -8,6 +8,7 @@ from flax import nnx
 from natgrad_reference import ACTIVATIONS, make_mlp, reference
 
 import natgrad_flax as ng
+from natgrad_flax.linalg import symmetric_product
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -96,10 +97,11 @@ def test_products_over_signals():
         )
 
 
-def test_large_symmetric_product_is_the_full_product():
-    x = jax.random.normal(jax.random.key(0), (1030, 7), jnp.float64)
-    product = ng.signals.symmetric_product(x)
-    np.testing.assert_allclose(product, x @ x.T, atol=1e-12)
+@pytest.mark.parametrize("shape", [(1030, 7), (1000, 784), (777, 33), (512, 60)])
+def test_large_symmetric_product_is_the_full_product(shape):
+    x = jax.random.normal(jax.random.key(0), shape, jnp.float64)
+    for y in (x, x.T.reshape(shape)):
+        np.testing.assert_allclose(jax.jit(symmetric_product)(y), y @ y.T, atol=1e-10)
 
 
 class Twice(nnx.Module):
@@ -146,7 +148,11 @@ class Parameterless(nnx.Module):
     [
         (Twice(nnx.Rngs(0)), ValueError, "Linear at layer is called 2 times"),
         (Unused(nnx.Rngs(0)), ValueError, "Linear at spare is called 0 times"),
-        (Normalised(nnx.Rngs(0)), TypeError, "LayerNorm at norm owns parameters but has no signals"),
+        (
+            Normalised(nnx.Rngs(0)),
+            TypeError,
+            "LayerNorm at norm owns parameters",
+        ),
         (Sequence(nnx.Rngs(0)), ValueError, r"sees inputs of shape \(2, 1, 3\)"),
         (Parameterless(), TypeError, "no layer with signals"),
     ],

@@ -121,8 +121,8 @@ def check(build, problem, space, damping, fisher="exact"):
             )
         except ValueError as error:
             # undamped couplings of layers whose Jacobians cannot have full row rank
-            assert damping == 0, error
-            assert "full row rank" in str(error)
+            if damping != 0 or "full row rank" not in str(error):
+                raise
             assume(False)
     scale = max(np.abs(expected).max(), 1e-6)
     np.testing.assert_allclose(flatten(update) / scale, expected / scale, atol=1e-8, rtol=0)

@@ -5,6 +5,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
+# threads of OpenBLAS, which JAX's LAPACK calls come from, would fight with XLA's for the cores
+export OPENBLAS_NUM_THREADS ?= 1
+
 BIN := .venv/bin
 UV := $(BIN)/python -m uv
 BIN_JAX := .venv-jax/bin

@@ -122,7 +122,8 @@ def linearise(model: nnx.Module, x: Array) -> tuple[Array, Callable[[Array], Sig
                 layer.__class__ = _tapped(type(layer))
                 names[id(layer)] = path
         captured = nnx.capture(copy, nnx.Perturbation, nnx.Intermediate, init=perturbations)
-        outputs, used, intermediates = captured(x)
+        result: Any = captured(x)
+        outputs, used, intermediates = result
         return outputs, (used, intermediates)
 
     names: dict[int, Path] = {}
@@ -133,9 +134,7 @@ def linearise(model: nnx.Module, x: Array) -> tuple[Array, Callable[[Array], Sig
         order = [names[call] for call in calls]
         _check_calls(layers, order, sown, shape, x.shape[0])
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), perturbed)
-        outputs, backward, (_, intermediates) = jax.vjp(  # type: ignore[misc]
-            forward, zeros, has_aux=True
-        )
+        outputs, backward, (_, intermediates) = jax.vjp(forward, zeros, has_aux=True)
     finally:
         _CALLED.reset(token)
 

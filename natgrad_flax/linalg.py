@@ -62,30 +62,45 @@ def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
     factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
     eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
-    def from_factor() -> Array:
-        lower = _inverse_lower(factor)
-        return symmetric_product(lower.T)
-
     return jax.lax.cond(
-        _is_full_rank(matrix, factor, shifted), from_factor, lambda: pinv_solve(matrix, eye)
+        _is_full_rank(matrix, factor, shifted),
+        lambda: _inverse_from_factor(factor),
+        lambda: pinv_solve(matrix, eye),
     )
 
 
-def _inverse_lower(factor: Array) -> Array:
-    """The inverse of a lower triangular matrix by halves.
+def _inverse_from_factor(factor: Array) -> Array:
+    """(L L^T)^{-1} = X^T X with X = L^{-1} = [[A, 0], [C, B]], without the products with zeros.
 
     Nearly all of it is matrix products, which use every core; triangular solves with many
     right-hand sides do not.
     """
     n = factor.shape[0]
+    if n < 512:
+        inverse = _inverse_lower(factor)
+        return inverse.T @ inverse
+    a, c, b = _inverse_blocks(factor)
+    corner = b.T @ c
+    top = jnp.concatenate([symmetric_product(a.T) + symmetric_product(c.T), corner.T], axis=1)
+    return jnp.concatenate([top, jnp.concatenate([corner, symmetric_product(b.T)], axis=1)])
+
+
+def _inverse_lower(factor: Array) -> Array:
+    """The inverse of a lower triangular matrix, by halves."""
+    n = factor.shape[0]
     if n <= 160:
         eye = jnp.eye(n, dtype=factor.dtype)
         return lax_linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    half = n // 2
-    first, second = _inverse_lower(factor[:half, :half]), _inverse_lower(factor[half:, half:])
-    corner = -(second @ factor[half:, :half]) @ first
-    top = jnp.pad(first, ((0, 0), (0, n - half)))
-    return jnp.concatenate([top, jnp.concatenate([corner, second], axis=1)])
+    a, c, b = _inverse_blocks(factor)
+    top = jnp.pad(a, ((0, 0), (0, b.shape[1])))
+    return jnp.concatenate([top, jnp.concatenate([c, b], axis=1)])
+
+
+def _inverse_blocks(factor: Array) -> tuple[Array, Array, Array]:
+    """A, C, B of the inverse [[A, 0], [C, B]] of a lower triangular matrix."""
+    half = factor.shape[0] // 2
+    a, b = _inverse_lower(factor[:half, :half]), _inverse_lower(factor[half:, half:])
+    return a, -(b @ factor[half:, :half]) @ a, b
 
 
 def add_diagonal(matrix: Array, value: Array | float) -> Array:

@@ -69,7 +69,7 @@ def dynamics(
     widths: Annotated[
         list[int] | None,
         typer.Option(
-            help="hidden widths, as in: --widths 4096 4096 (the paper's) [default: 1024 1024]"
+            help="hidden widths, as in: --widths 4096 4096 (the paper's) [default: 2048 2048]"
         ),
     ] = None,
     activation: Annotated[

@@ -51,7 +51,7 @@ class DynamicsSettings:
     classes: tuple[int, ...] | None = None
     num_train: int | None = None
     num_test: int | None = None
-    widths: tuple[int, ...] = (1024, 1024)
+    widths: tuple[int, ...] = (2048, 2048)
     activation: str = "relu"
     weight_variance: float = 2.0
     bias_variance: float = 0.0

@@ -144,6 +144,33 @@ def test_levenberg_marquardt_follows_the_reduction_ratio():
     assert tiny == pytest.approx(1e-12)
 
 
+def test_levenberg_marquardt_inside_nnx_optimizer():
+    """The trial step of the reduction ratio is the step that is taken."""
+    model, x, y = setup(bias_variance=0.1)
+    damping = ng.LevenbergMarquardt(initial=0.1)
+    tx = ng.natural_gradient_descent(1.0, structure=ng.KFAC(), loss=MSE, damping=damping)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, grads = nnx.value_and_grad(lambda m: MSE(m(x), y))(model)
+        slopes = ng.natural_gradient(
+            model, x, y, structure=ng.KFAC(), loss=MSE, damping=optimizer.opt_state.damping[...]
+        )
+        inner = sum(
+            jnp.sum(a * b)
+            for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(slopes), strict=True)
+        )
+        optimizer.update(model, grads, module=model, x=x, y=y)
+        return value, MSE(model(x), y), -inner / 2
+
+    expected = 0.1
+    for _ in range(3):
+        before, after, predicted = step(model, optimizer)
+        expected = float(damping.adapt(jnp.asarray(expected), after - before, predicted))
+        np.testing.assert_allclose(optimizer.opt_state.damping[...], expected, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("x64")
 def test_predicted_reduction_is_exact_for_a_quadratic_loss():
     """Ratio 1: L(theta - eta d) - L = (-eta + eta^2 / 2) <g, d> + damping terms that vanish."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,6 +12,12 @@ from jax import Array
 from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals
 
 Space = Literal["auto", "sample", "parameter"]
+
+
+def check_space(space: str) -> None:
+    """Raises ValueError on an unknown space to solve in."""
+    if space not in get_args(Space):
+        raise ValueError(f"space must be one of {', '.join(get_args(Space))}, got {space!r}")
 
 
 class IsotropyWarning(UserWarning):

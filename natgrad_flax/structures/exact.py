@@ -14,6 +14,7 @@ from natgrad_flax.structures.base import (
     Geometry,
     Space,
     Structure,
+    check_space,
     dual_direction,
     gradient,
     ravel,
@@ -33,6 +34,9 @@ class Exact(Structure):
     """
 
     space: Space = "auto"
+
+    def __post_init__(self) -> None:
+        check_space(self.space)
 
     def _in_parameters(self, signals: Signals) -> bool:
         if self.space == "auto":

@@ -19,7 +19,7 @@ from natgrad_flax.signals import (
     Signals,
     expand_samples,
 )
-from natgrad_flax.structures.base import Geometry, IsotropyWarning, Space, Structure
+from natgrad_flax.structures.base import Geometry, IsotropyWarning, Space, Structure, check_space
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class KFAC(Structure):
     space: Space = "auto"
 
     def __post_init__(self) -> None:
+        check_space(self.space)
         for field, allowed in (
             ("last_layer", ("scaled", "literal")),
             ("split", ("plain", "pi")),

@@ -17,6 +17,7 @@ from natgrad_flax.structures.base import (
     Geometry,
     Space,
     Structure,
+    check_space,
     dual_direction,
     gradient,
     rank_failures,
@@ -72,6 +73,7 @@ class LayerWise(Structure):
                 f"largest of {size.max():.3g}; Theorem 4.1 needs a nonsingular one"
             )
         object.__setattr__(self, "sigma", tuple(map(tuple, matrix.tolist())))
+        check_space(space)
         object.__setattr__(self, "space", space)
 
     def coupling(self, depth: int) -> np.ndarray:
@@ -221,6 +223,7 @@ class BlockDiagonal(LayerWise):
 
     def __init__(self, space: Space = "auto") -> None:
         object.__setattr__(self, "sigma", ())
+        check_space(space)
         object.__setattr__(self, "space", space)
 
     def coupling(self, depth: int) -> np.ndarray:
@@ -289,6 +292,7 @@ class BlockTriDiagonal(LayerWise):
 
     def __init__(self, space: Space = "auto") -> None:
         object.__setattr__(self, "sigma", ())
+        check_space(space)
         object.__setattr__(self, "space", space)
 
     def coupling(self, depth: int) -> np.ndarray:

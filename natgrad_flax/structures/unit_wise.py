@@ -13,7 +13,7 @@ from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.linalg import add_diagonal, pinv_solve, solve_psd
 from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals
-from natgrad_flax.structures.base import Geometry, Space, Structure
+from natgrad_flax.structures.base import Geometry, Space, Structure, check_space
 from natgrad_flax.structures.diagonal import divide, sum_over_units
 from natgrad_flax.structures.exact import mean_gram_diagonal
 
@@ -37,6 +37,9 @@ class UnitWise(Structure):
     """
 
     space: Space = "auto"
+
+    def __post_init__(self) -> None:
+        check_space(self.space)
 
     def solve(
         self, signals: Signals, residual: Residual, damping: Array | float

@@ -190,6 +190,14 @@ def test_kfac_options(field):
         ng.KFAC(**{field: "other"})
 
 
+@pytest.mark.parametrize(
+    "structure", [ng.Exact, ng.BlockDiagonal, ng.BlockTriDiagonal, ng.KFAC, ng.UnitWise]
+)
+def test_space(structure):
+    with pytest.raises(ValueError, match="auto, sample, parameter"):
+        structure(space="samples")
+
+
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
 def test_learning_rate(rate):
     with pytest.raises(ValueError, match="learning_rate"):

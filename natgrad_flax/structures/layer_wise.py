@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +53,7 @@ class LayerWise(Structure):
       ValueError: sigma is not a finite, symmetric, nonsingular square matrix.
     """
 
-    sigma: tuple[tuple[float, ...], ...] = field()
+    sigma: tuple[tuple[float, ...], ...]
     space: Space = "auto"
 
     def __init__(

@@ -130,9 +130,7 @@ def _slope(signals: Any, residual: Any, solved: dict[Any, Any]) -> Array:
     """<gradient, natural gradient>."""
     total = jnp.zeros((), signals.outputs.dtype)
     for index, layer in enumerate(signals.layers):
-        moved = layer.inputs @ solved[layer.path]["kernel"]
-        if layer.bias_scale is not None:
-            moved = moved + layer.bias_scale * solved[layer.path]["bias"]
+        moved = layer.push_forward(solved[layer.path])
         total = total + jnp.sum(moved * residual.direction(layer, index))
     return total / signals.num_samples
 

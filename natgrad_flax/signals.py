@@ -122,10 +122,12 @@ class DenseSignals:
 
     def jvp(self, update: LayerUpdate) -> Array:
         """J_l applied to a step in the parameters, shape (N, S)."""
+        return jnp.einsum("nsm,nm->ns", self.derivatives, self.push_forward(update))
+
+    def push_forward(self, update: LayerUpdate) -> Array:
+        """The change of the pre-activations under a step in the parameters, shape (N, M)."""
         moved = self.inputs @ update["kernel"]
-        if self.bias_scale is not None:
-            moved = moved + self.bias_scale * update["bias"]
-        return jnp.einsum("nsm,nm->ns", self.derivatives, moved)
+        return moved if self.bias_scale is None else moved + self.bias_scale * update["bias"]
 
     def to_dense(self) -> Array:
         """The Jacobian, shape (N S, P_l): rows n-major, columns kernel row by row, then bias."""

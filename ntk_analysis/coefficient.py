@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from natgrad_flax import RelativeDamping, Structure
 from natgrad_flax.checks import check_damping, check_fits, check_structure
+from natgrad_flax.gradient import resolve_damping
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 
 Damping = float | RelativeDamping
@@ -72,11 +73,7 @@ def coefficient_pair(
         train = signals.train
         check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
         structure.check(train, damping)
-        rho: jax.Array | float
-        if isinstance(damping, RelativeDamping):
-            rho = damping.ratio * structure.damping_scale(train)
-        else:
-            rho = damping
+        rho = resolve_damping(structure, train, damping)
         both = np.asarray(structure.coefficient(signals.everything, train, rho))
     return both[: train.size], both[train.size :]
 

@@ -38,7 +38,7 @@ class InitialSignals:
     @property
     def train(self) -> Signals:
         """Signals of the N training samples."""
-        return _first_samples(self.everything, self.num_train)
+        return _samples(self.everything, slice(self.num_train))
 
     @property
     def num_test(self) -> int:
@@ -116,31 +116,21 @@ def empirical_layer_kernels(
         first = signals.train
         if x2 is None:
             return [np.asarray(layer.gram()) for layer in first.layers]
-        second = _last_samples(signals.everything, signals.num_train)
+        second = _samples(signals.everything, slice(signals.num_train, None))
         return [
             np.asarray(left.gram(right))
             for left, right in zip(first.layers, second.layers, strict=True)
         ]
 
 
-def _first_samples(signals: Signals, count: int) -> Signals:
+def _samples(signals: Signals, chosen: slice) -> Signals:
     layers = tuple(
         dataclasses.replace(
-            layer, inputs=layer.inputs[:count], derivatives=layer.derivatives[:count]
+            layer, inputs=layer.inputs[chosen], derivatives=layer.derivatives[chosen]
         )
         for layer in signals.layers
     )
-    return Signals(layers, signals.outputs[:count])
-
-
-def _last_samples(signals: Signals, start: int) -> Signals:
-    layers = tuple(
-        dataclasses.replace(
-            layer, inputs=layer.inputs[start:], derivatives=layer.derivatives[start:]
-        )
-        for layer in signals.layers
-    )
-    return Signals(layers, signals.outputs[start:])
+    return Signals(layers, signals.outputs[chosen])
 
 
 def _in_float64(model: nnx.Module) -> nnx.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -12,6 +11,7 @@ from natgrad_flax import Residual, Signals, Structure
 from natgrad_flax.damping import is_zero
 from natgrad_flax.signals import LayerUpdate
 from natgrad_flax.structures import Geometry
+from natgrad_flax.structures.base import gradient
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,7 @@ class GradientDescent(Structure):
         self, signals: Signals, residual: Residual, damping: Array | float
     ) -> tuple[LayerUpdate, ...]:
         """J^T r / N, the gradient."""
-        updates = []
-        for index, layer in enumerate(signals.layers):
-            update = layer.pull_back(residual.direction(layer, index))
-            updates.append(jax.tree.map(lambda leaf: leaf / signals.num_samples, update))
-        return tuple(updates)
+        return gradient(signals, residual)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """Theta(x', x) = K(x', x) / N, shape (N' C, N S)."""

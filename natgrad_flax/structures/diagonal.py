@@ -89,10 +89,11 @@ def divide(value: Array, by: Array) -> Array:
 
 def fisher_diagonal(signals: Signals) -> tuple[LayerUpdate, ...]:
     """F_ii = (1/N) sum_n sum_s D[n,s,i]^2 a[n,j]^2, in the shape of the parameters."""
-    return tuple(_layer_diagonal(layer) for layer in signals.layers)
+    return tuple(layer_diagonal(layer) for layer in signals.layers)
 
 
-def _layer_diagonal(layer: DenseSignals) -> LayerUpdate:
+def layer_diagonal(layer: DenseSignals) -> LayerUpdate:
+    """F_ii of one layer, in the shape of its parameters."""
     square = mean_squares(layer)
     entries = {"kernel": (layer.inputs**2).T @ square}
     if layer.bias_scale is not None:

@@ -14,6 +14,7 @@ from natgrad_flax.structures.base import Geometry, Structure, gradient
 from natgrad_flax.structures.diagonal import (
     Diagonal,
     divide,
+    layer_diagonal,
     mean_squares,
     no_alpha,
     sum_over_units,
@@ -123,13 +124,13 @@ class _Entries:
 
 
 def _layer_entries(layer: DenseSignals, rho: Array | float) -> _Entries:
-    square = mean_squares(layer)
-    weights = (layer.inputs**2).T @ square + rho
+    diagonal = layer_diagonal(layer)
+    weights = diagonal["kernel"] + rho
     if layer.bias_scale is None:
         empty = jnp.zeros((0,), weights.dtype)
         return _Entries(weights, empty, empty, empty)
-    bias = layer.bias_scale**2 * jnp.sum(square, axis=0) + rho
-    mixed = (layer.bias_scale * layer.inputs).T @ square
+    bias = diagonal["bias"] + rho
+    mixed = (layer.bias_scale * layer.inputs).T @ mean_squares(layer)
     inverse = divide(jnp.ones_like(bias), bias)
     remainder = weights - mixed**2 * inverse
     # what is left of a weight whose input does not vary is rounding, and counts as zero

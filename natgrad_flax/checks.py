@@ -165,6 +165,21 @@ def check_fits(side: int, itemsize: int, what: str) -> None:
         )
 
 
+def check_integer(name: str, value: object, minimum: int) -> None:
+    """Raises ValueError unless an integer of at least a minimum."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def check_number(name: str, value: object, *, positive: bool) -> None:
+    """Raises ValueError unless a finite number, at least 0 or above it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        wanted = "positive" if positive else "0 or positive"
+        raise ValueError(f"{name} must be {wanted} and finite, got {value!r}")
+
+
 def check_learning_rate(learning_rate: object) -> None:
     """Raises ValueError on a concrete learning rate that is not positive and finite."""
     if isinstance(learning_rate, (int, float)) and not (

@@ -94,6 +94,19 @@ class DenseSignals:
             return flat @ other.flat_derivatives().T
         return symmetric_product(flat)
 
+    def input_norms(self) -> Array:
+        """The diagonal of ``input_gram``, shape (N,)."""
+        norms = jnp.sum(self.inputs**2, axis=1)
+        return norms if self.bias_scale is None else norms + self.bias_scale**2
+
+    def derivative_norms(self) -> Array:
+        """The diagonal of ``derivative_gram``, shape (N, S)."""
+        return jnp.sum(self.derivatives**2, axis=2)
+
+    def gram_norms(self) -> Array:
+        """The diagonal of ``gram``, shape (N, S)."""
+        return self.input_norms()[:, None] * self.derivative_norms()
+
     def gram(self, other: DenseSignals | None = None) -> Array:
         """K_l = J_l J'_l^T, shape (N S, N' S'); no 1/N."""
         other_seeds = self.num_seeds if other is None else other.num_seeds

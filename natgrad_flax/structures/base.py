@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax.numpy as jnp
 from jax import Array
@@ -56,6 +56,9 @@ class Structure(abc.ABC):
     pseudo-inverse.
     """
 
+    infinite_width: ClassVar[Literal["none", "train", "all"]] = "none"
+    """Where the coefficient matrix has a limit as the width goes to infinity."""
+
     @property
     def name(self) -> str:
         """The name in tables and figures."""
@@ -80,6 +83,23 @@ class Structure(abc.ABC):
           Shape (N' C, N S). It acts on the coefficients w of the residual r = R w; for the mean
           squared error R = I, and this is the matrix of the paper.
         """
+
+    def coefficient_times(
+        self, test: Signals, train: Signals, damping: Array | float, vectors: Array
+    ) -> Array:
+        """Theta-bar(x', x) V for V of shape (N S, k), shape (N' C, k).
+
+        Without the matrix itself where the structure has a cheaper way.
+        """
+        return self.coefficient(test, train, damping) @ vectors
+
+    def undamped_diagonal(self, train: Signals) -> Array | None:
+        """Theta-bar(x, x) at zero damping where it is diagonal, (N S,); None where it is not.
+
+        Layers whose Gram matrices lack full rank for other reasons than a small input dimension
+        are not looked for.
+        """
+        return None
 
     @abc.abstractmethod
     def to_dense(self, signals: Signals, damping: float = 0.0) -> Array:

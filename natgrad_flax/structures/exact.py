@@ -34,6 +34,7 @@ class Exact(Structure):
     """
 
     space: Space = "auto"
+    infinite_width = "all"
 
     def __post_init__(self) -> None:
         check_space(self.space)
@@ -71,6 +72,17 @@ class Exact(Structure):
         cross = train.gram(test)
         return solve_psd(gram, cross, shifted=not is_zero(damping)).T
 
+    def coefficient_times(
+        self, test: Signals, train: Signals, damping: Array | float, vectors: Array
+    ) -> Array:
+        """K(x', x) (K + N rho)^{-1} V: one factorisation, and k right-hand sides."""
+        gram = add_diagonal(train.gram(), train.num_samples * damping)
+        return test.gram(train) @ solve_psd(gram, vectors, shifted=not is_zero(damping))
+
+    def undamped_diagonal(self, train: Signals) -> Array:
+        """1 for every output."""
+        return jnp.ones(train.size, train.outputs.dtype)
+
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
         """J^T J / N + rho I."""
         jacobian = signals.to_dense()
@@ -99,9 +111,4 @@ class Exact(Structure):
 
 def mean_gram_diagonal(signals: Signals) -> list[Array]:
     """For each layer the mean diagonal of K_l, over N."""
-    values = []
-    for layer in signals.layers:
-        norms = jnp.sum(layer.augmented_inputs() ** 2, axis=1)
-        sizes = jnp.sum(layer.derivatives**2, axis=(1, 2)) / layer.num_seeds
-        values.append(jnp.mean(norms * sizes) / layer.num_samples)
-    return values
+    return [jnp.mean(layer.gram_norms()) / layer.num_samples for layer in signals.layers]

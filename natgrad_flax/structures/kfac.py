@@ -44,6 +44,7 @@ class KFAC(Structure):
     split: Literal["plain", "pi"] = "plain"
     first_layer: Literal["literal", "scaled"] = "literal"
     space: Space = "auto"
+    infinite_width = "all"
 
     def __post_init__(self) -> None:
         check_space(self.space)
@@ -76,8 +77,8 @@ class KFAC(Structure):
             return pair[0], pair[1]
         if self.split == "plain" or is_zero(damping):
             return damping, damping
-        mean_a = jnp.sum(layer.augmented_inputs() ** 2) / (over_a * layer.fan_in)
-        mean_b = jnp.sum(layer.derivatives**2) / (over_b * layer.num_units)
+        mean_a = jnp.sum(layer.input_norms()) / (over_a * layer.fan_in)
+        mean_b = jnp.sum(layer.derivative_norms()) / (over_b * layer.num_units)
         usable = (mean_a > 0) & (mean_b > 0)
         pi = jnp.where(usable, jnp.sqrt(mean_a / jnp.where(usable, mean_b, 1)), 1)
         root = jnp.sqrt(jnp.asarray(damping, layer.inputs.dtype))
@@ -148,14 +149,57 @@ class KFAC(Structure):
         ):
             over_a, over_b = self._divisors(train, index)
             rho_a, rho_b = self._dampings(here, rho, over_a, over_b)
-            left = here.derivative_gram(there)
-            gram = add_diagonal(here.derivative_gram(), over_b * rho_b)
-            units = over_b * solve_psd(gram, left, shifted=shifted).T
-            gram = add_diagonal(here.input_gram(), over_a * rho_a)
-            inputs = over_a * solve_psd(gram, here.input_gram(there), shifted=shifted).T
+            units = self._unit_coefficient(there, here, over_b, rho_b, shifted)
+            inputs = self._input_coefficient(there, here, over_a, rho_a, shifted)
             blown = expand_samples(inputs, there.num_seeds, here.num_seeds)
             total = total + units * blown / train.num_samples
         return total
+
+    def undamped_diagonal(self, train: Signals) -> Array:
+        """N a hidden layer; leverages of samples in the first, of outputs in the last."""
+        total = jnp.zeros(train.size, train.outputs.dtype)
+        for index, layer in enumerate(train.layers):
+            over_a, over_b = self._divisors(train, index)
+            inputs = jnp.full(layer.num_samples, over_a, total.dtype)
+            units = jnp.full(train.size, over_b, total.dtype)
+            if index == 0:
+                inputs = jnp.diagonal(self._input_coefficient(layer, layer, over_a, 0.0, False))
+            if index == len(train.layers) - 1:
+                units = jnp.diagonal(self._unit_coefficient(layer, layer, over_b, 0.0, False))
+            total = total + units * jnp.repeat(inputs, layer.num_seeds) / train.num_samples
+        return total
+
+    def _unit_coefficient(
+        self,
+        there: DenseSignals,
+        here: DenseSignals,
+        over: float,
+        rho: Array | float,
+        shifted: bool,
+    ) -> Array:
+        """D' (B* + rho)^{-1} D^T, shape (N' S', N S)."""
+        if self._in_parameters(here.num_samples * here.num_seeds, here.num_units):
+            flat = here.flat_derivatives()
+            factor = add_diagonal(flat.T @ flat / over, rho)
+            return there.flat_derivatives() @ solve_psd(factor, flat.T, shifted=shifted)
+        gram = add_diagonal(here.derivative_gram(), over * rho)
+        return over * solve_psd(gram, here.derivative_gram(there), shifted=shifted).T
+
+    def _input_coefficient(
+        self,
+        there: DenseSignals,
+        here: DenseSignals,
+        over: float,
+        rho: Array | float,
+        shifted: bool,
+    ) -> Array:
+        """a' (A* + rho)^{-1} a^T, shape (N', N)."""
+        if self._in_parameters(here.num_samples, here.fan_in):
+            inputs = here.augmented_inputs()
+            factor = add_diagonal(inputs.T @ inputs / over, rho)
+            return there.augmented_inputs() @ solve_psd(factor, inputs.T, shifted=shifted)
+        gram = add_diagonal(here.input_gram(), over * rho)
+        return over * solve_psd(gram, here.input_gram(there), shifted=shifted).T
 
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
         """Block-diagonal of the Kronecker products."""
@@ -179,8 +223,8 @@ class KFAC(Structure):
         scales = []
         for index, layer in enumerate(signals.layers):
             over_a, over_b = self._divisors(signals, index)
-            mean_a = jnp.sum(layer.augmented_inputs() ** 2) / (over_a * signals.num_samples)
-            mean_b = jnp.sum(layer.derivatives**2) / (over_b * signals.size)
+            mean_a = jnp.sum(layer.input_norms()) / (over_a * signals.num_samples)
+            mean_b = jnp.sum(layer.derivative_norms()) / (over_b * signals.size)
             scales.append(jnp.stack([mean_a, mean_b]))
         return jnp.stack(scales)
 

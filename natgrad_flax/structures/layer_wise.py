@@ -55,6 +55,7 @@ class LayerWise(Structure):
 
     sigma: tuple[tuple[float, ...], ...]
     space: Space = "auto"
+    infinite_width = "all"
 
     def __init__(
         self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto"
@@ -121,14 +122,28 @@ class LayerWise(Structure):
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """Eq. 16 at zero damping; sum_l K_l(x', x) U_l with damping (science: 3.3)."""
+        eye = jnp.eye(train.size, dtype=train.outputs.dtype)
+        return self.coefficient_times(test, train, damping, eye)
+
+    def coefficient_times(
+        self, test: Signals, train: Signals, damping: Array | float, vectors: Array
+    ) -> Array:
+        """sum_l K_l(x', x) U_l with the k columns of V as right-hand sides."""
         sigma = self.coupling(len(train.layers))
         grams = [layer.gram() for layer in train.layers]
-        targets = [jnp.eye(train.size, dtype=grams[0].dtype)] * len(grams)
+        targets = [vectors] * len(grams)
         shift = train.num_samples * damping
         duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping))
-        cross = [a.gram(b) for a, b in zip(test.layers, train.layers, strict=True)]
-        parts = [a @ b for a, b in zip(cross, duals, strict=True)]
+        parts = [
+            there.gram(here) @ dual
+            for there, here, dual in zip(test.layers, train.layers, duals, strict=True)
+        ]
         return sum(parts[1:], start=parts[0])
+
+    def undamped_diagonal(self, train: Signals) -> Array:
+        """alpha for every output."""
+        alpha = self.weights(len(train.layers)).sum()
+        return jnp.full(train.size, alpha, train.outputs.dtype)
 
     def _solve_grams(
         self,

@@ -37,6 +37,7 @@ class UnitWise(Structure):
     """
 
     space: Space = "auto"
+    infinite_width = "train"
 
     def __post_init__(self) -> None:
         check_space(self.space)

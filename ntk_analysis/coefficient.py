@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax import RelativeDamping, Structure
+from natgrad_flax import RelativeDamping, Signals, Structure
 from natgrad_flax.checks import check_damping, check_fits, check_structure
-from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.gradient import model_geometry, resolve_damping
+from ntk_analysis.analytic import analytic_inputs, analytic_kernels
+from ntk_analysis.analytic_signals import check_limit, limit_signals, needed_parts
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.twin import require_mlp
 
 Damping = float | RelativeDamping
 Kernels = Literal["empirical", "analytic"]
@@ -38,16 +42,20 @@ def coefficient_matrix(
       x_test: inputs x', shape (N', ...); the training inputs by default.
       damping: rho, added to the Fisher in the 1/N convention (so N rho to a Gram matrix); 0 means
         the pseudo-inverse. Or an ``ng.RelativeDamping``.
-      kernels: "empirical", those of this model.
+      kernels: "empirical", those of this model; or "analytic", those of its infinite-width limit
+        (exact, layer-wise, K-FAC and gradient descent; unit-wise between training inputs at zero
+        damping), where outputs are independent of each other.
 
     Returns:
       Float64, shape (N' C, N C); samples first, then outputs.
 
     Raises:
-      ValueError, TypeError: bad inputs or damping, a structure that does not suit the network,
-        kernels other than "empirical", or a matrix that cannot fit in memory.
+      ValueError, TypeError: bad inputs or damping, a structure that does not suit the network or
+        has no infinite-width limit, or a matrix that cannot fit in memory.
     """
     check_theory_arguments(structure, damping, kernels)
+    if kernels == "analytic":
+        return _analytic_coefficient(structure, model, x_train, x_test, damping)
     signals = initial_signals(model, x_train, x_test)
     train, test = coefficient_pair(structure, signals, damping)
     return train if x_test is None else test
@@ -78,6 +86,61 @@ def coefficient_pair(
     return both[: train.size], both[train.size :]
 
 
+def _analytic_coefficient(
+    structure: Structure,
+    model: nnx.Module,
+    x_train: ArrayLike,
+    x_test: ArrayLike | None,
+    damping: Damping,
+) -> Matrix:
+    check_limit(structure, x_test is not None, damping)
+    widths = require_mlp(model).widths
+    if structure.infinite_width == "train":
+        num_samples = len(analytic_inputs(x_train, model, "x_train"))
+        geometry = model_geometry(model, num_samples)
+        return structure.alpha(geometry) * np.eye(num_samples * widths[-1])
+    signals = analytic_signals(structure, model, x_train, x_test)
+    with jax.enable_x64(True):
+        train = signals[0]
+        check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
+        structure.check(train, damping)
+        rho = resolve_damping(structure, train, damping)
+        test = train if signals[1] is None else signals[1]
+        one = np.asarray(structure.coefficient(test, train, rho))
+    size = one.shape[0] * one.shape[1] * widths[-1] ** 2
+    check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs")
+    return np.kron(one, np.eye(widths[-1]))
+
+
+def analytic_signals(
+    structure: Structure,
+    model: nnx.Module,
+    x_train: ArrayLike,
+    x_test: ArrayLike | None,
+    **options: Any,
+) -> tuple[Signals, Signals | None]:
+    """Infinite-width signals on training and test inputs that a structure can work with.
+
+    Args:
+      structure: the Fisher approximation; it decides which kernels are computed.
+      model: an ``ng.MLP``.
+      x_train: shape (N, M_0).
+      x_test: shape (N', M_0), or None.
+      **options: ``store`` and ``progress`` of ``analytic_kernels``.
+
+    Raises:
+      ValueError, TypeError: as ``analytic_kernels``.
+    """
+    inside = analytic_inputs(x_train, model, "x_train")
+    outside = None if x_test is None else analytic_inputs(x_test, model, "x_test")
+    parts = needed_parts(structure)
+    train = analytic_kernels(model, inside, parts=parts, **options)
+    cross = None
+    if outside is not None:
+        cross = analytic_kernels(model, outside, inside, parts=parts, **options)
+    return limit_signals(require_mlp(model), train, cross, inside, outside)
+
+
 def check_theory_arguments(structure: object, damping: object, kernels: object) -> None:
     """Raises ValueError or TypeError on arguments that no theory can use."""
     check_structure(structure)
@@ -85,11 +148,6 @@ def check_theory_arguments(structure: object, damping: object, kernels: object) 
     if not isinstance(damping, (int, float, RelativeDamping)):
         raise TypeError(
             f"theory needs a fixed damping, a number or an ng.RelativeDamping, got {damping!r}"
-        )
-    if kernels == "analytic":
-        raise ValueError(
-            'kernels="analytic" (infinite width) is not there yet: it comes with the '
-            'neural-tangents issue; use kernels="empirical"'
         )
     if kernels not in get_args(Kernels):
         raise ValueError(f'kernels must be "empirical" or "analytic", got {kernels!r}')

@@ -10,8 +10,15 @@ from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, MeanSquaredError, Structure
 from natgrad_flax.checks import check_learning_rate
-from ntk_analysis.coefficient import Damping, Kernels, check_theory_arguments, coefficient_pair
+from ntk_analysis.coefficient import (
+    Damping,
+    Kernels,
+    check_theory_arguments,
+    coefficient_matrix,
+    coefficient_pair,
+)
 from ntk_analysis.empirical import Matrix, initial_signals
+from ntk_analysis.resonance import warn_of_resonance
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +84,16 @@ def predict_dynamics(
       steps: number of steps, at least 0.
       damping: rho, added to the Fisher in the 1/N convention, or an ``ng.RelativeDamping``.
       x_test: test inputs, shape (N', ...).
-      kernels: "empirical", those of this model.
+      kernels: "empirical", those of this model, or "analytic", those of its infinite-width limit;
+        f_0 is the model's own output in both cases.
       loss: the mean squared error, the only one whose linearised dynamics are linear.
 
     Raises:
       ValueError, TypeError: bad arguments, or a structure that does not suit the network.
+
+    Warns:
+      ResonanceWarning: a positive damping lies among the resonances of an indefinite coupling
+        (``resonance_window``); not looked for where L N C exceeds 3000.
     """
     if loss is not None and not isinstance(loss, MeanSquaredError):
         raise ValueError(
@@ -92,8 +104,15 @@ def predict_dynamics(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
     signals = initial_signals(model, x, x_test)
-    targets = _targets(y, (signals.num_train, signals.num_outputs))
-    train, test = coefficient_pair(structure, signals, damping)
+    targets = check_targets(y, (signals.num_train, signals.num_outputs))
+    if kernels == "analytic":
+        train = coefficient_matrix(structure, model, x, None, damping, kernels)
+        test = np.zeros((0, len(train)))
+        if x_test is not None:
+            test = coefficient_matrix(structure, model, x, x_test, damping, kernels)
+    else:
+        train, test = coefficient_pair(structure, signals, damping)
+    warn_of_resonance(structure, signals.train, damping)
     return linearised_dynamics(train, test, signals.outputs, targets, learning_rate, steps)
 
 
@@ -148,7 +167,16 @@ def squared_losses(outputs: ArrayLike, targets: ArrayLike) -> Matrix:
     return result
 
 
-def _targets(y: ArrayLike, shape: tuple[int, int]) -> Matrix:
+def check_targets(y: ArrayLike, shape: tuple[int, int]) -> Matrix:
+    """Targets as a float64 array.
+
+    Args:
+      y: the targets.
+      shape: (N, C).
+
+    Raises:
+      ValueError: another shape, NaN or infinite entries.
+    """
     targets = np.asarray(y, np.float64)
     if targets.shape != shape:
         raise ValueError(f"y must have shape (N, C) = {shape}, got {targets.shape}")

@@ -22,6 +22,8 @@ class GradientDescent(Structure):
     constant learning rate of the linearised network is 1 / lambda_max(Theta).
     """
 
+    infinite_width = "all"
+
     def solve(
         self, signals: Signals, residual: Residual, damping: Array | float
     ) -> tuple[LayerUpdate, ...]:

@@ -1,0 +1,251 @@
+"""Which condition behind isotropy a network on its data fails, at which layer, and what to do.
+
+The sizes of a network bound the ranks that the theory asks for; only the data tell what they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import singledispatch
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from natgrad_flax import KFAC, Exact, LayerWise, Signals, Structure, UnitWise
+from natgrad_flax.structures import Geometry
+from ntk_analysis.empirical import Matrix
+
+# a Forster transform leaves leverages that differ by its tolerance, 1e-3 by default
+_EQUAL_LEVERAGES = 1e-2
+
+
+@dataclass(frozen=True)
+class LayerRanks:
+    """Numerical ranks of one layer.
+
+    Attributes:
+      inputs: of a_{l-1} with the bias column, N at most.
+      derivatives: of D_l, one row for each sample and output, N C at most.
+      jacobian: of K_l = J_l J_l^T, N C at most.
+    """
+
+    inputs: int
+    derivatives: int
+    jacobian: int
+
+
+@dataclass(frozen=True)
+class NetworkRanks:
+    """Numerical ranks of a network on a batch, and what explains them.
+
+    Attributes:
+      layers: in forward order.
+      kernel: rank of K = sum_l K_l, N C at most.
+      leverages: the smallest and the largest diagonal entry of the projector a_0 a_0^+ on the
+        inputs of layer 1; both 1 where these have rank N.
+      twins: the numbers of two samples with the same inputs, or None.
+    """
+
+    layers: tuple[LayerRanks, ...]
+    kernel: int
+    leverages: tuple[float, float]
+    twins: tuple[int, int] | None
+
+
+def measured_ranks(signals: Signals) -> NetworkRanks:
+    """Ranks from the eigenvalues of Gram matrices, in float64.
+
+    Eigenvalues below n eps times the largest count as zero, n the longer side of the matrix whose
+    rank it is (for J_l and J its N C rows); so singular values below about 1e-7 of the largest do.
+
+    Args:
+      signals: of the plain outputs, S = C.
+    """
+    with jax.enable_x64(True):
+        layers = []
+        kernel = np.zeros((signals.size, signals.size))
+        for layer in signals.layers:
+            gram = np.asarray(layer.gram(), np.float64)
+            kernel += gram
+            layers.append(
+                LayerRanks(
+                    _rank(np.asarray(layer.augmented_inputs(), np.float64)),
+                    _rank(np.asarray(layer.flat_derivatives(), np.float64)),
+                    _gram_rank(gram, len(gram)),
+                )
+            )
+        first = np.asarray(signals.layers[0].augmented_inputs(), np.float64)
+    rank = _gram_rank(kernel, len(kernel))
+    return NetworkRanks(tuple(layers), rank, _leverages(first), _twins(first))
+
+
+@singledispatch
+def failed_conditions(
+    structure: Structure, geometry: Geometry, ranks: NetworkRanks
+) -> tuple[str, ...]:
+    """What fails of the assumptions behind alpha, from measured ranks; a sentence each.
+
+    Exact: J of row rank N C. Layer-wise: every J_l of row rank N C (Karakida & Osawa 2020,
+    Theorem 4.1). K-FAC: the inputs of every layer of rank N (of the first one: or equal leverages,
+    as a Forster transform makes them) and the derivatives of every hidden layer of rank N C
+    (Section 4.2). Unit-wise: the inputs of every layer of rank N (Theorem 5.1). All hold at zero
+    damping. A rank that sizes rule out is named once, with the size as its cause. Other structures
+    name what their own ``failed_conditions`` finds in the sizes.
+
+    Args:
+      structure: the Fisher approximation, or ``GradientDescent()``.
+      geometry: the sizes of the network and the batch.
+      ranks: of the same network and batch.
+    """
+    return tuple(structure.failed_conditions(geometry))
+
+
+@failed_conditions.register
+def _(structure: Exact, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ...]:
+    wanted = geometry.num_samples * geometry.num_outputs
+    if ranks.kernel == wanted:
+        return ()
+    params = sum(fan_in * units for fan_in, units in geometry.layers)
+    if params < wanted:
+        remedy = f"the network has {params} parameters; use a wider one, or fewer samples"
+    else:
+        remedy = _twin_remedy(ranks) or "use a wider network, other inputs or fewer samples"
+    return (
+        f"the Jacobian of the network has row rank {ranks.kernel} of the {wanted} that "
+        f"{structure.name} needs: {remedy}",
+    )
+
+
+@failed_conditions.register
+def _(structure: LayerWise, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ...]:
+    sentences = []
+    wanted = geometry.num_samples * geometry.num_outputs
+    for index, layer in enumerate(ranks.layers):
+        if layer.jacobian == wanted:
+            continue
+        if index == geometry.depth - 1:
+            # D_L = I, so the rank of J_L is C times the rank of the layer's inputs
+            sentences.append(_inputs_sentence(structure, index, geometry, ranks))
+            continue
+        fan_in, units = geometry.layers[index]
+        bottleneck = min(width for _, width in geometry.layers[index:])
+        if fan_in * units < wanted:
+            remedy = f"it has {fan_in * units} parameters; use more units, or fewer samples"
+        elif bottleneck < geometry.num_outputs:
+            remedy = (
+                f"{geometry.num_outputs} outputs reach it through {bottleneck} units; use at "
+                f"least {geometry.num_outputs} in every hidden layer"
+            )
+        else:
+            remedy = _twin_remedy(ranks) or "use wider layers, other inputs or fewer samples"
+        sentences.append(
+            f"{_where(index, geometry)}: its Jacobian has row rank {layer.jacobian} of the "
+            f"{wanted} that {structure.name} needs: {remedy}"
+        )
+    return tuple(sentences)
+
+
+@failed_conditions.register
+def _(structure: KFAC, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ...]:
+    sentences = []
+    n = geometry.num_samples
+    wanted = n * geometry.num_outputs
+    for index, layer in enumerate(ranks.layers):
+        if index == 0 and layer.inputs < n:
+            low, high = ranks.leverages
+            if high - low > _EQUAL_LEVERAGES * high:
+                sentences.append(
+                    f"{_where(0, geometry)}: its inputs have rank {layer.inputs} for {n} samples, "
+                    f"and their leverages range from {low:.3g} to {high:.3g} where "
+                    f"{structure.name} needs equal ones: apply a Forster transform to the inputs "
+                    "(natgrad_datasets.forster_transform), or use fewer samples"
+                )
+        elif layer.inputs < n:
+            sentences.append(_inputs_sentence(structure, index, geometry, ranks))
+        if index < geometry.depth - 1 and layer.derivatives < wanted:
+            units = geometry.layers[index][1]
+            if units < wanted:
+                remedy = f"use at least {wanted} units in this layer, or fewer samples"
+            else:
+                remedy = _twin_remedy(ranks) or (
+                    "use wider layers, another activation or fewer samples"
+                )
+            sentences.append(
+                f"{_where(index, geometry)}: its derivatives have rank {layer.derivatives} of the "
+                f"{wanted} that {structure.name} needs: {remedy}"
+            )
+    return tuple(sentences)
+
+
+@failed_conditions.register
+def _(structure: UnitWise, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ...]:
+    return tuple(
+        _inputs_sentence(structure, index, geometry, ranks)
+        for index, layer in enumerate(ranks.layers)
+        if layer.inputs < geometry.num_samples
+    )
+
+
+def _where(index: int, geometry: Geometry) -> str:
+    return f"layer {index + 1}" + (" (the last)" if index == geometry.depth - 1 else "")
+
+
+def _inputs_sentence(
+    structure: Structure, index: int, geometry: Geometry, ranks: NetworkRanks
+) -> str:
+    n = geometry.num_samples
+    if geometry.layers[index][0] < n:
+        what = "inputs" if index == 0 else "hidden units in the layer before it"
+        remedy = f"use at least {n} {what}, or fewer samples"
+    elif twins := _twin_remedy(ranks):
+        remedy = twins
+    elif index == 0:
+        remedy = "the samples are linearly dependent; use other features, or fewer samples"
+    else:
+        remedy = (
+            "the samples are linearly dependent there; use wider layers, another activation or "
+            "fewer samples"
+        )
+    return (
+        f"{_where(index, geometry)}: its inputs have rank {ranks.layers[index].inputs} of the {n} "
+        f"that {structure.name} needs: {remedy}"
+    )
+
+
+def _twin_remedy(ranks: NetworkRanks) -> str:
+    if ranks.twins is None:
+        return ""
+    first, second = ranks.twins
+    return f"samples {first} and {second} (counted from 0) are the same; drop one"
+
+
+def _rank(matrix: Matrix) -> int:
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    return _gram_rank(tall.T @ tall, len(tall))
+
+
+def _gram_rank(gram: Matrix, size: int) -> int:
+    values = np.linalg.eigvalsh(gram)
+    return int(np.sum(values > _cutoff(values, size)))
+
+
+def _cutoff(values: NDArray[np.floating], size: int) -> float:
+    return float(size * np.finfo(np.float64).eps * np.max(np.abs(values)))
+
+
+def _leverages(inputs: Matrix) -> tuple[float, float]:
+    values, vectors = np.linalg.eigh(inputs @ inputs.T)
+    kept = values > _cutoff(values, max(inputs.shape))
+    diagonal = np.sum(vectors[:, kept] ** 2, axis=1)
+    return float(diagonal.min()), float(diagonal.max())
+
+
+def _twins(inputs: Matrix) -> tuple[int, int] | None:
+    seen: dict[bytes, int] = {}
+    for number, row in enumerate(inputs):
+        # adding 0 turns -0 into 0, which has other bytes
+        other = seen.setdefault((row + 0.0).tobytes(), number)
+        if other != number:
+            return other, number
+    return None

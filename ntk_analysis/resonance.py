@@ -1,0 +1,204 @@
+"""Dampings at which a structure with an indefinite coupling Sigma breaks down.
+
+The damped system of a layer-wise structure is s I + (Sigma (x) I) blockdiag(K_1, ..., K_L) with
+s = N rho (science: 3.3). Where Sigma has a negative eigenvalue, as the block tri-diagonal one has
+for every L >= 3, the second term has negative eigenvalues too, and the system is singular wherever
+-s equals one of them. Near such a resonance Theta-bar has eigenvalues of any size and sign, and
+training diverges; the undamped structure and a large damping are not concerned. This is why the
+curves of Karakida & Osawa (2020), Figure 1(b), do not approach the undamped one monotonically.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from natgrad_flax import LayerWise, RelativeDamping, Signals, Structure
+from natgrad_flax.checks import check_damping, check_fits, check_learning_rate, check_structure
+from natgrad_flax.gradient import resolve_damping
+from ntk_analysis.coefficient import Damping
+from ntk_analysis.empirical import Matrix, initial_signals
+
+LARGEST_CHECK = 3000
+"""The largest L N C for which ``predict_dynamics`` looks for resonances."""
+
+
+class ResonanceWarning(UserWarning):
+    """The damping lies among the resonances of an indefinite coupling."""
+
+
+def resonances(structure: Structure, model: nnx.Module, x: ArrayLike) -> Matrix:
+    """The dampings rho > 0 at which the damped structure is singular, for the mean squared error.
+
+    They are the negative eigenvalues of (Sigma (x) I) blockdiag(K_1, ..., K_L) / N, with the sign
+    changed: N C of them for each negative eigenvalue of Sigma where every J_l has full row rank.
+
+    Args:
+      structure: any Fisher approximation.
+      model: any module built of layers with signals.
+      x: training inputs, shape (N, ...).
+
+    Returns:
+      Float64, sorted, in the 1/N convention; empty for a positive semi-definite coupling and for
+      structures that are not layer-wise.
+
+    Raises:
+      ValueError, TypeError: bad inputs, a Sigma for another depth, or a matrix (L N C, L N C) that
+        cannot fit in memory.
+    """
+    check_structure(structure)
+    return signal_resonances(structure, initial_signals(model, x).train)
+
+
+def resonance_window(
+    structure: Structure, model: nnx.Module, x: ArrayLike
+) -> tuple[float, float] | None:
+    """The smallest and the largest of ``resonances``, None where there are none.
+
+    Args:
+      structure: any Fisher approximation.
+      model: any module built of layers with signals.
+      x: training inputs, shape (N, ...).
+
+    Raises:
+      ValueError, TypeError: as for ``resonances``.
+    """
+    return window_of(resonances(structure, model, x))
+
+
+def spectral_radius(
+    structure: Structure,
+    model: nnx.Module,
+    x: ArrayLike,
+    learning_rate: float,
+    dampings: Sequence[float] | Matrix,
+) -> Matrix:
+    """The spectral radius of I - eta Theta-bar_rho(x, x) for each damping rho.
+
+    The linearised network converges where it is below 1 (Karakida & Osawa 2020, Section 4.2); at
+    rho = 0 an isotropic structure has |1 - eta alpha|.
+
+    Args:
+      structure: the Fisher approximation, or ``GradientDescent()`` with dampings 0.
+      model: any module built of layers with signals.
+      x: training inputs, shape (N, ...).
+      learning_rate: eta > 0.
+      dampings: values of rho, at least 0, in the 1/N convention.
+
+    Returns:
+      Float64, one value a damping.
+
+    Raises:
+      ValueError, TypeError: bad arguments, or a structure that does not suit the network.
+    """
+    check_structure(structure)
+    check_learning_rate(learning_rate)
+    values = np.asarray(dampings, np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"dampings must be a sequence of numbers, got shape {values.shape}")
+    check_damping(values)
+    return signal_radii(structure, initial_signals(model, x).train, learning_rate, values)
+
+
+def signal_resonances(structure: Structure, signals: Signals) -> Matrix:
+    """``resonances`` from float64 signals of the training samples, seeded or not."""
+    if not isinstance(structure, LayerWise):
+        return np.empty(0)
+    depth, n = len(signals.layers), signals.size
+    sigma = structure.coupling(depth)
+    signs = np.linalg.eigvalsh(sigma)
+    if signs[0] >= -1e-12 * np.abs(signs).max():
+        return np.empty(0)
+    check_fits(depth * n, 8, "the matrix of the resonances")
+    with jax.enable_x64(True):
+        grams = [np.asarray(layer.gram()) for layer in signals.layers]
+    # K_l = C_l C_l^T makes the product similar to a symmetric matrix, up to zero eigenvalues
+    factors = [_square_root(gram) for gram in grams]
+    matrix = np.block(
+        [
+            [weight * (left.T @ right) for weight, right in zip(row, factors, strict=True)]
+            for row, left in zip(sigma, factors, strict=True)
+        ]
+    )
+    values = np.linalg.eigvalsh(matrix / signals.num_samples)
+    cutoff = len(values) * np.finfo(np.float64).eps * np.abs(values).max()
+    found: Matrix = -values[values < -cutoff][::-1]
+    return found
+
+
+def signal_radii(
+    structure: Structure, signals: Signals, learning_rate: float, dampings: Matrix
+) -> Matrix:
+    """``spectral_radius`` from float64 signals of the plain outputs on the training samples."""
+    check_fits(structure.gram_size(signals), 8, f"the system that {structure.name} solves")
+    for value in np.unique(np.sign(dampings)):
+        structure.check(signals, float(value))
+    with jax.enable_x64(True):
+        # one program for every positive damping; zero is a case of its own in every structure
+        damped = jax.jit(lambda here, rho: structure.coefficient(here, here, rho))
+        matrices = (
+            damped(signals, rho) if rho else structure.coefficient(signals, signals, 0.0)
+            for rho in map(float, dampings)
+        )
+        return np.array([iteration_radius(np.asarray(m), learning_rate) for m in matrices])
+
+
+def iteration_radius(coefficient_train: Matrix, learning_rate: float) -> float:
+    """The spectral radius of I - eta Theta-bar(x, x), infinite for a matrix that is not finite.
+
+    Args:
+      coefficient_train: Theta-bar(x, x), shape (N C, N C); symmetric up to rounding, as every
+        metric G is.
+      learning_rate: eta.
+    """
+    if not np.isfinite(coefficient_train).all():
+        return float("inf")
+    values = np.linalg.eigvalsh((coefficient_train + coefficient_train.T) / 2)
+    return float(np.abs(1 - learning_rate * values).max())
+
+
+def window_of(values: Matrix) -> tuple[float, float] | None:
+    """The smallest and the largest of sorted resonances, None where there are none."""
+    return (float(values[0]), float(values[-1])) if len(values) else None
+
+
+def warn_of_resonance(structure: Structure, signals: Signals, damping: Damping) -> None:
+    """Warns where a positive damping lies among the resonances of a structure.
+
+    Does nothing for L N C above ``LARGEST_CHECK``, where looking would take long.
+
+    Args:
+      structure: any Fisher approximation.
+      signals: float64 signals of the training samples.
+      damping: rho in the 1/N convention, or an ``ng.RelativeDamping``.
+    """
+    if not isinstance(structure, LayerWise) or len(signals.layers) * signals.size > LARGEST_CHECK:
+        return
+    if not isinstance(damping, RelativeDamping) and damping == 0:
+        return
+    window = window_of(signal_resonances(structure, signals))
+    if window is None:
+        return
+    with jax.enable_x64(True):
+        rho = float(resolve_damping(structure, signals, damping))
+    if window[0] <= rho <= window[1]:
+        warnings.warn(
+            f"the damping {rho:.3g} of {structure.name} lies among its resonances, "
+            f"{window[0]:.3g} to {window[1]:.3g}: Sigma is indefinite, so the damped matrix is "
+            "nearly singular there and training can diverge. Use damping=0, one well below or "
+            "above these values, or look at na.spectral_radius",
+            ResonanceWarning,
+            stacklevel=3,
+        )
+
+
+def _square_root(gram: Matrix) -> Matrix:
+    """C with K = C C^T for a positive semi-definite K of any rank."""
+    values, vectors = np.linalg.eigh(gram)
+    root: Matrix = vectors * np.sqrt(np.maximum(values, 0))
+    return root

@@ -1,0 +1,323 @@
+"""Theorem 5.1 of Karakida & Osawa (2020): the unit-wise Fisher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from flax import nnx
+
+from natgrad_flax import MLP, Exact, RelativeDamping, UnitWise
+from natgrad_flax.gradient import model_geometry
+from ntk_analysis.coefficient import coefficient_pair
+from ntk_analysis.cost import structure_cost
+from ntk_analysis.dynamics import squared_losses
+from ntk_analysis.empirical import Matrix
+from ntk_analysis.reproduce.images import mnist_pair
+from ntk_analysis.reproduce.karakida_osawa.common import (
+    Dense,
+    Problem,
+    distance,
+    off_identity,
+    problem,
+    theta_bar,
+)
+from ntk_analysis.reproduce.registry import (
+    Measurement,
+    Outcome,
+    Report,
+    above,
+    below,
+    between,
+    check,
+    close,
+)
+from ntk_analysis.training import Trainer
+
+_RATIO = 1e-3
+
+
+@check(
+    "KO-Thm5.1",
+    "Unit-wise Fisher is isotropic",
+    claim="Theta-bar = alpha I with alpha = gamma M (L - 1), gamma = P(phi' != 0) (1/2 for ReLU), "
+    "in the limit of large width and under gradient independence.",
+    setting="8-20-21-C, N = 5, tanh and ReLU, C = 1 and 3; ReLU 40-2048-2048-1, N = 20",
+    origin="ours",
+    fast=True,
+)
+def theorem_5_1(report: Report) -> Outcome:
+    """Active units of every sample on the diagonal, nothing off it, at any width."""
+    measurements: list[Measurement] = []
+    for activation in ("tanh", "relu"):
+        report(activation)
+        case = problem((8, 20, 21, 1), 5, activation=activation)
+        explicit = theta_bar(case.train.unit_wise(), case.train)
+        found = case.ours(UnitWise())[0]
+        counts = _active(case.train) + 1
+        measurements += [
+            below(
+                f"{activation}: explicit Theta-bar off the diagonal",
+                distance(explicit, np.diag(np.diag(explicit))),
+                1e-8,
+            ),
+            below(
+                f"{activation}: its diagonal against 1 + number of active units",
+                distance(np.diag(explicit), counts),
+                1e-8,
+            ),
+            below(
+                f"{activation}: UnitWise against the explicit one", distance(found, explicit), 1e-8
+            ),
+        ]
+        if activation == "tanh":
+            measurements.append(
+                below("tanh: Theta-bar - (M_1 + M_2 + 1) I", off_identity(found, 42.0), 1e-8)
+            )
+    report("three outputs")
+    several = problem((8, 20, 21, 3), 5)
+    blocks, matrix = _projectors(several.train), several.ours(UnitWise())[0]
+    measurements += [
+        below(
+            "tanh, C = 3: UnitWise against sum_i blockdiag_n d d^T / |d|^2 + I",
+            distance(matrix, blocks),
+            1e-8,
+        ),
+        close(
+            "tanh, C = 3: mean eigenvalue, against sum_l M_l / C + 1",
+            float(np.trace(matrix)) / 15,
+            41 / 3 + 1,
+            1e-8,
+        ),
+    ]
+    report("width 2048")
+    wide = problem((40, 2048, 2048, 1), 20, activation="relu")
+    alphas = _active(wide.train) + 1
+    measurements += [
+        between(
+            "ReLU, M = 2048: mean of Theta-bar over M (L - 1) / 2 + 1",
+            float(alphas.mean() / 2049),
+            0.97,
+            1.03,
+        ),
+        below(
+            "ReLU, M = 2048: standard deviation over mean (1/sqrt(M (L - 1)) = 0.016)",
+            float(alphas.std() / alphas.mean()),
+            0.05,
+        ),
+    ]
+    return Outcome(
+        tuple(measurements),
+        notes=(
+            "at zero damping the matrix is exactly diagonal at finite width and no gradient "
+            "independence is needed; only the counts on the ReLU diagonal need width",
+        ),
+    )
+
+
+def _active(case: Dense) -> Matrix:
+    """Hidden units with D != 0, for each sample of a network with one output."""
+    counts = [np.count_nonzero(d[:, 0], axis=1) for d in case.derivatives[:-1]]
+    total: Matrix = np.sum(counts, axis=0).astype(np.float64)
+    return total
+
+
+def _projectors(case: Dense) -> Matrix:
+    """sum over hidden units of blockdiag_n(d d^T / |d|^2), plus I for the last layer."""
+    n, c = case.outputs.shape
+    total = np.eye(n * c)
+    for d in case.derivatives[:-1]:
+        blocks = np.einsum("nci,ndi,ni->ncd", d, d, 1 / np.sum(d**2, axis=1))
+        for index in range(n):
+            rows = slice(index * c, (index + 1) * c)
+            total[rows, rows] += blocks[index]
+    return total
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One network that is trained with the unit-wise Fisher."""
+
+    activation: str
+    weight_variance: float
+    width: int
+
+
+@check(
+    "KO-Thm5.1-training",
+    "Training with the damped unit-wise Fisher",
+    claim="Unit-wise natural gradient at eta = 1/(gamma M (L - 1)) converges fast, with a damping.",
+    setting="MNIST 0 and 7, N = 50 (100 undamped), L = 3, no biases, seed 0, float32; relative "
+    "damping 1e-3",
+    origin="ours",
+)
+def training(report: Report) -> Outcome:
+    """Two steps of finite networks, and what happens without a damping."""
+    data = _mnist(50)
+    runs = (_Run("relu", 2.0, 256), _Run("relu", 2.0, 1024), _Run("tanh", 1.5, 1024))
+    curves = {}
+    for run in runs:
+        report(f"{run.activation}, width {run.width}")
+        curves[run] = _train(run, *data, RelativeDamping(_RATIO), steps=3)
+    narrow, relu, tanh = (curves[run] for run in runs)
+    report("without damping")
+    bare = _train(_Run("relu", 2.0, 1024), *_mnist(100), 0.0, steps=6)
+    worst = float(np.nanmax(bare / bare[0])) if np.isfinite(bare).all() else np.inf
+    return Outcome(
+        (
+            below("ReLU, M = 1024: loss_1 / loss_0", relu[1] / relu[0], 0.1),
+            below("ReLU, M = 1024: loss_2 / loss_0", relu[2] / relu[0], 2e-3),
+            below("tanh, M = 1024: loss_1 / loss_0", tanh[1] / tanh[0], 0.1),
+            below("tanh, M = 1024: loss_2 / loss_0", tanh[2] / tanh[0], 2e-3),
+            above(
+                "ReLU: loss_1 / loss_0 at M = 256 over M = 1024",
+                narrow[1] / narrow[0] / (relu[1] / relu[0]),
+                1.0,
+            ),
+            above(
+                "ReLU, M = 1024, N = 100, no damping: largest loss_t / loss_0, t <= 6", worst, 10.0
+            ),
+        ),
+        data={f"{run.activation} {run.width}": curve for run, curve in curves.items()}
+        | {"relu 1024 undamped": bare},
+        notes=(
+            "without a damping the update divides by D_l[n,i], whose inverse has infinite variance",
+        ),
+    )
+
+
+def _mnist(num_samples: int) -> tuple[Matrix, Matrix]:
+    data = mnist_pair((0, 7), 1, num_samples)
+    return data.x_train.astype(np.float64), data.y_train.astype(np.float64)
+
+
+def _train(
+    run: _Run, x: Matrix, y: Matrix, damping: float | RelativeDamping, *, steps: int
+) -> Matrix:
+    """Losses (steps + 1,) at eta = 1/alpha."""
+    model = MLP(
+        (x.shape[1], run.width, run.width, 1),
+        activation=run.activation,
+        weight_variance=run.weight_variance,
+        rngs=nnx.Rngs(0),
+    )
+    fraction = 0.5 if run.activation == "relu" else 1.0
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    trainer = Trainer(model, UnitWise(), x, y, x[:1], damping)
+    outputs = trainer.run(1 / (2 * fraction * run.width + 1), steps).outputs_train
+    return squared_losses(outputs, y)
+
+
+@check(
+    "KO-Unit-lowdim",
+    "Unit-wise Fisher with fewer inputs than samples",
+    claim="With M_0 < N the first layer is not isotropic; leaving it untrained restores isotropy "
+    "with alpha = gamma M (L - 2) + 1.",
+    setting="ReLU and tanh 6-400-400-1, N = 30, no biases",
+    origin="ours",
+    fast=True,
+)
+def low_dimension(report: Report) -> Outcome:
+    """Layer by layer, against the projectors of every unit."""
+    case = problem((6, 400, 400, 1), 30, activation="relu")
+    report("first layer")
+    first = _coefficient(case, slice(1))
+    values = np.linalg.eigvalsh(first)
+    report("upper layers")
+    upper = _coefficient(case, slice(1, 3))
+    counts = np.count_nonzero(case.train.derivatives[1][:, 0], axis=1) + 1
+    tanh = problem((6, 400, 400, 1), 30)
+    return Outcome(
+        (
+            below(
+                "layer 1 against the projectors of its units",
+                distance(first, _unit_projectors(case.train)),
+                1e-7,
+            ),
+            close("layer 1: trace / N, against M M_0 / N", float(np.trace(first)) / 30, 80.0, 1e-6),
+            above(
+                "layer 1: largest eigenvalue over the smallest", float(values[-1] / values[0]), 3.0
+            ),
+            below(
+                "layers 2 and 3: Theta-bar off its diagonal",
+                distance(upper, np.diag(np.diag(upper))),
+                1e-6,
+            ),
+            below(
+                "layers 2 and 3: diagonal against 1 + number of active units",
+                distance(np.diag(upper), counts),
+                1e-6,
+            ),
+            between(
+                "layers 2 and 3: mean of the diagonal over M / 2 + 1",
+                float(counts.mean() / 201),
+                0.9,
+                1.1,
+            ),
+            below(
+                "tanh, layers 2 and 3: Theta-bar - (M + 1) I",
+                off_identity(_coefficient(tanh, slice(1, 3)), 401.0),
+                1e-4,
+            ),
+        ),
+        data={"first_layer_eigenvalues": values, "upper_diagonal": np.diag(upper)},
+    )
+
+
+def _coefficient(case: Problem, layers: slice) -> Matrix:
+    """Theta-bar of some of the layers, ours."""
+    everything = case.signals.everything
+    chosen = replace(everything, layers=everything.layers[layers])
+    return coefficient_pair(UnitWise(), replace(case.signals, everything=chosen))[0]
+
+
+def _unit_projectors(case: Dense) -> Matrix:
+    """sum_i J_i (J_i^T J_i)^+ J_i^T over the units of the first layer."""
+    a, d = case.inputs[0], case.derivatives[0][:, 0]
+    total = np.zeros((len(a), len(a)))
+    for column in d.T:
+        jac = column[:, None] * a
+        left, singular, _ = np.linalg.svd(jac, full_matrices=False)
+        kept = left[:, singular > 1e-10 * max(singular[0], 1e-300)]
+        total += kept @ kept.T
+    return total
+
+
+@check(
+    "KO-NZ",
+    "Size of the unit-wise Fisher",
+    claim="The unit-wise Fisher has 1/(M (L - 1)) of the entries of the exact one.",
+    setting="tanh M-M-M-1 with M = 20 and 40, L = 3, N = 6; non-zeros of dense matrices",
+    origin="ours",
+    fast=True,
+)
+def size(report: Report) -> Outcome:
+    """Entries that are not zero, counted."""
+    measurements: list[Measurement] = []
+    for width in (20, 40):
+        report(f"M = {width}")
+        case = problem((width, width, width, 1), 6)
+        geometry = model_geometry(case.model, 6)
+        exact = np.count_nonzero(case.train.fisher())
+        unit = np.count_nonzero(case.train.unit_wise())
+        measurements += [
+            between(
+                f"M = {width}: share of the entries times M (L - 1)",
+                unit / exact * 2 * width,
+                0.9,
+                1.1,
+            ),
+            close(
+                f"M = {width}: unit-wise non-zeros, counted over structure_cost",
+                unit / structure_cost(UnitWise(), geometry).nonzeros,
+                1.0,
+                0.0,
+            ),
+            close(
+                f"M = {width}: exact non-zeros, counted over structure_cost",
+                exact / structure_cost(Exact(), geometry).nonzeros,
+                1.0,
+                0.0,
+            ),
+        ]
+    return Outcome(tuple(measurements))

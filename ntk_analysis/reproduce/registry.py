@@ -1,0 +1,151 @@
+"""The registry of checks: what a paper claims, what is expected of us, and what was measured."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Report = Callable[[str], object]
+"""Called with what is being done now."""
+
+
+class MissingDataError(RuntimeError):
+    """A check needs data that are not on this machine; the message says which."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number of a check beside what it should be.
+
+    Attributes:
+      what: the quantity, with its setting.
+      measured: the number.
+      expected: in words, tolerance included.
+      passed: whether it is as expected.
+    """
+
+    what: str
+    measured: float
+    expected: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found.
+
+    Attributes:
+      measurements: at least one.
+      data: curves and tables for figures, as JSON has them.
+      notes: what a reader should know, such as a bound of the catalogue that does not hold.
+    """
+
+    measurements: tuple[Measurement, ...]
+    data: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every measurement is as expected."""
+        return all(m.passed for m in self.measurements)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim of a paper that can be measured.
+
+    Attributes:
+      identifier: that of the catalogue, such as "KO-Fig1a".
+      title: a few words.
+      claim: what the paper says.
+      setting: sizes, data, seeds.
+      origin: whether the setting is the paper's or, where the paper states none, ours.
+      run: does it. It gets a ``Report``, and raises ``MissingDataError`` where data are missing.
+      erratum: where the paper's claim is wrong as printed, what holds instead; "" otherwise.
+      fast: seconds rather than minutes, so that the tests run it.
+    """
+
+    identifier: str
+    title: str
+    claim: str
+    setting: str
+    origin: Literal["paper", "ours"]
+    run: Callable[[Report], Outcome]
+    erratum: str = ""
+    fast: bool = False
+
+
+_CHECKS: dict[str, Check] = {}
+
+
+def check(
+    identifier: str,
+    title: str,
+    *,
+    claim: str,
+    setting: str,
+    origin: Literal["paper", "ours"],
+    erratum: str = "",
+    fast: bool = False,
+) -> Callable[[Callable[[Report], Outcome]], Callable[[Report], Outcome]]:
+    """Registers a function as a check; the arguments are ``Check``'s.
+
+    Raises:
+      ValueError: the identifier is taken.
+    """
+    if identifier in _CHECKS:
+        raise ValueError(f"the check {identifier} is registered twice")
+
+    def register(run: Callable[[Report], Outcome]) -> Callable[[Report], Outcome]:
+        _CHECKS[identifier] = Check(identifier, title, claim, setting, origin, run, erratum, fast)
+        return run
+
+    return register
+
+
+def registered() -> tuple[Check, ...]:
+    """All checks that have been registered, in the order of the papers."""
+    return tuple(_CHECKS.values())
+
+
+def find_checks(identifiers: Iterable[str]) -> tuple[Check, ...]:
+    """Checks by identifier; case does not matter.
+
+    Raises:
+      ValueError: one is unknown; the message offers the nearest ones.
+    """
+    known = {name.lower(): check for name, check in _CHECKS.items()}
+    found: dict[str, Check] = {}
+    for identifier in identifiers:
+        chosen = known.get(identifier.strip().lower())
+        if chosen is None:
+            near = difflib.get_close_matches(identifier.strip().lower(), known, n=3, cutoff=0.3)
+            names = " or ".join(known[name].identifier for name in near)
+            hint = f"; did you mean {names}?" if near else ""
+            raise ValueError(f"unknown check {identifier!r}{hint} (natgrad reproduce --list)")
+        found[chosen.identifier] = chosen
+    return tuple(found.values())
+
+
+def close(what: str, measured: float, expected: float, tolerance: float) -> Measurement:
+    """Within an absolute tolerance of a number."""
+    passed = math.isfinite(measured) and abs(measured - expected) <= tolerance
+    return Measurement(what, measured, f"{expected:g} ± {tolerance:g}", passed)
+
+
+def below(what: str, measured: float, bound: float) -> Measurement:
+    """Below a bound, or equal to it."""
+    return Measurement(what, measured, f"≤ {bound:g}", bool(measured <= bound))
+
+
+def above(what: str, measured: float, bound: float) -> Measurement:
+    """Above a bound, or equal to it; infinity counts."""
+    return Measurement(what, measured, f"≥ {bound:g}", bool(measured >= bound))
+
+
+def between(what: str, measured: float, low: float, high: float) -> Measurement:
+    """Inside a closed interval."""
+    return Measurement(what, measured, f"{low:g} to {high:g}", bool(low <= measured <= high))

@@ -1,0 +1,199 @@
+"""Runs checks and keeps what they found, one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import natgrad_datasets
+import numpy as np
+
+import natgrad_flax
+import ntk_analysis
+from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError
+from ntk_analysis.results import FILE_NAME, environment, now, plain, read_document, write_json
+
+COMMAND = "natgrad reproduce"
+FINISHED = ("passed", "failed")
+"""Verdicts that a later run keeps; what was skipped or ended in an error is tried again."""
+
+Report = Callable[[str, int], object]
+"""Called with what is being done now, and how many checks have been finished since."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What checks found.
+
+    Attributes:
+      document: what results.json holds.
+      selected: identifiers of the checks that this run was asked for, in order.
+      resumed: those of them that an earlier run had finished.
+    """
+
+    document: dict[str, Any]
+    selected: tuple[str, ...]
+    resumed: tuple[str, ...]
+
+    @property
+    def records(self) -> dict[str, dict[str, Any]]:
+        """One record a check, by identifier."""
+        return {name: self.document["checks"][name] for name in self.selected}
+
+    def with_verdict(self, verdict: str) -> list[str]:
+        """Identifiers of the checks that were "passed", "failed", "skipped" or an "error"."""
+        return [name for name, record in self.records.items() if record["verdict"] == verdict]
+
+
+def run_checks(
+    checks: Sequence[Check],
+    out: Path,
+    fresh: bool = False,
+    report: Report = lambda what, done: None,
+) -> Reproduction:
+    """Runs checks and writes results.json before the first and after each.
+
+    A check is not run again where results.json has its result from the same versions of the
+    software and the same source. Records of other checks stay in the file as long as
+    the versions do.
+
+    Args:
+      checks: what to run.
+      out: folder of results.json.
+      fresh: run finished checks again all the same.
+      report: told about the progress.
+
+    Returns:
+      The results. A check that raises does not stop the others.
+
+    Raises:
+      ValueError: results.json is there and holds something else.
+      OSError: the folder cannot be written to.
+      KeyboardInterrupt: as it came; finished checks are kept.
+    """
+    path, versions = out / FILE_NAME, environment()
+    records = _earlier(path, versions)
+    prints = {check.identifier: fingerprint(check, versions) for check in checks}
+    resumed = tuple(
+        name
+        for name, print_ in prints.items()
+        if not fresh and _is_finished(records.get(name), print_)
+    )
+    document = {"command": COMMAND, "date": now(), "environment": versions, "checks": records}
+    # before any work, so that a folder which cannot be written to is found now
+    write_json(path, document)
+    report("resuming" if resumed else "starting", len(resumed))
+    for check in checks:
+        if check.identifier in resumed:
+            continue
+        report(check.identifier, 0)
+        record = _run(check, report)
+        records[check.identifier] = {**record, "fingerprint": prints[check.identifier]}
+        write_json(path, document)
+        report(check.identifier, 1)
+        # compiled programs of one check are of no use to the next
+        jax.clear_caches()
+    return Reproduction(document, tuple(prints), resumed)
+
+
+def fingerprint(check: Check, versions: dict[str, str]) -> str:
+    """SHA-256 of all that decides what a check finds, as far as it is worth a rerun.
+
+    Args:
+      check: the check; the source of its module counts, and that of all packages it stands on.
+      versions: of the software and the device.
+    """
+    source = inspect.getsource(inspect.getmodule(check.run) or check.run)
+    content = [check.identifier, versions, source, _library_source()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _library_source() -> str:
+    """SHA-256 of the modules of the packages, without those that only draw, print or check."""
+    digest = hashlib.sha256()
+    for package in (natgrad_flax, natgrad_datasets, ntk_analysis):
+        folder = Path(package.__file__ or "").parent
+        inside = "*.py" if package is ntk_analysis else "**/*.py"
+        for path in sorted(folder.glob(inside)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _run(check: Check, report: Report) -> dict[str, Any]:
+    began = time.perf_counter()
+    measurements: tuple[Measurement, ...] = ()
+    data: dict[str, Any] = {}
+    notes: tuple[str, ...] = ()
+    reason = ""
+    try:
+        outcome = check.run(lambda what: report(f"{check.identifier}: {what}", 0))
+    except MissingDataError as error:
+        verdict, reason = "skipped", str(error)
+    except Exception as error:
+        verdict, reason = "error", f"{type(error).__name__}: {error}"
+    else:
+        verdict = "passed" if outcome.passed else "failed"
+        measurements, data, notes = outcome.measurements, outcome.data, outcome.notes
+    return plain(
+        {
+            "title": check.title,
+            "claim": check.claim,
+            "setting": check.setting,
+            "origin": check.origin,
+            "erratum": check.erratum,
+            "verdict": verdict,
+            "reason": reason,
+            "seconds": time.perf_counter() - began,
+            "measurements": [
+                {
+                    "what": m.what,
+                    "measured": float(m.measured),
+                    "expected": m.expected,
+                    "passed": bool(m.passed),
+                }
+                for m in measurements
+            ],
+            "data": _without_arrays(data),
+            "notes": list(notes),
+            "date": now(),
+        }
+    )
+
+
+def _without_arrays(value: Any) -> Any:
+    """Arrays and their scalars, of NumPy or JAX, as numbers and lists of them."""
+    if isinstance(value, dict):
+        return {str(key): _without_arrays(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_arrays(entry) for entry in value]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return np.asarray(value).tolist()
+    return value
+
+
+def _is_finished(record: dict[str, Any] | None, expected: str) -> bool:
+    return (
+        record is not None
+        and record.get("verdict") in FINISHED
+        and record.get("fingerprint") == expected
+    )
+
+
+def _earlier(path: Path, versions: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Records of an earlier run with the same versions."""
+    document = read_document(path, COMMAND)
+    if document is None:
+        return {}
+    if document.get("environment") != versions:
+        return {}
+    records: dict[str, dict[str, Any]] = document.get("checks", {})
+    return records

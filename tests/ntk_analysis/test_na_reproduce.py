@@ -1,0 +1,299 @@
+"""The checks of the papers themselves, the runner that keeps their results, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ntk_analysis.cli import app
+from ntk_analysis.reproduce import find_checks, load_checks, registry, runner
+from ntk_analysis.reproduce.karakida_osawa import ORDER, common
+from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError, Outcome, below
+from ntk_analysis.reproduce.runner import run_checks
+
+CHECKS = load_checks()
+FAST = [check for check in CHECKS if check.fast]
+
+
+@pytest.mark.parametrize("check", FAST, ids=[check.identifier for check in FAST])
+def test_fast_check(check):
+    said: list[str] = []
+    outcome = check.run(said.append)
+    assert [m for m in outcome.measurements if not m.passed] == []
+    assert len(outcome.measurements) >= 2
+    assert all(math.isfinite(m.measured) for m in outcome.measurements)
+    assert said
+
+
+def test_catalogue_is_in_the_order_of_the_paper():
+    places = [
+        max((p for p in ORDER if c.identifier.startswith(p)), key=len, default=None) for c in CHECKS
+    ]
+    assert None not in places
+    assert places == sorted(places, key=ORDER.index)
+    assert {c.identifier for c in CHECKS} == {c.identifier for c in registry.registered()}
+    for check in CHECKS:
+        assert check.title
+        assert check.claim
+        assert check.setting
+        assert check.origin in ("paper", "ours")
+
+
+@pytest.mark.parametrize("identifier", ["KO-Lem4.3", "KO-Eq20", "KO-Forster"])
+def test_errata_of_the_catalogue_are_told(identifier):
+    (check,) = find_checks([identifier.lower()])
+    assert len(check.erratum) > 40
+
+
+def test_dense_side_against_finite_differences():
+    """The explicit Jacobian that the checks rest on."""
+    case = common.problem((4, 5, 6, 2), 3, bias_variance=0.3)
+    layers = case.model.layers
+    for index, jacobian in enumerate(case.train.layers):
+        for name, offset in (("kernel", 0), ("bias", layers[index].kernel[...].size)):
+            leaf = getattr(layers[index], name)
+            start = np.asarray(leaf[...])
+            for place in range(0, start.size, 3):
+                moved = [start.copy(), start.copy()]
+                outputs = []
+                for sign, values in zip((1, -1), moved, strict=True):
+                    values.reshape(-1)[place] += sign * 1e-6
+                    leaf.set_value(values)
+                    outputs.append(common.dense(case.model, case.x).outputs)
+                leaf.set_value(start)
+                slope = (outputs[0] - outputs[1]).reshape(-1) / 2e-6
+                np.testing.assert_allclose(jacobian[:, offset + place], slope, atol=1e-7)
+
+
+def test_pseudo_inverse_of_an_indefinite_matrix():
+    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
+    matrix = vectors @ np.diag([3.0, -2.0, 0.5, 0.0]) @ vectors.T
+    expected = vectors @ np.diag([1 / 3, -1 / 2, 2.0, 0.0]) @ vectors.T
+    np.testing.assert_allclose(common.pseudo_inverse(matrix), expected, atol=1e-12)
+
+
+# ----- the runner, with checks of our own
+
+
+class Fakes:
+    """Checks that count their calls and can be told to fail, skip, raise or be interrupted."""
+
+    def __init__(self, **verdicts: str) -> None:
+        self.calls: list[str] = []
+        self.verdicts = verdicts
+
+    def run(self, name: str, report) -> Outcome:
+        self.calls.append(name)
+        report("measuring")
+        verdict = self.verdicts[name]
+        if verdict == "skipped":
+            raise MissingDataError("this check needs data that are not there")
+        if verdict == "error":
+            raise RuntimeError("the cable broke")
+        if verdict == "interrupt":
+            raise KeyboardInterrupt
+        measured = np.float32(0.5) if verdict == "passed" else math.inf
+        return Outcome(
+            (below("a small number", measured, 1.0), Measurement("one", 1.0, "1", np.True_)),
+            data={"curve": np.arange(3.0), "scalar": jnp.ones(()), "bad": [math.nan]},
+            notes=("a note of " + name,),
+        )
+
+    def checks(self) -> list[Check]:
+        return [
+            Check(
+                name,
+                f"title of {name}",
+                "claim",
+                "setting",
+                "ours",
+                lambda report, name=name: self.run(name, report),
+                erratum="printed wrongly" if name == "B" else "",
+                fast=name == "A",
+            )
+            for name in self.verdicts
+        ]
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_records_hold_what_a_reader_needs(tmp_path):
+    fakes = Fakes(A="passed", B="failed", C="skipped", D="error", E="passed")
+    said: list[tuple[str, int]] = []
+    result = run_checks(fakes.checks(), tmp_path, report=lambda *what: said.append(what))
+    document = read(tmp_path)
+    assert document["command"] == "natgrad reproduce"
+    assert {"jax", "natgrad", "device"} <= set(document["environment"])
+    checks = document["checks"]
+    assert {k: v["verdict"] for k, v in checks.items()} == fakes.verdicts
+    assert fakes.calls == list("ABCDE")
+    assert checks["A"]["measurements"][0] == {
+        "what": "a small number", "measured": 0.5, "expected": "≤ 1", "passed": True,
+    }  # fmt: skip
+    assert checks["A"]["data"] == {"curve": [0, 1, 2], "scalar": 1, "bad": [None]}
+    assert checks["A"]["notes"] == ["a note of A"]
+    assert checks["B"]["measurements"][0]["measured"] is None
+    assert checks["B"]["erratum"] == "printed wrongly"
+    assert "not there" in checks["C"]["reason"]
+    assert checks["D"]["reason"] == "RuntimeError: the cable broke"
+    assert checks["D"]["measurements"] == []
+    for record in checks.values():
+        assert {"title", "claim", "setting", "origin", "seconds", "date"} <= set(record)
+    assert result.with_verdict("passed") == ["A", "E"]
+    assert sum(done for _, done in said) == 5
+    assert ("A: measuring", 0) in said
+
+
+def test_a_second_run_repeats_what_did_not_finish(tmp_path):
+    fakes = Fakes(A="passed", B="failed", C="skipped", D="error")
+    run_checks(fakes.checks(), tmp_path)
+    fakes.calls.clear()
+    result = run_checks(fakes.checks(), tmp_path)
+    assert fakes.calls == ["C", "D"]
+    assert result.resumed == ("A", "B")
+    fakes.calls.clear()
+    assert run_checks(fakes.checks(), tmp_path, fresh=True).resumed == ()
+    assert fakes.calls == list("ABCD")
+
+
+def test_interruption_keeps_what_is_finished(tmp_path):
+    fakes = Fakes(A="passed", B="interrupt", C="passed")
+    with pytest.raises(KeyboardInterrupt):
+        run_checks(fakes.checks(), tmp_path)
+    assert list(read(tmp_path)["checks"]) == ["A"]
+    fakes.verdicts["B"] = "passed"
+    run_checks(fakes.checks(), tmp_path)
+    assert fakes.calls == ["A", "B", "B", "C"]
+
+
+def test_results_of_other_checks_stay(tmp_path):
+    fakes = Fakes(A="passed", B="passed")
+    first, second = fakes.checks()
+    run_checks([first], tmp_path)
+    result = run_checks([second], tmp_path)
+    assert list(read(tmp_path)["checks"]) == ["A", "B"]
+    assert list(result.records) == ["B"]
+
+
+def test_other_versions_and_other_sources_run_again(tmp_path, monkeypatch):
+    fakes = Fakes(A="passed", B="passed")
+    checks = fakes.checks()
+    run_checks(checks, tmp_path)
+    # the same identifier, from another module
+    run_checks([replace(checks[0], run=_from_elsewhere(checks[0]))], tmp_path)
+    assert fakes.calls == ["A", "B", "A"]
+    versions = {**runner.environment(), "jax": "0.0"}
+    monkeypatch.setattr(runner, "environment", lambda: versions)
+    run_checks(checks[1:], tmp_path)
+    assert fakes.calls == ["A", "B", "A", "B"]
+    assert list(read(tmp_path)["checks"]) == ["B"]
+
+
+def _from_elsewhere(check: Check):
+    def run(report):
+        return check.run(report)
+
+    run.__module__ = "json"
+    return run
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"command": "natgrad dynamics"}'])
+def test_other_files_are_left_alone(tmp_path, content):
+    (tmp_path / "results.json").write_text(content, encoding="utf-8")
+    fakes = Fakes(A="passed")
+    with pytest.raises(ValueError, match="choose another --out"):
+        run_checks(fakes.checks(), tmp_path)
+    assert fakes.calls == []
+    assert (tmp_path / "results.json").read_text(encoding="utf-8") == content
+
+
+# ----- the command
+
+
+def natgrad(*args: object):
+    return CliRunner().invoke(app, ["reproduce", *(str(arg) for arg in args)])
+
+
+@pytest.fixture
+def fakes(monkeypatch) -> Fakes:
+    made = Fakes(A="passed", B="passed", C="skipped")
+    monkeypatch.setattr(registry, "_CHECKS", {c.identifier: c for c in made.checks()})
+    return made
+
+
+def test_list():
+    result = natgrad("--list")
+    assert result.exit_code == 0
+    for check in CHECKS:
+        assert check.identifier in result.stdout
+    assert "erratum" in result.stdout
+    fast = natgrad("--list", "--fast").stdout
+    assert "KO-Thm4.1" in fast
+    assert "KO-Thm5.1-training" not in fast
+
+
+def test_table_remarks_and_exit_code(fakes, tmp_path):
+    result = natgrad("--all", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "a small number" in result.stdout
+    assert "this check needs data" in " ".join(result.stdout.split())
+    assert "erratum, B: printed wrongly" in result.stdout
+    assert "note, A: a note of A" in result.stdout
+    assert "2 passed, 1 skipped" in result.stdout
+    again = natgrad("a", "--out", tmp_path)
+    assert "1 of 1 checks were finished already" in again.stdout
+    assert fakes.calls == list("ABC")
+    assert natgrad("--fast", "--fresh", "--out", tmp_path).exit_code == 0
+    assert fakes.calls == list("ABCA")
+
+
+@pytest.mark.parametrize("verdict", ["failed", "error"])
+def test_failure_is_exit_code_1(fakes, tmp_path, verdict):
+    fakes.verdicts["A"] = verdict
+    result = natgrad("--all", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "not as expected: A" in result.stderr
+    assert fakes.calls == list("ABC")
+    assert read(tmp_path)["checks"]["A"]["verdict"] == verdict
+
+
+def test_interruption_is_exit_code_130(fakes, tmp_path):
+    fakes.verdicts["B"] = "interrupt"
+    result = natgrad("--all", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "finished checks are kept" in result.stderr
+    assert list(read(tmp_path)["checks"]) == ["A"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["KO-Thm41"], "did you mean KO-Thm4.1"),
+        ([], "say which checks to run"),
+        (["--all", "--fast"], "only one of them"),
+        (["KO-Eq5", "--all"], "only one of them"),
+    ],
+)
+def test_bad_arguments(tmp_path, args, words):
+    result = natgrad(*args, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_that_cannot_be_written_to(fakes, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    result = natgrad("--all", "--out", blocked)
+    assert result.exit_code == 2
+    assert "cannot write" in result.stderr
+    assert fakes.calls == []

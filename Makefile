@@ -11,6 +11,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 BIN := .venv/bin
 UV := $(BIN)/python -m uv
 BIN_JAX := .venv-jax/bin
+BIN_JAX11 := .venv-jax11/bin
 
 # pytest workers: one a core, at most 4, because each holds its own compiled programs
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
@@ -33,8 +34,8 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 .PHONY: report
-report: .venv/.run ## natural gradient on real images beside theory, into report/ (NATGRAD_DATA: the data)
-	$(BIN)/natgrad dynamics --out report
+report: .venv/.run ## every structure on real images beside theory: report/report.html (NATGRAD_DATA: the data)
+	$(BIN)/natgrad report --out report
 
 .PHONY: test
 test: .venv/.dev ## the test suite, without the slow tests
@@ -45,7 +46,7 @@ test-slow: .venv/.dev ## the tests at the sizes of the papers; minutes each
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 .PHONY: test-jax
-test-jax: .venv/.dev ## the test suite on Python >= 3.12 and the newest JAX, where there is such a Python
+test-jax: .venv/.dev ## the tests of models, structures and kernels on Python >= 3.12 and the newest JAX
 	@if [ -z "$(PYTHON_JAX)" ]; then \
 	  echo "make test-jax: no Python >= 3.12 found, nothing tested (set PYTHON_JAX to name one)"; \
 	else \
@@ -55,7 +56,28 @@ test-jax: .venv/.dev ## the test suite on Python >= 3.12 and the newest JAX, whe
 .PHONY: test-jax-found
 test-jax-found: .venv-jax/.dev
 	@$(BIN_JAX)/python -c 'import platform, jax; print("Python", platform.python_version(), "JAX", jax.__version__)'
-	$(BIN_JAX)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN_JAX)/python -m pytest -n $(WORKERS) -m "not slow" $(JAX_TESTS) $(PYTEST_ARGS)
+
+# what a release of JAX can break; the rest works on NumPy, files and text
+JAX_TESTS := tests/natgrad_flax tests/benchmarks $(addprefix tests/ntk_analysis/test_na_, \
+	analytic.py analytic_coefficient.py displacement.py dynamics.py flow.py kernels.py \
+	neural_tangents.py resonance.py twin.py)
+
+# the part of the suite that a release of JAX can break through neural-tangents
+KERNEL_TESTS := tests/ntk_analysis/test_na_neural_tangents.py tests/ntk_analysis/test_na_twin.py \
+	tests/ntk_analysis/test_na_analytic.py
+
+.PHONY: test-jax11
+test-jax11: .venv/.dev ## the tests of neural-tangents on JAX 0.11, where there is Python >= 3.12
+	@if [ -z "$(PYTHON_JAX)" ]; then \
+	  echo "make test-jax11: no Python >= 3.12 found, nothing tested (set PYTHON_JAX to name one)"; \
+	else \
+	  $(MAKE) PYTHON_JAX="$(PYTHON_JAX)" test-jax11-found; \
+	fi
+
+.PHONY: test-jax11-found
+test-jax11-found: .venv-jax11/.dev
+	$(BIN_JAX11)/python -m pytest -n $(WORKERS) -m "not slow" $(KERNEL_TESTS) $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: .venv/.dev ## ruff and mypy
@@ -79,7 +101,7 @@ bench-check: .venv/.bench ## whether asv can load the benchmarks of this working
 
 .PHONY: clean
 clean: ## removes what make made; benchmark results stay
-	rm -rf .venv .venv-jax report build dist natgrad.egg-info .asv/env .asv/html
+	rm -rf .venv .venv-jax .venv-jax11 report build dist natgrad.egg-info .asv/env .asv/html
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -110,4 +132,9 @@ clean: ## removes what make made; benchmark results stay
 .venv-jax/.dev: .venv/.uv pyproject.toml
 	"$(PYTHON_JAX)" -m venv --clear .venv-jax
 	$(UV) pip install --quiet --python $(BIN_JAX)/python -e '.[dev]'
+	@touch $@
+
+.venv-jax11/.dev: .venv/.uv pyproject.toml
+	"$(PYTHON_JAX)" -m venv --clear .venv-jax11
+	$(UV) pip install --quiet --python $(BIN_JAX11)/python -e '.[dev]' 'jax==0.11.*'
 	@touch $@

@@ -1,17 +1,46 @@
-"""Kernel theory of natural-gradient training: empirical kernels, coefficient matrices, dynamics.
+"""Kernel theory of natural-gradient training, at finite and at infinite width.
 
 Stands on ``natgrad_flax``. All theory is computed in float64, whatever the precision of the model.
 """
 
+from ntk_analysis.analytic import AnalyticKernels, analytic_kernels, analytic_layer_kernels
 from ntk_analysis.coefficient import coefficient_matrix
+from ntk_analysis.cost import StructureCost, structure_cost
+from ntk_analysis.displacement import parameter_displacement
 from ntk_analysis.dynamics import LinearisedDynamics, predict_dynamics
 from ntk_analysis.empirical import empirical_layer_kernels
+from ntk_analysis.flow import LinearisedFlow, predict_flow
 from ntk_analysis.gradient_descent import GradientDescent
+from ntk_analysis.isotropy import IsotropyReport, isotropy
+from ntk_analysis.prediction import Prediction, predict
+from ntk_analysis.resonance import ResonanceWarning, resonance_window, resonances, spectral_radius
+from ntk_analysis.sweep import SweepSettings, isotropy_sweep
+from ntk_analysis.twin import InfiniteWidthTwin, infinite_width_twin
 
 __all__ = [
+    "AnalyticKernels",
     "GradientDescent",
+    "InfiniteWidthTwin",
+    "IsotropyReport",
     "LinearisedDynamics",
+    "LinearisedFlow",
+    "Prediction",
+    "ResonanceWarning",
+    "StructureCost",
+    "SweepSettings",
+    "analytic_kernels",
+    "analytic_layer_kernels",
     "coefficient_matrix",
     "empirical_layer_kernels",
+    "infinite_width_twin",
+    "isotropy",
+    "isotropy_sweep",
+    "parameter_displacement",
+    "predict",
     "predict_dynamics",
+    "predict_flow",
+    "resonance_window",
+    "resonances",
+    "spectral_radius",
+    "structure_cost",
 ]

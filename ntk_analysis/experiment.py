@@ -20,6 +20,7 @@ from ntk_analysis.coefficient import Damping, coefficient_pair
 from ntk_analysis.dynamics import linearised_dynamics, squared_losses
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.methods import Method, spectrum, theoretical_learning_rate
+from ntk_analysis.resonance import ResonanceWarning, warn_of_resonance
 from ntk_analysis.results import FILE_NAME, environment, now, plain, read_finished, write_json
 from ntk_analysis.settings import DynamicsSettings
 from ntk_analysis.training import Trainer
@@ -96,7 +97,7 @@ def run_dynamics(
         "settings": settings.as_dict(),
         "fingerprint": fingerprint,
         "environment": versions,
-        "data": _describe(data),
+        "data": describe_data(data),
         "loss": "mean squared error, 1/(2N) sum |y - f|^2",
         "methods": records,
     }
@@ -198,6 +199,7 @@ class _Laboratory:
             self._coefficients[key] = coefficient_pair(
                 method.structure, self._signals, method.damping
             )
+            warn_of_resonance(method.structure, self._signals.train, method.damping)
         return self._coefficients[key]
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -220,12 +222,14 @@ class _Laboratory:
 
 @contextlib.contextmanager
 def _noting(notes: list[str]) -> Iterator[None]:
-    """Turns the warning about a singular coupling into a note; other warnings stay warnings."""
+    """Turns warnings about a coupling into notes; other warnings stay warnings."""
+    coupling = (SingularCouplingWarning, ResonanceWarning)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SingularCouplingWarning)
+        for category in coupling:
+            warnings.simplefilter("always", category)
         yield
     for warning in caught:
-        if not issubclass(warning.category, SingularCouplingWarning):
+        if not issubclass(warning.category, coupling):
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
@@ -233,7 +237,8 @@ def _noting(notes: list[str]) -> Iterator[None]:
             notes.append(str(warning.message))
 
 
-def _describe(data: Dataset) -> dict[str, Any]:
+def describe_data(data: Dataset) -> dict[str, Any]:
+    """What results.json says of a data set."""
     return {
         "name": data.name,
         "classes": list(data.classes),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 FILE_NAME = "results.json"
 
@@ -52,10 +55,29 @@ def read_finished(path: Path, command: str, fingerprint: str) -> dict[str, Any] 
     Raises:
       ValueError: the file is not JSON, or results of another command.
     """
-    if not path.exists():
+    document = read_document(path, command)
+    if document is None:
         return {}
+    if document.get("fingerprint") != fingerprint:
+        return None
+    finished: dict[str, Any] = document.get("methods", {})
+    return finished
+
+
+def read_document(path: Path, command: str) -> dict[str, Any] | None:
+    """What an earlier run of a command wrote, or None.
+
+    Args:
+      path: of results.json.
+      command: whose results they must be.
+
+    Raises:
+      ValueError: the file is not JSON, or results of another command.
+    """
+    if not path.exists():
+        return None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         other = document["command"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(
@@ -63,10 +85,19 @@ def read_finished(path: Path, command: str, fingerprint: str) -> dict[str, Any] 
         ) from None
     if other != command:
         raise ValueError(f"{path} holds results of {other}; choose another --out")
-    if document.get("fingerprint") != fingerprint:
-        return None
-    finished: dict[str, Any] = document.get("methods", {})
-    return finished
+    return document
+
+
+def content_hash(parts: Sequence[Any]) -> str:
+    """SHA-256 of arrays and of what JSON can hold, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(repr((part.shape, part.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(json.dumps(part, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def environment() -> dict[str, str]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import natgrad_datasets
+import numpy as np
 from natgrad_datasets import Dataset
+from numpy.typing import NDArray
 
 from natgrad_flax import RelativeDamping
 from natgrad_flax.activations import get_activation
+from natgrad_flax.checks import check_integer, check_number
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.methods import Method, find_structure, select_methods
+from ntk_analysis.results import content_hash
 
 # 40 digits: their 64 pixels have rank 50 or so, and K-FAC and the unit-wise Fisher invert the
 # N x N Gram matrix of the inputs in float32
@@ -64,10 +65,7 @@ class DynamicsSettings:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        dataset = natgrad_datasets.best_available() if self.dataset is None else self.dataset
-        if dataset not in natgrad_datasets.names():
-            known = ", ".join(natgrad_datasets.names())
-            raise ValueError(f"unknown data set {dataset!r}; known are {known}")
+        dataset = find_dataset(self.dataset)
         samples = _NUM_SAMPLES.get(dataset, (100, 100))
         classes = self.classes
         if classes is None and dataset != "gaussian":
@@ -77,22 +75,22 @@ class DynamicsSettings:
         self._set("num_train", samples[0] if self.num_train is None else self.num_train)
         self._set("num_test", samples[1] if self.num_test is None else self.num_test)
         for name in ("num_train", "num_test", "steps"):
-            _check_integer(name, getattr(self, name), 1)
-        _check_integer("seed", self.seed, 0)
+            check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0)
         if not self.widths:
             raise ValueError("widths must name at least one hidden layer")
         for width in self.widths:
-            _check_integer("every hidden width", width, 1)
+            check_integer("every hidden width", width, 1)
         get_activation(self.activation)
-        _check_number("weight_variance", self.weight_variance, positive=True)
-        _check_number("bias_variance", self.bias_variance, positive=False)
-        _check_number("scale", self.scale, positive=True)
+        check_number("weight_variance", self.weight_variance, positive=True)
+        check_number("bias_variance", self.bias_variance, positive=False)
+        check_number("scale", self.scale, positive=True)
         if self.damping is not None and self.relative_damping is not None:
             raise ValueError("give damping or relative_damping, not both")
         if self.damping is not None:
-            _check_number("damping", self.damping, positive=False)
+            check_number("damping", self.damping, positive=False)
         if self.relative_damping is not None:
-            _check_number("relative_damping", self.relative_damping, positive=True)
+            check_number("relative_damping", self.relative_damping, positive=True)
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}")
         if self.structures is not None:
@@ -143,18 +141,22 @@ class DynamicsSettings:
           versions: of the software and the device.
         """
         values = {k: v for k, v in self.as_dict().items() if k != "structures"}
-        digest = hashlib.sha256(json.dumps([values, versions], sort_keys=True).encode())
-        for array in (data.x_train, data.y_train, data.x_test, data.y_test):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        return content_hash([values, versions, *data_arrays(data)])
 
 
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+def find_dataset(name: str | None) -> str:
+    """The name of a data set; None means MNIST where it is on this machine, else digits.
+
+    Raises:
+      ValueError: unknown; the message lists the known ones.
+    """
+    found = natgrad_datasets.best_available() if name is None else name
+    if found not in natgrad_datasets.names():
+        known = ", ".join(natgrad_datasets.names())
+        raise ValueError(f"unknown data set {found!r}; known are {known}")
+    return found
 
 
-def _check_number(name: str, value: float, *, positive: bool) -> None:
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        wanted = "positive" if positive else "0 or positive"
-        raise ValueError(f"{name} must be {wanted} and finite, got {value}")
+def data_arrays(data: Dataset) -> tuple[NDArray[np.floating], ...]:
+    """All numbers of a data set, for ``content_hash``."""
+    return data.x_train, data.y_train, data.x_test, data.y_test

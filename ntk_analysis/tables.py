@@ -14,7 +14,7 @@ from ntk_analysis.palette import STYLES
 
 _SHOWN_STEPS = (1, 2)
 _NEGLIGIBLE = 1e-20
-_PROPER_NAMES = {
+PROPER_NAMES = {
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",
     "cifar10": "CIFAR-10",
@@ -101,8 +101,8 @@ def setting_sentence(document: dict[str, Any]) -> str:
     classes = " vs ".join(data["class_names"])
     if len(data["classes"]) > 2:
         classes = f"{len(data['classes'])} classes"
-    name = _PROPER_NAMES.get(data["name"], data["name"])
-    activation = _PROPER_NAMES.get(settings["activation"], settings["activation"])
+    name = PROPER_NAMES.get(data["name"], data["name"])
+    activation = PROPER_NAMES.get(settings["activation"], settings["activation"])
     return f"{name}, {classes}, N = {data['num_train']}; {activation} network {widths}"
 
 

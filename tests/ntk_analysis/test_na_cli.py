@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import ntk_analysis.cli
 import ntk_analysis.experiment
+import ntk_analysis.figures
 from ntk_analysis.cli import app
 from ntk_analysis.settings import DynamicsSettings
 from ntk_analysis.training import Trainer
@@ -111,7 +111,7 @@ def test_figures(finished, name):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing takes longer than these small runs."""
-    monkeypatch.setattr(ntk_analysis.cli, "draw_dynamics", lambda *args: [])
+    monkeypatch.setattr(ntk_analysis.figures, "draw_dynamics", lambda *args: [])
 
 
 @pytest.mark.usefixtures("no_figures")

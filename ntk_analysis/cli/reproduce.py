@@ -1,0 +1,78 @@
+"""``natgrad reproduce``: measure what the papers claim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ntk_analysis.cli.app import app, errors, fail, output, progress_bar, work
+from ntk_analysis.results import FILE_NAME
+
+
+@app.command()
+def reproduce(
+    identifiers: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID]...", help="checks, as in: KO-Fig1a KO-Thm4.1"),
+    ] = None,
+    list_them: Annotated[
+        bool, typer.Option("--list", help="list the checks instead of running them")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="every check")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="those that take seconds")] = False,
+    out: Annotated[Path, typer.Option(help="folder of results.json")] = Path("natgrad-reproduce"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="run finished checks again, too")] = False,
+) -> None:
+    """Check the claims of the papers: figures, theorems, equations, one identifier each.
+
+    Prints what was expected beside what was measured and writes results.json, after every check:
+    after Ctrl-C, or with more checks, the same command goes on where it ended. A check that passed
+    or failed is run again only where the source or a version has changed, or with --fresh.
+
+    Exit code: 0, also where checks were skipped for want of data; 1 where a check failed or ended
+    in an error; 2 on bad arguments; 130 when interrupted.
+    """
+    # the checks pull in all of the analysis, which the other commands need not wait for
+    from ntk_analysis.reproduce import find_checks, load_checks
+    from ntk_analysis.reproduce.runner import run_checks
+    from ntk_analysis.reproduce.tables import check_table, remarks, result_table
+
+    known = load_checks()
+    if bool(identifiers) + everything + fast > 1:
+        fail("give identifiers, --fast or --all, but only one of them")
+    with work(out, "finished checks are kept"):
+        if identifiers:
+            checks = find_checks(identifiers)
+        elif fast:
+            checks = tuple(check for check in known if check.fast)
+        elif everything or list_them:
+            checks = known
+        else:
+            fail("say which checks to run: identifiers (--list shows them), --fast or --all")
+        if list_them:
+            output.print(check_table(checks))
+            return
+        with progress_bar() as progress:
+            task = progress.add_task("starting", total=len(checks))
+            result = run_checks(
+                checks,
+                out,
+                fresh,
+                lambda what, done: progress.update(task, description=what, advance=done),
+            )
+    if result.resumed:
+        output.print(
+            f"{len(result.resumed)} of {len(checks)} checks were finished already (--fresh reruns)"
+        )
+    output.print(result_table(result.records))
+    for remark in remarks(result.records):
+        output.print(remark, highlight=False, markup=False)
+    counts = {v: result.with_verdict(v) for v in ("passed", "failed", "skipped", "error")}
+    summary = ", ".join(f"{len(names)} {verdict}" for verdict, names in counts.items() if names)
+    output.print(f"{summary}; wrote {FILE_NAME} to {out}", highlight=False, markup=False)
+    wrong = [*counts["failed"], *counts["error"]]
+    if wrong:
+        errors.print(f"[red]error:[/] not as expected: {', '.join(wrong)}", highlight=False)
+        raise typer.Exit(1)

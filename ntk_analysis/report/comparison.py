@@ -1,0 +1,184 @@
+"""Results of checks from several runs: one table, and devices side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ntk_analysis.reproduce.runner import COMMAND
+
+_CPU = "cpu"
+_FINISHED = ("passed", "failed")
+_KEYS = {
+    "title", "claim", "setting", "origin", "erratum", "verdict", "reason", "seconds",
+    "measurements", "notes",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """One document of ``natgrad reproduce``.
+
+    Attributes:
+      name: of the file, or "this report".
+      document: what it holds.
+    """
+
+    name: str
+    document: dict[str, Any]
+
+    @property
+    def platform(self) -> str:
+        """What JAX calls it: "cpu" or "gpu"."""
+        return self._device.partition(": ")[0]
+
+    @property
+    def device(self) -> str:
+        """The device for readers: "CPU", or the platform and its model."""
+        platform, _, kind = self._device.partition(": ")
+        same = kind.lower() in ("", platform.lower())
+        return platform.upper() if same else f"{platform.upper()} ({kind})"
+
+    @property
+    def date(self) -> str:
+        """When it was written; "" where the document does not say."""
+        return str(self.document.get("date", ""))
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the software."""
+        environment: dict[str, str] = self.document.get("environment", {})
+        return {k: v for k, v in environment.items() if k != "device"}
+
+    @property
+    def checks(self) -> dict[str, dict[str, Any]]:
+        """Records by identifier."""
+        records: dict[str, dict[str, Any]] = self.document["checks"]
+        return records
+
+    @property
+    def _device(self) -> str:
+        return str(self.document.get("environment", {}).get("device", "unknown"))
+
+
+def read_sources(folder: Path | None) -> tuple[list[Source], list[str]]:
+    """The documents of ``natgrad reproduce`` in a folder and below it.
+
+    Args:
+      folder: None, or one that does not exist, holds none.
+
+    Returns:
+      The sources by name, and a sentence for each file that was left out.
+    """
+    sources: list[Source] = []
+    notes: list[str] = []
+    if folder is None or not folder.is_dir():
+        return sources, notes
+    for path in sorted(folder.rglob("*.json")):
+        name = path.relative_to(folder).as_posix()
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            command, checks = document["command"], document.get("checks")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            notes.append(f"{name} is not a document of this project and was left out")
+            continue
+        if command != COMMAND:
+            continue
+        if _is_whole(checks):
+            sources.append(Source(name, document))
+        else:
+            notes.append(f"{name} has records that are not whole and was left out")
+    return sources, notes
+
+
+def _is_whole(checks: object) -> bool:
+    return isinstance(checks, dict) and all(
+        isinstance(record, dict) and record.keys() >= _KEYS for record in checks.values()
+    )
+
+
+def merge_checks(
+    own: Source, others: Iterable[Source], order: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """One record a check: that of this report, or else the best that was found in files.
+
+    Args:
+      own: the checks that this report ran.
+      others: finished ones are preferred, then those of a CPU, then the latest.
+      order: identifiers; unknown ones follow after them.
+
+    Returns:
+      Records with "source", "device" and "date" of where they come from.
+    """
+    found: dict[str, tuple[tuple[bool, bool, str], dict[str, Any]]] = {}
+    for source in others:
+        for name, record in source.checks.items():
+            rank = (record["verdict"] in _FINISHED, source.platform == _CPU, source.date)
+            if name not in found or rank > found[name][0]:
+                found[name] = rank, _with_source(record, source)
+    merged = {name: record for name, (_, record) in found.items()}
+    for name, record in own.checks.items():
+        if record["verdict"] in _FINISHED or name not in merged:
+            merged[name] = _with_source(record, own)
+    place = {name: index for index, name in enumerate(order)}
+    names = sorted(merged, key=lambda name: (place.get(name, len(place)), name))
+    return {name: merged[name] for name in names}
+
+
+def side_by_side(sources: Iterable[Source]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The checks that ran on another device than a CPU, beside the other devices.
+
+    Args:
+      sources: of all runs, this report's among them; a later record of a device replaces an
+        earlier one.
+
+    Returns:
+      The devices, CPUs first, and one row a check: "identifier", "title", "runs" (a record or None
+      for each device) and "rows", one a measurement: "what", "expected" and "measured", a number
+      for each device.
+    """
+    devices: dict[str, dict[str, dict[str, Any]]] = {}
+    elsewhere: dict[str, str] = {}
+    for source in sorted(sources, key=lambda s: (s.platform != _CPU, s.device, s.date)):
+        for name, record in source.checks.items():
+            if record["verdict"] not in _FINISHED:
+                continue
+            devices.setdefault(source.device, {})[name] = record
+            if source.platform != _CPU:
+                elsewhere[name] = record["title"]
+    rows = [
+        {
+            "identifier": name,
+            "title": title,
+            "runs": [records.get(name) for records in devices.values()],
+            "rows": _measurements([records.get(name) for records in devices.values()]),
+        }
+        for name, title in elsewhere.items()
+    ]
+    return list(devices), rows if elsewhere else []
+
+
+def _measurements(records: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """The measurements of all records, matched by their words."""
+    expected: dict[str, str] = {}
+    values: list[Mapping[str, float | None]] = []
+    for record in records:
+        measurements = [] if record is None else record["measurements"]
+        values.append({m["what"]: m["measured"] for m in measurements})
+        for m in measurements:
+            expected.setdefault(m["what"], m["expected"])
+    return [
+        {
+            "what": what,
+            "expected": bound,
+            "measured": [found.get(what, "") for found in values],
+        }
+        for what, bound in expected.items()
+    ]
+
+
+def _with_source(record: dict[str, Any], source: Source) -> dict[str, Any]:
+    return {**record, "source": source.name, "device": source.device, "from": source.date}

@@ -1,0 +1,145 @@
+"""The report as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ntk_analysis.palette import STYLES
+from ntk_analysis.report.drawing import Drawn
+from ntk_analysis.report.sections import sections
+from ntk_analysis.report.settings import ReportSettings
+from ntk_analysis.report.verdict import FAST, FOLLOWS, ISOTROPIC, NEARLY_ISOTROPIC
+from ntk_analysis.tables import setting_sentence
+
+_TEMPLATE = "template.html"
+# one sign for each Matplotlib marker of the palette
+_SIGNS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "p": "⬟", "h": "⬢"}
+_FORMULAS = {
+    "Θ̄": '<span class="bar">Θ</span>',
+    "σ_w²": "σ<sub>w</sub>²",
+    "σ_b²": "σ<sub>b</sub>²",
+    "G⁻¹ Jᵀ": "G<sup>−1</sup> J<sup>T</sup>",
+    "f₀": "f<sub>0</sub>",
+}
+_PAPERS = {
+    "KO": "Karakida & Osawa (2020), Understanding approximate Fisher information for fast "
+    "convergence of natural gradient descent in wide neural networks",
+    "BE": "Bernacchia, Lengyel & Hennequin (2018), Exact natural gradient in deep linear networks",
+    "KE": "Kerekes, Mészáros & Huszár (2021), Depth without the magic",
+    "VO": "van Oostrum, Müller & Ay (2022), Invariance properties of the natural gradient",
+}
+
+
+def render(document: dict[str, Any], settings: ReportSettings, drawn: Mapping[str, Drawn]) -> str:
+    """The page.
+
+    Args:
+      document: what results.json of the report holds.
+      settings: of the report.
+      drawn: the figures; their SVG files become part of the page.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": number,
+        "percent": percent,
+        "data_uri": data_uri,
+        "day": lambda date: str(date).replace("T", " ").replace("+00:00", " UTC"),
+        "duration": duration,
+        "formulas": formulas,
+        "command": command,
+    }
+    text = (files(__package__) / _TEMPLATE).read_text(encoding="utf-8")
+    training = document["parts"]["training"]
+    return environment.from_string(text).render(
+        report=document,
+        training=training,
+        setting=setting_sentence(training),
+        sections=sections(document, settings, drawn),
+        groups=_groups(document["checks"]),
+        gpu=any(not name.startswith("CPU") for name in document["devices"]),
+        signs={name: (style.color, _SIGNS[style.marker]) for name, style in STYLES.items()},
+        limits={
+            "isotropic": ISOTROPIC, "nearly": NEARLY_ISOTROPIC, "fast": FAST, "follows": FOLLOWS
+        },
+        seed=settings.training.seed,
+        synthetic=settings.training.dataset == "gaussian",
+    )  # fmt: skip
+
+
+def number(value: float | str | None, digits: int = 3) -> Markup | str:
+    """A number as readers expect it, powers of ten outside of 10^-3 to 10^5.
+
+    Args:
+      value: None is how JSON has one that is not finite, "" one that is not there.
+      digits: significant ones.
+    """
+    if value is None:
+        return "not finite"
+    if isinstance(value, str):
+        return value or "–"
+    if not math.isfinite(value):
+        return "∞"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        if abs(value) >= 10**digits:
+            return f"{value:.0f}"
+        return f"{value:.{digits}g}".replace("-", "−")
+    mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
+    signed = str(int(exponent)).replace("-", "−")
+    return Markup(f"{mantissa.replace('-', '−')}&nbsp;×&nbsp;10<sup>{signed}</sup>")
+
+
+def percent(share: float | None, digits: int = 2) -> Markup | str:
+    """A share in %."""
+    if share is None:
+        return "not finite"
+    value = 100 * share
+    if 0 < value < 1e-3:
+        return Markup("{} %").format(number(value, digits))
+    if value >= 10:
+        return f"{value:.1f} %".replace(".0 %", " %")
+    return f"{value:.{digits}g} %"
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+
+
+def formulas(text: str) -> Markup:
+    """Text with the signs of formulas that Unicode has no good characters for."""
+    safe = str(Markup.escape(text))
+    for plain, html in _FORMULAS.items():
+        safe = safe.replace(plain, html)
+    return Markup(safe)
+
+
+def command(text: str) -> Markup:
+    """A command that breaks between words only, never after a hyphen."""
+    words = (Markup("<span>{}</span>").format(word) for word in text.split(" "))
+    return Markup(" ").join(words)
+
+
+def data_uri(path: Path) -> str:
+    """An SVG file as an address that holds it."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _groups(checks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Checks by paper."""
+    groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name, record in checks.items():
+        groups.setdefault(name.partition("-")[0], []).append((name, record))
+    return [
+        {"paper": _PAPERS.get(prefix, prefix), "prefix": prefix, "checks": members}
+        for prefix, members in groups.items()
+    ]

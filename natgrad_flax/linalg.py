@@ -23,11 +23,12 @@ def _cholesky_solve(factor: Array, rhs: Array) -> Array:
 def pinv_solve(matrix: Array, rhs: Array) -> Array:
     """The pseudo-inverse of a symmetric matrix (n, n) times rhs (n,) or (n, k).
 
-    Eigenvalues below n eps |lambda|_max count as zero.
+    Eigenvalues below max(n, 32) eps |lambda|_max count as zero: the rounding of the matrix itself is
+    several eps, however small n is.
     """
     values, vectors = jnp.linalg.eigh(matrix)
     size = jnp.abs(values)
-    cutoff = matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(size)
+    cutoff = max(matrix.shape[0], 32) * jnp.finfo(matrix.dtype).eps * jnp.max(size)
     inverse = jnp.where(size > cutoff, 1 / jnp.where(size > cutoff, values, 1), 0)
     return vectors @ (inverse.reshape((-1,) + (1,) * (rhs.ndim - 1)) * (vectors.T @ rhs))
 
@@ -39,7 +40,8 @@ def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
       matrix: (n, n), symmetric; only the lower triangle is read by the Cholesky factorisation.
       rhs: (n,) or (n, k).
       shifted: a damping has been added to the diagonal. Then any factorisation that exists is
-        used; without one, a pivot below n eps times its diagonal entry counts as rank deficiency.
+        used; without one, a pivot below max(n eps, eps^(3/4)) times its diagonal entry leaves the
+        decision to the eigenvalues.
 
     Returns:
       matrix^{-1} rhs, or matrix^+ rhs (n^3 x 10 flops more) where it has no full rank.
@@ -53,7 +55,10 @@ def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
 
 
 def _is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
-    threshold = 0.0 if shifted else matrix.shape[0] * jnp.finfo(matrix.dtype).eps
+    # elimination magnifies the rounding of a pivot that is zero by the condition of those before it,
+    # so the limit is generous: eigenvalues decide what it refuses, at a price in time alone
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    threshold = 0.0 if shifted else max(matrix.shape[0] * eps, eps**0.75)
     return jnp.all(jnp.diagonal(factor) ** 2 > threshold * jnp.diagonal(matrix))
 
 

@@ -1,0 +1,364 @@
+"""Records of trials to one board for each device, as plain JSON."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.leaderboard import scoring
+from benchmarks.leaderboard.verdict import verdict
+from ntk_analysis.palette import STYLES
+from ntk_analysis.results import content_hash, plain
+
+CLOCKS = {
+    "seconds": "seconds, with compilation and preparation",
+    "training": "seconds of training alone",
+    "steps": "steps",
+}
+"""What a time can be in; the first is what the ranking goes by."""
+STATUSES = ("reached", "missed", "diverged", "skipped")
+FIRST_ORDER = "first-order"
+OURS = "natural-gradient"
+# machine, not software: what makes two boards rather than an older and a newer one
+_MACHINE = ("device", "processor", "cores")
+_MEASURES = (
+    "alpha", "condition_number", "deviation", "nonzeros", "stored", "flops", "sgd_flops"
+)  # fmt: skip
+
+Record = dict[str, Any]
+
+
+def build(records: Iterable[Record]) -> dict[str, Any]:
+    """The board of every device.
+
+    Only evaluation trials with a target count. Of several versions of the code, of its environment,
+    of a workload or of its target, and of several tuned learning rates, the newest counts; the
+    number of trials that were left out for it stands in the board.
+
+    Args:
+      records: of trials, in any order: the board does not depend on it.
+
+    Returns:
+      What JSON can hold; times that are infinite are null.
+
+    Raises:
+      ValueError: there are no records.
+    """
+    ordered = sorted(records, key=lambda record: str(record["key"]))
+    if not ordered:
+        raise ValueError(
+            "there are no trials to score; `python -m benchmarks.leaderboard run` makes them"
+        )
+    machines: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+    for record in ordered:
+        machines[tuple(record["config"]["environment"].get(n, "") for n in _MACHINE)].append(record)
+    devices = [_device(machines[machine]) for machine in sorted(machines)]
+    return {
+        "schema": 1,
+        "rules": ordered[0]["config"]["rules"],
+        "date": max(record["date"] for record in ordered),
+        "records": len(ordered),
+        "scoring": {
+            "r_max": scoring.R_MAX, "replicates": scoring.REPLICATES, "level": scoring.LEVEL,
+            "tie_level": scoring.TIE_LEVEL,
+            "clock_noise": scoring.CLOCK_NOISE,
+        },
+        "clocks": CLOCKS,
+        "devices": devices,
+    }  # fmt: skip
+
+
+def device_name(environment: dict[str, str]) -> str:
+    """A machine in words, such as "CPU, AMD EPYC, 2 cores"."""
+    platform, _, kind = environment["device"].partition(": ")
+    parts = [kind if kind and kind != platform else platform.upper()]
+    parts += [environment[name] for name in ("processor",) if environment.get(name)]
+    if environment.get("cores"):
+        parts.append(f"{environment['cores']} cores")
+    return ", ".join(parts)
+
+
+def _device(records: list[Record]) -> dict[str, Any]:
+    """The board of one machine."""
+    records, left_out = _newest_version(records)
+    trials, dropped = _evaluations(records)
+    left_out.update(dropped)
+    names = sorted({trial["config"]["workload"] for trial in trials})
+    workloads = [_workload([t for t in trials if t["config"]["workload"] == n]) for n in names]
+    current = {(w["name"], w["version"], w["digest"]) for w in workloads}
+    tuned, measured = (
+        [r for r in records if r["config"]["role"] == role and _identity(r) in current]
+        for role in ("tuning", "structure")
+    )
+    contestants = sorted({trial["config"]["contestant"] for trial in trials})
+    cells, tuning = _by_cell(trials), _by_cell(tuned)
+    rows = [_row(name, [(cells[name, w], tuning[name, w]) for w in names]) for name in contestants]
+    _score(rows, workloads, cells, names)
+    newest = max(trials or records, key=lambda record: record["date"])
+    timed = [record["outcome"] for record in (*trials, *tuned)]
+    board = {
+        "name": device_name(newest["config"]["environment"]),
+        "environment": newest["config"]["environment"],
+        "code": newest["config"]["code"],
+        "date": newest["date"],
+        "trials": len(trials),
+        "tuning_trials": len(tuned),
+        "left_out": dict(sorted(left_out.items())),
+        "wall_seconds": sum(outcome.get("wall_seconds") or 0.0 for outcome in timed),
+        "harness_seconds": sum(outcome.get("harness_seconds") or 0.0 for outcome in timed),
+        "workloads": workloads,
+        "rows": rows,
+        "structures": _structures(measured, names),
+    }
+    result: dict[str, Any] = plain({**board, "verdict": verdict(board)})
+    return result
+
+
+def _newest_version(records: list[Record]) -> tuple[list[Record], Counter[str]]:
+    """The records of the code and libraries that were evaluated last."""
+
+    def version(record: Record) -> str:
+        return content_hash([record["config"]["code"], record["config"]["environment"]])
+
+    counted = [r for r in records if _counts(r)] or records
+    newest = max(counted, key=lambda record: (record["date"], version(record)))
+    kept = [record for record in records if version(record) == version(newest)]
+    return kept, Counter({"of other versions of code or libraries": len(records) - len(kept)})
+
+
+def _counts(record: Record) -> bool:
+    """Whether a trial is one that scores are made of."""
+    config = record["config"]
+    return config["role"] == "evaluation" and config["target"] is not None
+
+
+def _identity(record: Record) -> tuple[str, int, str]:
+    """Which workload a trial ran, and which version of it."""
+    config = record["config"]
+    return config["workload"], config["workload_version"], config["workload_digest"]
+
+
+def _evaluations(records: list[Record]) -> tuple[list[Record], Counter[str]]:
+    """The trials that count, with one target a workload and one learning rate a contestant."""
+    trials = [record for record in records if _counts(record)]
+    left_out = Counter(
+        {"without a frozen target": sum(r["config"]["role"] == "evaluation" for r in records)}
+    )
+    left_out["without a frozen target"] -= len(trials)
+    rules: list[tuple[str, Callable[[Record], Any], Callable[[Record], Any]]] = [
+        (
+            "of other targets or versions of a workload",
+            lambda r: r["config"]["workload"],
+            lambda r: (_identity(r), r["config"]["target"]),
+        ),
+        (
+            "at other learning rates",
+            lambda r: (r["config"]["workload"], r["config"]["contestant"]),
+            lambda r: r["config"]["learning_rate"],
+        ),
+    ]
+    for reason, group, variant in rules:
+        latest: dict[Any, tuple[tuple[str, str], Any]] = {}
+        for trial in trials:
+            mark = ((trial["date"], repr(variant(trial))), variant(trial))
+            latest[group(trial)] = max(latest.get(group(trial), mark), mark, key=lambda m: m[0])
+        kept = [trial for trial in trials if latest[group(trial)][1] == variant(trial)]
+        left_out[reason] = len(trials) - len(kept)
+        trials = kept
+    return trials, left_out
+
+
+def _by_cell(records: list[Record]) -> defaultdict[tuple[str, str], list[Record]]:
+    """Records by contestant and workload, in the order of their seeds and learning rates."""
+    cells: defaultdict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        cells[record["config"]["contestant"], record["config"]["workload"]].append(record)
+    for cell in cells.values():
+        cell.sort(key=lambda r: (r["config"]["seed"], r["config"]["learning_rate"] or 0.0))
+    return cells
+
+
+def _workload(trials: list[Record]) -> dict[str, Any]:
+    """A workload as its newest trial describes it."""
+    record = max(trials, key=lambda trial: trial["date"])
+    config, facts = record["config"], record["facts"]
+    return {
+        "name": config["workload"], "title": facts["workload_title"],
+        "version": config["workload_version"], "digest": config["workload_digest"],
+        "metric": facts["metric"], "target": config["target"],
+        "question": facts.get("question", ""), "why_target": facts.get("why_target", ""),
+    }  # fmt: skip
+
+
+def _row(name: str, cells: Sequence[tuple[list[Record], list[Record]]]) -> dict[str, Any]:
+    """A contestant, without its scores."""
+    every = [trial for trials, _ in cells for trial in trials]
+
+    def fact(key: str) -> str:
+        return "; ".join(dict.fromkeys(t["facts"][key] for t in every if t["facts"][key]))
+
+    made = [_cell(trials, tuning) for trials, tuning in cells]
+    outcomes = [trial["outcome"] for trial in every]
+    return {
+        "contestant": name, "title": every[0]["facts"]["title"],
+        "family": every[0]["facts"]["family"], "structure": every[0]["facts"]["structure"],
+        "fisher": fact("fisher"), "damping": fact("damping"), "rate_rule": fact("rate_rule"),
+        "ranked": any(trial["outcome"]["status"] != "skipped" for trial in every),
+        "reached": sum(cell["status"] == "reached" for cell in made),
+        "compile": _middle(outcomes, "compile_seconds"),
+        "preparation": _middle(outcomes, "preparation_seconds"),
+        "cells": made,
+    }  # fmt: skip
+
+
+def clock_times(trial: Record) -> dict[str, float]:
+    """A trial's time to the target on every clock; infinite where it was missed."""
+    outcome = trial["outcome"]
+    if outcome["status"] != "reached":
+        return dict.fromkeys(CLOCKS, np.inf)
+    training, steps = outcome["seconds_to_target"], outcome["steps_to_target"]
+    parts = (outcome["compile_seconds"], outcome["preparation_seconds"])
+    seconds = scoring.total_seconds(training, *parts)
+    return {"seconds": seconds, "training": float(training), "steps": float(steps)}
+
+
+def _cell(trials: list[Record], tuning: list[Record]) -> dict[str, Any]:
+    """A contestant on a workload."""
+    times = [clock_times(trial) for trial in trials]
+    outcomes = [trial["outcome"] for trial in trials]
+    counts = Counter(outcome["status"] for outcome in outcomes)
+    medians = {clock: float(scoring.median([t[clock] for t in times])) for clock in CLOCKS}
+    middle = sorted(range(len(trials)), key=lambda i: times[i]["seconds"])
+    return {
+        "status": _status(counts, medians["seconds"]),
+        "counts": {status: counts[status] for status in STATUSES},
+        "reason": next((o["reason"] for o in outcomes if o["reason"]), ""),
+        **medians,
+        "compile": _middle(outcomes, "compile_seconds"),
+        "preparation": _middle(outcomes, "preparation_seconds"),
+        "learning_rate": _middle(outcomes, "learning_rate"),
+        "rate_note": next(filter(None, (o.get("rate_note") for o in outcomes)), ""),
+        "shown": trials[middle[(len(trials) - 1) // 2]]["key"] if trials else None,
+        "trials": [
+            {"key": trial["key"], "seed": trial["config"]["seed"], "command": trial["command"],
+             "status": outcome["status"], "reason": outcome["reason"], **time,
+             "compile": outcome.get("compile_seconds"),
+             "preparation": outcome.get("preparation_seconds")}
+            for trial, outcome, time in zip(trials, outcomes, times, strict=True)
+        ],
+        "tuned_on": [
+            {"key": trial["key"], "learning_rate": trial["config"]["learning_rate"],
+             "status": trial["outcome"]["status"], "best": trial["outcome"].get("best")}
+            for trial in tuning
+        ],
+    }  # fmt: skip
+
+
+def _status(counts: Counter[str], median: float) -> str:
+    """What to say of a contestant on a workload: that of its median, else the commonest failure."""
+    if not counts:
+        return "not run"
+    if np.isfinite(median):
+        return "reached"
+    failures = [status for status in STATUSES[1:] if counts[status]]
+    return max(failures, key=lambda status: counts[status])
+
+
+def _middle(outcomes: list[dict[str, Any]], name: str) -> float | None:
+    """The median over the trials that ran."""
+    values = [outcome[name] for outcome in outcomes if outcome.get(name) is not None]
+    return float(np.median(values)) if values else None
+
+
+def _score(
+    rows: list[dict[str, Any]],
+    workloads: list[dict[str, Any]],
+    cells: dict[tuple[str, str], list[Record]],
+    names: list[str],
+) -> None:
+    """Puts scores into the rows, best first, and winners into the workloads."""
+    ranked = [row for row in rows if row["ranked"]]
+    for row in rows:
+        row["scores"] = {}
+    for workload in workloads:
+        workload |= {"winners": {}, "first_order": {}, "faster": {}}
+    for clock in CLOCKS:
+        times = [[[clock_times(t)[clock] for t in cells[r["contestant"], n]] for n in names]
+                 for r in ranked]  # fmt: skip
+        if not times:
+            continue
+        medians = np.array([[cell[clock] for cell in row["cells"]] for row in ranked])
+        ratios = scoring.ratios(medians)
+        scores = scoring.score(ratios)
+        noise = 0.0 if clock == "steps" else scoring.CLOCK_NOISE
+        resampled = scoring.bootstrap(times, noise=noise)
+        low, high = scoring.interval(resampled)
+        ranks = scoring.rank(scores, resampled)
+        rivals = [index for index, row in enumerate(ranked) if row["family"] == FIRST_ORDER]
+        baseline = medians[rivals].min(axis=0, initial=np.inf)
+        for index, row in enumerate(ranked):
+            factor, shared = scoring.speed_up(medians[index], baseline)
+            row["scores"][clock] = {
+                "score": float(scores[index]), "low": float(low[index]), "high": float(high[index]),
+                "place": ranks[index].place, "rank": str(ranks[index]), "speed_up": factor,
+                "shared": shared, "ratios": ratios[index].tolist(),
+            }  # fmt: skip
+        for column, workload in enumerate(workloads):
+            _winners(workload, clock, ranked, medians[:, column], baseline[column])
+    rows.sort(key=lambda row: (-row["scores"][next(iter(CLOCKS))]["score"] if row["ranked"] else 1,
+                               row["contestant"]))  # fmt: skip
+
+
+def _winners(
+    workload: dict[str, Any],
+    clock: str,
+    rows: list[dict[str, Any]],
+    times: np.ndarray,
+    baseline: float,
+) -> None:
+    """Who is first on a workload, the best first-order contestant, our structures before it."""
+    finite = np.isfinite(times)
+    best = times.min()
+    workload["of"], workload["reached_by"] = len(rows), int(finite.sum())
+    workload["winners"][clock] = [
+        row["contestant"] for row, time in zip(rows, times, strict=True)
+        if np.isfinite(best) and time == best
+    ]  # fmt: skip
+    rivals = [
+        row["contestant"] for row, time in zip(rows, times, strict=True)
+        if row["family"] == FIRST_ORDER and np.isfinite(time) and time == baseline
+    ]  # fmt: skip
+    workload["first_order"][clock] = {"contestants": rivals, "time": float(baseline)}
+    ours = {
+        row["structure"]: time for row, time in sorted(
+            zip(rows, times, strict=True), key=lambda pair: -pair[1]
+        ) if row["family"] == OURS and time < baseline
+    }  # fmt: skip
+    workload["faster"][clock] = [
+        STYLES[name].label if name in STYLES else name
+        for name in sorted(ours, key=ours.__getitem__)
+    ]
+
+
+def _structures(records: list[Record], names: list[str]) -> list[dict[str, Any]]:
+    """Isotropy and cost of every structure, a list entry a workload."""
+    cells = _by_cell(records)
+    result = []
+    for name in sorted({contestant for contestant, _ in cells}):
+        newest = [max(cells[name, w], key=lambda r: r["date"], default=None) for w in names]
+        facts = next(record["facts"] for record in newest if record)
+        measures = [
+            record and {"key": record["key"], "command": record["command"],
+                        "status": record["outcome"]["status"],
+                        "reason": record["outcome"].get("reason", ""),
+                        **{measure: record["outcome"].get(measure) for measure in _MEASURES}}
+            for record in newest
+        ]  # fmt: skip
+        result.append(
+            {"contestant": name, "title": facts["title"], "structure": facts["structure"],
+             "damping": facts["damping"], "measures": measures}
+        )  # fmt: skip
+    return result

@@ -1,0 +1,274 @@
+"""``python -m benchmarks.leaderboard``: run trials, score them, write the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from benchmarks.leaderboard import RULES
+from benchmarks.leaderboard.progress import Display
+from benchmarks.leaderboard.runner import Summary
+from benchmarks.leaderboard.runner import run as run_trials
+from benchmarks.leaderboard.store import StorageError, Store, trial_key
+from ntk_analysis.cli.app import WithLists, errors, fail, output
+
+app = typer.Typer(
+    name="python -m benchmarks.leaderboard",
+    help="Optimizers against frozen targets, natural-gradient ones at their theoretical rates.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+OutOption = Annotated[Path, typer.Option(help="folder of the trials")]
+DEFAULT_OUT = Path("leaderboard")
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Turns what goes wrong into one sentence and exit code 2."""
+    try:
+        yield
+    except (ValueError, StorageError) as error:
+        fail(error)
+
+
+@app.command(cls=WithLists)
+def run(
+    profile: Annotated[str, typer.Option(help="default, mnist or full")] = "default",
+    workload: Annotated[list[str] | None, typer.Option(help="instead of the profile's")] = None,
+    contestant: Annotated[list[str] | None, typer.Option(help="instead of the profile's")] = None,
+    seeds: Annotated[int | None, typer.Option(help="number of evaluation seeds")] = None,
+    out: OutOption = DEFAULT_OUT,
+    jobs: Annotated[int, typer.Option(help="processes for trials without a clock")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="of Dask: an address, or local for workers of this machine")
+    ] = None,
+) -> None:
+    """Run the trials of a leaderboard that are not in the folder yet, and write its page.
+
+    First the learning rates of the tuned contestants, then everyone on the same seeds, then the
+    isotropy and the cost of the structures. Interrupted or killed, the same command goes on.
+
+    Exit code: 0; 1 where a trial raised an error; 2 on bad arguments; 130 when interrupted.
+    """
+    from benchmarks.leaderboard.cluster import LOCAL, common_identity
+    from benchmarks.leaderboard.plan import make_plan
+    from benchmarks.leaderboard.trial import execute, identity
+
+    with _sentences():
+        plan = make_plan(profile, workload, contestant, seeds)
+        if scheduler not in (None, LOCAL):
+            plan = replace(plan, machine=common_identity(scheduler, identity))
+        store, display = Store.open(out, RULES), Display(errors)
+        stages = (
+            ("tuning", lambda: list(plan.tuning())),
+            ("evaluation", lambda: list(plan.evaluation(store.records()))),
+            ("isotropy and cost", lambda: list(plan.structures())),
+        )
+        total, ended = Summary(), []
+        for name, configs in stages:
+            errors.print(name, style="bold")
+            summary = run_trials(
+                configs(), store, execute,
+                jobs=jobs, scheduler=scheduler, identity=identity, display=display,
+            )  # fmt: skip
+            ended.append(summary)
+            errors.print(str(summary), highlight=False, markup=False)
+            for failure in summary.failed:
+                errors.print(str(failure), style="red", highlight=False, markup=False)
+            _warn(summary.quarantined)
+            if summary.interrupted:
+                raise typer.Exit(130)
+            total.trial_seconds += summary.trial_seconds
+            total.seconds += summary.seconds
+        if total.trial_seconds:
+            share = (total.seconds - total.trial_seconds) / total.trial_seconds
+            errors.print(f"around the trials: {share:.2%} of their time", highlight=False)
+        _show(store, out)
+        if any(summary.failed for summary in ended):
+            raise typer.Exit(1)
+
+
+def _show(store: Store, out: Path) -> None:
+    from benchmarks.leaderboard import board, page, tables
+
+    records = _records(store)
+    for device in board.build(records)["devices"]:
+        output.print(tables.board_table(device))
+    written = page.write(records, out)
+    output.print(f"wrote {written}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def score(out: OutOption = DEFAULT_OUT) -> None:
+    """Print the ranking of the trials in a folder, for each device."""
+    from benchmarks.leaderboard import board, tables
+
+    with _sentences():
+        for device in board.build(_records(_existing(out)))["devices"]:
+            output.print(tables.board_table(device))
+
+
+@app.command()
+def page(
+    out: OutOption = DEFAULT_OUT,
+    readme: Annotated[
+        Path | None, typer.Option(help="also put the table between the markers of this file")
+    ] = None,
+) -> None:
+    """Write the page of the trials in a folder: one HTML file beside them."""
+    from benchmarks.leaderboard import board
+    from benchmarks.leaderboard import readme as markers
+    from benchmarks.leaderboard.page import write
+
+    with _sentences():
+        records = _records(_existing(out))
+        path = write(records, out)
+        output.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        if readme is not None:
+            changed = markers.update(readme, board.build(records))
+            output.print(f"{readme} {'changed' if changed else 'is up to date'}", highlight=False)
+
+
+@app.command()
+def trial(
+    workload: str,
+    contestant: str,
+    seed: Annotated[int, typer.Option(help="of parameters, batches and sampled targets")] = 0,
+    learning_rate: Annotated[float | None, typer.Option(help="of a tuned contestant")] = None,
+    no_target: Annotated[
+        bool, typer.Option("--no-target", help="to the end of the budget")
+    ] = False,
+    structure: Annotated[bool, typer.Option("--structure", help="isotropy and cost")] = False,
+) -> None:
+    """Run one trial and print its outcome as JSON; nothing is stored."""
+    from benchmarks.leaderboard.contestant import find_contestant
+    from benchmarks.leaderboard.targets import target_of
+    from benchmarks.leaderboard.trial import configuration, execute
+    from benchmarks.leaderboard.workload import find_workload
+
+    with _sentences():
+        where = find_workload(workload)
+        target = None if no_target or structure else float(target_of(where)["target"])
+        config = configuration(
+            where, find_contestant(contestant).name, seed,
+            target=target,
+            role="structure" if structure else "evaluation",
+            learning_rate=learning_rate,
+            kind="structure" if structure else "timed",
+        )  # fmt: skip
+        output.print_json(data=execute(config)["outcome"])
+
+
+@app.command()
+def freeze(workload: str, out: OutOption = DEFAULT_OUT) -> None:
+    """Set the target of a new version of a workload by its best tuned baseline."""
+    from benchmarks.leaderboard import plan, targets
+    from benchmarks.leaderboard.trial import configuration, execute
+    from benchmarks.leaderboard.workload import find_workload
+
+    with _sentences():
+        where = find_workload(workload)
+        store, display = Store.open(out, RULES), Display(errors)
+        trials = [
+            config
+            for entry in plan.baselines()
+            for config in (
+                plan.tuning_configs(where.name, entry, None, "freezing")
+                if entry.rates
+                else [
+                    configuration(where, entry.name, plan.TUNING_SEED, target=None, role="freezing")
+                ]
+            )
+        ]
+        run_trials(trials, store, execute, display=display)
+        best, rate = plan.best_baseline(where.name, store.records())
+        finals = [
+            configuration(where, best.name, seed, target=None, role="freezing", learning_rate=rate)
+            for seed in range(plan.PROFILES["default"].seeds)
+        ]
+        run_trials(finals, store, execute, display=display)
+        keys = [store.read(trial_key(config)) for config in finals]
+        path = targets.write_target(where, [record for record in keys if record])
+        found = targets.target_of(where)
+        output.print(f"wrote {path.name}: {found['target']:g}, {found['how']}", highlight=False)
+
+
+@app.command()
+def merge(folder: Path, out: OutOption = DEFAULT_OUT) -> None:
+    """Copy the trials of another folder, as from another machine, into this one."""
+    with _sentences():
+        merged = Store.open(out, RULES).merge(folder)
+    output.print(
+        f"{len(merged.copied)} trials copied, {merged.same} were here, {len(merged.kept)} differ "
+        f"and stay as they are here, {len(merged.invalid)} files are no valid records",
+        highlight=False,
+    )
+    _warn([*(f"trial {key} differs from the one here" for key in merged.kept), *merged.invalid])
+
+
+@app.command()
+def torture(
+    kills: Annotated[int, typer.Option(help="how many SIGKILLs")] = 100,
+    runners: Annotated[int, typer.Option(help="runners on the folder at a time")] = 1,
+) -> None:
+    """Kill runners at random moments and count what is lost: it must be nothing."""
+    from benchmarks.leaderboard import torture as torment
+
+    with _sentences():
+        report = torment.torture(kills, runners, console=errors)
+    output.print(report.table())
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_them() -> None:
+    """List workloads with their targets, and contestants."""
+    from benchmarks.leaderboard.contestant import contestants
+    from benchmarks.leaderboard.targets import target_of
+    from benchmarks.leaderboard.workload import workloads
+
+    table = Table("workload", "version", "what", "target", "here")
+    for name, workload in workloads().items():
+        try:
+            target = f"{target_of(workload)['target']:g}"
+        except ValueError as error:
+            target = str(error)
+        here = workload.missing() or "yes"
+        table.add_row(name, str(workload.version), workload.title, target, here)
+    output.print(table)
+    table = Table("contestant", "what", "Fisher", "damping", "learning rate")
+    for name, entry in contestants().items():
+        facts = entry.facts()
+        table.add_row(name, facts["title"], facts["fisher"], facts["damping"], facts["rate_rule"])
+    output.print(table)
+
+
+def _records(store: Store) -> list[dict[str, Any]]:
+    """All valid records; says which files were none."""
+    records = store.records()
+    _warn(store.quarantined)
+    return records
+
+
+def _warn(files: Iterable[object]) -> None:
+    for file in files:
+        errors.print(str(file), style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _existing(out: Path) -> Store:
+    if not (out / "leaderboard.json").exists():
+        raise ValueError(
+            f"{out} holds no leaderboard; make one with `python -m benchmarks.leaderboard run "
+            f"--out {out}`"
+        )
+    return Store.open(out, RULES)

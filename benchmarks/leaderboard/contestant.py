@@ -1,0 +1,125 @@
+"""A contestant: an optimizer with everything that its results depend on; and their register."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+import optax
+from jax import Array
+
+import natgrad_flax as ng
+from benchmarks.leaderboard.names import find
+from benchmarks.leaderboard.workload import Workload
+from natgrad_flax.fisher import FisherKind
+
+if TYPE_CHECKING:
+    from benchmarks.leaderboard.program import Program
+
+Family = Literal["first-order", "quasi-Newton", "natural-gradient", "peer"]
+RateRule = Literal["theoretical", "tuned", "line search"]
+Damping = float | ng.RelativeDamping | ng.LevenbergMarquardt
+Optimizer = Callable[[Workload, Array | float, int], optax.GradientTransformation]
+
+TUNING_TRIALS = 8
+"""Learning rates that every tuned contestant tries on a workload, no more and no less."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer on the leaderboard.
+
+    Attributes:
+      name: its key, in lower case with hyphens.
+      title: what the board calls it.
+      family: which kind of method.
+      rate_rule: where its learning rate comes from.
+      optimizer: from workload, learning rate and seed to an optax transformation. Its ``update``
+        gets the batch as extra arguments: module, x, y, value, grad and value_fn.
+      rates: learning rates to try, TUNING_TRIALS of them, where the rule is "tuned".
+      structure: the Fisher approximation, for natural gradients.
+      fisher: "exact" (true), "mc" or "empirical".
+      damping: in the convention of natgrad_flax (added to the Fisher with its 1/N).
+      damping_words: for contestants without ``structure``: their damping and its convention.
+      unsuitable: why a workload is nothing for it, or "".
+      program: makes the training program instead of ``optimizer``, for peers that bring their own.
+    """
+
+    name: str
+    title: str
+    family: Family
+    rate_rule: RateRule
+    optimizer: Optimizer | None = None
+    rates: tuple[float, ...] = ()
+    structure: ng.Structure | None = None
+    fisher: FisherKind | None = None
+    damping: Damping | None = None
+    damping_words: str = ""
+    unsuitable: Callable[[Workload], str] = lambda workload: ""
+    program: Callable[[Contestant, Workload], Program] | None = None
+
+    def __post_init__(self) -> None:
+        wanted = TUNING_TRIALS if self.rate_rule == "tuned" else 0
+        if len(set(self.rates)) != wanted or len(self.rates) != wanted:
+            raise ValueError(
+                f"contestant {self.name}: a tuned one tries {TUNING_TRIALS} different learning "
+                f"rates, another none, got {self.rates}"
+            )
+
+    def facts(self) -> dict[str, str]:
+        """What the board says of the contestant, as JSON."""
+        rule = f"tuned, {TUNING_TRIALS} trials" if self.rate_rule == "tuned" else self.rate_rule
+        return {
+            "title": self.title,
+            "family": self.family,
+            "structure": type(self.structure).__name__ if self.structure else "",
+            "fisher": _FISHERS[self.fisher] if self.fisher else "",
+            "damping": self.damping_words if self.damping is None else in_words(self.damping),
+            "rate_rule": rule,
+        }
+
+
+_FISHERS = {"exact": "true", "mc": "Monte-Carlo, 1 sample", "empirical": "empirical"}
+
+
+def in_words(damping: Damping) -> str:
+    """A damping with its convention."""
+    if isinstance(damping, ng.RelativeDamping):
+        return f"{damping.ratio:g} of the mean Gram diagonal"
+    if isinstance(damping, ng.LevenbergMarquardt):
+        return f"Levenberg-Marquardt from {damping.initial:g}, added to the Fisher (1/N)"
+    return "none: pseudo-inverse" if damping == 0 else f"{damping:g}, added to the Fisher (1/N)"
+
+
+@cache
+def contestants() -> dict[str, Contestant]:
+    """All contestants by name: ``CONTESTANTS`` of each module of ``contestants/``."""
+    package = import_module("benchmarks.leaderboard.contestants")
+    found: dict[str, Contestant] = {}
+    for entry in pkgutil.iter_modules(package.__path__):
+        members: Iterable[Contestant] = getattr(
+            import_module(f"{package.__name__}.{entry.name}"), "CONTESTANTS", ()
+        )
+        for contestant in members:
+            if contestant.name in found:
+                raise ValueError(f"two contestants are called {contestant.name!r}")
+            found[contestant.name] = contestant
+    return found
+
+
+def find_contestant(name: str) -> Contestant:
+    """A contestant by name.
+
+    Raises:
+      ValueError: unknown; the message offers the nearest name.
+    """
+    return contestants()[find("contestant", name, contestants())]
+
+
+def is_ours(facts: dict[str, Any]) -> bool:
+    """Whether a row of the board is one of this library's structures."""
+    return bool(facts["structure"])

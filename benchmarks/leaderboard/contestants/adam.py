@@ -1,0 +1,16 @@
+"""Adam."""
+
+import optax
+
+from benchmarks.leaderboard.contestant import Contestant
+
+CONTESTANTS = (
+    Contestant(
+        name="adam",
+        title="Adam",
+        family="first-order",
+        rate_rule="tuned",
+        optimizer=lambda workload, rate, seed: optax.adam(rate),
+        rates=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+    ),
+)

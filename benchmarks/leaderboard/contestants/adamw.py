@@ -1,0 +1,16 @@
+"""Adam with decoupled weight decay."""
+
+import optax
+
+from benchmarks.leaderboard.contestant import Contestant
+
+CONTESTANTS = (
+    Contestant(
+        name="adamw",
+        title="AdamW, weight decay 1e-4",
+        family="first-order",
+        rate_rule="tuned",
+        optimizer=lambda workload, rate, seed: optax.adamw(rate, weight_decay=1e-4),
+        rates=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+    ),
+)

@@ -1,0 +1,12 @@
+"""One Fisher block a layer."""
+
+import natgrad_flax as ng
+from benchmarks.leaderboard.natural import variants
+
+CONTESTANTS = variants(
+    "block-diagonal",
+    "Block-diagonal",
+    ng.BlockDiagonal(),
+    damping=0.0,
+    rates=(0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0),
+)

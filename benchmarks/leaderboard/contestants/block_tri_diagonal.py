@@ -1,0 +1,12 @@
+"""Neighbouring layers coupled."""
+
+import natgrad_flax as ng
+from benchmarks.leaderboard.natural import variants
+
+CONTESTANTS = variants(
+    "block-tri-diagonal",
+    "Block tri-diagonal",
+    ng.BlockTriDiagonal(),
+    damping=0.0,
+    rates=(0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0),
+)

@@ -1,0 +1,16 @@
+"""Gradient descent with Nesterov's momentum of 0.9."""
+
+import optax
+
+from benchmarks.leaderboard.contestant import Contestant
+
+CONTESTANTS = (
+    Contestant(
+        name="momentum",
+        title="SGD, Nesterov momentum 0.9",
+        family="first-order",
+        rate_rule="tuned",
+        optimizer=lambda workload, rate, seed: optax.sgd(rate, momentum=0.9, nesterov=True),
+        rates=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
+    ),
+)

@@ -1,0 +1,16 @@
+"""Muon: momentum whose matrices are orthogonalised by Newton-Schulz; Adam on the biases."""
+
+import optax.contrib
+
+from benchmarks.leaderboard.contestant import Contestant
+
+CONTESTANTS = (
+    Contestant(
+        name="muon",
+        title="Muon",
+        family="first-order",
+        rate_rule="tuned",
+        optimizer=lambda workload, rate, seed: optax.contrib.muon(rate),
+        rates=(0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
+    ),
+)

@@ -1,0 +1,106 @@
+"""Locks between processes that end with the process that holds them, however it ends.
+
+A lock is flock(2) on an open file: the kernel gives it up when the last descriptor of that opening
+is closed, which SIGKILL does too. Two openings exclude each other within one process as well.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+MACHINE_LOCK = "natgrad-leaderboard-timing.lock"
+"""In the temporary folder of the machine; it stays there, empty."""
+
+
+def acquire(
+    path: Path, *, create: bool = True, shared: bool = False, wait: bool = False
+) -> int | None:
+    """Opens a file and locks it; ``os.close`` of the descriptor gives the lock up.
+
+    Args:
+      path: of the lock file.
+      create: make the file where it is not there; without it, a missing file is not locked.
+      shared: hold it beside other shared holders; an exclusive one is alone.
+      wait: until whoever holds it lets go.
+
+    Returns:
+      The descriptor; None where another holds the lock, or the file is missing.
+
+    Raises:
+      OSError: the file cannot be opened.
+    """
+    operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
+        except FileNotFoundError:
+            if create:
+                raise
+            return None
+        try:
+            fcntl.flock(handle, operation)
+            if _is_still(path, handle):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except BaseException:
+            os.close(handle)
+            raise
+        # the last holder removed or renamed the file between our opening and our lock
+        os.close(handle)
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(handle))
+
+
+def remove_abandoned(path: Path) -> bool:
+    """Removes a file unless a living process holds its lock; says whether it did."""
+    handle = acquire(path, create=False)
+    if handle is None:
+        return False
+    try:
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+    return True
+
+
+@contextmanager
+def machine(*, shared: bool = False, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Holds this machine: alone for a timed trial, shared for those that are not timed.
+
+    All runners of the machine that have the same temporary folder (TMPDIR) respect it, of all
+    users and on all results folders.
+
+    Args:
+      shared: beside other shared holders, but never beside a timed trial.
+      waiting: called once where the lock is held elsewhere, before waiting for it.
+    """
+    path = Path(tempfile.gettempdir()) / MACHINE_LOCK
+    # created apart from opening: in a sticky folder Linux refuses O_CREAT on a file of another user
+    with suppress(FileExistsError):
+        created = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        os.fchmod(created, 0o666)
+        os.close(created)
+    handle = acquire(path, create=False, shared=shared)
+    if handle is None:
+        if waiting is not None:
+            waiting()
+        handle = acquire(path, create=False, shared=shared, wait=True)
+    if handle is None:
+        raise RuntimeError(f"{path} was removed while it was waited for; run the command again")
+    try:
+        yield
+    finally:
+        os.close(handle)

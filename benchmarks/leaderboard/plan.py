@@ -1,0 +1,266 @@
+"""Which trials make a leaderboard: tuning first, then every contestant on the same seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.leaderboard.contestant import Contestant, contestants, find_contestant
+from benchmarks.leaderboard.names import find
+from benchmarks.leaderboard.targets import target_of
+from benchmarks.leaderboard.trial import Config, configuration, identity
+from benchmarks.leaderboard.workload import find_workload, workloads
+
+TUNING_SEED = 1000
+"""Initial parameters and batches of tuning, which no evaluation uses."""
+
+_DIGITS = (
+    "digits-mse", "digits-classes", "linear-teacher", "sparse-classification", "matrix-completion",
+)  # fmt: skip
+_MNIST = ("mnist-mse", "mnist-classes", "mnist-autoencoder")
+_BASELINES = ("first-order", "quasi-Newton")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A board of a certain size.
+
+    Attributes:
+      workloads: their names.
+      variants: endings of the natural-gradient contestants that take part; "" is the plain one.
+      seeds: number of evaluation seeds.
+      description: for whom it is.
+    """
+
+    workloads: tuple[str, ...]
+    variants: tuple[str, ...]
+    seeds: int
+    description: str
+
+
+PROFILES = {
+    "default": Profile(
+        _DIGITS, ("", "-mc-lm"), 3, "digits-size workloads, a quarter of an hour on 2 cores"
+    ),
+    "mnist": Profile(_MNIST, ("", "-mc-lm"), 3, "the MNIST workloads, hours on 2 cores"),
+    "full": Profile(
+        (*_DIGITS, *_MNIST),
+        ("", "-lm", "-tuned", "-mc", "-mc-lm", "-mc-tuned"),
+        5,
+        "every workload and every contestant",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A leaderboard to be made.
+
+    Attributes:
+      workloads: their names.
+      contestants: their names.
+      seeds: number of evaluation seeds, 0, 1, ...
+      machine: code and environment of the processes that will run it; None for this one's.
+    """
+
+    workloads: tuple[str, ...]
+    contestants: tuple[str, ...]
+    seeds: int
+    machine: Mapping[str, Any] | None = None
+
+    def tuning(self) -> Iterator[Config]:
+        """Trials of every tuned contestant, one a learning rate.
+
+        Raises:
+          ValueError: a workload has no valid target.
+        """
+        for workload, contestant in self._pairs():
+            target = _target(workload)
+            yield from tuning_configs(workload, contestant, target, machine=self.machine)
+
+    def evaluation(self, records: Iterable[Mapping[str, Any]]) -> Iterator[Config]:
+        """Trials that count, given what tuning found.
+
+        Args:
+          records: of the store, the tuning trials of this code and machine among them.
+        """
+        tuned = _by_pair(records, "tuning")
+        for workload, contestant in self._pairs():
+            target = _target(workload)
+            rate = None
+            if contestant.rate_rule == "tuned":
+                trials = tuned.get((workload, contestant.name), [])
+                rate = best_rate(contestant, trials, target, self.machine)
+            for seed in range(self.seeds):
+                yield configuration(
+                    find_workload(workload), contestant.name, seed,
+                    target=target, role="evaluation", learning_rate=rate, machine=self.machine,
+                )  # fmt: skip
+
+    def structures(self) -> Iterator[Config]:
+        """Untimed trials: isotropy and cost of each structure, once a workload."""
+        for workload in self.workloads:
+            seen = set()
+            for name in self.contestants:
+                structure = type(find_contestant(name).structure)
+                if structure is type(None) or structure in seen:
+                    continue
+                seen.add(structure)
+                yield configuration(
+                    find_workload(workload), name, 0,
+                    target=None, role="structure", kind="structure", machine=self.machine,
+                )  # fmt: skip
+
+    def _pairs(self) -> Iterator[tuple[str, Contestant]]:
+        for workload in self.workloads:
+            for name in self.contestants:
+                yield workload, find_contestant(name)
+
+
+def make_plan(
+    profile: str = "default",
+    chosen_workloads: Sequence[str] | None = None,
+    chosen_contestants: Sequence[str] | None = None,
+    seeds: int | None = None,
+) -> Plan:
+    """A plan by the name of a profile, with changes.
+
+    Args:
+      profile: a key of ``PROFILES``.
+      chosen_workloads: instead of those of the profile.
+      chosen_contestants: instead of those of the profile.
+      seeds: instead of their number in the profile.
+
+    Raises:
+      ValueError: an unknown name (the nearest is offered), less than one seed, or a workload
+        without a valid target.
+    """
+    base = PROFILES[find("profile", profile, PROFILES)]
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    names = [find("workload", name, workloads()) for name in chosen_workloads or base.workloads]
+    if chosen_contestants:
+        members = [find("contestant", name, contestants()) for name in chosen_contestants]
+    else:
+        members = [name for name, entry in contestants().items() if _takes_part(entry, base)]
+    for name in names:
+        _target(name)
+    return Plan(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(members)), seeds or base.seeds)
+
+
+def _takes_part(contestant: Contestant, profile: Profile) -> bool:
+    if contestant.structure is None:
+        return True
+    plain_name = plain(contestant.name)
+    return contestant.name[len(plain_name) :] in profile.variants
+
+
+def plain(name: str) -> str:
+    """The name of a natural-gradient contestant without the ending of its variant."""
+    endings = sorted(PROFILES["full"].variants, key=len, reverse=True)
+    return next(name.removesuffix(end) for end in endings if name.endswith(end))
+
+
+def _target(workload: str) -> float:
+    return float(target_of(find_workload(workload))["target"])
+
+
+def tuning_configs(
+    workload: str,
+    contestant: Contestant,
+    target: float | None,
+    role: str = "tuning",
+    machine: Mapping[str, Any] | None = None,
+) -> Iterator[Config]:
+    """One trial for each learning rate of a contestant, in their order."""
+    for rate in sorted(contestant.rates):
+        yield configuration(
+            find_workload(workload), contestant.name, TUNING_SEED,
+            target=target, role=role, learning_rate=rate, machine=machine,
+        )  # fmt: skip
+
+
+def _by_pair(
+    records: Iterable[Mapping[str, Any]], role: str
+) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        config = record["config"]
+        if config["role"] == role:
+            found.setdefault((config["workload"], config["contestant"]), []).append(record)
+    return found
+
+
+def best_rate(
+    contestant: Contestant,
+    trials: Iterable[Mapping[str, Any]],
+    target: float | None,
+    machine: Mapping[str, Any] | None = None,
+) -> float:
+    """The learning rate that tuning found: fewest steps to the target, else the best end.
+
+    Steps, not seconds: every step of a contestant costs the same, and steps do not depend on what
+    else the machine does.
+
+    Args:
+      contestant: a tuned one.
+      trials: its tuning records; those of other code, machines or targets are left aside.
+      target: that they aim at.
+      machine: code and environment of the trials to take; None for this process's.
+    """
+    wanted = machine or identity()
+    outcomes = {
+        trial["config"]["learning_rate"]: trial["outcome"]
+        for trial in trials
+        if trial["config"]["target"] == target and _is_of(trial["config"], wanted)
+    }
+
+    def merit(rate: float) -> tuple[float, float]:
+        outcome = outcomes.get(rate, {})
+        steps, final = outcome.get("steps_to_target"), outcome.get("final")
+        lost = outcome.get("status") not in ("reached", "missed")
+        return (
+            math.inf if steps is None else steps,
+            math.inf if lost or final is None else final,
+        )
+
+    # min takes the first of equals, the smallest rate: also where all of them diverged
+    return min(sorted(contestant.rates), key=merit)
+
+
+def _is_of(config: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
+    return all(config[name] == value for name, value in machine.items())
+
+
+def baselines() -> list[Contestant]:
+    """The contestants by which targets are set."""
+    return [entry for entry in contestants().values() if entry.family in _BASELINES]
+
+
+def best_baseline(
+    workload: str, records: Iterable[Mapping[str, Any]]
+) -> tuple[Contestant, float | None]:
+    """The baseline with the best held-out metric at the end of its budget, and its learning rate.
+
+    Args:
+      workload: its name.
+      records: of the store, with "freezing" trials without a target on the tuning seed.
+
+    Raises:
+      ValueError: none of them came to the end of its budget.
+    """
+    best: tuple[float, str, float | None] | None = None
+    here = identity()
+    for (where, name), trials in _by_pair(records, "freezing").items():
+        for trial in trials:
+            config, final = trial["config"], trial["outcome"].get("final")
+            if where != workload or not _is_of(config, here) or config["seed"] != TUNING_SEED:
+                continue
+            if trial["outcome"]["status"] == "missed" and final is not None:
+                entry = (final, name, config["learning_rate"])
+                best = entry if best is None or entry[0] < best[0] else best
+    if best is None:
+        raise ValueError(f"{workload}: no baseline came to the end of its budget")
+    return find_contestant(best[1]), best[2]

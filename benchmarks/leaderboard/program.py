@@ -1,0 +1,146 @@
+"""The compiled training step of a contestant on a workload."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from benchmarks.leaderboard.contestant import Contestant
+from benchmarks.leaderboard.workload import METRICS, Workload
+
+# rows of the training set on which the curve of the training loss is taken
+MEASURED_SAMPLES = 2000
+
+
+class Program(Protocol):
+    """How a trial trains. States are whatever the program likes.
+
+    Attributes:
+      compile_seconds: what making the step took, compilation included.
+    """
+
+    compile_seconds: float
+
+    def start(self, seed: int, rate: float) -> Any:
+        """The state at the initial parameters of a seed."""
+        ...
+
+    def step(self, state: Any, batch: NDArray[np.integer] | None) -> Any:
+        """One step on these rows of the training set, on all of them for None; may return early."""
+        ...
+
+    def wait(self, state: Any) -> None:
+        """Returns when all steps up to this state are done."""
+        ...
+
+    def parameters(self, state: Any) -> nnx.State:
+        """The parameters, in the tree of ``nnx.state(workload.model(seed))``."""
+        ...
+
+
+class OptaxProgram:
+    """A contestant that is an optax transformation: one jitted step, buffers donated.
+
+    Args:
+      contestant: with an ``optimizer``.
+      workload: what it trains.
+    """
+
+    def __init__(self, contestant: Contestant, workload: Workload) -> None:
+        assert contestant.optimizer is not None
+        self._make, self._workload = contestant.optimizer, workload
+        data = workload.data()
+        self._x, self._y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
+        size = workload.batch_size
+        batch = None if size is None else jax.ShapeDtypeStruct((size,), jnp.int32)
+        state = self.start(0, 1.0)
+        started = time.perf_counter()
+        step = jax.jit(self._step, donate_argnums=0)
+        self._compiled = step.lower(state, self._x, self._y, batch).compile()
+        self.compile_seconds = time.perf_counter() - started
+
+    def start(self, seed: int, rate: float) -> tuple[nnx.State, Any, Array]:
+        """Parameters, the optimizer's state, and the learning rate."""
+        model = self._workload.model(seed)
+        self._graphdef, parameters = nnx.split(model)
+        optimizer = self._make(self._workload, rate, seed)
+        state = parameters, optimizer.init(parameters), jnp.asarray(rate, jnp.float32)
+        # the step donates its arguments: nothing may stand in a state twice, or elsewhere too
+        copied: tuple[nnx.State, Any, Array] = jax.tree.map(lambda leaf: leaf.copy(), state)
+        return copied
+
+    def _step(
+        self, state: tuple[nnx.State, Any, Array], x: Array, y: Array, batch: Array | None
+    ) -> tuple[nnx.State, Any, Array]:
+        parameters, memory, rate = state
+        if batch is not None:
+            x, y = x[batch], y[batch]
+        loss = partial(_objective, self._graphdef, self._workload, x, y)
+        value, gradient = jax.value_and_grad(loss)(parameters)
+        optimizer = optax.with_extra_args_support(self._make(self._workload, rate, 0))
+        updates, memory = optimizer.update(
+            gradient,
+            memory,
+            parameters,
+            module=nnx.merge(self._graphdef, parameters),
+            x=x,
+            y=y,
+            value=value,
+            grad=gradient,
+            # line searches pass on what else they were given: the batch, which the loss has
+            value_fn=lambda moved, module, x, y: loss(moved),
+        )
+        moved: Any = optax.apply_updates(parameters, updates)
+        return moved, memory, rate
+
+    def step(
+        self, state: tuple[nnx.State, Any, Array], batch: NDArray[np.integer] | None
+    ) -> tuple[nnx.State, Any, Array]:
+        """Dispatched, not waited for."""
+        rows = None if batch is None else jnp.asarray(batch, jnp.int32)
+        moved: tuple[nnx.State, Any, Array] = self._compiled(state, self._x, self._y, rows)
+        return moved
+
+    def wait(self, state: tuple[nnx.State, Any, Array]) -> None:
+        """Waits for the parameters."""
+        jax.block_until_ready(state[0])
+
+    def parameters(self, state: tuple[nnx.State, Any, Array]) -> nnx.State:
+        """The first of the three."""
+        return state[0]
+
+
+def _objective(graphdef: Any, workload: Workload, x: Array, y: Array, parameters: Any) -> Array:
+    return workload.loss(nnx.merge(graphdef, parameters)(x), y)
+
+
+class Evaluation:
+    """Training loss and held-out metric of parameters, compiled once; never on the clock."""
+
+    def __init__(self, workload: Workload) -> None:
+        data = workload.data()
+        self._train = tuple(jnp.asarray(a[:MEASURED_SAMPLES]) for a in data[:2])
+        self._held_out = tuple(jnp.asarray(a) for a in data[2:])
+        graphdef = nnx.graphdef(workload.model(0))
+        metric = METRICS[workload.metric].function
+
+        @jax.jit
+        def measure(parameters: Any, train: Any, held_out: Any) -> tuple[Array, Array]:
+            model = nnx.merge(graphdef, parameters)
+            return workload.loss(model(train[0]), train[1]), metric(model(held_out[0]), held_out[1])
+
+        self._measure = measure
+
+    def __call__(self, parameters: nnx.State) -> tuple[float, float]:
+        """(training loss, held-out metric)."""
+        train, held_out = self._measure(parameters, self._train, self._held_out)
+        return float(train), float(held_out)

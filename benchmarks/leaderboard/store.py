@@ -1,0 +1,405 @@
+"""A folder of trials: each in a file of its own, whole or not there, under the hash of its config.
+
+Nothing here imports JAX (nor, for that reason, ``ntk_analysis``), so that a runner starts at once.
+
+    leaderboard.json           the manifest: rules, created
+    trials/<key[:2]>/<key>.json   a record each
+    quarantine/                what was no valid record, with the reason in a .txt beside it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.leaderboard import locks
+
+SCHEMA = 1
+MANIFEST = "leaderboard.json"
+
+Record = dict[str, Any]
+
+_PARTS = ("facts", "outcome", "command")
+_KEY = re.compile(r"[0-9a-f]{64}")
+
+
+class StorageError(OSError):
+    """The folder cannot be written to: what happened, what is kept, what to do."""
+
+
+class NotARecordError(ValueError):
+    """A file that is no valid record, with the reason."""
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A file that was no valid record.
+
+    Attributes:
+      name: of the file where it was found, relative to its store.
+      reason: why it is none.
+      place: where it is now; None where it could not be moved.
+    """
+
+    name: str
+    reason: str
+    place: Path | None
+
+    def __str__(self) -> str:
+        where = f"moved to {self.place}" if self.place else "left where it is"
+        return f"{self.name}: {self.reason}; {where}"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did.
+
+    Attributes:
+      copied: keys of the records that were not here.
+      same: number of records that were here already.
+      kept: keys that both have, with other content: ours stay.
+      invalid: files of the other folder that are no valid records, which are left there.
+    """
+
+    copied: tuple[str, ...]
+    same: int
+    kept: tuple[str, ...]
+    invalid: tuple[Quarantined, ...]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value with sorted keys: ``ntk_analysis.results.content_hash([value])``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def trial_key(config: Mapping[str, Any]) -> str:
+    """The key of a trial: the hash of its whole configuration.
+
+    Raises:
+      ValueError: a number in it is not finite.
+      TypeError: JSON cannot hold it.
+    """
+    return digest(dict(config))
+
+
+@dataclass
+class Store:
+    """Trials in a folder; open one with ``Store.open``.
+
+    Attributes:
+      folder: that holds them.
+      rules: version of the rules that all of its trials follow.
+      quarantined: files that this object found to be no valid records.
+    """
+
+    folder: Path
+    rules: str
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: Path, rules: str) -> Store:
+        """Opens a folder of trials, or makes one, and clears away what killed processes left.
+
+        Raises:
+          ValueError: it is no folder, holds trials of other rules, or its manifest is damaged.
+          StorageError: it cannot be written to.
+        """
+        store = cls(Path(folder), rules)
+        if store.folder.exists() and not store.folder.is_dir():
+            raise ValueError(f"{folder} is not a folder; choose another --out")
+        if not (store.folder / MANIFEST).exists():
+            store._write(store.folder / MANIFEST, {"rules": rules, "created": _now()})
+        _check_rules(store.folder, rules)
+        store._clear()
+        return store
+
+    def path(self, key: str) -> Path:
+        """Where the record of a trial is, or will be.
+
+        Raises:
+          ValueError: not a key.
+        """
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is not the key of a trial: 64 hexadecimal digits")
+        return self.folder / "trials" / key[:2] / f"{key}.json"
+
+    def has(self, key: str) -> bool:
+        """Whether a trial is finished: its record is there and valid."""
+        return self.read(key) is not None
+
+    def read(self, key: str) -> Record | None:
+        """The record of a trial; None where it is not there, or was not valid (quarantined)."""
+        path = self.path(key)
+        try:
+            return _read_record(path, self.rules)
+        except FileNotFoundError:
+            return None
+        except NotARecordError:
+            return self._quarantine(path)
+
+    def records(self) -> list[Record]:
+        """All valid records, by key; other files go to quarantine and into ``quarantined``."""
+        found = []
+        for path in self._files():
+            try:
+                record: Record | None = _read_record(path, self.rules)
+            except FileNotFoundError:
+                continue
+            except NotARecordError:
+                record = self._quarantine(path)
+            if record is not None:
+                found.append(record)
+        return found
+
+    def write(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> Record:
+        """Stores a finished trial, whole or not at all.
+
+        Args:
+          config: of the trial.
+          result: with "facts", "outcome" and "command"; numbers that are not finite become null.
+
+        Returns:
+          The record.
+
+        Raises:
+          ValueError: parts are missing, or the trial is of other rules.
+          TypeError: JSON cannot hold the result, or a part of it is of the wrong type.
+          StorageError: the folder cannot be written to; what it holds stays as it was.
+        """
+        missing = [part for part in _PARTS if part not in result]
+        if missing:
+            raise ValueError(f"the result of a trial lacks {', '.join(missing)}")
+        if not all(isinstance(result[part], Mapping) for part in ("facts", "outcome")):
+            raise TypeError("the facts and the outcome of a trial must be dictionaries")
+        if config.get("rules") != self.rules:
+            raise ValueError(
+                f"a trial of rules {config.get('rules')!r} does not belong into {self.folder}, "
+                f"which holds rules {self.rules!r}"
+            )
+        record = {
+            "schema": SCHEMA,
+            "key": trial_key(config),
+            "config": dict(config),
+            "date": _now(),
+            **{part: result[part] for part in ("command", "facts", "outcome")},
+        }
+        # as it will be read: the digest must hold for what comes back
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        record["digest"] = digest(record)
+        self._write(self.path(record["key"]), record)
+        return record
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Owns a trial inside the context: True, or False where another process owns it.
+
+        Ask ``has`` again once it is owned: its last owner may have finished it. The claim ends with
+        the context or with the process.
+
+        Raises:
+          StorageError: the folder cannot be written to.
+        """
+        path = self.path(key).parent / f".{key}.lock"
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = locks.acquire(path)
+        if handle is None:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            # removed while it is locked, so that nobody can hold a lock on a file without a name
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
+    def merge(self, other: Path) -> Merged:
+        """Copies the records of another folder, as from another machine, that are not here.
+
+        The other folder is only read.
+
+        Raises:
+          ValueError: it is this folder, holds no leaderboard, or one of other rules.
+          StorageError: this folder cannot be written to; what was copied stays.
+        """
+        source = Store(Path(other), self.rules)
+        if not (source.folder / MANIFEST).is_file():
+            raise ValueError(f"{other} holds no leaderboard: it has no {MANIFEST}")
+        if source.folder.resolve() == self.folder.resolve():
+            raise ValueError(f"{other} is the folder to merge into; name another one")
+        _check_rules(source.folder, self.rules)
+        copied, kept, invalid, same = [], [], [], 0
+        for path in source._files():
+            try:
+                record = _read_record(path, self.rules)
+            except (NotARecordError, FileNotFoundError) as error:
+                name = str(path.relative_to(source.folder))
+                invalid.append(Quarantined(name, str(error), None))
+                continue
+            ours = self.read(record["key"])
+            if ours is None:
+                self._write(self.path(record["key"]), record)
+                copied.append(record["key"])
+            elif ours["digest"] == record["digest"]:
+                same += 1
+            else:
+                kept.append(record["key"])
+        return Merged(tuple(copied), same, tuple(kept), tuple(invalid))
+
+    def _files(self) -> list[Path]:
+        """Files that should be records, by name; hidden ones are locks and unfinished writes."""
+        return sorted(p for p in self.folder.glob("trials/*/*") if not p.name.startswith("."))
+
+    def _clear(self) -> None:
+        """Removes locks and unfinished writes of processes that are gone."""
+        for pattern in (".*.tmp", "trials/*/.*.tmp", "trials/*/.*.lock", "quarantine/.lock"):
+            for path in self.folder.glob(pattern):
+                with contextlib.suppress(OSError):  # on a folder that may only be read
+                    locks.remove_abandoned(path)
+
+    def _write(self, path: Path, document: Mapping[str, Any]) -> None:
+        """Writes under a temporary name, which is locked meanwhile, to the disk; then renames."""
+        # a line for each entry: short enough to look at, and fast to read
+        lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in document.items()]
+        data = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary, handle = _open_temporary(path)
+            try:
+                with os.fdopen(handle, "wb", closefd=False) as file:
+                    file.write(data)
+                os.fsync(handle)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(handle)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns an error of the file system into a sentence about this folder."""
+        try:
+            yield
+        except OSError as error:
+            number = sum(path.suffix == ".json" for path in self._files())
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "make room" if full else "make it writable or choose another --out"
+            raise StorageError(
+                f"cannot write to {self.folder}: {error.strerror}; the {number} finished trials in "
+                f"it are kept: {remedy}, and run the same command again to go on"
+            ) from error
+
+    def _quarantine(self, path: Path) -> Record | None:
+        """Moves a file that is no record away; the record, where it meanwhile became one."""
+        target: Path | None = None
+        try:
+            pen = self.folder / "quarantine"
+            pen.mkdir(exist_ok=True)
+            handle = locks.acquire(pen / ".lock", wait=True)
+        except OSError:
+            handle = None
+        try:
+            # another process may have moved it and have run the trial again since we read it
+            return _read_record(path, self.rules)
+        except FileNotFoundError:
+            return None
+        except NotARecordError as error:
+            reason = str(error)
+            if handle is not None:
+                with contextlib.suppress(OSError):
+                    target = path.replace(_free_name(pen, path))
+                    target.with_name(target.name + ".txt").write_text(reason + "\n", "utf-8")
+        finally:
+            if handle is not None:
+                (pen / ".lock").unlink(missing_ok=True)
+                os.close(handle)
+        self.quarantined.append(Quarantined(str(path.relative_to(self.folder)), reason, target))
+        return None
+
+
+def _read_record(path: Path, rules: str) -> Record:
+    """Reads and checks a record.
+
+    Raises:
+      NotARecordError: it is none; says why.
+      FileNotFoundError: there is no such file.
+    """
+    try:
+        text = path.read_bytes()
+    except (PermissionError, IsADirectoryError) as error:
+        raise NotARecordError(f"cannot be read: {error.strerror}") from None
+    try:
+        record = json.loads(text)
+    except ValueError:  # also of an encoding that is not UTF-8
+        what = "empty" if not text.strip(b"\0 \n") else "not JSON: half-written or edited"
+        raise NotARecordError(f"the file is {what}") from None
+    if not isinstance(record, dict):
+        raise NotARecordError("not a record: its JSON is no object")
+    if record.get("schema") != SCHEMA:
+        raise NotARecordError(f"of schema {record.get('schema')!r}, this program has {SCHEMA}")
+    stated = record.pop("digest", None)
+    try:
+        found = digest(record)
+    except ValueError:
+        raise NotARecordError("it holds numbers that are not finite, which no record has") from None
+    if stated != found:
+        raise NotARecordError("edited by hand: its digest is not that of its content")
+    parts = [record.get(part) for part in ("config", "facts", "outcome")]
+    if not all(isinstance(part, dict) for part in parts) or "command" not in record:
+        raise NotARecordError("incomplete: it lacks a config, facts, an outcome or a command")
+    config = record["config"]
+    key = trial_key(config)
+    if record.get("key") != key or path.name != f"{key}.json" or path.parent.name != key[:2]:
+        raise NotARecordError(f"its name or key is not that of its config, {key[:12]}...")
+    if config.get("rules") != rules:
+        raise NotARecordError(f"of rules {config.get('rules')!r}, the folder has {rules!r}")
+    record["digest"] = stated
+    return record
+
+
+def _check_rules(folder: Path, rules: str) -> None:
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_bytes())["rules"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is not the manifest of a leaderboard; choose another --out, or remove the "
+            "file if the trials beside it are yours"
+        ) from None
+    if found != rules:
+        raise ValueError(
+            f"{folder} holds trials of rules {found!r}, and this program has rules {rules!r}: "
+            "their results cannot stand beside each other; choose another --out"
+        )
+
+
+def _free_name(pen: Path, path: Path) -> Path:
+    number = 1
+    while (target := pen / f"{path.stem}.{number}{path.suffix}").exists():
+        number += 1
+    return target
+
+
+def _open_temporary(path: Path) -> tuple[Path, int]:
+    """A new locked file beside a path; the lock tells ``Store.open`` that its writer lives."""
+    while True:
+        temporary = path.parent / f".{path.stem}.{secrets.token_hex(4)}.tmp"
+        handle = locks.acquire(temporary)
+        if handle is not None:
+            return temporary, handle
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,127 @@
+"""What a board says, in sentences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+CLOCK = "seconds"
+
+
+def verdict(board: dict[str, Any]) -> dict[str, Any]:
+    """The verdict on one device.
+
+    Args:
+      board: of the device, with its scores; times may be infinite or None.
+
+    Returns:
+      ``answer``, one sentence, and ``sentences``, what else is worth to know.
+    """
+    rows = [row for row in board["rows"] if row["ranked"]]
+    if not any(row["reached"] for row in rows):
+        return {"answer": "No contestant has reached a target yet.", "sentences": _left(board)}
+    total = len(board["workloads"])
+    leader, *others = rows
+    tied = [row for row in others if row["scores"][CLOCK]["place"] == 1]
+    best = f"{leader['scores'][CLOCK]['score']:.2f}"
+    if tied:
+        least = f"{tied[-1]['scores'][CLOCK]['score']:.2f}"
+        answer = (
+            f"{_names([leader, *tied])} share the first rank, where the trials do not tell them "
+            f"apart, with scores {f'from {least} to' if least != best else 'of'} {best} of 1"
+        )
+    else:
+        answer = (
+            f"{leader['title']} is the fastest to the targets: its score is {best} of 1, and it "
+            f"reaches {_of(leader, total)}"
+        )
+    answer += _against_first_order(rows, total)
+    return {"answer": answer + ".", "sentences": [*_workloads(board), *_left(board)]}
+
+
+def _of(row: dict[str, Any], total: int) -> str:
+    """How many targets a contestant reaches, in words."""
+    word = "target" if total == 1 else "targets"
+    return f"{'all' if row['reached'] == total > 1 else row['reached']} of {total} {word}".replace(
+        "all of", "all"
+    )
+
+
+def _names(rows: list[dict[str, Any]], most: int = 3) -> str:
+    """Titles in a row; the first few of a long one. Semicolons where a title has a comma."""
+    titles = [row["title"] for row in rows]
+    comma = "; " if any("," in title for title in titles) else ", "
+    if len(titles) > most + 1:
+        return f"{comma.join(titles[:most])} and {len(titles) - most} others"
+    return " and ".join(filter(None, [comma.join(titles[:-1]), titles[-1]]))
+
+
+def _against_first_order(rows: list[dict[str, Any]], total: int) -> str:
+    """How the best of ours and the best first-order contestant stand to each other."""
+    leader = rows[0]
+    first_order = [row for row in rows if row["family"] == "first-order"]
+    ours = [row for row in rows if row["family"] == "natural-gradient"]
+    if not first_order or not ours:
+        return ""
+    rival = first_order[0]
+    if leader["family"] == "first-order":
+        best = ours[0]
+        return (
+            f"; of natural gradient the best is {best['title']} with "
+            f"{best['scores'][CLOCK]['score']:.2f}, and {_of(best, total)}"
+        )
+    return (
+        f"; the best first-order contestant is {rival['title']} with "
+        f"{rival['scores'][CLOCK]['score']:.2f}, and {_of(rival, total)}"
+    )
+
+
+def _workloads(board: dict[str, Any]) -> list[str]:
+    """Workload by workload: our structures against the best first-order contestant."""
+    titles = {row["contestant"]: row["title"] for row in board["rows"]}
+    sentences = []
+    for workload in board["workloads"]:
+        rival = workload["first_order"][CLOCK]
+        faster = workload["faster"][CLOCK]
+        if not workload["winners"][CLOCK]:
+            sentences.append(f"{workload['name']}: no contestant reaches the target.")
+        elif rival["time"] is None or not math.isfinite(rival["time"]):
+            sentences.append(
+                f"{workload['name']}: no first-order contestant reaches the target; "
+                f"{_count(faster)} of ours {'do' if len(faster) > 1 else 'does'}."
+            )
+        else:
+            name = " and ".join(titles[contestant] for contestant in rival["contestants"])
+            listed = f" ({', '.join(faster)})" if faster else ""
+            verb = "are" if len(faster) > 1 else "is"
+            sentences.append(
+                f"{workload['name']}: {_count(faster)} of ours{listed} {verb} faster than the "
+                f"best first-order contestant, {name}."
+            )
+    return sentences
+
+
+def _count(structures: list[str]) -> str:
+    """A number of structures."""
+    if not structures:
+        return "no structure"
+    return f"{len(structures)} structure{'s' if len(structures) > 1 else ''}"
+
+
+def _left(board: dict[str, Any]) -> list[str]:
+    """What was left out, skipped or not run."""
+    sentences = []
+    skipped = [row["title"] for row in board["rows"] if not row["ranked"]]
+    if skipped:
+        sentences.append(f"Skipped everywhere, so without a rank: {'; '.join(skipped)}.")
+    left = [f"{count} {reason}" for reason, count in board["left_out"].items() if count]
+    if left:
+        sentences.append(f"Left out of this board: trials {', '.join(left)}.")
+    cells = [cell for row in board["rows"] for cell in row["cells"]]
+    missing = sum(cell["status"] == "not run" for cell in cells)
+    if missing:
+        sentences.append(
+            f"Not run yet, and counted as missed: {missing} of {len(cells)} pairs of a contestant "
+            "and a workload."
+        )
+    return sentences

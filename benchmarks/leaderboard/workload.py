@@ -1,0 +1,161 @@
+"""A workload: data, model, loss, batch, budget and how the result is judged; and their register."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import natgrad_datasets
+import numpy as np
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+import natgrad_flax as ng
+from benchmarks.leaderboard.names import find
+from ntk_analysis.results import content_hash
+
+Floats = NDArray[np.float32]
+
+
+class Data(NamedTuple):
+    """The samples of a workload, the same for every seed.
+
+    Attributes:
+      x_train: inputs (N, M_0), float32.
+      y_train: targets (N, C).
+      x_held_out: inputs that no contestant trains on, (N', M_0).
+      y_held_out: their targets (N', C).
+    """
+
+    x_train: Floats
+    y_train: Floats
+    x_held_out: Floats
+    y_held_out: Floats
+
+
+class Metric(NamedTuple):
+    """How outputs (N', C) on held-out samples are judged; the smaller the better.
+
+    Attributes:
+      title: what tables call it.
+      function: from outputs and targets to a scalar.
+    """
+
+    title: str
+    function: Callable[[Array, Array], Array]
+
+
+def mean_squared_error(outputs: Array, targets: Array) -> Array:
+    """The mean over samples and outputs of (f - y)^2."""
+    return jnp.mean((outputs - targets) ** 2)
+
+
+def error_rate(outputs: Array, targets: Array) -> Array:
+    """The share of samples of the wrong class; a single output decides by its sign."""
+    if targets.shape[1] == 1:
+        return jnp.mean(jnp.sign(outputs) != jnp.sign(targets), dtype=jnp.float32)
+    wrong = jnp.argmax(outputs, axis=1) != jnp.argmax(targets, axis=1)
+    return jnp.mean(wrong, dtype=jnp.float32)
+
+
+METRICS = {
+    "mse": Metric("held-out mean squared error", mean_squared_error),
+    "rmse": Metric(
+        "held-out root mean squared error",
+        lambda outputs, targets: jnp.sqrt(mean_squared_error(outputs, targets)),
+    ),
+    "error": Metric("held-out error rate", error_rate),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What contestants train, and how it is judged.
+
+    Attributes:
+      name: its key, in lower case with hyphens.
+      title: one line, with the network, N and the loss.
+      version: raised with every change of what it is; targets belong to one version.
+      question: what a result on it tells, one sentence.
+      settings: every number of data and model, as JSON has it; they enter the hash of trials.
+      data: the samples, the same at every call. Work starts here: nothing happens at import.
+      model: from the seed of a trial to the model at its initial parameters, in float32.
+      loss: what is trained.
+      batch_size: samples a step, drawn without replacement in epochs; None for all of them.
+      metric: a key of ``METRICS``, taken on the held-out samples.
+      max_steps: steps after which a trial has missed the target.
+      max_seconds: seconds of training after which it has.
+      dataset: a name of ``natgrad_datasets`` whose files must be at hand; None where the workload
+        makes its data or the data is embedded.
+    """
+
+    name: str
+    title: str
+    version: int
+    question: str
+    settings: Mapping[str, Any]
+    data: Callable[[], Data]
+    model: Callable[[int], nnx.Module]
+    loss: ng.Loss
+    batch_size: int | None
+    metric: str
+    max_steps: int
+    max_seconds: float
+    dataset: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that makes the workload but its target."""
+        parts = {
+            "name": self.name,
+            "version": self.version,
+            "settings": dict(self.settings),
+            "loss": repr(self.loss),
+            "batch_size": self.batch_size,
+            "metric": self.metric,
+            "max_steps": self.max_steps,
+            "max_seconds": self.max_seconds,
+        }
+        return content_hash([parts])
+
+    def missing(self) -> str:
+        """Why the data cannot be had here, or ""; nothing is downloaded."""
+        if self.dataset is None:
+            return ""
+        return _missing(self.dataset)
+
+
+@cache
+def _missing(dataset: str) -> str:
+    if any(row.name == dataset and row.usable for row in natgrad_datasets.status()):
+        return ""
+    return (
+        f"{dataset} is not on this machine; set NATGRAD_DATA to a folder that has it, or fetch it "
+        f"by `natgrad dynamics --dataset {dataset}`"
+    )
+
+
+@cache
+def workloads() -> dict[str, Workload]:
+    """All workloads by name: ``WORKLOAD`` of each module of ``workloads/``."""
+    package = import_module("benchmarks.leaderboard.workloads")
+    found = {}
+    for entry in pkgutil.iter_modules(package.__path__):
+        workload = import_module(f"{package.__name__}.{entry.name}").WORKLOAD
+        found[workload.name] = workload
+    return found
+
+
+def find_workload(name: str) -> Workload:
+    """A workload by name.
+
+    Raises:
+      ValueError: unknown; the message offers the nearest name.
+    """
+    return workloads()[find("workload", name, workloads())]

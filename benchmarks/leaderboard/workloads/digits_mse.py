@@ -1,0 +1,33 @@
+"""Two digits by the mean squared error, full batch: the problem of Karakida & Osawa (2020)."""
+
+from functools import partial
+
+import natgrad_flax as ng
+from benchmarks.leaderboard.samples import images, mlp
+from benchmarks.leaderboard.workload import Workload
+
+SETTINGS = {
+    "dataset": "digits",
+    "classes": [0, 7],
+    "num_train": 60,
+    "num_held_out": 71,
+    "widths": [64, 256, 256, 1],
+    "activation": "relu",
+    "weight_variance": 2.0,
+    "bias_variance": 0.0,
+}
+
+WORKLOAD = Workload(
+    name="digits-mse",
+    title="Digits 0 and 7 (8 x 8), 64-256-256-1 ReLU, N = 60, mean squared error, full batch",
+    version=1,
+    question="How fast is a wide network fitted whose kernel is ill-conditioned?",
+    settings=SETTINGS,
+    data=partial(images, SETTINGS),
+    model=partial(mlp, SETTINGS),
+    loss=ng.MeanSquaredError(),
+    batch_size=None,
+    metric="mse",
+    max_steps=1000,
+    max_seconds=3.0,
+)

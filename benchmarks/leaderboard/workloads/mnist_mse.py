@@ -1,0 +1,34 @@
+"""MNIST 0 against 7 by the mean squared error: Fig. 1(a) of Karakida & Osawa (2020)."""
+
+from functools import partial
+
+import natgrad_flax as ng
+from benchmarks.leaderboard.samples import images, mlp
+from benchmarks.leaderboard.workload import Workload
+
+SETTINGS = {
+    "dataset": "mnist",
+    "classes": [0, 7],
+    "num_train": 100,
+    "num_held_out": 1000,
+    "widths": [784, 4096, 4096, 1],
+    "activation": "relu",
+    "weight_variance": 2.0,
+    "bias_variance": 0.0,
+}
+
+WORKLOAD = Workload(
+    name="mnist-mse",
+    title="MNIST 0 and 7, 784-4096-4096-1 ReLU, N = 100, mean squared error, full batch",
+    version=1,
+    question="How fast is a wide network fitted whose kernel is ill-conditioned?",
+    settings=SETTINGS,
+    data=partial(images, SETTINGS),
+    model=partial(mlp, SETTINGS),
+    loss=ng.MeanSquaredError(),
+    batch_size=None,
+    metric="mse",
+    max_steps=1000,
+    max_seconds=30.0,
+    dataset="mnist",
+)

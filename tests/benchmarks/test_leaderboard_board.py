@@ -1,0 +1,320 @@
+"""Boards, tables and README sections from records that never ran."""
+
+import io
+import json
+import random
+
+import pytest
+from leaderboard_records import CPU, GPU, SMALL, record, sample
+from rich.console import Console
+
+from benchmarks.leaderboard import board as boards
+from benchmarks.leaderboard import figures, readme, tables
+
+TWO = ("digits-mse", "linear-teacher")
+
+
+def trials(contestant, workload, seconds, **more):
+    """A trial a seed; None misses."""
+    return [record(contestant, workload, seed, seconds=s, **more) for seed, s in enumerate(seconds)]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return boards.build(sample(names=SMALL, workloads=TWO))
+
+
+@pytest.fixture
+def small():
+    """K-FAC 2 s and 3 s with half of it compilation, Adam 4 s and never."""
+    before = {"compile_seconds": 0.75, "preparation_seconds": 0.25}
+    return [
+        *trials("kfac", "digits-mse", [1.0, 0.5, 1.5], **before),
+        *trials("kfac", "linear-teacher", [3.0, 3.0, None]),
+        *trials("adam", "digits-mse", [4.0, 5.0, 3.0], learning_rate=0.1, steps=40),
+        *trials("adam", "linear-teacher", [1.0, None, None], learning_rate=0.1),
+    ]  # fmt: skip
+
+
+def only(board):
+    (device,) = board["devices"]
+    return device
+
+
+def rows(device):
+    return {row["contestant"]: row for row in device["rows"]}
+
+
+def test_a_board_by_hand(small):
+    device = only(boards.build(small))
+    found = rows(device)
+    assert [w["name"] for w in device["workloads"]] == ["digits-mse", "linear-teacher"]
+    assert [cell["seconds"] for cell in found["kfac"]["cells"]] == [2.0, 3.0]
+    assert [cell["training"] for cell in found["kfac"]["cells"]] == [1.0, 3.0]
+    assert [cell["seconds"] for cell in found["adam"]["cells"]] == [4.0, None]
+    first, second = found["kfac"]["scores"]["seconds"], found["adam"]["scores"]["seconds"]
+    assert first["score"] == 1.0
+    # twice as long on one workload, never on the other
+    assert second["score"] == pytest.approx((2 / 3 + 0) / 2)
+    assert second["ratios"] == [2.0, None]
+    # on the clock of training alone four times as long: outside of the score
+    assert found["adam"]["scores"]["training"]["score"] == 0.0
+    assert found["adam"]["scores"]["steps"]["ratios"][0] == 4.0
+    assert (first["speed_up"], first["shared"]) == (pytest.approx(2.0), 1)
+    assert (found["kfac"]["reached"], found["adam"]["reached"]) == (2, 1)
+    assert [row["contestant"] for row in device["rows"]] == ["kfac", "adam"]
+
+
+def test_counts_failures_and_the_trials_behind_a_number(small):
+    cell = rows(only(boards.build(small)))["adam"]["cells"][1]
+    assert cell["counts"] == {"reached": 1, "missed": 2, "diverged": 0, "skipped": 0}
+    assert cell["status"] == "missed"
+    assert sorted(trial["key"] for trial in cell["trials"]) == sorted(
+        r["key"] for r in small
+        if r["config"]["contestant"] == "adam" and r["config"]["workload"] == "linear-teacher"
+    )  # fmt: skip
+    digits = rows(only(boards.build(small)))["kfac"]["cells"][0]
+    shown = next(trial for trial in digits["trials"] if trial["key"] == digits["shown"])
+    assert shown["seconds"] == digits["seconds"] == 2.0
+
+
+def test_winners_and_structures_before_the_best_first_order(small):
+    small += trials("sgd", "digits-mse", [2.5, 2.5, 2.5], learning_rate=0.1)
+    small += trials("kfac-mc", "digits-mse", [2.4, 2.4, 2.4])
+    small += trials("exact", "digits-mse", [9.0, 9.0, 9.0])
+    digits, teacher = only(boards.build(small))["workloads"]
+    assert digits["winners"]["seconds"] == ["kfac"]
+    assert digits["first_order"]["seconds"] == {"contestants": ["sgd"], "time": 2.5}
+    # two variants of one structure are one structure
+    assert digits["faster"]["seconds"] == ["K-FAC"]
+    assert (digits["reached_by"], digits["of"]) == (5, 5)
+    assert teacher["first_order"]["seconds"] == {"contestants": [], "time": None}
+    assert teacher["faster"]["seconds"] == ["K-FAC"]
+
+
+def test_the_order_of_records_does_not_matter():
+    records = sample(names=SMALL, workloads=TWO)
+    shuffled = random.Random(0).sample(records, len(records))
+    assert boards.build(records) == boards.build(shuffled)
+
+
+def test_a_board_is_plain_json(whole):
+    assert json.loads(json.dumps(whole, allow_nan=False)) == whole
+
+
+def test_devices_have_their_own_boards(whole):
+    names = [device["name"] for device in whole["devices"]]
+    assert names == ["CPU, Example CPU, 2 cores", "Example GPU, Example CPU, 16 cores"]
+    first, second = (rows(device)["kfac"]["cells"][0]["seconds"] for device in whole["devices"])
+    assert first != second
+
+
+def test_tuning_trials_are_linked_and_do_not_count():
+    evaluation = trials("adam", "digits-mse", [4.0], learning_rate=0.1)
+    tuning = [
+        record("adam", seed=1000, role="tuning", learning_rate=rate, seconds=0.001)
+        for rate in (0.1, 0.01)
+    ]
+    device = only(boards.build(evaluation + tuning))
+    (cell,) = rows(device)["adam"]["cells"]
+    assert cell["seconds"] == 4.0
+    assert [entry["learning_rate"] for entry in cell["tuned_on"]] == [0.01, 0.1]
+    assert {entry["key"] for entry in cell["tuned_on"]} == {trial["key"] for trial in tuning}
+    assert (device["trials"], device["tuning_trials"]) == (1, 2)
+    assert cell["learning_rate"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"code": "newer"}, "of other versions of code or libraries"),
+        ({"environment": {**CPU, "jax": "0.12.0"}}, "of other versions of code or libraries"),
+        ({"target": 0.02}, "of other targets or versions of a workload"),
+        ({"workload_version": 2}, "of other targets or versions of a workload"),
+        ({"learning_rate": 0.5}, "at other learning rates"),
+    ],
+)
+def test_the_newest_counts_and_the_others_are_counted_as_left_out(change, reason):
+    old = trials("kfac", "digits-mse", [5.0, 5.0])
+    new = trials("kfac", "digits-mse", [1.0], day=3, **change)
+    device = only(boards.build(old + new))
+    (cell,) = rows(device)["kfac"]["cells"]
+    assert cell["seconds"] == 1.0
+    assert {name: count for name, count in device["left_out"].items() if count} == {reason: 2}
+    assert any(f"2 {reason}" in sentence for sentence in device["verdict"]["sentences"])
+
+
+def test_a_trial_without_a_target_does_not_count():
+    device = only(boards.build([record(), record(seed=1, target=None)]))
+    assert device["trials"] == 1
+    assert device["left_out"]["without a frozen target"] == 1
+
+
+def test_a_lone_structure_trial_of_newer_code_does_not_empty_the_board():
+    newer = record(role="structure", code="newer", day=9)
+    device = only(boards.build([record(), newer]))
+    assert device["trials"] == 1
+    assert device["structures"] == []
+
+
+def test_records_without_an_evaluation_make_an_empty_board():
+    device = only(boards.build([record(role="tuning", learning_rate=0.1)]))
+    assert device["rows"] == []
+    assert device["verdict"]["answer"] == "No contestant has reached a target yet."
+    assert "No results yet" in readme.section({"devices": [device]})
+
+
+def test_who_is_skipped_everywhere_has_no_rank():
+    skipped = record("kfac-jax", status="skipped", reason="kfac-jax is not installed")
+    device = only(boards.build([record(), skipped]))
+    row = rows(device)["kfac-jax"]
+    assert (row["ranked"], row["scores"]) == (False, {})
+    assert row["cells"][0]["reason"] == "kfac-jax is not installed"
+    assert device["workloads"][0]["of"] == 1
+    assert "Skipped everywhere, so without a rank: kfac-jax." in device["verdict"]["sentences"]
+
+
+def test_divergence_and_a_missing_workload_are_told_apart():
+    device = only(
+        boards.build(
+            [
+                record("kfac", "digits-mse"),
+                record("kfac", "linear-teacher"),
+                *trials("exact", "digits-mse", [None, None], status="diverged"),
+            ]
+        )
+    )
+    assert device["verdict"]["sentences"][-1] == (
+        "Not run yet, and counted as missed: 1 of 4 pairs of a contestant and a workload."
+    )
+    diverged, missing = rows(device)["exact"]["cells"]
+    assert (diverged["status"], diverged["seconds"]) == ("diverged", None)
+    assert (missing["status"], missing["trials"], missing["shown"]) == ("not run", [], None)
+    assert rows(device)["exact"]["scores"]["seconds"]["score"] == 0.0
+
+
+def test_isotropy_and_cost_come_from_structure_trials(whole):
+    facts = {row["contestant"]: row for row in whole["devices"][0]["structures"]}
+    assert set(facts) == {"exact", "kfac", "diagonal"}
+    measure = facts["kfac"]["measures"][0]
+    assert (measure["condition_number"], measure["flops"], measure["sgd_flops"]) == (1.5, 3e8, 2e8)
+    assert measure["key"]
+
+
+def test_the_same_seconds_are_a_tie_on_the_board():
+    records = trials("kfac", "digits-mse", [1.0, 1.1]) + trials("exact", "digits-mse", [1.0, 1.1])
+    records += trials("sgd", "digits-mse", [3.0, 3.1], learning_rate=0.1)
+    device = only(boards.build(records))
+    ranks = {name: row["scores"]["seconds"]["rank"] for name, row in rows(device).items()}
+    assert ranks == {"kfac": "1=", "exact": "1=", "sgd": "3"}
+    # 3.05 over 1.05 times as long
+    assert device["verdict"]["answer"].startswith(
+        "Exact and K-FAC share the first rank, where the trials do not tell them apart, with "
+        "scores of 1.00 of 1; the best first-order contestant is SGD with 0.37"
+    )
+
+
+def test_the_verdict_says_it_when_first_order_wins():
+    records = trials("adam", "digits-mse", [1.0], learning_rate=0.1)
+    records += trials("kfac", "digits-mse", [3.0])
+    verdict = only(boards.build(records))["verdict"]
+    assert verdict["answer"] == (
+        "Adam is the fastest to the targets: its score is 1.00 of 1, and it reaches 1 of 1 target; "
+        "of natural gradient the best is K-FAC with 0.33, and 1 of 1 target."
+    )
+    assert verdict["sentences"] == [
+        "digits-mse: no structure of ours is faster than the best first-order contestant, Adam."
+    ]
+
+
+def test_no_records_are_an_error():
+    with pytest.raises(ValueError, match="no trials to score"):
+        boards.build([])
+
+
+def test_rows_of_text_go_by_the_clock(small):
+    device = only(boards.build(small))
+    assert [(e["rank"], e["title"], e["times"]) for e in tables.entries(device)] == [
+        # one seed of Adam reaches the second target before K-FAC: three seeds do not decide
+        ("1=", "K-FAC", ["2.00", "3.00"]),
+        ("1=", "Adam", ["4.00", "missed"]),
+    ]
+    assert tables.entries(device, "steps")[1]["times"] == ["40", "missed"]
+    with pytest.raises(ValueError, match="clocks are seconds"):
+        tables.entries(device, "hours")
+
+
+def test_the_terminal_shows_the_board(small):
+    console = Console(width=120, file=io.StringIO())
+    console.print(tables.board_table(only(boards.build(small))))
+    text = console.file.getvalue()
+    for word in ("K-FAC", "missed", "4.00", "Example CPU", "0.33"):
+        assert word in text
+
+
+def test_markdown_is_short_and_keeps_the_best_first_order_contestant(whole):
+    device = whole["devices"][0]
+    lines = tables.markdown(device, most=1).splitlines()
+    assert len(lines) == 2 + 2 + 2
+    assert lines[2].startswith("| 1")
+    assert "Adam" in lines[3]
+    assert lines[-1].startswith(f"{len(device['rows']) - 2} more")
+
+
+def test_markdown_keeps_a_bar_within_its_cell():
+    device = only(boards.build([record(title="a | b")]))
+    assert "a \\| b" in tables.markdown(device)
+
+
+def test_readme_is_written_between_its_markers_only(tmp_path, whole):
+    path = tmp_path / "README.md"
+    path.write_text(f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nEnd.\n", encoding="utf-8")
+    assert readme.update(path, whole)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(f"# Title\n\n{readme.BEGIN}\n")
+    assert text.endswith(f"\n{readme.END}\n\nEnd.\n")
+    assert "old" not in text
+    assert "`make leaderboard`" in text
+    assert "2026-11-01" in text
+    assert "Example GPU" in text
+    assert not readme.update(path, whole)
+    assert path.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", readme.BEGIN, f"{readme.END} {readme.BEGIN}", f"{readme.BEGIN * 2}{readme.END}"],
+)
+def test_readme_without_markers_is_an_error_and_stays_as_it_is(tmp_path, whole, text):
+    path = tmp_path / "README.md"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"README\.md must have one line <!-- leaderboard: begin"):
+        readme.update(path, whole)
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_no_two_contestants_look_the_same():
+    records = sample(workloads=TWO[:1], devices=(CPU, GPU), seeds=1, tuning=0)
+    looks = figures.looks(row for d in boards.build(records)["devices"] for row in d["rows"])
+    assert len({(look.light, look.dash, look.marker) for look in looks.values()}) == len(looks)
+    assert len({(look.dark, look.dash, look.marker) for look in looks.values()}) == len(looks)
+    assert looks["kfac"].light == looks["kfac-mc-lm"].light == "#CC79A7"
+    assert looks["kfac"].dash == ""
+    assert looks["adam"].open
+    assert not looks["kfac"].open
+
+
+def test_thinned_curves_keep_their_ends():
+    chosen = figures.thinned(list(range(5001)), most=20)
+    assert (chosen[0], chosen[-1]) == (0, 5000)
+    assert 10 < len(chosen) <= 20
+    assert chosen == sorted(set(chosen))
+    # as many points from 0 to 70 as from 70 to 5000
+    assert abs(sum(index <= 70 for index in chosen) - len(chosen) / 2) <= 2
+    assert figures.thinned([0, 5, 10]) == [0, 1, 2]
+
+
+def test_numbers_are_shortened_not_changed():
+    assert figures.rounded({"a": [1.23456, 3, "x", None, float("inf"), 2.0, True]}) == {
+        "a": [1.235, 3, "x", None, None, 2, True]
+    }

@@ -1,0 +1,245 @@
+"""Trials on a real Dask scheduler with two workers, one of which is killed at work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from benchmarks.leaderboard import cluster, runner, torture
+from benchmarks.leaderboard.runner import RefusedError, run
+from benchmarks.leaderboard.store import Store, trial_key
+
+pytest.importorskip("distributed", reason="Dask is not installed: pip install 'natgrad[cluster]'")
+
+CHECKOUT = Path(runner.__file__).parents[2]
+# answers on every worker, from modules that each can import
+IDENTITY = partial(dict, code="abc", environment={"device": "cpu: test", "jax": "0.10.2"})
+
+
+@dataclass
+class Cluster:
+    """A scheduler and workers in processes of their own, on 127.0.0.1."""
+
+    folder: Path
+    processes: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def address_file(self) -> Path:
+        return self.folder / "scheduler.json"
+
+    @property
+    def address(self) -> str:
+        return json.loads(self.address_file.read_text())["address"]
+
+    def start(self, *arguments: str, cwd: Path = CHECKOUT) -> subprocess.Popen:
+        command = [sys.executable, "-m", "dask", *arguments, "--host", "127.0.0.1"]
+        command += ["--scheduler-file", str(self.address_file), "--no-dashboard"]
+        environment = {**os.environ, "TMPDIR": str(self.folder)}
+        with (self.folder / "log").open("ab") as log:
+            process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
+        self.processes.append(process)
+        return process
+
+    def start_workers(self, number: int = 1, cwd: Path = CHECKOUT) -> list[subprocess.Popen]:
+        arguments = ("worker", "--nthreads", "1", "--no-nanny")
+        workers = [self.start(*arguments, cwd=cwd) for _ in range(number)]
+        log = self.folder / "log"
+        wait_for(lambda: log.read_text().count("Registered to") == number)
+        return workers
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[Cluster]:
+    found = Cluster(tmp_path)
+    try:
+        found.start("scheduler", "--port", "0")
+        wait_for(found.address_file.exists)
+        yield found
+    finally:
+        for process in found.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(tmp_path / "store", torture.RULES)
+
+
+def make_configs(tmp_path: Path, number: int, **more: object) -> list[dict]:
+    return [config | more for config in torture.make_configs(number, tmp_path / torture.LOG)]
+
+
+def started(tmp_path: Path) -> list[tuple[str, int]]:
+    """Keys and processes of the trials begun so far."""
+    split = [line.split() for line in torture.log_lines(tmp_path)]
+    return [(key, int(process)) for event, key, process in split if event == "start"]
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened for too long"
+        time.sleep(0.01)
+
+
+def test_a_worker_killed_at_work_loses_nothing(
+    scheduler: Cluster, store: Store, tmp_path: Path
+) -> None:
+    workers = scheduler.start_workers(2)
+    configs = make_configs(tmp_path, 12, code="abc", environment=IDENTITY()["environment"])
+    for config in configs:
+        config["seconds"] = 0.25
+    victims: list[tuple[str, int]] = []
+
+    def kill_one() -> None:
+        wait_for(lambda: len(started(tmp_path)) >= 3)
+        while not victims:
+            key, process = started(tmp_path)[-1]
+            # stopped first, so that the trial is certainly in its hands when it dies
+            os.kill(process, signal.SIGSTOP)
+            if f"end {key} {process}" in torture.log_lines(tmp_path):
+                os.kill(process, signal.SIGCONT)
+            else:
+                os.kill(process, signal.SIGKILL)
+                victims.append((key, process))
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    summary = run(configs, store, torture.execute, scheduler=scheduler.address, identity=IDENTITY)
+    killer.join()
+    ((key, victim),) = victims
+    assert victim in {worker.pid for worker in workers}
+    wait_for(lambda: next(w for w in workers if w.pid == victim).poll() is not None)
+    assert (summary.finished, summary.failed, summary.complete) == (12, [], True)
+    assert {record["key"] for record in store.records()} == set(map(trial_key, configs))
+    assert store.quarantined == []
+    # the trial in its hands ran again, and no other one did
+    again = [name for name, _ in started(tmp_path) if name == key]
+    assert len(again) == 2
+    assert len(started(tmp_path)) == 13
+    assert torture._collisions(torture.log_lines(tmp_path), configs) == 0
+    resumed = run(configs, store, torture.execute, scheduler=scheduler.address)
+    assert (resumed.finished, resumed.resumed) == (0, 12)
+
+
+def test_a_worker_of_other_code_refuses(scheduler: Cluster, store: Store, tmp_path: Path) -> None:
+    scheduler.start_workers()
+    environment = IDENTITY()["environment"]
+    assert cluster.common_identity(scheduler.address, IDENTITY) == IDENTITY()
+    good = make_configs(tmp_path, 2, code="abc", environment=environment)
+    bad = make_configs(tmp_path, 2, code="other", environment={**environment, "jax": "0.11.0"})
+    assert run(
+        good, store, torture.execute, scheduler=scheduler.address, identity=IDENTITY
+    ).complete
+    with pytest.raises(RefusedError) as caught:
+        run(bad, store, torture.execute, scheduler=scheduler.address, identity=IDENTITY)
+    sentence = str(caught.value)
+    assert "worker tcp://127.0.0.1:" in sentence
+    assert "code is 'abc', not 'other'" in sentence
+    assert "jax is '0.10.2', not '0.11.0'" in sentence
+    assert "device" not in sentence
+    assert len(started(tmp_path)) == len(store.records()) == 2
+
+
+def test_workers_that_differ_are_refused(scheduler: Cluster, store: Store, tmp_path: Path) -> None:
+    def process() -> dict:  # local, and so sent by value
+        import os
+
+        return {"code": str(os.getpid()), "environment": {}}
+
+    workers = scheduler.start_workers(2)
+    with pytest.raises(ValueError, match="differs from tcp://127") as caught:
+        run(
+            make_configs(tmp_path, 2),
+            store,
+            torture.execute,
+            scheduler=scheduler.address,
+            identity=process,
+        )
+    assert all(str(worker.pid) in str(caught.value) for worker in workers)
+    assert started(tmp_path) == []
+
+
+def test_a_worker_outside_of_a_checkout(scheduler: Cluster, store: Store, tmp_path: Path) -> None:
+    scheduler.start_workers(cwd=tmp_path)
+    with pytest.raises(ValueError, match=r"cannot import the leaderboard .* in a checkout"):
+        run(make_configs(tmp_path, 2), store, torture.execute, scheduler=scheduler.address)
+
+
+def test_a_scheduler_without_workers(
+    scheduler: Cluster, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "WORKER_SECONDS", 0.2)
+    with pytest.raises(ValueError, match="has no workers; start some in a checkout"):
+        run(make_configs(tmp_path, 2), store, torture.execute, scheduler=scheduler.address)
+
+
+def test_a_trial_that_raises_and_a_scheduler_that_dies(
+    scheduler: Cluster, store: Store, tmp_path: Path
+) -> None:
+    scheduler.start_workers()
+    configs = make_configs(tmp_path, 6)
+    configs[0]["seconds"] = -1.0
+    summary = run(configs, store, torture.execute, scheduler=scheduler.address)
+    (failure,) = summary.failed
+    assert failure.reason == "ValueError: sleep length must be non-negative"
+    assert summary.finished == 5
+
+    longer = [config | {"seconds": 5.0} for config in configs]
+
+    def kill_scheduler() -> None:
+        wait_for(lambda: len(started(tmp_path)) == 7)
+        scheduler.processes[0].kill()
+
+    killer = threading.Thread(target=kill_scheduler)
+    killer.start()
+    with pytest.raises(ValueError, match=r"scheduler is gone.* finished ones are kept"):
+        run(longer, store, torture.execute, scheduler=scheduler.address)
+    killer.join()
+    assert len(store.records()) == 5
+    assert not list(store.folder.rglob(".*"))
+
+
+def test_a_local_cluster(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    configs = make_configs(tmp_path, 4)
+    summary = run(configs, store, torture.execute, jobs=2, scheduler="local")
+    assert (summary.finished, summary.complete) == (4, True)
+    assert os.getpid() not in {process for _, process in started(tmp_path)}
+
+
+@pytest.mark.parametrize("address", ["nonsense", "tcp://127.0.0.1:9"])
+def test_no_scheduler_answers(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    with pytest.raises(ValueError, match=f"no Dask scheduler answers at '{address}'"):
+        run(make_configs(tmp_path, 2), store, torture.execute, scheduler=address)
+
+
+def test_dask_is_not_installed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ValueError, match=r"not installed: pip install 'natgrad\[cluster\]'"):
+        run(make_configs(tmp_path, 2), store, torture.execute, scheduler="local")
+
+
+def test_differences_in_words() -> None:
+    one = {"code": "a" * 64, "environment": {"jax": "1", "device": "cpu"}}
+    assert cluster.differences(one, one) == ""
+    other = {"code": "b" * 64, "environment": {"jax": "2", "device": "cpu", "cores": "2"}}
+    text = cluster.differences(one, other)
+    assert text == "code is 'bbbbbbbbbbbbbbb...', not 'aaaaaaaaaaaaaaa...', " + (
+        "cores is '2', not None, jax is '2', not '1'"
+    )

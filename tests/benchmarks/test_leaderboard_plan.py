@@ -1,0 +1,216 @@
+"""Plans: equal budgets, the best learning rate, targets that cannot be edited; and the command."""
+
+import json
+import re
+
+import pytest
+import toy_leaderboard as toy
+from typer.testing import CliRunner
+
+from benchmarks.leaderboard import RULES, cli, plan, targets, trial
+from benchmarks.leaderboard.contestant import TUNING_TRIALS
+from benchmarks.leaderboard.store import Store
+from benchmarks.leaderboard.trial import code_version, configuration, environment
+
+
+@pytest.fixture
+def frozen(monkeypatch, tmp_path):
+    """The toy, with a target in a folder of the test."""
+    where = toy.install(monkeypatch)
+    folder = tmp_path / "targets"
+    monkeypatch.setattr(targets.target_of, "__defaults__", (folder,))
+    monkeypatch.setattr(targets.write_target, "__defaults__", (folder,))
+    targets.write_target(where, [record("sgd", 0.3, final=final) for final in (2e-5, 1e-5, 4e-5)])
+    yield folder
+    trial._program.cache_clear()
+    trial._rate.cache_clear()
+    trial._evaluation.cache_clear()
+
+
+def record(contestant, rate, *, role="tuning", target=None, **outcome):
+    config = configuration(
+        toy.make_workload(), contestant, plan.TUNING_SEED,
+        target=target, role=role, learning_rate=rate,
+    )  # fmt: skip
+    known = {"status": "missed", "steps": 60, "steps_to_target": None, "final": 1.0}
+    facts = toy.CONTESTANTS[contestant].facts()
+    return {"config": config, "outcome": {**known, **outcome}, "facts": facts, "command": "again"}
+
+
+def test_target_says_how_it_was_set(frozen):
+    found = targets.target_of(toy.make_workload())
+    assert found["target"] == pytest.approx(1.05 * 2e-5)
+    assert found["how"].startswith("1.05 times the median held-out mean squared error")
+    assert "SGD, over 3 seeds" in found["how"]
+    assert found["baseline"]["learning_rate"] == 0.3
+    assert found["baseline"]["values"] == [2e-5, 1e-5, 4e-5]
+
+
+def test_edited_targets_are_refused(frozen):
+    where, path = toy.make_workload(), frozen / "toy.json"
+    good = path.read_text()
+    document = json.loads(good)
+    path.write_text(json.dumps({**document, "target": 1.0}))
+    with pytest.raises(ValueError, match=re.escape("toy.json was edited and its version was not")):
+        targets.target_of(where)
+    path.write_text(good[:-20])
+    with pytest.raises(ValueError, match="is no target file"):
+        targets.target_of(where)
+    path.write_text(good)
+    with pytest.raises(ValueError, match="the workload toy was edited"):
+        targets.target_of(toy.make_workload(max_steps=61))
+    with pytest.raises(ValueError, match="of version 1, the workload has version 2"):
+        targets.target_of(toy.make_workload(version=2))
+    with pytest.raises(ValueError, match="has a target of version 1; raise the version"):
+        targets.write_target(where, [record("sgd", 0.3)])
+    path.unlink()
+    with pytest.raises(ValueError, match="toy has no target; freeze it with"):
+        targets.target_of(where)
+    with pytest.raises(ValueError, match="no baseline came to the end"):
+        targets.write_target(where, [])
+
+
+def test_every_tuned_contestant_has_the_same_budget(frozen):
+    configs = list(plan.make_plan().tuning())
+    assert [config["contestant"] for config in configs] == ["sgd"] * TUNING_TRIALS
+    assert [config["learning_rate"] for config in configs] == sorted(toy.RATES)
+    assert {config["seed"] for config in configs} == {plan.TUNING_SEED}
+    target = targets.target_of(toy.make_workload())["target"]
+    assert {config["target"] for config in configs} == {target}
+
+
+def test_best_rate_is_the_one_with_the_fewest_steps():
+    sgd = toy.CONTESTANTS["sgd"]
+
+    def best(*trials):
+        return plan.best_rate(sgd, trials, None)
+
+    slow = record("sgd", 0.01, final=0.1)
+    slower = record("sgd", 0.1, final=0.2)
+    assert best(slow, slower) == 0.01
+    reached = record("sgd", 0.3, status="reached", steps_to_target=50, final=0.3)
+    assert best(slow, reached, slower) == 0.3
+    sooner = record("sgd", 1.0, status="reached", steps_to_target=49, final=0.3)
+    assert best(slow, reached, sooner) == 1.0
+    # a diverged trial never wins, whatever it had on its way
+    lost = record("sgd", 3.0, status="diverged", final=1e-9)
+    assert best(lost, slower) == 0.1
+    assert best(lost) == min(toy.RATES)
+    other = record("sgd", 30.0, status="reached", steps_to_target=1)
+    other["config"]["code"] = "0" * 64
+    assert best(other, slower) == 0.1
+    assert plan.best_rate(sgd, [reached, slower], 0.5) == min(toy.RATES)
+
+
+def test_evaluation_takes_what_tuning_found(frozen):
+    target = targets.target_of(toy.make_workload())["target"]
+    found = [record("sgd", 0.3, target=target, status="reached", steps_to_target=9)]
+    configs = list(plan.make_plan().evaluation(found))
+    assert [(c["contestant"], c["seed"], c["learning_rate"]) for c in configs] == [
+        ("sgd", 0, 0.3), ("sgd", 1, 0.3), ("lbfgs", 0, None), ("lbfgs", 1, None),
+        ("exact", 0, None), ("exact", 1, None),
+    ]  # fmt: skip
+    assert {config["role"] for config in configs} == {"evaluation"}
+    structures = list(plan.make_plan().structures())
+    assert [(c["contestant"], c["kind"], c["target"]) for c in structures] == [
+        ("exact", "structure", None)
+    ]
+
+
+def test_plans_by_name(frozen):
+    chosen = plan.make_plan("default", ["TOY"], ["exact", "sgd", "exact"], 5)
+    assert chosen == plan.Plan(("toy",), ("exact", "sgd"), 5)
+    for arguments, message in (
+        (("defualt",), "did you mean 'default'"),
+        (("default", ["tyo"]), "did you mean 'toy'"),
+        (("default", None, ["sdg"]), "did you mean 'sgd'"),
+        (("default", None, None, 0), "seeds must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan.make_plan(*arguments)
+
+
+def test_variants_and_their_plain_names():
+    assert plan.plain("kfac-mc-lm") == "kfac"
+    assert plan.plain("block-tri-diagonal") == "block-tri-diagonal"
+    assert plan.plain("exact-tuned") == "exact"
+
+
+def test_best_baseline():
+    with pytest.raises(ValueError, match="no baseline came to the end"):
+        plan.best_baseline("toy", [])
+
+
+@pytest.fixture
+def command(frozen):
+    def call(*arguments):
+        return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+    return call
+
+
+def test_run_score_page_and_merge(command, tmp_path):
+    out = tmp_path / "board"
+    result = command("run", "--out", out)
+    assert result.exit_code == 0, result.output
+    records = Store.open(out, RULES).records()
+    roles = [record["config"]["role"] for record in records]
+    assert {role: roles.count(role) for role in set(roles)} == {
+        "tuning": 8, "evaluation": 6, "structure": 1
+    }  # fmt: skip
+    assert (out / "leaderboard.html").exists()
+    again = command("run", "--out", out)
+    assert "0 trials run" in again.stderr
+    assert "8 finished before" in again.stderr
+    assert len(Store.open(out, RULES).records()) == len(records)
+    assert "Exact" in command("score", "--out", out).output
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- leaderboard: begin -->\n<!-- leaderboard: end -->\nb\n")
+    assert command("page", "--out", out, "--readme", readme).exit_code == 0
+    assert "Exact" in readme.read_text()
+    other = tmp_path / "other"
+    merged = command("merge", out, "--out", other)
+    assert f"{len(records)} trials copied" in merged.output
+    by_hand = command("trial", "toy", "exact", "--seed", 1)
+    assert json.loads(by_hand.output)["status"] == "reached"
+    shown = command("list").output
+    assert "toy" in shown
+    assert "SGD" in shown
+
+
+def test_freeze_takes_the_best_baseline(command, frozen, tmp_path):
+    path = frozen / "toy.json"
+    path.unlink()
+    result = command("freeze", "toy", "--out", tmp_path / "freezing")
+    assert result.exit_code == 0, result.output
+    found = json.loads(path.read_text())
+    baseline = found["baseline"]
+    assert (baseline["contestant"], len(baseline["values"])) in {("sgd", 2), ("lbfgs", 2)}
+    median = sum(baseline["values"]) / 2
+    assert found["target"] == pytest.approx(1.05 * median, rel=1e-3)
+    assert baseline["code"] == code_version()
+    assert baseline["environment"] == environment()
+    assert command("freeze", "toy", "--out", tmp_path / "freezing").exit_code == 2
+
+
+def test_bad_input_is_one_sentence(command, tmp_path):
+    for arguments, sentence in (
+        (("run", "--profile", "defualt", "--out", tmp_path / "a"), "did you mean 'default'"),
+        (("run", "--workload", "toi", "--out", tmp_path / "a"), "did you mean 'toy'"),
+        (("run", "--jobs", 0, "--out", tmp_path / "a"), "jobs must be an integer of at least 1"),
+        (("score", "--out", tmp_path / "nothing"), "holds no leaderboard"),
+        (("page", "--out", tmp_path / "nothing"), "holds no leaderboard"),
+        (("merge", tmp_path / "nothing", "--out", tmp_path / "b"), "holds no leaderboard"),
+        (("trial", "toy", "sgd"), "its trials need a learning rate"),
+        (("trial", "toi", "sgd"), "did you mean 'toy'"),
+        (("freeze", "toi"), "did you mean 'toy'"),
+        (("torture", "--kills", 0), "kills must be"),
+    ):
+        result = command(*arguments)
+        assert result.exit_code == 2, arguments
+        assert sentence in " ".join(result.stderr.split()), (arguments, result.stderr)
+    old = tmp_path / "old"
+    Store.open(old, "0.1")
+    result = command("run", "--out", old)
+    assert result.exit_code == 2
+    assert "holds trials of rules '0.1'" in " ".join(result.stderr.split())

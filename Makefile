@@ -37,6 +37,10 @@ help: ## this list
 report: .venv/.run ## every structure on real images beside theory: report/report.html (NATGRAD_DATA: the data)
 	$(BIN)/natgrad report --out report
 
+.PHONY: leaderboard
+leaderboard: .venv/.run ## optimizers against frozen targets: leaderboard/leaderboard.html, in a quarter of an hour
+	$(BIN)/python -m benchmarks.leaderboard run --out leaderboard
+
 .PHONY: test
 test: .venv/.dev ## the test suite, without the slow tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
@@ -91,13 +95,22 @@ format: .venv/.dev ## sorts imports and formats
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: .venv/.bench ## the asv suite on the last commit, each benchmark once
-	$(BIN)/asv machine --yes
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/asv run --quick --show-stderr HEAD^!
+bench: .venv/.bench ## the asv suite on the last commit, within 10 minutes (NATGRAD_BENCH_PROFILE: another size)
+	@machine=$$($(BIN)/python -m benchmarks.machine); set -x; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" NATGRAD_BENCH_MACHINE="$$machine" \
+	  $(BIN)/asv run --machine "$$machine" --show-stderr HEAD^!
+
+.PHONY: bench-site
+bench-site: .venv/.bench ## all asv results as a web page: .asv/html, and `asv preview` serves it
+	@machine=$$($(BIN)/python -m benchmarks.machine); set -x; \
+	$(BIN)/asv run --machine "$$machine" --python=same --bench just-discover
+	$(BIN)/asv publish
 
 .PHONY: bench-check
-bench-check: .venv/.bench ## whether asv can load the benchmarks of this working tree
-	$(BIN)/asv check --python=same
+bench-check: .venv/.bench ## every suite of this working tree at its smallest size, nothing kept
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/asv check --python=same
+	@machine=$$($(BIN)/python -m benchmarks.machine); set -x; NATGRAD_BENCH_PROFILE=smoke \
+	  $(BIN)/asv run --machine "$$machine" --python=same --quick --dry-run --show-stderr
 
 .PHONY: clean
 clean: ## removes what make made; benchmark results stay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 import natgrad_flax as ng
-from benchmarks.step import temporary_bytes
+from benchmarks.programs import seconds_of, temporary_bytes
 from ntk_analysis._neural_tangents import neural_tangents
 from ntk_analysis.analytic import analytic_kernels
 from ntk_analysis.empirical import empirical_layer_kernels
@@ -46,7 +47,14 @@ class Sizes:
     empirical_samples: int = 200
 
 
-SIZES = Sizes()
+PROFILE_SIZES: dict[str, Sizes] = {
+    "smoke": Sizes(64, 100, 60, (3,), (64, 128, 128, 1), 20),
+    "fast": Sizes(784, 1000, 500, (3, 10), (784, 256, 256, 1), 40),
+    "regular": Sizes(),
+    "large": Sizes(784, 10_000, 5000, (3, 10, 20, 40), (784, 2048, 2048, 1), 200),
+}
+SIZES = PROFILE_SIZES["regular"]
+"""What ``python -m benchmarks.kernels`` measures."""
 
 
 def make_inputs(samples: int, inputs: int) -> Matrix:
@@ -108,6 +116,20 @@ def analytic_works(sizes: Sizes) -> dict[str, Callable[[], Any]]:
     }
     check_equal({name: np.asarray(work()) for name, work in works.items()}, 1e-7)
     return works
+
+
+def layer_works(x: Matrix, depth: int) -> dict[str, Callable[[], Any]]:
+    """The kernels of all layers at infinite width, "layers", and their sum alone, "total"."""
+    model = deep_model(depth, x.shape[1])
+    return {
+        "layers": lambda: analytic_kernels(model, x, parts=("tangent",)).tangent,
+        "total": lambda: analytic_kernels(model, x, parts=("ntk",)).ntk,
+    }
+
+
+def check_sum(works: dict[str, Callable[[], Any]]) -> None:
+    """Raises ArithmeticError where the layers of ``layer_works`` do not sum to the total."""
+    check_equal({"all layers": sum(works["layers"]()), "the whole network": works["total"]()}, 1e-8)
 
 
 def empirical_works(sizes: Sizes) -> dict[str, Callable[[], Any]]:
@@ -179,3 +201,14 @@ def empirical_memory(sizes: Sizes) -> dict[str, int]:
             "ours": temporary_bytes(layers.lower(state, x).compile()),
             "neural-tangents": temporary_bytes(contraction.lower(state, x).compile()),
         }
+
+
+def medians(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, alternating, after a first call of each that is not counted."""
+    for work in works.values():
+        jax.block_until_ready(work())
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            found[name].append(seconds_of(work))
+    return {name: statistics.median(times) for name, times in found.items()}

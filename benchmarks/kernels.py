@@ -10,32 +10,29 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 
-import natgrad_flax as ng
+from benchmarks.common import Suite, by_profile, unit
 from benchmarks.kernel_problems import (
+    PROFILE_SIZES,
     SIZES,
-    Matrix,
     Sizes,
     analytic_works,
-    deep_model,
+    check_sum,
     empirical_memory,
     empirical_works,
+    layer_works,
     make_inputs,
-    make_model,
+    medians,
 )
 from benchmarks.step import environment
-from ntk_analysis.analytic import analytic_kernels
-from ntk_analysis.empirical import empirical_layer_kernels
 
+HERE = by_profile(**PROFILE_SIZES)
 REPEATS = 5
 
 
@@ -60,24 +57,6 @@ class Row:
     seconds: dict[str, float]
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    """Seconds of one call, waited for."""
-    start = time.perf_counter()
-    jax.block_until_ready(work())
-    return time.perf_counter() - start
-
-
-def medians(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, alternating, after a first call of each that is not counted."""
-    for work in works.values():
-        jax.block_until_ready(work())
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            found[name].append(seconds_of(work))
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
 def measure_analytic(sizes: Sizes, repeats: int) -> list[Row]:
     """Ours against the recursions written by hand."""
     found = medians(analytic_works(sizes), repeats)
@@ -93,15 +72,7 @@ def measure_analytic(sizes: Sizes, repeats: int) -> list[Row]:
 
 def measure_layers(sizes: Sizes, repeats: int) -> list[Row]:
     """All layers against their sum at L = 3, and the time of all layers as the depth grows."""
-    x = make_inputs(sizes.samples, sizes.inputs)
-    model = deep_model(3, sizes.inputs)
-
-    def kernels(model: ng.MLP, x: Matrix, part: str) -> Callable[[], Any]:
-        return lambda: analytic_kernels(model, x, parts=(part,)).arrays
-
-    pair = medians(
-        {"layers": kernels(model, x, "tangent"), "total": kernels(model, x, "ntk")}, repeats
-    )
+    pair = medians(layer_works(make_inputs(sizes.samples, sizes.inputs), 3), repeats)
     ratio = pair["layers"] / pair["total"]
     floor = analytic_floor(sizes.samples, sizes.inputs, 3, 3)
     what = f"all 3 layer kernels / their sum, N={sizes.samples}"
@@ -109,10 +80,7 @@ def measure_layers(sizes: Sizes, repeats: int) -> list[Row]:
 
     n = sizes.depth_samples
     x = make_inputs(n, sizes.inputs)
-    works = {
-        f"L={depth}": kernels(deep_model(depth, sizes.inputs), x, "tangent")
-        for depth in sizes.depths
-    }
+    works = {f"L={depth}": layer_works(x, depth)["layers"] for depth in sizes.depths}
     found = medians(works, repeats)
     times = [found[f"L={depth}"] for depth in sizes.depths]
     slope, offset = np.polyfit(sizes.depths, times, 1)
@@ -177,66 +145,123 @@ def analytic_floor(samples: int, inputs: int, depth: int, arrays: int) -> str:
     )
 
 
-class AnalyticNtk:
-    """The infinite-width NTK of three ReLU layers (see README.md)."""
+class AnalyticNtk(Suite):
+    """The infinite-width NTK of a three-layer ReLU network, against the same recursion by hand.
 
-    timeout = 600
+    784 inputs (64 in the smoke profile), float64. Ours goes through neural-tangents block by block;
+    beside it the arc-cosine recursion on whole matrices, jitted and in NumPy. Kernels that differ
+    fail the case.
+    """
 
-    def setup(self) -> None:
-        self.works = analytic_works(SIZES)
+    params: ClassVar[tuple[list[Any], ...]] = ([HERE.samples],)
+    param_names: ClassVar = ["samples"]
 
-    def time_ours(self) -> None:
-        self.works["ours"]()
+    def measure(self, samples: int) -> dict[str, float]:
+        """Seconds of ours, and its ratios to both; see the class.
 
-    def track_ratio_to_jitted_recursion(self) -> float:
-        found = medians({name: self.works[name] for name in ("ours", "jitted jnp")}, REPEATS)
-        return found["ours"] / found["jitted jnp"]
+        Raises:
+          ArithmeticError: the kernels differ.
+        """
+        jitted, numpy = measure_analytic(replace(HERE, samples=samples), REPEATS)
+        return {
+            "seconds": jitted.seconds["ours"],
+            "ratio to jitted recursion": jitted.value,
+            "ratio to NumPy": numpy.value,
+        }
 
-    track_ratio_to_jitted_recursion.unit = "recursions"  # type: ignore[attr-defined]
+    @unit("seconds")
+    def track_seconds(self, *case: Any) -> float:
+        """Median time of ours. Compare on one machine only; the ratios travel better."""
+        return self.figures["seconds"]
+
+    @unit("jitted recursions")
+    def track_ratio_to_jitted_recursion(self, *case: Any) -> float:
+        """Below 1 ours is faster. A rise is overhead in blocks, in neural-tangents or in ours."""
+        return self.figures["ratio to jitted recursion"]
+
+    @unit("NumPy recursions")
+    def track_ratio_to_numpy(self, *case: Any) -> float:
+        """The same against NumPy, which no release of JAX changes."""
+        return self.figures["ratio to NumPy"]
 
 
-class AnalyticLayers:
-    """All layer kernels at infinite width by depth (see README.md)."""
+class AnalyticLayers(Suite):
+    """The kernels of all layers at infinite width, by depth, in float64.
 
-    params: ClassVar = list(SIZES.depths)
-    param_names: ClassVar = ["depth"]
+    All L of them come from one pass, so that the time is linear in the depth. Layer kernels that
+    do not sum to the NTK fail the case.
+    """
 
-    def setup(self, depth: int) -> None:
-        self.model = deep_model(depth, SIZES.inputs)
-        self.x = make_inputs(SIZES.depth_samples, SIZES.inputs)
-        self.time_layers(depth)
+    params: ClassVar[tuple[list[Any], ...]] = ([HERE.depth_samples], list(HERE.depths))
+    param_names: ClassVar = ["samples", "depth"]
 
-    def time_layers(self, depth: int) -> None:
-        analytic_kernels(self.model, self.x, parts=("tangent",))
+    def measure(self, samples: int, depth: int) -> dict[str, float]:
+        """Seconds of all layers, and their ratio to the sum alone; see the class.
+
+        Raises:
+          ArithmeticError: the layers do not sum to the NTK.
+        """
+        works = layer_works(make_inputs(samples, HERE.inputs), depth)
+        check_sum(works)
+        found = medians(works, REPEATS)
+        return {"seconds": found["layers"], "ratio to sum": found["layers"] / found["total"]}
+
+    @unit("seconds")
+    def track_seconds(self, *case: Any) -> float:
+        """Median time. Growth faster than the depth means that work is repeated in each layer."""
+        return self.figures["seconds"]
+
+    @unit("NTKs")
+    def track_ratio_to_sum(self, *case: Any) -> float:
+        """All layers over the NTK alone, which writes one array where they write L."""
+        return self.figures["ratio to sum"]
 
 
-class EmpiricalLayers:
-    """Finite-width layer kernels against Jacobian contraction (see README.md)."""
+class EmpiricalLayers(Suite):
+    """The kernels of all layers at finite width, against neural-tangents' Jacobian contraction.
 
-    timeout = 600
+    784-M-M-1 ReLU networks (64-M-M-1 in the smoke profile), float64. Ours never builds a Jacobian.
+    Kernels that differ fail the case.
+    """
 
-    def setup(self) -> None:
-        self.model = make_model(SIZES.widths)
-        self.x = make_inputs(SIZES.empirical_samples, SIZES.widths[0])
-        empirical_layer_kernels(self.model, self.x)
+    params: ClassVar[tuple[list[Any], ...]] = ([HERE.widths[1]], [HERE.empirical_samples])
+    param_names: ClassVar = ["width", "samples"]
 
-    def time_layers(self) -> None:
-        empirical_layer_kernels(self.model, self.x)
+    def measure(self, width: int, samples: int) -> dict[str, float]:
+        """Seconds and bytes of ours, and their ratios to those of the contraction.
 
-    def track_speedup_over_contraction(self) -> float:
-        found = medians(empirical_works(SIZES), REPEATS)
-        return found["neural-tangents"] / found["ours"]
+        Raises:
+          ArithmeticError: the kernels differ.
+        """
+        inputs, *_, outputs = HERE.widths
+        sizes = replace(HERE, widths=(inputs, width, width, outputs), empirical_samples=samples)
+        seconds, memory = medians(empirical_works(sizes), REPEATS), empirical_memory(sizes)
+        return {
+            "seconds": seconds["ours"],
+            "ratio": seconds["ours"] / seconds["neural-tangents"],
+            "temporary bytes": memory["ours"],
+            "memory ratio": memory["ours"] / memory["neural-tangents"],
+        }
 
-    def track_memory_of_contraction(self) -> float:
-        memory = empirical_memory(SIZES)
-        return memory["neural-tangents"] / memory["ours"]
+    @unit("seconds")
+    def track_seconds(self, *case: Any) -> float:
+        """Median time of ours. A rise slows every theory at finite width."""
+        return self.figures["seconds"]
 
-    def track_temporary_memory(self) -> int:
-        return empirical_memory(SIZES)["ours"]
+    @unit("contractions")
+    def track_ratio_to_contraction(self, *case: Any) -> float:
+        """Time of ours over that of neural-tangents, far below 1. A rise is ours getting slower."""
+        return self.figures["ratio"]
 
-    track_speedup_over_contraction.unit = "times"  # type: ignore[attr-defined]
-    track_memory_of_contraction.unit = "times"  # type: ignore[attr-defined]
-    track_temporary_memory.unit = "bytes"  # type: ignore[attr-defined]
+    @unit("bytes")
+    def track_temporary_memory(self, *case: Any) -> float:
+        """XLA's temporary memory of ours: the same on each run, so any change is the program's."""
+        return self.figures["temporary bytes"]
+
+    @unit("contractions")
+    def track_memory_ratio_to_contraction(self, *case: Any) -> float:
+        """Temporary memory of ours over neural-tangents': a Jacobian in ours would show here."""
+        return self.figures["memory ratio"]
 
 
 def table(rows: Sequence[Row], markdown: bool) -> str:

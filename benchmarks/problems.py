@@ -1,9 +1,9 @@
-"""The problems that benchmarks share: networks, batches and Fisher structures, all as data."""
+"""The problems that benchmarks share: networks, batches, structures and skips, all as data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,11 @@ from flax import nnx
 from jax import Array
 
 import natgrad_flax as ng
+from benchmarks.common import PROFILES, profile
 from natgrad_flax.fisher import FisherKind
 
 SEED = 0
+INPUTS = 784
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Line:
       fisher: "exact" or "mc" with one sample.
       undamped: the structures that can do so run at zero damping.
       targets: for each structure the ratio to reach.
+      damping: the ratio of ``ng.RelativeDamping`` wherever there is one.
     """
 
     title: str
@@ -51,7 +54,56 @@ class Line:
     loss: ng.Loss
     fisher: FisherKind
     undamped: bool
-    targets: Mapping[str, float]
+    targets: Mapping[str, float] = field(default_factory=dict)
+    damping: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, a batch and a loss by their sizes: the parameters of a suite.
+
+    Attributes:
+      width: M of every hidden layer.
+      depth: L, layers with weights.
+      samples: N.
+      outputs: C.
+      loss: key of LOSSES.
+      fisher: "exact" or "mc" with one sample.
+    """
+
+    width: int
+    depth: int
+    samples: int
+    outputs: int
+    loss: str = "cross-entropy"
+    fisher: FisherKind = "exact"
+
+    def line(self) -> Line:
+        """The same as a Line; the mean squared error with the exact Fisher runs undamped.
+
+        A damping costs the same whatever its size; this one keeps float32 steps far from rounding.
+        """
+        widths = (INPUTS, *[self.width] * (self.depth - 1), self.outputs)
+        title = f"{'-'.join(map(str, widths))} ReLU, N={self.samples}, {self.loss}, {self.fisher}"
+        undamped = self.loss == "mse" and self.fisher == "exact"
+        return Line(
+            title, widths, self.samples, LOSSES[self.loss], self.fisher, undamped, damping=0.1
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Cases that are left out.
+
+    Attributes:
+      reason: why, a sentence that asv prints.
+      applies: whether it is about a case.
+      profiles: in which profiles.
+    """
+
+    reason: str
+    applies: Callable[[Case], bool]
+    profiles: tuple[str, ...] = PROFILES
 
 
 @dataclass(frozen=True)
@@ -81,6 +133,47 @@ STRUCTURES: dict[str, Entry] = {
     "quasi-diag": Entry(ng.QuasiDiagonal(), bias_variance=0.1),
     "unit-wise": Entry(ng.UnitWise()),
 }
+
+
+LOSSES: dict[str, ng.Loss] = {
+    "mse": ng.MeanSquaredError(),
+    "cross-entropy": ng.SoftmaxCrossEntropy(),
+}
+
+SKIPS: tuple[Rule, ...] = (
+    Rule(
+        "the softmax of one output is constant: cross-entropy needs two classes",
+        lambda case: case.loss == "cross-entropy" and case.outputs == 1,
+    ),
+    Rule(
+        "the exact Fisher of one output needs one backward pass as well: nothing to sample",
+        lambda case: case.fisher == "mc" and case.outputs == 1,
+    ),
+    Rule(
+        "with several outputs the mean squared error costs what cross-entropy does (C seeds, not "
+        "C - 1); the profiles from regular on measure it",
+        lambda case: case.loss == "mse" and case.outputs > 1,
+        ("smoke", "fast"),
+    ),
+)
+"""Combinations without a meaning, or not worth the time of a profile; the first rule counts."""
+
+TIMING_SKIPS: tuple[Rule, ...] = (
+    *SKIPS,
+    Rule(
+        "asv's statistics are those of cross-entropy with its exact Fisher up to the fast profile",
+        lambda case: case.fisher == "mc" or case.loss == "mse",
+        ("smoke", "fast"),
+    ),
+)
+"""The same for ``step.StepTiming``, which compiles each case once more."""
+
+
+def skip_reason(case: Case, rules: Sequence[Rule] = SKIPS) -> str | None:
+    """Why a case is left out in this profile, or None."""
+    here = profile()
+    found = (rule.reason for rule in rules if here in rule.profiles and rule.applies(case))
+    return next(found, None)
 
 
 def _targets(*ratios: float) -> Mapping[str, float]:
@@ -118,6 +211,18 @@ LINES: dict[str, Line] = {
 }
 
 
+def make_model(line: Line, entry: Entry) -> ng.MLP:
+    """The network of a line, in float32, the same numbers at every call."""
+    return ng.MLP(
+        line.widths,
+        activation="relu",
+        weight_variance=2.0,
+        bias_variance=entry.bias_variance,
+        param_dtype=jnp.float32,
+        rngs=nnx.Rngs(SEED),
+    )
+
+
 def make_problem(line: Line, entry: Entry) -> Problem:
     """The model and batch of a line, the same numbers at every call."""
     inputs, labels, targets = jax.random.split(jax.random.key(SEED), 3)
@@ -129,12 +234,4 @@ def make_problem(line: Line, entry: Entry) -> Problem:
         y = jax.nn.one_hot(classes, outputs, dtype=jnp.float32)
     else:
         y = jax.random.bernoulli(labels, shape=(line.num_samples, outputs)) - jnp.float32(0.5)
-    model = ng.MLP(
-        line.widths,
-        activation="relu",
-        weight_variance=2.0,
-        bias_variance=entry.bias_variance,
-        param_dtype=jnp.float32,
-        rngs=nnx.Rngs(SEED),
-    )
-    return Problem(model, x, y, targets)
+    return Problem(make_model(line, entry), x, y, targets)

@@ -10,250 +10,270 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax import Array
 
-import natgrad_flax as ng
-from benchmarks.problems import LINES, STRUCTURES, Entry, Line, Problem, make_problem
+from benchmarks.answers import check_step
+from benchmarks.common import Suite, by_profile, unit
+from benchmarks.machine import check_machine, cores, processor
+from benchmarks.problems import (
+    LINES,
+    STRUCTURES,
+    TIMING_SKIPS,
+    Case,
+    Entry,
+    Line,
+    make_problem,
+    skip_reason,
+)
+from benchmarks.programs import Steps, alternate, flops, peak_bytes, prepare, temporary_bytes
 
-LEARNING_RATE = 0.1
-DAMPING = ng.RelativeDamping(1e-3)
-SGD_PER_ROUND = 3
 MIN_REPEATS = 7
 
+ALL = (["mse", "cross-entropy"], ["exact", "mc"])
 
-@dataclass(frozen=True)
-class Steps:
-    """The two compiled steps of a benchmark, and the parameters that they start from.
+CASES = by_profile(
+    smoke=([64], [3], [16], [3], ["cross-entropy"], ["exact"]),
+    fast=([1024], [3], [128], [1, 10], *ALL),
+    regular=([512, 2048], [3, 6], [64, 256], [1, 10], *ALL),
+    large=([1024, 4096, 8192], [3, 6], [128, 1024], [1, 10], *ALL),
+)
+"""Widths, depths, samples, outputs, losses, kinds of Fisher.
 
-    Attributes:
-      state: the parameters.
-      sgd: from no argument to the parameters after a gradient step.
-      natural: the same for a natural-gradient step.
-      natural_compiled: the executable of the natural-gradient step.
-      compile_seconds: what tracing and compiling it took.
-    """
+No depth 3s + 2, where tri-diag has a singular coupling.
+"""
 
-    state: nnx.State
-    sgd: Callable[[], nnx.State]
-    natural: Callable[[], nnx.State]
-    natural_compiled: jax.stages.Compiled
-    compile_seconds: float
+TIMED = by_profile(
+    smoke=["exact"], fast=list(STRUCTURES), regular=list(STRUCTURES), large=list(STRUCTURES)
+)
+"""The structures of StepTiming."""
+
+REPEATS = by_profile(smoke=1, fast=MIN_REPEATS, regular=MIN_REPEATS, large=15)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One cell of the table.
+    """One case, or one cell of the table.
+
+    Attributes:
+      natural_seconds: every timed natural-gradient step, in order.
+      sgd_seconds: every timed SGD step, in order.
+      temporary_bytes: XLA's temporary memory of the natural-gradient step.
+      peak_bytes: device memory of that step; see ``programs.peak_bytes``.
+      flops: its floating-point operations by XLA's count, without LAPACK calls.
+      compile_seconds: tracing and compiling it.
+      defect: |G u - g| / |g| of the step that was timed; see ``answers.check_step``.
+      scale: <G u, g> / <g, g> of the same, which should be 1.
+    """
+
+    natural_seconds: tuple[float, ...]
+    sgd_seconds: tuple[float, ...]
+    temporary_bytes: int
+    peak_bytes: int
+    flops: float
+    compile_seconds: float
+    defect: float
+    scale: float
+
+    @property
+    def natural(self) -> float:
+        """Median seconds of the natural-gradient step."""
+        return statistics.median(self.natural_seconds)
+
+    @property
+    def sgd(self) -> float:
+        """Median seconds of the SGD step."""
+        return statistics.median(self.sgd_seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Median natural-gradient step over median SGD step."""
+        return self.natural / self.sgd
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measurement with its place in the table of README.md.
 
     Attributes:
       line: key of the line.
       structure: key of the structure.
-      ratio: median natural-gradient step over median SGD step.
-      target: the ratio to reach.
-      natural_seconds: every timed natural-gradient step, in order.
-      sgd_seconds: every timed SGD step, in order.
-      temporary_bytes: XLA's temporary memory of the natural-gradient step.
-      flops: its floating-point operations by XLA's count, without LAPACK calls.
-      compile_seconds: tracing and compiling it.
+      found: what was measured.
     """
 
     line: str
     structure: str
-    ratio: float
-    target: float
-    natural_seconds: tuple[float, ...]
-    sgd_seconds: tuple[float, ...]
-    temporary_bytes: int
-    flops: float
-    compile_seconds: float
+    found: Measurement
+
+    @property
+    def target(self) -> float:
+        """The ratio to reach."""
+        return LINES[self.line].targets[self.structure]
+
+    def record(self) -> dict[str, Any]:
+        """What goes into the JSON file."""
+        names = {"line": self.line, "structure": self.structure}
+        return {**names, "ratio": self.found.ratio, "target": self.target, **asdict(self.found)}
 
 
-def sgd_step(line: Line, graphdef: Any) -> Callable[[nnx.State, Array, Array], Any]:
-    """The jitted step (parameters, x, y) -> (parameters, loss) of gradient descent."""
-
-    def loss(state: nnx.State, x: Array, y: Array) -> Array:
-        return line.loss(nnx.merge(graphdef, state)(x), y)
-
-    @jax.jit
-    def step(state: nnx.State, x: Array, y: Array) -> tuple[nnx.State, Array]:
-        value, gradient = jax.value_and_grad(loss)(state, x, y)
-        return _descend(state, gradient), value
-
-    return step
-
-
-def natural_step(
-    line: Line, entry: Entry, graphdef: Any
-) -> Callable[[nnx.State, Array, Array, Array], nnx.State]:
-    """The jitted step (parameters, x, y, key) -> parameters of natural-gradient descent."""
-
-    @jax.jit
-    def step(state: nnx.State, x: Array, y: Array, key: Array) -> nnx.State:
-        direction = ng.natural_gradient(
-            nnx.merge(graphdef, state),
-            x,
-            y,
-            structure=entry.structure,
-            loss=line.loss,
-            damping=damping(line, entry),
-            fisher=line.fisher,
-            key=key,
-        )
-        return _descend(state, direction)
-
-    return step
-
-
-def damping(line: Line, entry: Entry) -> float | ng.RelativeDamping:
-    """The damping at which a structure is measured on a line."""
-    return 0.0 if line.undamped and entry.undamped else DAMPING
-
-
-def _descend(state: nnx.State, direction: nnx.State) -> nnx.State:
-    return jax.tree.map(lambda leaf, slope: leaf - LEARNING_RATE * slope, state, direction)
-
-
-def compile_natural(
-    line: Line, entry: Entry, problem: Problem
-) -> tuple[jax.stages.Compiled, float]:
-    """The executable of the natural-gradient step, and the seconds of tracing and compiling."""
-    graphdef, state = nnx.split(problem.model)
-    start = time.perf_counter()
-    step = natural_step(line, entry, graphdef)
-    compiled = step.lower(state, problem.x, problem.y, problem.key).compile()  # type: ignore[attr-defined]
-    return compiled, time.perf_counter() - start
-
-
-def prepare(line: Line, entry: Entry) -> Steps:
-    """Compiles both steps."""
-    problem = make_problem(line, entry)
-    graphdef, state = nnx.split(problem.model)
-    natural, seconds = compile_natural(line, entry, problem)
-    sgd = sgd_step(line, graphdef)
-    return Steps(
-        state,
-        lambda: sgd(state, problem.x, problem.y)[0],
-        lambda: natural(state, problem.x, problem.y, problem.key),
-        natural,
-        seconds,
-    )
-
-
-def alternate(steps: Steps, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of natural-gradient and of SGD steps, alternating so that both see the same machine.
+def measure(line: Line, entry: Entry, repeats: int = MIN_REPEATS) -> Measurement:
+    """Compiles both steps, checks the answer of the natural one, and times them.
 
     Args:
-      steps: the compiled steps.
-      repeats: timed natural-gradient steps; each has SGD_PER_ROUND SGD steps beside it.
+      line: network, batch and loss.
+      entry: the structure.
+      repeats: timed natural-gradient steps.
 
     Raises:
-      FloatingPointError: a step gives parameters that are not finite.
+      FloatingPointError: parameters that are not finite.
+      ArithmeticError: the step is not the natural gradient of the structure.
     """
-    for step in (steps.sgd, steps.natural):
-        check_finite(step())
-    natural: list[float] = []
-    sgd: list[float] = []
-    for _ in range(repeats):
-        sgd.extend(_seconds(steps.sgd) for _ in range(SGD_PER_ROUND))
-        natural.append(_seconds(steps.natural))
-    return natural, sgd
-
-
-def _seconds(step: Callable[[], nnx.State]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(step())
-    return time.perf_counter() - start
-
-
-def check_finite(state: nnx.State) -> None:
-    """Raises FloatingPointError where parameters are not finite."""
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state)):
-        raise FloatingPointError("the step gives parameters that are not finite")
-
-
-def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """The temporary memory that XLA reserves for an executable."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        raise NotImplementedError("this backend does not report the memory of an executable")
-    return int(analysis.temp_size_in_bytes)
-
-
-def flops(compiled: jax.stages.Compiled) -> float:
-    """Floating-point operations by XLA's count; LAPACK calls and repeats of loops are not in it."""
-    analysis = compiled.cost_analysis()
-    if analysis is None:
-        raise NotImplementedError("this backend does not report the work of an executable")
-    return float(analysis["flops"])
-
-
-def measure(line: str, structure: str, repeats: int = MIN_REPEATS) -> Measurement:
-    """One cell of the table."""
-    where, entry = LINES[line], STRUCTURES[structure]
-    steps = prepare(where, entry)
+    steps, peak, (defect, scale) = first_step(line, entry)
     natural, sgd = alternate(steps, repeats)
     return Measurement(
-        line,
-        structure,
-        statistics.median(natural) / statistics.median(sgd),
-        where.targets[structure],
         tuple(natural),
         tuple(sgd),
         temporary_bytes(steps.natural_compiled),
+        peak,
         flops(steps.natural_compiled),
         steps.compile_seconds,
+        defect,
+        scale,
     )
 
 
-class Step:
-    """One natural-gradient step of each structure on each line (see README.md)."""
+def first_step(line: Line, entry: Entry) -> tuple[Steps, int, tuple[float, float]]:
+    """The compiled steps after one natural-gradient step, its peak memory and what the check found.
 
-    params: ClassVar = (list(LINES), list(STRUCTURES))
-    param_names: ClassVar = ["line", "structure"]
+    Raises:
+      FloatingPointError, ArithmeticError: the step is wrong; see ``answers.check_step``.
+    """
+    steps = prepare(line, entry)
+    after = jax.block_until_ready(steps.natural())
+    peak = peak_bytes(steps.natural_compiled)
+    return steps, peak, check_step(line, entry, make_problem(line, entry), after)
 
-    def setup(self, line: str, structure: str) -> None:
-        self.line, self.entry = LINES[line], STRUCTURES[structure]
 
-    def _compile(self) -> tuple[jax.stages.Compiled, float]:
-        return compile_natural(self.line, self.entry, make_problem(self.line, self.entry))
+class Step(Suite):
+    """One natural-gradient step of each structure against network, batch, loss and kind of Fisher.
 
-    def track_step_ratio(self, line: str, structure: str) -> float:
-        return measure(line, structure).ratio
+    A change here is a change of what training costs. The flops and bytes are the compiler's and
+    carry no noise: where they stay and a time moves, the machine or a library did it; where they
+    move, the program did.
+    """
 
-    def track_peak_temporary_memory(self, line: str, structure: str) -> int:
-        return temporary_bytes(self._compile()[0])
+    params: ClassVar = (list(STRUCTURES), *CASES)
+    param_names: ClassVar = ["structure", "width", "depth", "samples", "outputs", "loss", "fisher"]
+    version = "1"
 
-    def track_flops(self, line: str, structure: str) -> float:
-        return flops(self._compile()[0])
+    def skipped(self, structure: str, *sizes: Any) -> str | None:
+        return skip_reason(Case(*sizes))
 
-    def track_compile_time(self, line: str, structure: str) -> float:
-        return self._compile()[1]
+    def measure(self, structure: str, *sizes: Any) -> dict[str, float]:
+        found = measure(Case(*sizes).line(), STRUCTURES[structure], REPEATS)
+        return {
+            "ratio": found.ratio,
+            "natural": found.natural,
+            "sgd": found.sgd,
+            "flops": found.flops / 1e9,
+            "temporary": found.temporary_bytes,
+            "peak": found.peak_bytes,
+        }
 
-    track_step_ratio.unit = "SGD steps"  # type: ignore[attr-defined]
-    track_peak_temporary_memory.unit = "bytes"  # type: ignore[attr-defined]
-    track_flops.unit = "flop"  # type: ignore[attr-defined]
-    track_compile_time.unit = "s"  # type: ignore[attr-defined]
+    @unit("SGD steps")
+    def track_ratio_to_sgd(self, *case: Any) -> float:
+        """Median step over the median SGD step beside it: up means a dearer natural gradient.
+
+        The two alternate in one process, so a busy machine moves it less than it moves seconds.
+        """
+        return self.figures["ratio"]
+
+    @unit("seconds")
+    def track_step(self, *case: Any) -> float:
+        """Median seconds of the natural-gradient step: up means slower training on this machine."""
+        return self.figures["natural"]
+
+    @unit("seconds")
+    def track_sgd_step(self, *case: Any) -> float:
+        """Median seconds of the SGD step: no code of ours, so up means a machine, JAX or Flax."""
+        return self.figures["sgd"]
+
+    @unit("Gflop")
+    def track_flops(self, *case: Any) -> float:
+        """XLA's count for the step: up means a program that computes more.
+
+        LAPACK calls are not in it, and the body of a loop counts once.
+        """
+        return self.figures["flops"]
+
+    @unit("bytes")
+    def track_temporary_memory(self, *case: Any) -> float:
+        """What XLA reserves beside arguments and results: up means that smaller batches fit."""
+        return self.figures["temporary"]
+
+    @unit("bytes")
+    def track_peak_memory(self, *case: Any) -> float:
+        """Device memory of the step with parameters, batch and result.
+
+        Counted by the device in this process where it counts (GPUs), else planned by XLA. Up means
+        that smaller networks and batches fit.
+        """
+        return self.figures["peak"]
+
+
+class StepTiming:
+    """asv's own statistics of the step, and the memory of the process: for ``asv continuous``.
+
+    ``time_step`` gives the spread that ``asv compare`` needs to tell a change from noise; the same
+    change must show in ``Step``. Compiling, warm-up and the check of the answer are in the set-up.
+    """
+
+    params: ClassVar = (TIMED, *CASES)
+    param_names: ClassVar = Step.param_names
+    version = "1"
+    timeout = 900
+    number = 1
+    repeat = by_profile(
+        smoke=(1, 1, 1.0), fast=(3, 15, 2.0), regular=(5, 30, 5.0), large=(5, 50, 20.0)
+    )
+    rounds = by_profile(smoke=1, fast=1, regular=2, large=2)
+    warmup_time = by_profile(smoke=0.0, fast=0.1, regular=0.5, large=1.0)
+
+    steps: Steps | None = None
+
+    def setup(self, structure: str, *sizes: Any) -> None:
+        # asv calls it again before every sample
+        if self.steps is not None:
+            return
+        case = Case(*sizes)
+        reason = skip_reason(case, TIMING_SKIPS)
+        if reason:
+            raise NotImplementedError(reason)
+        check_machine()
+        self.steps, _, _ = first_step(case.line(), STRUCTURES[structure])
+
+    def time_step(self, *case: Any) -> None:
+        """Seconds of one step, waited for: up means slower training on this machine."""
+        assert self.steps is not None
+        jax.block_until_ready(self.steps.natural())
+
+    def peakmem_step(self, *case: Any) -> None:
+        """Largest resident memory of the process on the host, JAX and compilation included."""
+        assert self.steps is not None
+        jax.block_until_ready(self.steps.natural())
 
 
 def environment() -> dict[str, str]:
     """Machine, versions and date of a measurement."""
-    info = Path("/proc/cpuinfo")
-    models = info.read_text().splitlines() if info.exists() else []
-    names = [row.split(":", 1)[1].strip() for row in models if row.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": str(len(os.sched_getaffinity(0)) if names else os.cpu_count()),
+        "processor": processor(),
+        "cores": str(cores()),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -261,23 +281,24 @@ def environment() -> dict[str, str]:
     }
 
 
-def table(measurements: Sequence[Measurement], markdown: bool) -> str:
+def table(cells: Sequence[Cell], markdown: bool) -> str:
     """The measurements, one row each, as plain text or Markdown."""
     header = ("network and batch", "structure", "ratio", "target", "met", "step ms", "SGD ms")
     rows: list[tuple[str, ...]] = [(*header, "temporary MB", "Gflop", "compile s")]
-    for cell in measurements:
+    for cell in cells:
+        found = cell.found
         rows.append(
             (
                 LINES[cell.line].title if markdown else cell.line,
                 cell.structure,
-                f"{cell.ratio:.2f}",
+                f"{found.ratio:.2f}",
                 f"{cell.target:g}",
-                "yes" if cell.ratio <= cell.target else "no",
-                f"{1e3 * statistics.median(cell.natural_seconds):.1f}",
-                f"{1e3 * statistics.median(cell.sgd_seconds):.1f}",
-                f"{cell.temporary_bytes / 1e6:.0f}",
-                f"{cell.flops / 1e9:.1f}",
-                f"{cell.compile_seconds:.1f}",
+                "yes" if found.ratio <= cell.target else "no",
+                f"{1e3 * found.natural:.1f}",
+                f"{1e3 * found.sgd:.1f}",
+                f"{found.temporary_bytes / 1e6:.0f}",
+                f"{found.flops / 1e9:.1f}",
+                f"{found.compile_seconds:.1f}",
             )
         )
     if markdown:
@@ -302,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
     cells = [
-        measure(line, structure, options.repeats)
+        Cell(line, structure, measure(LINES[line], STRUCTURES[structure], options.repeats))
         for line in options.line
         for structure in options.structure
     ]
@@ -310,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(cells, options.markdown))
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     if options.out:
-        found = {"environment": about, "measurements": [asdict(cell) for cell in cells]}
+        found = {"environment": about, "measurements": [cell.record() for cell in cells]}
         options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 

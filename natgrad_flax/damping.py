@@ -51,6 +51,7 @@ class LevenbergMarquardt:
       lower: the ratio under which a prediction is poor.
       upper: the ratio over which it is good.
       minimum: the damping never falls below this.
+      maximum: it never rises above this: at the rounding of the loss every prediction is poor.
 
     Raises:
       ValueError: a constant is out of range.
@@ -62,13 +63,15 @@ class LevenbergMarquardt:
     lower: float = 0.25
     upper: float = 0.75
     minimum: float = 1e-12
+    maximum: float = 1e6
 
     def __post_init__(self) -> None:
         ordered = 0 < self.decrease < 1 < self.increase and 0 < self.lower < self.upper
-        if not (ordered and 0 < self.minimum <= self.initial and math.isfinite(self.initial)):
+        within = 0 < self.minimum <= self.initial <= self.maximum < math.inf
+        if not (ordered and within):
             raise ValueError(
                 "LevenbergMarquardt needs 0 < decrease < 1 < increase, 0 < lower < upper and "
-                f"0 < minimum <= initial, got {self}"
+                f"0 < minimum <= initial <= maximum, finite, got {self}"
             )
 
     def adapt(self, damping: Array, actual: Array, predicted: Array) -> Array:
@@ -85,7 +88,7 @@ class LevenbergMarquardt:
         )
         # a step that blew up tells nothing but that the damping was too small
         factor = jnp.where(jnp.isfinite(ratio), factor, self.increase)
-        return jnp.maximum(damping * factor.astype(damping.dtype), self.minimum)
+        return jnp.clip(damping * factor.astype(damping.dtype), self.minimum, self.maximum)
 
 
 def is_zero(damping: object) -> bool:

@@ -23,8 +23,8 @@ def _cholesky_solve(factor: Array, rhs: Array) -> Array:
 def pinv_solve(matrix: Array, rhs: Array) -> Array:
     """The pseudo-inverse of a symmetric matrix (n, n) times rhs (n,) or (n, k).
 
-    Eigenvalues below max(n, 32) eps |lambda|_max count as zero: the rounding of the matrix itself is
-    several eps, however small n is.
+    Eigenvalues below max(n, 32) eps |lambda|_max count as zero: the rounding of the matrix itself
+    is several eps, however small n is.
     """
     values, vectors = jnp.linalg.eigh(matrix)
     size = jnp.abs(values)
@@ -55,8 +55,8 @@ def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
 
 
 def _is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
-    # elimination magnifies the rounding of a pivot that is zero by the condition of those before it,
-    # so the limit is generous: eigenvalues decide what it refuses, at a price in time alone
+    # elimination magnifies the rounding of a zero pivot by the condition of those before it, so
+    # the limit is generous: eigenvalues decide what it refuses, at a price in time alone
     eps = float(jnp.finfo(matrix.dtype).eps)
     threshold = 0.0 if shifted else max(matrix.shape[0] * eps, eps**0.75)
     return jnp.all(jnp.diagonal(factor) ** 2 > threshold * jnp.diagonal(matrix))

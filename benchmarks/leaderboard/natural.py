@@ -17,10 +17,14 @@ from natgrad_flax.damping import is_zero
 from natgrad_flax.fisher import FisherKind
 from natgrad_flax.gradient import model_geometry
 
-RELATIVE = ng.RelativeDamping(1e-3)
+THEORY = ng.RelativeDamping(1e-3)
+# what a batch leaves out of its own Fisher, a step divides by the damping alone: less than this
+# and training on mini-batches, or with one sampled target, blows up
+TUNED = ng.RelativeDamping(0.1)
+SAMPLED = ng.RelativeDamping(1.0)
 # a perfect step at 1/alpha has the reduction ratio 1 / (2 - 1/alpha), which is 1 for the exact
 # Fisher and nears 1/2 for large alpha: that is what "good" has to mean for all of them
-ADAPTIVE = ng.LevenbergMarquardt(initial=1e-2, lower=0.2, upper=0.45)
+ADAPTIVE = ng.LevenbergMarquardt(initial=0.1, lower=0.2, upper=0.45, minimum=1e-4)
 
 # the side of a dense system that a step can factorise within the budget of a workload
 LARGEST_SYSTEM = 2500
@@ -33,8 +37,9 @@ def variants(
     title: str,
     structure: ng.Structure,
     *,
-    damping: Damping = RELATIVE,
+    damping: Damping = THEORY,
     rates: tuple[float, ...],
+    damped: ng.Structure | None = None,
 ) -> tuple[Contestant, ...]:
     """A structure with true and Monte-Carlo Fisher, fixed and adaptive damping, and tuned rates.
 
@@ -44,15 +49,16 @@ def variants(
       structure: the Fisher approximation.
       damping: of the first variant, the one of the theory.
       rates: learning rates of the tuned variants, TUNING_TRIALS of them.
+      damped: the approximation of all variants but the first; the same without it.
     """
     assert len(rates) == TUNING_TRIALS
     table: tuple[tuple[str, str, FisherKind, Damping, RateRule], ...] = (
         ("", "", "exact", damping, "theoretical"),
         ("-lm", ", adaptive damping", "exact", ADAPTIVE, "theoretical"),
-        ("-tuned", ", tuned", "exact", RELATIVE, "tuned"),
-        ("-mc", ", Monte-Carlo", "mc", RELATIVE, "theoretical"),
+        ("-tuned", ", tuned", "exact", TUNED, "tuned"),
+        ("-mc", ", Monte-Carlo", "mc", SAMPLED, "theoretical"),
         ("-mc-lm", ", Monte-Carlo, adaptive damping", "mc", ADAPTIVE, "theoretical"),
-        ("-mc-tuned", ", Monte-Carlo, tuned", "mc", RELATIVE, "tuned"),
+        ("-mc-tuned", ", Monte-Carlo, tuned", "mc", SAMPLED, "tuned"),
     )
     return tuple(
         Contestant(
@@ -60,14 +66,15 @@ def variants(
             title=f"{title}{words}",
             family="natural-gradient",
             rate_rule=rule,
-            optimizer=partial(_optimizer, structure, fisher, rho),
+            optimizer=partial(_optimizer, chosen, fisher, rho),
             rates=rates if rule == "tuned" else (),
-            structure=structure,
+            structure=chosen,
             fisher=fisher,
             damping=rho,
-            unsuitable=partial(unsuitable, structure, fisher, rho),
+            unsuitable=partial(unsuitable, chosen, fisher, rho),
         )
         for suffix, words, fisher, rho, rule in table
+        for chosen in (damped if damped and suffix else structure,)
     )
 
 
@@ -84,28 +91,44 @@ def _optimizer(
         structure=structure,
         loss=workload.loss,
         damping=damping,
-        fisher=fisher,
+        fisher=fisher_on(workload, fisher),
         seed=seed,
     )
+
+
+def fisher_on(workload: Workload, fisher: FisherKind) -> FisherKind:
+    """The kind of Fisher on a workload: where one backward pass gives the true one, that."""
+    return "exact" if true_seeds(workload) == 1 else fisher
+
+
+def true_seeds(workload: Workload) -> int:
+    """Backward passes of the true Fisher; cross-entropy has an output Fisher of rank C - 1."""
+    outputs = workload.data().y_train.shape[1]
+    return outputs - isinstance(workload.loss, ng.SoftmaxCrossEntropy)
 
 
 def unsuitable(
     structure: ng.Structure, fisher: FisherKind, damping: Damping, workload: Workload
 ) -> str:
-    """Why a variant has no place on a workload, or ""; by sizes alone."""
+    """Why a variant has no place on a workload, or ""; by sizes alone.
+
+    Args:
+      structure: the Fisher approximation.
+      fisher: "exact" or "mc".
+      damping: of the variant.
+      workload: its data must be at hand.
+    """
     data, model = workload.data(), workload.model(0)
     samples = workload.batch_size or len(data.x_train)
-    outputs = data.y_train.shape[1]
-    # cross-entropy has an output Fisher of rank C - 1
-    seeds = outputs - isinstance(workload.loss, ng.SoftmaxCrossEntropy)
-    if fisher == "mc" and seeds == 1:
-        return "the true Fisher needs one backward pass here, so there is nothing to sample"
-    seeds = 1 if fisher == "mc" else seeds
+    seeds = 1 if fisher == "mc" else true_seeds(workload)
     layers = model_geometry(model, samples).layers
     if isinstance(structure, ng.QuasiDiagonal) and not _has_biases(model):
         return "without biases it is the diagonal"
-    if is_zero(damping) and (workload.batch_size or not isinstance(workload.loss, ng.MeanSquaredError)):
-        return "without damping every batch would be fitted to its end: this is for full batches"
+    full_batch = workload.batch_size is None and isinstance(workload.loss, ng.MeanSquaredError)
+    if is_zero(damping) and not full_batch:
+        return (
+            "without damping each batch would be fitted to its end: for squared error, full batch"
+        )
     signals = samples * seeds * sum(units for _, units in layers)
     if signals > LARGEST_SIGNALS:
         return (
@@ -129,8 +152,11 @@ def dense_side(structure: ng.Structure, layers: Sequence[tuple[int, int]], rows:
     sizes = [fan_in * units for fan_in, units in layers]
     if isinstance(structure, ng.BlockDiagonal):
         return max(min(rows, size) for size in sizes)
-    if isinstance(structure, ng.Exact | ng.LayerWise):
+    if isinstance(structure, ng.Exact):
         return min(rows, sum(sizes))
+    if isinstance(structure, ng.BlockTriDiagonal):
+        # every other layer is eliminated
+        return min(len(layers) // 2 * rows, sum(sizes))
     if isinstance(structure, ng.KFAC):
         return max(min(rows, units) for _, units in layers)
     return 0

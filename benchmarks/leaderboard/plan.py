@@ -17,9 +17,10 @@ TUNING_SEED = 1000
 """Initial parameters and batches of tuning, which no evaluation uses."""
 
 _DIGITS = (
-    "digits-mse", "digits-classes", "linear-teacher", "sparse-classification", "matrix-completion",
+    "digits-fit", "digits-mse", "digits-classes", "linear-teacher", "sparse-classification",
+    "matrix-completion",
 )  # fmt: skip
-_MNIST = ("mnist-mse", "mnist-classes", "mnist-autoencoder")
+_MNIST = ("mnist-fit", "mnist-mse", "mnist-classes", "mnist-autoencoder")
 _BASELINES = ("first-order", "quasi-Newton")
 
 

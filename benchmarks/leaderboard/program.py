@@ -124,7 +124,7 @@ def _objective(graphdef: Any, workload: Workload, x: Array, y: Array, parameters
 
 
 class Evaluation:
-    """Training loss and held-out metric of parameters, compiled once; never on the clock."""
+    """Training loss and metric of parameters, compiled once; never on the clock."""
 
     def __init__(self, workload: Workload) -> None:
         data = workload.data()
@@ -136,11 +136,12 @@ class Evaluation:
         @jax.jit
         def measure(parameters: Any, train: Any, held_out: Any) -> tuple[Array, Array]:
             model = nnx.merge(graphdef, parameters)
-            return workload.loss(model(train[0]), train[1]), metric(model(held_out[0]), held_out[1])
+            loss = workload.loss(model(train[0]), train[1])
+            return loss, loss if metric is None else metric(model(held_out[0]), held_out[1])
 
         self._measure = measure
 
     def __call__(self, parameters: nnx.State) -> tuple[float, float]:
-        """(training loss, held-out metric)."""
-        train, held_out = self._measure(parameters, self._train, self._held_out)
-        return float(train), float(held_out)
+        """(training loss, metric)."""
+        loss, judged = self._measure(parameters, self._train, self._held_out)
+        return float(loss), float(judged)

@@ -15,18 +15,21 @@ from benchmarks.leaderboard.workload import Data
 
 
 def images(settings: Mapping[str, Any]) -> Data:
-    """Images of a data set, standardised and of unit norm, with their encoded labels.
+    """Standardised images of a data set, all of one norm, with their encoded labels.
 
     Args:
       settings: "dataset", "classes", "num_train" and "num_held_out"; the first samples of the
-        chosen classes in file order, held-out ones from the test set.
+        chosen classes in file order, held-out ones from the test set. "input_norm" is the
+        Euclidean norm of every image.
 
     Returns:
       Targets are +-0.5 in one column for two classes, else one-hot.
     """
     chosen = (settings[name] for name in ("dataset", "classes", "num_train", "num_held_out"))
     name, classes, train, held_out = chosen
-    return _images(name, tuple(classes), train, held_out, True)
+    data = _images(name, tuple(classes), train, held_out, True)
+    norm = np.float32(settings["input_norm"])
+    return data._replace(x_train=norm * data.x_train, x_held_out=norm * data.x_held_out)
 
 
 def reconstruction(settings: Mapping[str, Any]) -> Data:

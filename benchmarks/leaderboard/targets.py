@@ -16,7 +16,7 @@ from benchmarks.leaderboard import RULES
 from benchmarks.leaderboard.workload import METRICS, Workload
 from ntk_analysis.results import content_hash, now, write_json
 
-FOLDER = Path(__file__).parent / "targets"
+FOLDER = Path(__file__).parent / "frozen"
 
 SLACK = 1.05
 """A target is this times what the best tuned baseline has at the end of the budget."""

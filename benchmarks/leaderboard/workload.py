@@ -40,15 +40,15 @@ class Data(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """How outputs (N', C) on held-out samples are judged; the smaller the better.
+    """How a model is judged; the smaller the better.
 
     Attributes:
       title: what tables call it.
-      function: from outputs and targets to a scalar.
+      function: from outputs and targets to a scalar; None where the training loss itself counts.
     """
 
     title: str
-    function: Callable[[Array, Array], Array]
+    function: Callable[[Array, Array], Array] | None
 
 
 def mean_squared_error(outputs: Array, targets: Array) -> Array:
@@ -65,6 +65,7 @@ def error_rate(outputs: Array, targets: Array) -> Array:
 
 
 METRICS = {
+    "train": Metric("training loss", None),
     "mse": Metric("held-out mean squared error", mean_squared_error),
     "rmse": Metric(
         "held-out root mean squared error",
@@ -88,7 +89,7 @@ class Workload:
       model: from the seed of a trial to the model at its initial parameters, in float32.
       loss: what is trained.
       batch_size: samples a step, drawn without replacement in epochs; None for all of them.
-      metric: a key of ``METRICS``, taken on the held-out samples.
+      metric: a key of ``METRICS``: the training loss, or something on the held-out samples.
       max_steps: steps after which a trial has missed the target.
       max_seconds: seconds of training after which it has.
       dataset: a name of ``natgrad_datasets`` whose files must be at hand; None where the workload

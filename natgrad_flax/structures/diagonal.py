@@ -61,6 +61,10 @@ class Diagonal(Structure):
         ]
         return jnp.diag(ravel(tuple(entries)))
 
+    def gram_size(self, signals: Signals) -> int:
+        """0: it is inverted entry by entry."""
+        return 0
+
     def damping_scale(self, signals: Signals) -> Array:
         """Mean of the diagonal of F, one value a layer."""
         return jnp.stack([jnp.mean(ravel((layer,))) for layer in fisher_diagonal(signals)])

@@ -77,8 +77,8 @@ class KFAC(Structure):
             return pair[0], pair[1]
         if self.split == "plain" or is_zero(damping):
             return damping, damping
-        mean_a = jnp.sum(layer.input_norms()) / (over_a * layer.fan_in)
-        mean_b = jnp.sum(layer.derivative_norms()) / (over_b * layer.num_units)
+        mean_a = jnp.sum(layer.input_norms()) / float(over_a * layer.fan_in)
+        mean_b = jnp.sum(layer.derivative_norms()) / float(over_b * layer.num_units)
         usable = (mean_a > 0) & (mean_b > 0)
         pi = jnp.where(usable, jnp.sqrt(mean_a / jnp.where(usable, mean_b, 1)), 1)
         root = jnp.sqrt(jnp.asarray(damping, layer.inputs.dtype))
@@ -218,13 +218,25 @@ class KFAC(Structure):
             )
         return jax.scipy.linalg.block_diag(*blocks)
 
+    def gram_size(self, signals: Signals) -> int:
+        """The larger of the two factors, each on the side that ``space`` chooses."""
+        sides = []
+        for layer in signals.layers:
+            for samples, params in (
+                (layer.num_samples, layer.fan_in),
+                (signals.size, layer.num_units),
+            ):
+                sides.append(params if self._in_parameters(samples, params) else samples)
+        return max(sides)
+
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonals of the Gram matrices of A* and of B*, over their divisors, (L, 2)."""
         scales = []
         for index, layer in enumerate(signals.layers):
             over_a, over_b = self._divisors(signals, index)
-            mean_a = jnp.sum(layer.input_norms()) / (over_a * signals.num_samples)
-            mean_b = jnp.sum(layer.derivative_norms()) / (over_b * signals.size)
+            # floats: N^2 N S outgrows the integers of XLA
+            mean_a = jnp.sum(layer.input_norms()) / float(over_a * signals.num_samples)
+            mean_b = jnp.sum(layer.derivative_norms()) / float(over_b * signals.size)
             scales.append(jnp.stack([mean_a, mean_b]))
         return jnp.stack(scales)
 

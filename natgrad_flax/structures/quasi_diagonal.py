@@ -100,6 +100,10 @@ class QuasiDiagonal(Structure):
             blocks.append(block.reshape(layer.num_params, layer.num_params))
         return jax.scipy.linalg.block_diag(*blocks)
 
+    def gram_size(self, signals: Signals) -> int:
+        """0: it is inverted in 2 x 2 systems, one an entry."""
+        return 0
+
     def damping_scale(self, signals: Signals) -> Array:
         """Mean of the diagonal of F, one value a layer."""
         return Diagonal().damping_scale(signals)

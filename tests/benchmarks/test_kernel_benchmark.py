@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import kernel_problems, kernels
+from benchmarks.common import PROFILES
 from benchmarks.kernel_problems import Sizes
 from ntk_analysis.analytic import analytic_kernels
 
@@ -26,7 +27,7 @@ SMALL = Sizes(
 def test_recursion_is_the_ntk(depth):
     x = kernels.make_inputs(6, 5)
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1.0, rtol=1e-14)
-    expected = analytic_kernels(kernels.deep_model(depth, 5), x, parts=("ntk",)).ntk
+    expected = analytic_kernels(kernel_problems.deep_model(depth, 5), x, parts=("ntk",)).ntk
     by_numpy = kernel_problems.recursion(x, depth, np)
     # half of the digits are lost on its diagonal
     np.testing.assert_allclose(by_numpy, expected, rtol=1e-6)
@@ -70,34 +71,46 @@ def test_medians_skip_the_first_call():
     assert all(value >= 0 for value in found.values())
 
 
-def test_suites_and_no_helper_with_a_name_of_asv():
-    for suite, parameters in (
-        (kernels.AnalyticNtk, ()),
-        (kernels.AnalyticLayers, (3,)),
-        (kernels.EmpiricalLayers, ()),
-    ):
-        names = [name for name in dir(suite) if re.match(r"(time|track)_", name)]
-        assert names
-        for name in names:
-            if name.startswith("track_"):
-                assert getattr(suite, name).unit
-        assert len(getattr(suite, "params", ())) == (len(kernels.SIZES.depths) if parameters else 0)
+SUITES = (
+    (kernels.AnalyticNtk, (12,)),
+    (kernels.AnalyticLayers, (8, 3)),
+    (kernels.EmpiricalLayers, (16, 4)),
+)
+
+
+def test_suites_name_their_parameters_and_no_helper_has_a_name_of_asv():
+    for suite, case in SUITES:
+        assert len(suite.params) == len(suite.param_names) == len(case)
+        tracks = [getattr(suite, name) for name in dir(suite) if name.startswith("track_")]
+        assert tracks
+        assert all(track.unit and track.__doc__ for track in tracks)
     for module in (kernels, kernel_problems):
         assert not [n for n in vars(module) if re.match(r"(time|mem|peakmem|track)_", n)]
 
 
-def test_suites_run(monkeypatch):
-    monkeypatch.setattr(kernels, "SIZES", SMALL)
+def test_suites_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "HERE", SMALL)
     monkeypatch.setattr(kernels, "REPEATS", 1)
-    for suite, parameters in (
-        (kernels.AnalyticNtk(), ()),
-        (kernels.AnalyticLayers(), (3,)),
-        (kernels.EmpiricalLayers(), ()),
-    ):
-        suite.setup(*parameters)
-        for name in [name for name in dir(suite) if re.match(r"(time|track)_", name)]:
-            value = getattr(suite, name)(*parameters)
-            assert value is None if name.startswith("time_") else value > 0
+    for kind, case in SUITES:
+        suite = kind()
+        suite.setup(str(tmp_path), *case)
+        for name in [name for name in dir(suite) if name.startswith("track_")]:
+            assert getattr(suite, name)(str(tmp_path), *case) > 0
+    assert 0 < suite.track_memory_ratio_to_contraction() < 1
+
+
+def test_regular_profile_is_what_the_command_measures():
+    assert kernel_problems.PROFILE_SIZES["regular"] is kernels.SIZES == Sizes()
+    assert list(kernel_problems.PROFILE_SIZES) == list(PROFILES)
+
+
+def test_layers_that_do_not_sum_to_the_kernel_fail():
+    works = kernel_problems.layer_works(kernels.make_inputs(6, 5), 3)
+    assert len(works["layers"]()) == 3
+    kernel_problems.check_sum(works)
+    layers = works["layers"]
+    with pytest.raises(ArithmeticError, match="all layers and the whole network differ"):
+        kernel_problems.check_sum(works | {"layers": lambda: layers()[1:]})
 
 
 def test_command_line(tmp_path, capsys):

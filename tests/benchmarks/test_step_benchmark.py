@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,13 @@ import pytest
 from flax import nnx
 
 import natgrad_flax as ng
-from benchmarks import problems, step
-from benchmarks.problems import LINES, STRUCTURES, Line, make_problem
+from benchmarks import answers, programs, step
+from benchmarks.problems import LINES, STRUCTURES, Case, Entry, Line, make_problem
+from natgrad_flax.fisher import fisher_signals
+from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.signals import LayerUpdate, Residual, Signals
+from natgrad_flax.structures.base import gradient, ravel
+from ntk_analysis.gradient_descent import GradientDescent
 
 
 def small(line: Line) -> Line:
@@ -26,21 +30,23 @@ def leaves(state: nnx.State) -> np.ndarray:
 
 def test_names_of_the_table() -> None:
     names = ["exact", "block-diag", "tri-diag", "K-FAC", "diagonal", "quasi-diag", "unit-wise"]
-    assert step.Step.params == (list(LINES), names)
+    assert step.Step.params[0] == names
     assert [list(line.targets) for line in LINES.values()] == [names] * 3
     assert len({type(entry.structure) for entry in STRUCTURES.values()}) == 7
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", ["exact", "quasi-diag"])
 @pytest.mark.parametrize("line", LINES)
 def test_step_applies_the_natural_gradient(line: str, structure: str) -> None:
     where, entry = small(LINES[line]), STRUCTURES[structure]
-    steps = step.prepare(where, entry)
-    natural, sgd = step.alternate(steps, repeats=1)
+    steps = programs.prepare(where, entry)
+    natural, sgd = programs.alternate(steps, repeats=1)
     assert len(natural) == 1
-    assert len(sgd) == step.SGD_PER_ROUND
-    assert step.temporary_bytes(steps.natural_compiled) > 0
-    assert step.flops(steps.natural_compiled) > 0
+    assert len(sgd) == programs.SGD_PER_ROUND
+    compiled = steps.natural_compiled
+    held = 4 * 2 * len(leaves(steps.state))
+    assert programs.planned_bytes(compiled) >= held + programs.temporary_bytes(compiled) > held
+    assert programs.flops(compiled) > 0
 
     problem = make_problem(where, entry)
     direction = ng.natural_gradient(
@@ -49,12 +55,12 @@ def test_step_applies_the_natural_gradient(line: str, structure: str) -> None:
         problem.y,
         structure=entry.structure,
         loss=where.loss,
-        damping=step.damping(where, entry),
+        damping=programs.damping(where, entry),
         fisher=where.fisher,
         key=problem.key,
     )
     before = leaves(nnx.state(problem.model))
-    expected = before - step.LEARNING_RATE * leaves(direction)
+    expected = before - programs.LEARNING_RATE * leaves(direction)
     scale = np.abs(expected - before).max()
     np.testing.assert_allclose(leaves(steps.natural()), expected, atol=1e-3 * scale, rtol=0)
 
@@ -62,7 +68,7 @@ def test_step_applies_the_natural_gradient(line: str, structure: str) -> None:
         return where.loss(nnx.merge(nnx.graphdef(problem.model), state)(problem.x), problem.y)
 
     slope = leaves(jax.grad(loss)(nnx.state(problem.model)))
-    moved = before - step.LEARNING_RATE * slope
+    moved = before - programs.LEARNING_RATE * slope
     np.testing.assert_allclose(leaves(steps.sgd()), moved, atol=1e-6, rtol=1e-5)
 
 
@@ -70,7 +76,7 @@ def test_every_structure_takes_its_own_step() -> None:
     line = dataclasses.replace(small(LINES["mse-4096"]), undamped=False)
     # on one network, so that only the structure can make the difference
     ends = [
-        leaves(step.prepare(line, dataclasses.replace(entry, bias_variance=0.1)).natural())
+        leaves(programs.prepare(line, dataclasses.replace(entry, bias_variance=0.1)).natural())
         for entry in STRUCTURES.values()
     ]
     for index, end in enumerate(ends):
@@ -79,11 +85,14 @@ def test_every_structure_takes_its_own_step() -> None:
 
 
 def test_line_decides_the_damping() -> None:
-    at = {key: step.damping(LINES["mse-4096"], entry) for key, entry in STRUCTURES.items()}
+    at = {key: programs.damping(LINES["mse-4096"], entry) for key, entry in STRUCTURES.items()}
     undamped = [key for key, value in at.items() if value == 0.0]
     assert undamped == ["exact", "block-diag", "tri-diag", "K-FAC"]
     for line in ("xent-1024", "xent-1024-mc"):
-        assert all(step.damping(LINES[line], e) == step.DAMPING for e in STRUCTURES.values())
+        assert all(
+            programs.damping(LINES[line], e) == ng.RelativeDamping(1e-3)
+            for e in STRUCTURES.values()
+        )
 
 
 def test_problem_is_the_same_every_time_and_in_float32() -> None:
@@ -97,29 +106,134 @@ def test_problem_is_the_same_every_time_and_in_float32() -> None:
 
 
 def test_parameters_that_are_not_finite_fail_the_benchmark() -> None:
-    steps = step.prepare(small(LINES["mse-4096"]), STRUCTURES["exact"])
+    steps = programs.prepare(small(LINES["mse-4096"]), STRUCTURES["exact"])
     broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), steps.state)
     with pytest.raises(FloatingPointError, match="not finite"):
-        step.alternate(dataclasses.replace(steps, natural=lambda: broken), repeats=1)
+        programs.alternate(dataclasses.replace(steps, natural=lambda: broken), repeats=1)
 
 
-def test_no_helper_bears_a_name_that_asv_takes_for_a_benchmark() -> None:
-    for module in (step, problems):
-        assert not [name for name in vars(module) if re.match(r"(time|mem|peakmem|track)_", name)]
+def smallest(structure: str = "exact") -> tuple[Line, Entry]:
+    return Case(8, 3, 6, 3).line(), STRUCTURES[structure]
 
 
-def test_asv_tracks_and_command_line(
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_reference_metric_is_the_dense_one(structure: str) -> None:
+    line, entry = Case(5, 3, 4, 2).line(), STRUCTURES[structure]
+    line = dataclasses.replace(line, widths=(6, 5, 5, 2))
+    problem = make_problem(line, dataclasses.replace(entry, bias_variance=0.3))
+    with jax.enable_x64(True):
+        graphdef, state = nnx.split(problem.model)
+        state = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state)
+        x, y = (jnp.asarray(np.asarray(array, np.float64)) for array in (problem.x, problem.y))
+        size = sum(leaf.size for leaf in jax.tree.leaves(state))
+        vector = jnp.asarray(np.random.default_rng(0).normal(size=size))
+
+        @jax.jit
+        def both(state: nnx.State) -> tuple[jax.Array, jax.Array]:
+            signals, _ = fisher_signals(nnx.merge(graphdef, state), x, y, loss=line.loss)
+            rho = resolve_damping(entry.structure, signals, ng.RelativeDamping(0.3))
+            applied = answers.metric_times(entry.structure, signals, rho, signals.unravel(vector))
+            return ravel(applied), entry.structure.to_dense(signals, rho) @ vector
+
+        np.testing.assert_allclose(*both(state), rtol=1e-10, atol=1e-12)
+
+
+class PlainGradient(ng.Exact):
+    """Solves nothing."""
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: jax.Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        return gradient(signals, residual)
+
+
+class Scaled(ng.BlockDiagonal):
+    """Five per cent too long."""
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: jax.Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        right = super().solve(signals, residual, damping)
+        return jax.tree.map(lambda leaf: 1.05 * leaf, right)
+
+
+class Uncoupled(ng.Exact):
+    """Solves each layer by itself."""
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: jax.Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        return ng.BlockDiagonal().solve(signals, residual, damping)
+
+
+@pytest.mark.parametrize("wrong", [PlainGradient(), Scaled(), Uncoupled()], ids=lambda w: w.name)
+def test_a_wrong_step_fails_the_benchmark(wrong: ng.Structure) -> None:
+    with pytest.raises(ArithmeticError, match=f"the step u of {wrong.name} is wrong"):
+        step.measure(Case(8, 3, 6, 3).line(), Entry(wrong), repeats=1)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_right_step_passes_closely(structure: str) -> None:
+    line, entry = smallest(structure)
+    found = step.measure(dataclasses.replace(line, fisher="mc"), entry, repeats=1)
+    assert found.defect < 1e-3
+    assert found.scale == pytest.approx(1, abs=1e-4)
+
+
+def test_an_unknown_structure_is_refused() -> None:
+    with pytest.raises(TypeError, match="metric of GradientDescent is not known"):
+        answers.metric_times(GradientDescent(), None, 0.0, ())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="split='plain'"):
+        answers.metric_times(ng.KFAC(split="pi"), None, 0.0, ())  # type: ignore[arg-type]
+
+
+def test_asv_figures_are_those_of_one_measurement(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = step.measure
+
+    def counted(*case: object) -> step.Measurement:
+        calls.append(case)
+        return real(*case)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(step, "measure", counted)
+    case = ("exact", 8, 3, 6, 3, "cross-entropy", "exact")
+    values = {}
+    for name in [name for name in dir(step.Step) if name.startswith("track_")]:
+        suite = step.Step()
+        suite.setup(str(tmp_path), *case)
+        values[name] = getattr(suite, name)(str(tmp_path), *case)
+    assert len(calls) == 1
+    assert values["track_ratio_to_sgd"] == pytest.approx(
+        values["track_step"] / values["track_sgd_step"]
+    )
+    assert 0 < values["track_temporary_memory"] < values["track_peak_memory"]
+    assert values["track_flops"] > 0
+    with pytest.raises(NotImplementedError, match="softmax of one output"):
+        step.Step().setup(str(tmp_path), "exact", 8, 3, 6, 1, "cross-entropy", "exact")
+
+
+def test_timing_compiles_once_and_checks_before_it_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    suite = step.StepTiming()
+    case = ("exact", 8, 3, 6, 3, "cross-entropy", "exact")
+    suite.setup(*case)
+    prepared = suite.steps
+    suite.setup(*case)
+    assert suite.steps is prepared is not None
+    suite.time_step(*case)
+    suite.peakmem_step(*case)
+    monkeypatch.setitem(STRUCTURES, "exact", Entry(PlainGradient()))
+    with pytest.raises(ArithmeticError, match="is wrong"):
+        step.StepTiming().setup(*case)
+
+
+def test_command_line(
     tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(LINES, "mse-4096", small(LINES["mse-4096"]))
-    suite = step.Step()
-    suite.setup("mse-4096", "exact")
-    tracks = [name for name in dir(suite) if name.startswith("track_")]
-    assert len(tracks) == 4
-    for name in tracks:
-        assert getattr(suite, name)("mse-4096", "exact") > 0
-        assert getattr(suite, name).unit
-
     out = tmp_path / "step.json"
     where = ["--line", "mse-4096", "--structure", "exact", "diagonal", "--repeats", "2"]
     step.main([*where, "--markdown", "--out", str(out)])

@@ -1,6 +1,5 @@
 """A leaderboard of one small workload: a line through eight points, learned in milliseconds."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax

@@ -1,5 +1,7 @@
 """Bad input: one clear error each, before any work."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,7 +179,15 @@ def test_relative_damping(ratio):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"initial": 0.0}, {"increase": 0.9}, {"decrease": 1.1}, {"lower": 0.8}]
+    "changes",
+    [
+        {"initial": 0.0},
+        {"increase": 0.9},
+        {"decrease": 1.1},
+        {"lower": 0.8},
+        {"maximum": 0.5},
+        {"maximum": float("inf")},
+    ],
 )
 def test_levenberg_marquardt(changes):
     with pytest.raises(ValueError, match="LevenbergMarquardt"):
@@ -209,3 +219,15 @@ def test_optimizer_without_the_batch():
     params = nnx.as_pure(nnx.state(MODEL, nnx.Param))
     with pytest.raises(ValueError, match="pass module=model, x=x, y=y"):
         tx.update(params, tx.init(params), params)
+
+
+def test_sizes_are_refused_only_where_a_system_of_that_size_is_solved(monkeypatch):
+    """The entry-wise structures solve none; K-FAC counts N^2 N S in its damping, past 32 bits."""
+    monkeypatch.setattr("natgrad_flax.checks.available_memory", lambda: 10**6)
+    model = ng.MLP((5, 4, 10), bias_variance=0.1, rngs=nnx.Rngs(0))
+    x, y = jnp.zeros((700, 5)), jax.nn.one_hot(jnp.arange(700) % 10, 10)
+    settings = {"loss": ng.SoftmaxCrossEntropy(), "damping": ng.RelativeDamping(1e-3)}
+    for structure in (ng.Diagonal(), ng.QuasiDiagonal(), ng.KFAC()):
+        jax.eval_shape(partial(ng.natural_gradient, model, structure=structure, **settings), x, y)
+    with pytest.raises(ValueError, match="the system that Exact solves is 6300 x 6300"):
+        ng.natural_gradient(model, x, y, structure=ng.Exact("sample"), **settings)

@@ -142,6 +142,8 @@ def test_levenberg_marquardt_follows_the_reduction_ratio():
         np.testing.assert_allclose(found, 0.5 * factor, rtol=1e-6)
     tiny = adaptive.adapt(jnp.asarray(1e-12), jnp.asarray(-1.0), jnp.asarray(-1.0))
     assert tiny == pytest.approx(1e-12)
+    huge = adaptive.adapt(jnp.asarray(9e5), jnp.asarray(jnp.nan), jnp.asarray(-1.0))
+    assert huge == pytest.approx(1e6)
 
 
 def test_levenberg_marquardt_inside_nnx_optimizer():

@@ -11,6 +11,7 @@ SETTINGS = {
     "classes": list(range(10)),
     "num_train": 1400,
     "num_held_out": 360,
+    "input_norm": 8.0,
     "widths": [64, 256, 256, 10],
     "activation": "relu",
     "weight_variance": 2.0,
@@ -29,5 +30,5 @@ WORKLOAD = Workload(
     batch_size=64,
     metric="error",
     max_steps=1000,
-    max_seconds=3.0,
+    max_seconds=2.0,
 )

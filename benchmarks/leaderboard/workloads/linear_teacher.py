@@ -1,5 +1,6 @@
 """An ill-conditioned deep linear teacher: Fig. 1A of Bernacchia et al. (2018)."""
 
+import itertools
 from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
@@ -37,7 +38,7 @@ def data() -> Data:
     deviations = np.exp(-SETTINGS["decay"] * np.arange(inputs) / inputs / 2)
     x = (rng.standard_normal((size, inputs)) * deviations) @ eigenvectors.T
     y = x
-    for fan_in, units in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, units in itertools.pairwise(widths):
         y = y @ rng.standard_normal((fan_in, units)) / np.sqrt(fan_in)
     y = y + np.sqrt(SETTINGS["noise_variance"]) * rng.standard_normal(y.shape)
     x, y = x.astype(np.float32), y.astype(np.float32)
@@ -57,5 +58,5 @@ WORKLOAD = Workload(
     batch_size=1000,
     metric="mse",
     max_steps=1500,
-    max_seconds=3.0,
+    max_seconds=2.0,
 )

@@ -28,7 +28,7 @@ WORKLOAD = Workload(
     loss=ng.MeanSquaredError(),
     batch_size=1000,
     metric="rmse",
-    max_steps=2000,
+    max_steps=400,
     max_seconds=30.0,
     dataset="mnist",
 )

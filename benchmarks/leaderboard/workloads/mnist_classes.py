@@ -11,6 +11,7 @@ SETTINGS = {
     "classes": list(range(10)),
     "num_train": 10000,
     "num_held_out": 5000,
+    "input_norm": 28.0,
     "widths": [784, 512, 512, 10],
     "activation": "relu",
     "weight_variance": 2.0,
@@ -28,7 +29,7 @@ WORKLOAD = Workload(
     loss=ng.SoftmaxCrossEntropy(),
     batch_size=128,
     metric="error",
-    max_steps=5000,
+    max_steps=1500,
     max_seconds=20.0,
     dataset="mnist",
 )

@@ -26,12 +26,12 @@ SETTINGS: Mapping[str, Any] = {
 
 @cache
 def data() -> Data:
-    """x ~ N(0, I / D), class by the sign of the sum of the first 20 of D = 1000 inputs, one-hot."""
+    """x ~ N(0, I), class by the sign of the sum of the first 20 of D = 1000 inputs, one-hot."""
     rng = np.random.default_rng(SETTINGS["data_seed"])
     inputs, train = SETTINGS["widths"][0], SETTINGS["num_train"]
-    x = rng.standard_normal((train + SETTINGS["num_held_out"], inputs))
-    positive = x[:, : SETTINGS["relevant"]].sum(axis=1) > 0
-    x = (x / np.sqrt(inputs)).astype(np.float32)
+    drawn = rng.standard_normal((train + SETTINGS["num_held_out"], inputs))
+    positive = drawn[:, : SETTINGS["relevant"]].sum(axis=1) > 0
+    x = drawn.astype(np.float32)
     y = np.stack([positive, ~positive], axis=1).astype(np.float32)
     return Data(x[:train], y[:train], x[train:], y[train:])
 
@@ -49,5 +49,5 @@ WORKLOAD = Workload(
     batch_size=250,
     metric="error",
     max_steps=1000,
-    max_seconds=3.0,
+    max_seconds=2.0,
 )

@@ -1,0 +1,231 @@
+"""Whether a timed step is the natural gradient: G u = g, with G applied by its definition.
+
+The structures solve for u, in sample or parameter space, through Gram matrices. Here their metric G
+is only applied to u, parameter by parameter, and g comes from ``jax.grad``. So what is checked is
+the very result that was timed, at its own size, and not by the code that made it.
+"""
+
+from __future__ import annotations
+
+from functools import partial, singledispatch
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+import natgrad_flax as ng
+from benchmarks.problems import Entry, Line, Problem
+from benchmarks.programs import LEARNING_RATE, check_finite, damping
+from natgrad_flax.damping import per_layer
+from natgrad_flax.fisher import fisher_signals
+from natgrad_flax.gradient import as_state, leaf_names, resolve_damping
+from natgrad_flax.signals import DenseSignals, LayerUpdate, Signals
+
+DEFECT = 0.1
+"""Most of |G u - g| / |g|. Rounding is about eps N S over the ratio of a relative damping."""
+
+SCALE = 0.02
+"""Most of <G u, g> / <g, g> - 1, in which rounding averages out."""
+
+Updates = tuple[LayerUpdate, ...]
+
+
+def check_step(line: Line, entry: Entry, problem: Problem, after: nnx.State) -> tuple[float, float]:
+    """Compares a natural-gradient step with the definition of its structure.
+
+    Args:
+      line: loss and kind of Fisher.
+      entry: the structure.
+      problem: model, batch and key of the step.
+      after: the parameters after the step.
+
+    Returns:
+      |G u - g| / |g| and <G u, g> / <g, g>, with u the step that was taken, over the learning rate.
+
+    Raises:
+      FloatingPointError: parameters that are not finite.
+      ArithmeticError: the step is not that of the structure.
+    """
+    check_finite(after)
+    graphdef, state = nnx.split(problem.model)
+    with jax.default_matmul_precision("highest"):
+        found = _compare(state, after, problem, line=line, entry=entry, graphdef=graphdef)
+    defect, scale = map(float, found)
+    if not (defect <= DEFECT and abs(scale - 1) <= SCALE):
+        raise ArithmeticError(
+            f"the step u of {entry.structure.name} is wrong: with its metric G and the gradient g, "
+            f"|G u - g| / |g| = {defect:.3g} (at most {DEFECT}) and <G u, g> / <g, g> = "
+            f"{scale:.3g} (1 +- {SCALE})"
+        )
+    return defect, scale
+
+
+def _compare(
+    state: nnx.State, after: nnx.State, problem: Problem, *, line: Line, entry: Entry, graphdef: Any
+) -> tuple[Array, Array]:
+    @jax.jit
+    def compare(
+        state: nnx.State, after: nnx.State, x: Array, y: Array, key: Array
+    ) -> tuple[Array, Array]:
+        model = nnx.merge(graphdef, state)
+        signals, _ = fisher_signals(
+            model, x, y, loss=line.loss, fisher=line.fisher, key=key, num_samples=1
+        )
+        rho = resolve_damping(entry.structure, signals, damping(line, entry))
+        flat = {
+            leaf_names(path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                jax.tree.map(lambda old, new: (old - new) / LEARNING_RATE, state, after)
+            )
+        }
+        paths = [layer.path for layer in signals.layers]
+        taken = tuple(
+            {key: flat[(*layer.path, key)] for key in _keys(layer)} for layer in signals.layers
+        )
+        applied = metric_times(entry.structure, signals, rho, taken)
+        found = as_state(state, dict(zip(paths, applied, strict=True)))
+        slope = jax.grad(lambda state: line.loss(nnx.merge(graphdef, state)(x), y))(state)
+        rest = jax.tree.map(jnp.subtract, found, slope)
+        square = _inner(slope, slope)
+        return jnp.sqrt(_inner(rest, rest) / square), _inner(found, slope) / square
+
+    return compare(state, after, problem.x, problem.y, problem.key)
+
+
+def _keys(layer: DenseSignals) -> tuple[str, ...]:
+    return ("kernel",) if layer.bias_scale is None else ("kernel", "bias")
+
+
+def _inner(one: Any, other: Any) -> Any:
+    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), one, other)))
+
+
+@singledispatch
+def metric_times(
+    structure: ng.Structure, signals: Signals, damping: Array | float, update: Updates
+) -> Updates:
+    """G u, without G.
+
+    Args:
+      structure: what G is; ``Structure.to_dense`` is the same G in full.
+      signals: of the seeded outputs.
+      damping: in the 1/N convention, as ``Structure.solve`` takes it.
+      update: u, one entry a layer.
+
+    Raises:
+      TypeError: the structure is unknown here.
+    """
+    raise TypeError(f"the metric of {structure.name} is not known here")
+
+
+@metric_times.register
+def _(structure: ng.Exact, signals: Signals, damping: Array | float, update: Updates) -> Updates:
+    depth = len(signals.layers)
+    return _coupled(np.ones((depth, depth)), signals, damping, update)
+
+
+@metric_times.register
+def _(
+    structure: ng.LayerWise, signals: Signals, damping: Array | float, update: Updates
+) -> Updates:
+    return _coupled(structure.coupling(len(signals.layers)), signals, damping, update)
+
+
+def _coupled(sigma: Any, signals: Signals, damping: Array | float, update: Updates) -> Updates:
+    """S^T (Sigma (x) I) S u / N + rho u, S = blockdiag(J_1, ..., J_L)."""
+    moved = [layer.jvp(part) for layer, part in zip(signals.layers, update, strict=True)]
+    mixed = [
+        sum(weight * change for weight, change in zip(row, moved, strict=True)) for row in sigma
+    ]
+    return tuple(
+        _sum(layer.vjp(change / signals.num_samples), part, rho)
+        for layer, change, part, rho in _rows(signals, mixed, update, damping)
+    )
+
+
+@metric_times.register
+def _(structure: ng.UnitWise, signals: Signals, damping: Array | float, update: Updates) -> Updates:
+    squares = [_squares(layer) for layer in signals.layers]
+    return tuple(
+        _sum(layer.pull_back(square * layer.push_forward(part)), part, rho)
+        for layer, square, part, rho in _rows(signals, squares, update, damping)
+    )
+
+
+@metric_times.register
+def _(structure: ng.Diagonal, signals: Signals, damping: Array | float, update: Updates) -> Updates:
+    squares = [_squares(layer) for layer in signals.layers]
+    return tuple(
+        _sum(jax.tree.map(jnp.multiply, _entries(layer, square), part), part, rho)
+        for layer, square, part, rho in _rows(signals, squares, update, damping)
+    )
+
+
+@metric_times.register
+def _(
+    structure: ng.QuasiDiagonal, signals: Signals, damping: Array | float, update: Updates
+) -> Updates:
+    found = []
+    squares = [_squares(layer) for layer in signals.layers]
+    for layer, square, part, rho in _rows(signals, squares, update, damping):
+        entries = jax.tree.map(lambda entry, rho=rho: entry + rho, _entries(layer, square))
+        if layer.bias_scale is None:
+            found.append(jax.tree.map(jnp.multiply, entries, part))
+            continue
+        mixed = layer.bias_scale * layer.inputs.T @ square
+        # the weights as the bias sees them, and what each weight has beyond that
+        shared = part["bias"] + jnp.sum(mixed * part["kernel"], axis=0) / entries["bias"]
+        rest = entries["kernel"] - mixed**2 / entries["bias"]
+        found.append(
+            {"kernel": mixed * shared + rest * part["kernel"], "bias": entries["bias"] * shared}
+        )
+    return tuple(found)
+
+
+@metric_times.register
+def _(structure: ng.KFAC, signals: Signals, damping: Array | float, update: Updates) -> Updates:
+    if structure.split != "plain" or structure.first_layer != "literal":
+        raise TypeError("the metric of KFAC is known here for split='plain' and a literal layer 1")
+    n, last = signals.num_samples, len(signals.layers) - 1
+    found = []
+    for index, (layer, part, rho) in enumerate(
+        zip(signals.layers, update, per_layer(damping, last + 1), strict=True)
+    ):
+        rho_a, rho_b = jnp.broadcast_to(jnp.asarray(rho), (2,))
+        scaled = index == last and structure.last_layer == "scaled"
+        flat = layer.flat_derivatives()
+        left = _sum(layer.pull_back(layer.push_forward(part) / n), part, rho_a)
+        over = n * n if scaled else n
+        right = partial(_times_units, flat=flat, over=over)
+        found.append(_sum(jax.tree.map(right, left), left, rho_b))
+    return tuple(found)
+
+
+def _times_units(rows: Array, flat: Array, over: int) -> Array:
+    """Rows (..., M) times D^T D / over."""
+    return (rows @ flat.T) @ flat / over
+
+
+def _rows(signals: Signals, values: Any, update: Updates, damping: Array | float) -> Any:
+    dampings = per_layer(damping, len(signals.layers))
+    return zip(signals.layers, values, update, dampings, strict=True)
+
+
+def _sum(applied: LayerUpdate, part: LayerUpdate, rho: Array | float) -> LayerUpdate:
+    return {key: entry + rho * part[key] for key, entry in applied.items()}
+
+
+def _squares(layer: DenseSignals) -> Array:
+    """sum_s D[n,s,i]^2 / N, shape (N, M)."""
+    return jnp.sum(layer.derivatives**2, axis=1) / layer.num_samples
+
+
+def _entries(layer: DenseSignals, square: Array) -> LayerUpdate:
+    """The diagonal of F in the shape of the parameters."""
+    entries = {"kernel": (layer.inputs**2).T @ square}
+    if layer.bias_scale is not None:
+        entries["bias"] = layer.bias_scale**2 * jnp.sum(square, axis=0)
+    return entries

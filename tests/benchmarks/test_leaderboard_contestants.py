@@ -1,0 +1,224 @@
+"""The contestants of the leaderboard: their facts, where they run, and single steps of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import natgrad_flax as ng
+from benchmarks.leaderboard.contestant import (
+    TUNING_TRIALS,
+    Contestant,
+    contestants,
+    find_contestant,
+)
+from benchmarks.leaderboard.natural import LARGEST_SYSTEM, dense_side, fisher_on
+from benchmarks.leaderboard.program import OptaxProgram
+from benchmarks.leaderboard.rates import eigenvalue_program
+from benchmarks.leaderboard.workload import Data, Workload, find_workload
+from ntk_analysis.palette import STYLES
+
+FIRST_ORDER = ("adam", "adamw", "momentum", "muon", "sgd")
+STRUCTURES = {
+    "exact": ng.Exact,
+    "block-diagonal": ng.BlockDiagonal,
+    "block-tri-diagonal": ng.BlockTriDiagonal,
+    "kfac": ng.KFAC,
+    "unit-wise": ng.UnitWise,
+    "diagonal": ng.Diagonal,
+    "quasi-diagonal": ng.QuasiDiagonal,
+}
+SUFFIXES = ("", "-lm", "-tuned", "-mc", "-mc-lm", "-mc-tuned")
+OURS = tuple(f"{name}{suffix}" for name in STRUCTURES for suffix in SUFFIXES)
+
+
+def toy(*, outputs: int = 1, bias: float = 0.0, batch: int | None = None) -> Workload:
+    """A tiny workload: 6 samples of 4 inputs, one hidden layer of 8 units."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 4)).astype(np.float32)
+    y = rng.standard_normal((6, outputs)).astype(np.float32)
+    return dataclasses.replace(
+        find_workload("digits-mse"),
+        name="toy",
+        dataset=None,
+        data=lambda: Data(x, y, x, y),
+        model=lambda seed: ng.MLP((4, 8, outputs), bias_variance=bias, rngs=nnx.Rngs(seed)),
+        batch_size=batch,
+    )
+
+
+def one_step(name: str, workload: Workload, rate: float) -> nnx.State:
+    program = OptaxProgram(find_contestant(name), workload)
+    state = program.start(3, rate)
+    rows = None if workload.batch_size is None else np.arange(workload.batch_size)
+    return program.parameters(program.step(state, rows))
+
+
+def assert_step(moved: nnx.State, workload: Workload, direction: nnx.State, rate: float) -> None:
+    start = nnx.state(workload.model(3))
+    wanted = jax.tree.map(lambda leaf, slope: leaf - rate * slope, start, direction)
+    for here, there in zip(jax.tree.leaves(moved), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
+
+
+def test_every_structure_comes_in_every_variant() -> None:
+    assert {*OURS, *FIRST_ORDER, "lbfgs"} <= set(contestants())
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_facts_of_a_structure(name: str) -> None:
+    entry = find_contestant(name)
+    facts = entry.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    prefix = max((key for key in STRUCTURES if name.startswith(key)), key=len)
+    assert facts["structure"] == STRUCTURES[prefix].__name__
+    assert facts["structure"] in STYLES
+    assert facts["family"] == "natural-gradient"
+    assert facts["damping"]
+    assert facts["fisher"] == ("Monte-Carlo, 1 sample" if "-mc" in name else "true")
+    assert ("Levenberg-Marquardt" in facts["damping"]) == name.endswith("-lm")
+    assert (facts["rate_rule"] == "theoretical") != name.endswith("-tuned")
+
+
+def test_the_theory_runs_undamped() -> None:
+    for name in ("exact", "block-diagonal", "block-tri-diagonal", "kfac"):
+        assert find_contestant(name).facts()["damping"] == "none: pseudo-inverse"
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_facts_of_a_first_order_method(name: str) -> None:
+    facts = find_contestant(name).facts()
+    assert facts["family"] == "first-order"
+    assert facts["structure"] == facts["fisher"] == facts["damping"] == ""
+    assert facts["rate_rule"] == f"tuned, {TUNING_TRIALS} trials"
+
+
+def test_every_tuned_contestant_has_a_growing_grid() -> None:
+    for entry in contestants().values():
+        if entry.rate_rule == "tuned":
+            assert list(entry.rates) == sorted(entry.rates)
+            assert all(high / low <= 4 for low, high in pairwise(entry.rates))
+
+
+def test_titles_differ() -> None:
+    titles = [entry.title for entry in contestants().values()]
+    assert len(set(titles)) == len(titles)
+
+
+def test_a_grid_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="different learning rates"):
+        Contestant("short", "Short", "first-order", "tuned", rates=(0.1,))
+
+
+@pytest.mark.parametrize(
+    ("name", "workload", "reason"),
+    [
+        ("lbfgs", toy(batch=3), "full batches"),
+        ("lbfgs", toy(), ""),
+        ("exact", toy(batch=3), "full batch"),
+        ("exact", toy(), ""),
+        ("exact-mc", toy(), ""),
+        ("exact-mc", toy(outputs=2), ""),
+        ("quasi-diagonal", toy(), "it is the diagonal"),
+        ("quasi-diagonal", toy(bias=0.1), ""),
+        ("exact-tuned", find_workload("linear-teacher"), "side 6400"),
+        ("exact-mc-tuned", find_workload("linear-teacher"), ""),
+        ("block-tri-diagonal-mc-lm", find_workload("linear-teacher"), "side 6400"),
+        ("kfac-tuned", find_workload("linear-teacher"), ""),
+    ],
+)
+def test_unsuitable_pairs_say_why(name: str, workload: Workload, reason: str) -> None:
+    found = find_contestant(name).unsuitable(workload)
+    assert reason in found if reason else found == ""
+
+
+def test_one_output_needs_no_sampling() -> None:
+    assert fisher_on(toy(), "mc") == fisher_on(toy(), "exact") == "exact"
+    assert fisher_on(toy(outputs=2), "mc") == "mc"
+    assert fisher_on(toy(outputs=2), "exact") == "exact"
+
+
+def test_true_fisher_of_the_autoencoder_does_not_fit() -> None:
+    workload = find_workload("mnist-autoencoder")
+    if workload.missing():
+        pytest.skip(workload.missing())
+    assert "784 backward passes" in find_contestant("kfac-tuned").unsuitable(workload)
+    assert find_contestant("kfac-mc-tuned").unsuitable(workload) == ""
+
+
+def test_dense_sides_by_hand() -> None:
+    layers = [(10, 20), (20, 5)]
+    assert dense_side(ng.Exact(), layers, 50) == 50
+    assert dense_side(ng.Exact(), layers, 1000) == 300
+    assert dense_side(ng.BlockDiagonal(), layers, 1000) == 200
+    assert dense_side(ng.KFAC(), layers, 1000) == 20
+    assert dense_side(ng.BlockTriDiagonal(), [*layers, (5, 5)], 100) == 100
+    assert dense_side(ng.Diagonal(), layers, LARGEST_SYSTEM + 1) == 0
+
+
+def test_a_step_of_sgd() -> None:
+    workload = toy(batch=3)
+    data, model = workload.data(), workload.model(3)
+    graphdef, parameters = nnx.split(model)
+
+    def loss(state: nnx.State) -> jax.Array:
+        return jnp.sum((nnx.merge(graphdef, state)(data.x_train[:3]) - data.y_train[:3]) ** 2) / 6
+
+    assert_step(one_step("sgd", workload, 0.7), workload, jax.grad(loss)(parameters), 0.7)
+
+
+@pytest.mark.parametrize("name", ["exact", "kfac-tuned"])
+def test_a_natural_step(name: str) -> None:
+    workload, entry = toy(), find_contestant(name)
+    data = workload.data()
+    assert entry.structure is not None
+    assert isinstance(entry.damping, float | ng.RelativeDamping)
+    direction = ng.natural_gradient(
+        workload.model(3),
+        jnp.asarray(data.x_train),
+        jnp.asarray(data.y_train),
+        structure=entry.structure,
+        loss=workload.loss,
+        damping=entry.damping,
+    )
+    assert_step(one_step(name, workload, 0.5), workload, direction, 0.5)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "exact"])
+def test_largest_eigenvalue_is_that_of_the_coefficient_matrix(name: str) -> None:
+    workload, entry = toy(), find_contestant(name)
+    x, model = jnp.asarray(workload.data().x_train), workload.model(3)
+    assert entry.structure is not None
+    assert isinstance(entry.damping, float | ng.RelativeDamping)
+    rate = ng.optimal_learning_rate(entry.structure, model, x=x, damping=entry.damping)
+    found = float(eigenvalue_program(entry, workload, model, 50)(nnx.state(model), x))
+    assert found == pytest.approx(1 / rate, rel=0.02)
+
+
+def test_lbfgs_lowers_the_loss() -> None:
+    workload = toy()
+    data = workload.data()
+
+    def loss(state: nnx.State) -> float:
+        model = nnx.merge(nnx.graphdef(workload.model(3)), state)
+        return float(workload.loss(model(jnp.asarray(data.x_train)), jnp.asarray(data.y_train)))
+
+    assert loss(one_step("lbfgs", workload, 1.0)) < loss(nnx.state(workload.model(3)))
+
+
+def test_a_peer_says_why_it_does_not_run() -> None:
+    entry = find_contestant("kfac-jax")
+    assert entry.facts()["family"] == "peer"
+    assert entry.unsuitable(toy()).startswith("kfac-jax ")
+
+
+def test_unknown_contestant_offers_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'kfac'"):
+        find_contestant("k-fac")

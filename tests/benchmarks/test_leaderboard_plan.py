@@ -70,6 +70,18 @@ def test_edited_targets_are_refused(frozen):
         targets.write_target(where, [])
 
 
+def test_a_training_loss_has_a_floor(tmp_path):
+    where = toy.make_workload(metric="train")
+    curve = {"train": [2.0, 1e-9]}
+    targets.write_target(where, [record("sgd", 0.3, final=1e-9, curve=curve)], tmp_path)
+    found = targets.target_of(where, tmp_path)
+    assert found["target"] == pytest.approx(2e-6)
+    assert found["how"].startswith("1e-06 of the initial training loss, below which float32 ends")
+    other = toy.make_workload(metric="train", name="other")
+    targets.write_target(other, [record("sgd", 0.3, final=1e-2, curve=curve)], tmp_path)
+    assert targets.target_of(other, tmp_path)["target"] == pytest.approx(1.05e-2)
+
+
 def test_every_tuned_contestant_has_the_same_budget(frozen):
     configs = list(plan.make_plan().tuning())
     assert [config["contestant"] for config in configs] == ["sgd"] * TUNING_TRIALS

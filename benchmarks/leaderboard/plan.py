@@ -43,7 +43,7 @@ class Profile:
 
 PROFILES = {
     "default": Profile(
-        _DIGITS, ("", "-mc-lm"), 3, "digits-size workloads, a quarter of an hour on 2 cores"
+        _DIGITS, ("", "-mc-lm"), 3, "digits-size workloads, about 20 minutes on 2 cores"
     ),
     "mnist": Profile(_MNIST, ("", "-mc-lm"), 3, "the MNIST workloads, hours on 2 cores"),
     "full": Profile(

@@ -194,8 +194,12 @@ def _evaluation(workload: str) -> Evaluation:
 
 def _train(config: Config, contestant: Contestant, workload: Workload) -> Outcome:
     seed = config["seed"]
-    program, evaluate = _program(contestant.name, workload.name), _evaluation(workload.name)
-    compile_seconds = program.compile_seconds
+    try:
+        program = _program(contestant.name, workload.name)
+    except ValueError as error:
+        # what a structure refuses by shapes when it is traced: a result, as sizes are elsewhere
+        return {"status": "skipped", "reason": str(error)}
+    evaluate, compile_seconds = _evaluation(workload.name), program.compile_seconds
     preparation = 0.0
     if config["learning_rate"] is not None:
         rate, note = config["learning_rate"], "tuned"

@@ -94,6 +94,22 @@ def test_the_program_of_a_contestant_serves_all_rates_and_seeds():
     assert again["curve"]["held_out"] == first["curve"]["held_out"]
 
 
+def test_what_a_structure_refuses_is_a_result(monkeypatch):
+    def refused(workload, rate, seed):
+        return ng.natural_gradient_descent(
+            rate, structure=ng.LayerWise(((1.0, 0.5), (0.5, 1.0))), loss=workload.loss
+        )
+
+    entry = Contestant(
+        "layers", "Two layers", "natural-gradient", "theoretical", refused,
+        structure=ng.BlockDiagonal(), fisher="exact", damping=0.0,
+    )  # fmt: skip
+    toy.install(monkeypatch, members={"layers": entry})
+    outcome = execute(config("layers"))["outcome"]
+    assert outcome["status"] == "skipped"
+    assert "2 x 2" in outcome["reason"] or "layer" in outcome["reason"]
+
+
 def test_divergence_stops_a_trial():
     outcome = execute(config("sgd", learning_rate=30.0))["outcome"]
     assert outcome["status"] == "diverged"

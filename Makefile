@@ -63,7 +63,9 @@ test-jax-found: .venv-jax/.dev
 	$(BIN_JAX)/python -m pytest -n $(WORKERS) -m "not slow" $(JAX_TESTS) $(PYTEST_ARGS)
 
 # what a release of JAX can break; the rest works on NumPy, files and text
-JAX_TESTS := tests/natgrad_flax tests/benchmarks $(addprefix tests/ntk_analysis/test_na_, \
+JAX_TESTS := tests/natgrad_flax $(addprefix tests/benchmarks/test_, \
+	step_benchmark.py kernel_benchmark.py leaderboard_trial.py leaderboard_contestants.py) \
+	$(addprefix tests/ntk_analysis/test_na_, \
 	analytic.py analytic_coefficient.py displacement.py dynamics.py flow.py kernels.py \
 	neural_tangents.py resonance.py twin.py)
 

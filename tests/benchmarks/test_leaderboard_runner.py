@@ -163,6 +163,15 @@ def test_no_space_left_stops_the_run_and_keeps_what_is_finished(
 def test_an_interrupted_trial_is_left_out_and_the_others_are_kept(
     tmp_path: Path, store: Store
 ) -> None:
+    # a process started in the background ignores the keyboard, and so would this one
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt_third(tmp_path, store)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_third(tmp_path: Path, store: Store) -> None:
     configs = make_configs(tmp_path, 6)
 
     def interrupt_third(config: dict) -> dict:

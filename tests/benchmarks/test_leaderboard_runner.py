@@ -244,11 +244,14 @@ def test_a_process_that_dies_fails_its_trials_only(tmp_path: Path, store: Store)
     assert summary.finished + len(summary.failed) == 6
 
 
+# SIGINT is taken back: a process started in the background ignores it, and so do its children
 RUN_IN_PROCESSES = """
+import signal
 import sys
 from pathlib import Path
 from benchmarks.leaderboard import runner, store, torture
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(sys.argv[1])
     configs = torture.make_configs(4, folder / torture.LOG)
     configs = [config | {"kind": "structure", "seconds": 60.0} for config in configs]

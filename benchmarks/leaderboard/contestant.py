@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import optax
 from jax import Array
@@ -118,8 +118,3 @@ def find_contestant(name: str) -> Contestant:
       ValueError: unknown; the message offers the nearest name.
     """
     return contestants()[find("contestant", name, contestants())]
-
-
-def is_ours(facts: dict[str, Any]) -> bool:
-    """Whether a row of the board is one of this library's structures."""
-    return bool(facts["structure"])

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from natgrad_command import natgrad, one_sentence, read
 
 import ntk_analysis.experiment
 import ntk_analysis.figures
-from ntk_analysis.cli import app
 from ntk_analysis.settings import DynamicsSettings
 from ntk_analysis.training import Trainer
 
 SMALL = ["--dataset", "digits", "--num-train", "12", "--num-test", "10", "--widths", "64", "64"]
 BIASED = ["--bias-variance", "0.1", "--steps", "4"]
 PNG_START = b"\x89PNG"
-
-
-def natgrad(*args: object):
-    with warnings.catch_warnings():
-        # a dependency of Matplotlib's font search, not ours
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib.*")
-        return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def read(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-
-
-def one_sentence(result) -> str:
-    assert result.exit_code == 2
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    text = result.stderr.strip()
-    assert "Traceback" not in text
-    assert len(text) < 400
-    return text
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
+from functools import partial
 from pathlib import Path
 
+import natgrad_command
 import natgrad_datasets
 import numpy as np
 import pytest
 from flax import nnx
-from typer.testing import CliRunner
+from natgrad_command import natgrad, read
 
 import natgrad_flax as ng
 import ntk_analysis as na
@@ -19,7 +20,6 @@ import ntk_analysis.figures_theory
 import ntk_analysis.isotropy_run
 import ntk_analysis.prediction_run
 from natgrad_flax.gradient import model_geometry
-from ntk_analysis.cli import app
 from ntk_analysis.cost import structure_cost
 from ntk_analysis.prediction_run import PredictionSettings, kfac_data
 from ntk_analysis.sweep import SweepSettings, isotropy_sweep
@@ -54,24 +54,7 @@ ISOTROPY = [
 TWO = ["--structures", "exact", "block-diagonal"]
 
 
-def natgrad(*args: object):
-    with warnings.catch_warnings():
-        # a dependency of Matplotlib's font search, not ours
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib.*")
-        return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def read(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-
-
-def one_sentence(result) -> str:
-    assert result.exit_code == 2
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    text = result.stderr.strip()
-    assert "Traceback" not in text
-    assert len(text) < 500
-    return text
+one_sentence = partial(natgrad_command.one_sentence, longest=500)
 
 
 def check_figures(folder: Path, *names: str) -> None:

@@ -1,0 +1,333 @@
+"""Natural gradients of overparametrised models, and what of them depends on the parametrisation.
+
+A parametrisation phi maps parameters xi (d,) to points z (D,) of a space with a Riemannian metric
+g. Its coordinate vectors are the columns of J = d phi, its Gram matrix is G = J^T g J, and the
+natural parameter gradient of an objective L(z) is G^- J^T dL (van Oostrum, Mueller & Ay 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+Map = Callable[[Array], Array]
+"""A differentiable map between vectors."""
+Objective = Callable[[Array], Array]
+"""A function of a point z (D,) with a scalar value."""
+Metric = Callable[[Array], Array]
+"""From a point z (D,) to the symmetric positive definite matrix of the metric there (D, D)."""
+Representation = Callable[[Map, Array], Array]
+"""From a parametrisation and parameters (d,) to a vector on the parameter space (d,)."""
+
+
+def euclidean(point: Array) -> Array:
+    """The metric of the ambient space itself, for a point (D,)."""
+    return jnp.eye(len(point), dtype=point.dtype)
+
+
+def fisher_rao_gaussian(point: Array) -> Array:
+    """The Fisher-Rao metric of normal distributions.
+
+    Args:
+      point: the mean (n,) and after it the covariance (n, n), raveled.
+
+    Returns:
+      Sigma^{-1} for the mean, Sigma^{-1} (x) Sigma^{-1} / 2 for the covariance.
+    """
+    mean_size, covariance = _gaussian(point)
+    inverse = jnp.linalg.inv(covariance)
+    return _block_diagonal(mean_size, inverse, jnp.kron(inverse, inverse) / 2)
+
+
+def wasserstein_gaussian(point: Array) -> Array:
+    """The metric of the L2-Wasserstein distance between normal distributions.
+
+    Half the inverse of X -> Sigma X + X Sigma for the covariance, the identity for the mean
+    (Malago, Montrucchio & Pistone 2018).
+
+    Args:
+      point: as for ``fisher_rao_gaussian``.
+    """
+    mean_size, covariance = _gaussian(point)
+    eye = jnp.eye(mean_size, dtype=point.dtype)
+    lyapunov = jnp.kron(covariance, eye) + jnp.kron(eye, covariance)
+    return _block_diagonal(mean_size, eye, jnp.linalg.inv(lyapunov) / 2)
+
+
+def _gaussian(point: Array) -> tuple[int, Array]:
+    size = round((-1 + (1 + 4 * len(point)) ** 0.5) / 2)
+    if size * (size + 1) != len(point):
+        raise ValueError(
+            f"a normal distribution in n dimensions is a point of n + n^2 numbers, got {len(point)}"
+        )
+    return size, point[size:].reshape(size, size)
+
+
+def _block_diagonal(mean_size: int, mean: Array, covariance: Array) -> Array:
+    size = mean_size + len(covariance)
+    matrix = jnp.zeros((size, size), covariance.dtype)
+    matrix = matrix.at[:mean_size, :mean_size].set(mean)
+    return matrix.at[mean_size:, mean_size:].set(covariance)
+
+
+def gram_matrix(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
+    """G = J^T g J, shape (d, d).
+
+    Args:
+      phi: the parametrisation.
+      xi: parameters (d,).
+      metric: g.
+
+    Raises:
+      ValueError: xi or phi(xi) is no vector, or the metric is not symmetric positive definite.
+    """
+    jacobian, matrix = _at(phi, xi, metric)
+    return jacobian.T @ matrix @ jacobian
+
+
+def natural_parameter_gradient(
+    phi: Map,
+    objective: Objective,
+    xi: Array,
+    metric: Metric = euclidean,
+    generalised_inverse: Map | None = None,
+) -> Array:
+    """G^- grad_xi L, shape (d,) (van Oostrum et al. 2022, Eq. 5).
+
+    Without ``generalised_inverse`` G^- is the Moore-Penrose inverse, taken from the singular values
+    of g^{1/2} J so that the condition of J is not squared; those below max(D, d) eps times the
+    largest count as zero.
+
+    Args:
+      phi: the parametrisation.
+      objective: L, of points.
+      xi: parameters (d,).
+      metric: g.
+      generalised_inverse: from G to any G^- with G G^- G = G.
+
+    Raises:
+      ValueError: see ``gram_matrix``.
+    """
+    jacobian, matrix = _at(phi, xi, metric)
+    slope = jax.grad(objective)(phi(xi))
+    if generalised_inverse is not None:
+        return generalised_inverse(jacobian.T @ matrix @ jacobian) @ (jacobian.T @ slope)
+    factor = jnp.linalg.cholesky(matrix)
+    right = jax.scipy.linalg.solve_triangular(factor, slope, lower=True)
+    return _pseudo_inverse(factor.T @ jacobian) @ right
+
+
+def push_forward(phi: Map, xi: Array, vector: Array) -> Array:
+    """d phi (vector): what a vector on the parameter space (d,) does on the model, shape (D,)."""
+    moved: Array = jax.jvp(phi, (xi,), (vector,))[1]
+    return moved
+
+
+def span_projection(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
+    """Pi = J G^+ J^T g, the g-orthogonal projection on the coordinate vectors, shape (D, D).
+
+    The push-forward of the natural parameter gradient is Pi applied to the gradient of the ambient
+    space, for every generalised inverse (van Oostrum et al. 2022, Theorem 1).
+
+    Args:
+      phi: the parametrisation.
+      xi: parameters (d,).
+      metric: g.
+
+    Raises:
+      ValueError: see ``gram_matrix``.
+    """
+    jacobian, matrix = _at(phi, xi, metric)
+    factor = jnp.linalg.cholesky(matrix)
+    white = factor.T @ jacobian
+    projected = white @ _pseudo_inverse(white) @ factor.T
+    return jax.scipy.linalg.solve_triangular(factor.T, projected, lower=False)
+
+
+def ambient_gradient(objective: Objective, point: Array, metric: Metric = euclidean) -> Array:
+    """g^{-1} dL: the gradient of the ambient space at a point, shape (D,).
+
+    Raises:
+      ValueError: the metric is not symmetric positive definite.
+    """
+    matrix = metric(point)
+    _check_metric(matrix)
+    return jnp.linalg.solve(matrix, jax.grad(objective)(point))
+
+
+def any_generalised_inverse(matrix: Array, free: Array) -> Array:
+    """A^+ + Z - A^+ A Z A A^+: with Z every A^- with A A^- A = A, symmetric or not.
+
+    Args:
+      matrix: A (n, m).
+      free: Z (m, n).
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    if free.shape != matrix.T.shape:
+        raise ValueError(
+            f"free must have the transposed shape of the matrix, {matrix.T.shape}, got {free.shape}"
+        )
+    inverse = _pseudo_inverse(matrix)
+    return inverse + free - inverse @ matrix @ free @ matrix @ inverse
+
+
+def coordinate_rank(phi: Map, xi: Array) -> int:
+    """The dimension of the span of the coordinate vectors at concrete parameters (d,)."""
+    values = np.linalg.svd(np.asarray(jax.jacfwd(phi)(xi)), compute_uv=False)
+    largest = values.max(initial=0.0)
+    size = max(len(xi), len(phi(xi)))
+    return int(np.sum(values > size * np.finfo(values.dtype).eps * largest)) if largest else 0
+
+
+def is_proper(phi: Map, xi: Array, dimension: int) -> bool:
+    """Whether the coordinate vectors span the tangent space (van Oostrum et al. 2022, Sec. 2).
+
+    There the push-forward of the natural parameter gradient is the natural gradient of the model,
+    and no parametrisation can change it.
+
+    Args:
+      phi: the parametrisation.
+      xi: parameters (d,).
+      dimension: of the model at phi(xi).
+
+    Raises:
+      ValueError: the rank of the coordinate vectors is above the dimension.
+    """
+    rank = coordinate_rank(phi, xi)
+    if rank > dimension:
+        raise ValueError(
+            f"the coordinate vectors have rank {rank}: the model has at least that dimension, not "
+            f"{dimension}"
+        )
+    return rank == dimension
+
+
+def parametrisation_dependence(
+    represent: Representation, phi: Map, xi: Array, psi: Map, theta: Array
+) -> Array:
+    """|d psi O(psi, theta) - d phi O(phi, xi)|: zero for all pairs only if O is (Definition 4).
+
+    Args:
+      represent: O, such as ``partial(natural_parameter_gradient, objective=...)`` of (phi, xi=...).
+      phi: a parametrisation.
+      xi: its parameters (d,).
+      psi: another parametrisation of the model.
+      theta: its parameters (d',), with psi(theta) = phi(xi).
+
+    Raises:
+      ValueError: the two points differ.
+    """
+    here, there = phi(xi), psi(theta)
+    _check_same_point(here, there)
+    return jnp.linalg.norm(
+        push_forward(psi, theta, represent(psi, theta)) - push_forward(phi, xi, represent(phi, xi))
+    )
+
+
+def model_violation(represent: Representation, phi: Map, change: Map, theta: Array) -> Array:
+    """|d psi O(psi, theta) - d phi O(phi, f(theta))| for psi = phi o f (Definition 5).
+
+    Zero for the natural parameter gradient with every generalised inverse (Theorem 2).
+
+    Args:
+      represent: O.
+      phi: the parametrisation.
+      change: f, a diffeomorphism of parameters.
+      theta: parameters (d,) of psi.
+
+    Raises:
+      ValueError: f has a singular derivative at theta.
+    """
+    _check_diffeomorphism(change, theta)
+    return parametrisation_dependence(
+        represent, phi, change(theta), lambda here: phi(change(here)), theta
+    )
+
+
+def parameter_violation(represent: Representation, phi: Map, change: Map, theta: Array) -> Array:
+    """|df O(psi, theta) - O(phi, f(theta))| for psi = phi o f (Definition 6).
+
+    Zero for the natural parameter gradient where phi is an immersion; in overparametrised models it
+    is not, and the difference lies in the kernel of d phi (Sec. 3.2). The arguments and errors are
+    those of ``model_violation``.
+    """
+    _check_diffeomorphism(change, theta)
+    moved = push_forward(change, theta, represent(lambda here: phi(change(here)), theta))
+    return jnp.linalg.norm(moved - represent(phi, change(theta)))
+
+
+def finite_step_gap(
+    represent: Representation, phi: Map, change: Map, theta: Array, rate: float
+) -> Array:
+    """How far apart one step of size ``rate`` ends on the model with phi and with phi o f.
+
+    Of the order rate^2 for a representation that is invariant on the model (Sec. 4): only the flow
+    does not see f. The other arguments and errors are those of ``model_violation``.
+    """
+    _check_diffeomorphism(change, theta)
+    xi = change(theta)
+    stepped = change(theta - rate * represent(lambda here: phi(change(here)), theta))
+    return jnp.linalg.norm(phi(stepped) - phi(xi - rate * represent(phi, xi)))
+
+
+def _at(phi: Map, xi: Array, metric: Metric) -> tuple[Array, Array]:
+    """The Jacobian (D, d) and the metric (D, D)."""
+    if jnp.ndim(xi) != 1:
+        raise ValueError(f"parameters must be a vector, got shape {jnp.shape(xi)}")
+    point = phi(xi)
+    if jnp.ndim(point) != 1:
+        raise ValueError(f"the parametrisation must return a vector, got shape {jnp.shape(point)}")
+    matrix = metric(point)
+    if matrix.shape != (len(point), len(point)):
+        raise ValueError(
+            f"the metric at a point of {len(point)} numbers must be {(len(point), len(point))}, "
+            f"got {matrix.shape}"
+        )
+    _check_metric(matrix)
+    return jax.jacfwd(phi)(xi), matrix
+
+
+def _check_metric(matrix: Array) -> None:
+    if isinstance(matrix, jax.core.Tracer):
+        return
+    values = np.asarray(matrix)
+    skew = np.abs(values - values.T).max(initial=0.0)
+    if not skew <= 1e-5 * np.abs(values).max(initial=0.0):
+        raise ValueError(f"the metric is not symmetric: two entries differ by {skew:.3g}")
+    smallest = np.linalg.eigvalsh(values).min()
+    if not smallest > 0:
+        raise ValueError(
+            f"the metric is not positive definite: its smallest eigenvalue is {smallest:.3g}"
+        )
+
+
+def _check_same_point(here: Array, there: Array) -> None:
+    if isinstance(here, jax.core.Tracer) or isinstance(there, jax.core.Tracer):
+        return
+    scale = 1 + float(jnp.abs(here).max())
+    if here.shape != there.shape or float(jnp.abs(here - there).max()) > 1e-5 * scale:
+        raise ValueError(
+            f"the two parametrisations are at different points, {np.asarray(here)} and "
+            f"{np.asarray(there)}: vectors there cannot be compared"
+        )
+
+
+def _check_diffeomorphism(change: Map, theta: Array) -> None:
+    jacobian = jax.jacfwd(change)(theta)
+    if isinstance(jacobian, jax.core.Tracer):
+        return
+    if jacobian.shape[0] != jacobian.shape[1] or coordinate_rank(change, theta) < len(theta):
+        raise ValueError(
+            f"the change of parameters has a derivative of shape {jacobian.shape} and rank "
+            f"{coordinate_rank(change, theta)} here: it is no diffeomorphism"
+        )
+
+
+def _pseudo_inverse(matrix: Array) -> Array:
+    return jnp.linalg.pinv(matrix, rtol=max(matrix.shape) * float(jnp.finfo(matrix.dtype).eps))

@@ -42,7 +42,7 @@ def _sentences() -> Iterator[None]:
 
 @app.command(cls=WithLists)
 def run(
-    profile: Annotated[str, typer.Option(help="default, mnist or full")] = "default",
+    profile: Annotated[str, typer.Option(help="default, large or full")] = "default",
     workload: Annotated[list[str] | None, typer.Option(help="instead of the profile's")] = None,
     contestant: Annotated[list[str] | None, typer.Option(help="instead of the profile's")] = None,
     seeds: Annotated[int | None, typer.Option(help="number of evaluation seeds")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import optax
@@ -10,7 +11,13 @@ from flax import nnx
 from jax import Array
 
 import natgrad_flax as ng
-from benchmarks.leaderboard.contestant import TUNING_TRIALS, Contestant, Damping, RateRule
+from benchmarks.leaderboard.contestant import (
+    CROSS_ENTROPY_MINIMUM,
+    TUNING_TRIALS,
+    Contestant,
+    Damping,
+    RateRule,
+)
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.capture import layer_paths
 from natgrad_flax.damping import is_zero
@@ -90,7 +97,7 @@ def _optimizer(
         rate,
         structure=structure,
         loss=workload.loss,
-        damping=damping,
+        damping=damping_on(workload, damping),
         fisher=fisher_on(workload, fisher),
         seed=seed,
     )
@@ -99,6 +106,14 @@ def _optimizer(
 def fisher_on(workload: Workload, fisher: FisherKind) -> FisherKind:
     """The kind of Fisher on a workload: where one backward pass gives the true one, that."""
     return "exact" if true_seeds(workload) == 1 else fisher
+
+
+def damping_on(workload: Workload, damping: Damping) -> Damping:
+    """The damping on a workload: an adaptive one has a higher floor under cross-entropy."""
+    entropy = isinstance(workload.loss, ng.SoftmaxCrossEntropy)
+    if entropy and isinstance(damping, ng.LevenbergMarquardt):
+        return replace(damping, minimum=CROSS_ENTROPY_MINIMUM)
+    return damping
 
 
 def true_seeds(workload: Workload) -> int:

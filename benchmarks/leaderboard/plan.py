@@ -20,7 +20,9 @@ _DIGITS = (
     "digits-fit", "digits-mse", "digits-classes", "linear-teacher", "sparse-classification",
     "matrix-completion",
 )  # fmt: skip
-_MNIST = ("mnist-fit", "mnist-mse", "mnist-classes", "mnist-autoencoder")
+_LARGE = (
+    "mnist-fit", "mnist-mse", "mnist-classes", "mnist-autoencoder", "linear-teacher-long",
+)  # fmt: skip
 _BASELINES = ("first-order", "quasi-Newton")
 
 
@@ -43,11 +45,13 @@ class Profile:
 
 PROFILES = {
     "default": Profile(
-        _DIGITS, ("", "-mc-lm"), 3, "digits-size workloads, about 20 minutes on 2 cores"
+        _DIGITS, ("", "-mc-lm"), 3, "digits-size workloads, about 15 minutes on 2 cores"
     ),
-    "mnist": Profile(_MNIST, ("", "-mc-lm"), 3, "the MNIST workloads, hours on 2 cores"),
+    "large": Profile(
+        _LARGE, ("", "-mc-lm"), 3, "the MNIST workloads and the linear teacher to its end"
+    ),
     "full": Profile(
-        (*_DIGITS, *_MNIST),
+        (*_DIGITS, *_LARGE),
         ("", "-lm", "-tuned", "-mc", "-mc-lm", "-mc-tuned"),
         5,
         "every workload and every contestant",

@@ -74,9 +74,7 @@ class OptaxProgram:
         self._graphdef, parameters = nnx.split(model)
         optimizer = self._make(self._workload, rate, seed)
         state = parameters, optimizer.init(parameters), jnp.asarray(rate, jnp.float32)
-        # the step donates its arguments: nothing may stand in a state twice, or elsewhere too
-        copied: tuple[nnx.State, Any, Array] = jax.tree.map(lambda leaf: leaf.copy(), state)
-        return copied
+        return _copied(state)
 
     def _step(
         self, state: tuple[nnx.State, Any, Array], x: Array, y: Array, batch: Array | None
@@ -110,6 +108,15 @@ class OptaxProgram:
         moved: tuple[nnx.State, Any, Array] = self._compiled(state, self._x, self._y, rows)
         return moved
 
+    def direction(
+        self, state: tuple[nnx.State, Any, Array], targets: Array, batch: NDArray[np.integer] | None
+    ) -> nnx.State:
+        """What a step towards other targets, of the shape of y_train, subtracts; no state moves."""
+        rows = None if batch is None else jnp.asarray(batch, jnp.int32)
+        moved = self._compiled(_copied(state), self._x, targets, rows)
+        change: nnx.State = jax.tree.map(jnp.subtract, state[0], moved[0])
+        return change
+
     def wait(self, state: tuple[nnx.State, Any, Array]) -> None:
         """Waits for the parameters."""
         jax.block_until_ready(state[0])
@@ -117,6 +124,12 @@ class OptaxProgram:
     def parameters(self, state: tuple[nnx.State, Any, Array]) -> nnx.State:
         """The first of the three."""
         return state[0]
+
+
+def _copied(state: tuple[nnx.State, Any, Array]) -> tuple[nnx.State, Any, Array]:
+    # the step donates its arguments: nothing may stand in a state twice, or elsewhere too
+    copied: tuple[nnx.State, Any, Array] = jax.tree.map(lambda leaf: leaf.copy(), state)
+    return copied
 
 
 def _objective(graphdef: Any, workload: Workload, x: Array, y: Array, parameters: Any) -> Array:

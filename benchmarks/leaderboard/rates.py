@@ -8,16 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 from jax import Array
 
 import natgrad_flax as ng
 from benchmarks.leaderboard.contestant import Contestant
-from benchmarks.leaderboard.natural import fisher_on
+from benchmarks.leaderboard.natural import damping_on
+from benchmarks.leaderboard.program import OptaxProgram
 from benchmarks.leaderboard.workload import Workload
 
 ITERATIONS = 20
-"""Of the power method, a natural gradient each; lambda_max comes out some percent too small."""
+"""Of the power method, a training step each; lambda_max comes out some percent too small."""
 
 
 class TheoreticalRate:
@@ -29,16 +32,17 @@ class TheoreticalRate:
     Args:
       contestant: with a Fisher structure.
       workload: its model at seed 0 gives the sizes.
+      program: the compiled step of the two.
 
     Attributes:
       note: the rule in words.
-      compile_seconds: of the program of lambda_max, where it is needed.
+      compile_seconds: of what lambda_max needs beyond the step.
 
     Raises:
       ValueError: the contestant has no Fisher structure.
     """
 
-    def __init__(self, contestant: Contestant, workload: Workload) -> None:
+    def __init__(self, contestant: Contestant, workload: Workload, program: OptaxProgram) -> None:
         if contestant.structure is None:
             raise ValueError(
                 f"{contestant.name} has no Fisher structure: theory has no rate for it"
@@ -54,69 +58,81 @@ class TheoreticalRate:
             return
         except (ValueError, ng.IsotropyWarning):
             self.note = "1/lambda_max on the first batch"
-        self._x = jnp.asarray(data.x_train[:size])
-        started = time.perf_counter()
-        program = eigenvalue_program(contestant, workload, model, ITERATIONS)
-        self._eigenvalue = program.lower(nnx.state(model), self._x).compile()
-        self.compile_seconds = time.perf_counter() - started
+        self._method = PowerMethod(contestant, workload, program)
+        self.compile_seconds = self._method.compile_seconds
 
-    def __call__(self, model: nnx.Module) -> float:
-        """The rate at the initial parameters of a model."""
-        return self._known or float(1 / self._eigenvalue(nnx.state(model), self._x))
+    def __call__(self, seed: int) -> float:
+        """The rate at the initial parameters of a seed."""
+        return self._known or 1 / self._method(seed, ITERATIONS)
 
 
-def eigenvalue_program(
-    contestant: Contestant, workload: Workload, model: nnx.Module, iterations: int
-) -> Any:
-    """A jitted function (parameters, inputs) -> lambda_max of H J G^{-1} J^T / N at these inputs.
+class PowerMethod:
+    """lambda_max of H J G^{-1} J^T / N on the first batch, by the training step itself.
 
-    Its inverse is the best constant learning rate of the linearised network. By power iteration
-    with the steps themselves: whatever a contestant can train on, with its own Fisher and damping
-    (an adaptive one at its least), and without the N C x N C matrix.
+    Its inverse is the best constant learning rate of the linearised network. A step at learning
+    rate 1 towards targets that lie v away from the outputs moves the parameters by G^{-1} J^T v /
+    N: whatever a contestant can train on has an eigenvalue, with its own Fisher and damping (an
+    adaptive one at its least), without the N C x N C matrix and without another program.
 
     Args:
       contestant: one with a Fisher structure.
       workload: its loss counts.
-      model: gives the graph.
-      iterations: each costs one natural gradient.
+      program: the compiled step of the two.
+
+    Attributes:
+      compile_seconds: of the change of the outputs with the parameters.
     """
-    assert contestant.structure is not None
-    assert contestant.fisher is not None
-    structure, loss = contestant.structure, workload.loss
-    fisher = fisher_on(workload, contestant.fisher)
-    own = contestant.damping
-    damping = own.minimum if isinstance(own, ng.LevenbergMarquardt) else own or 0.0
-    graphdef = nnx.graphdef(model)
 
-    def run(state: nnx.State, x: Array) -> Array:
-        def outputs(state: nnx.State) -> Array:
-            values: Array = nnx.merge(graphdef, state)(x)
-            return values
+    def __init__(self, contestant: Contestant, workload: Workload, program: OptaxProgram) -> None:
+        assert contestant.damping is not None
+        self._workload, self._program = workload, program
+        self._damping = damping_on(workload, contestant.damping)
+        self._y, size = workload.data().y_train, workload.batch_size
+        self._rows = None if size is None else np.arange(size)
+        x = jnp.asarray(workload.data().x_train[:size])
+        graphdef, parameters = nnx.split(workload.model(0))
+        loss = workload.loss
 
-        f = outputs(state)
-        curvature = loss.fisher(f)
-        mean = jax.nn.softmax(f) if isinstance(loss, ng.SoftmaxCrossEntropy) else f
+        @jax.jit
+        def image(parameters: nnx.State, change: nnx.State, x: Array) -> tuple[Array, Array]:
+            def outputs(state: nnx.State) -> Array:
+                values: Array = nnx.merge(graphdef, state)(x)
+                return values
 
-        def apply(_: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            # targets whose residual is the vector
-            direction = ng.natural_gradient(
-                nnx.merge(graphdef, state),
-                x,
-                mean - carry[0],
-                structure=structure,
-                loss=loss,
-                damping=damping,
-                fisher=fisher,
-                key=jax.random.key(0),
-            )
-            change = jax.jvp(outputs, (state,), (direction,))[1]
-            image = jnp.einsum("ncd,nd->nc", curvature, change)
-            length = jnp.linalg.norm(image)
-            return image / length, length
+            f, moved = jax.jvp(outputs, (parameters,), (change,))
+            mean = jax.nn.softmax(f) if isinstance(loss, ng.SoftmaxCrossEntropy) else f
+            return mean, jnp.einsum("ncd,nd->nc", loss.fisher(f), moved)
 
-        drawn = jax.random.normal(jax.random.key(1), f.shape)
-        vector = jnp.einsum("ncd,nd->nc", curvature, drawn)
-        start = vector / jnp.linalg.norm(vector), jnp.zeros(())
-        return jax.lax.fori_loop(0, iterations, apply, start)[1]
+        started = time.perf_counter()
+        compiled = image.lower(parameters, parameters, x).compile()
+        self.compile_seconds = time.perf_counter() - started
+        self._image = lambda parameters, change: compiled(parameters, change, x)
 
-    return jax.jit(run)
+    def __call__(self, seed: int, iterations: int) -> float:
+        """lambda_max at the initial parameters of a seed, after some iterations."""
+        state = self._program.start(seed, 1.0)
+        parameters, memory, rate = state
+        if isinstance(self._damping, ng.LevenbergMarquardt):
+            least = jnp.asarray(self._damping.minimum, memory.damping.dtype)
+            memory = memory._replace(damping=least)
+        length = float(optax.tree.norm(parameters))
+        rng = np.random.default_rng(0)
+        # a random change of the parameters gives a residual in the range of the curvature
+        change: Any = jax.tree.map(
+            lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), parameters
+        )
+        mean, residual = self._image(parameters, change)
+        eigenvalue, scale = 0.0, 1.0
+        for _ in range(iterations):
+            targets = self._targets(mean - scale * residual / jnp.linalg.norm(residual))
+            change = self._program.direction((parameters, memory, rate), targets, self._rows)
+            residual = self._image(parameters, change)[1]
+            eigenvalue = float(jnp.linalg.norm(residual)) / scale
+            # a change as long as the parameters loses the least digits in their difference
+            scale *= length / max(float(optax.tree.norm(change)), 1e-30)
+        return eigenvalue
+
+    def _targets(self, batch: Array) -> Array:
+        if self._rows is None:
+            return batch
+        return jnp.asarray(self._y).at[self._rows].set(batch)

@@ -181,7 +181,9 @@ def _program(contestant: str, workload: str) -> Program:
 @lru_cache(maxsize=2)
 def _rate(contestant: str, workload: str) -> TheoreticalRate:
     """Compiled once for all seeds, as the program is."""
-    return TheoreticalRate(find_contestant(contestant), find_workload(workload))
+    program = _program(contestant, workload)
+    assert isinstance(program, OptaxProgram)
+    return TheoreticalRate(find_contestant(contestant), find_workload(workload), program)
 
 
 @lru_cache(maxsize=1)
@@ -204,10 +206,10 @@ def _train(config: Config, contestant: Contestant, workload: Workload) -> Outcom
     if config["learning_rate"] is not None:
         rate, note = config["learning_rate"], "tuned"
     elif contestant.rate_rule == "theoretical":
-        rule, model = _rate(contestant.name, workload.name), workload.model(seed)
+        rule = _rate(contestant.name, workload.name)
         compile_seconds += rule.compile_seconds
         started = time.perf_counter()
-        rate, note = rule(model), rule.note
+        rate, note = rule(seed), rule.note
         preparation = time.perf_counter() - started
     elif contestant.rate_rule == "tuned":
         raise ValueError(f"{contestant.name} is tuned: its trials need a learning rate")

@@ -19,9 +19,9 @@ from benchmarks.leaderboard.contestant import (
     contestants,
     find_contestant,
 )
-from benchmarks.leaderboard.natural import LARGEST_SYSTEM, dense_side, fisher_on
+from benchmarks.leaderboard.natural import LARGEST_SYSTEM, damping_on, dense_side, fisher_on
 from benchmarks.leaderboard.program import OptaxProgram
-from benchmarks.leaderboard.rates import eigenvalue_program
+from benchmarks.leaderboard.rates import PowerMethod
 from benchmarks.leaderboard.workload import Data, Workload, find_workload
 from ntk_analysis.palette import STYLES
 
@@ -35,15 +35,20 @@ STRUCTURES = {
     "diagonal": ng.Diagonal,
     "quasi-diagonal": ng.QuasiDiagonal,
 }
+MSE = ng.MeanSquaredError()
 SUFFIXES = ("", "-lm", "-tuned", "-mc", "-mc-lm", "-mc-tuned")
 OURS = tuple(f"{name}{suffix}" for name in STRUCTURES for suffix in SUFFIXES)
 
 
-def toy(*, outputs: int = 1, bias: float = 0.0, batch: int | None = None) -> Workload:
+def toy(
+    *, outputs: int = 1, bias: float = 0.0, batch: int | None = None, loss: ng.Loss = MSE
+) -> Workload:
     """A tiny workload: 6 samples of 4 inputs, one hidden layer of 8 units."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((6, 4)).astype(np.float32)
     y = rng.standard_normal((6, outputs)).astype(np.float32)
+    if loss != MSE:
+        y = np.eye(outputs, dtype=np.float32)[np.argmax(y, axis=1)]
     return dataclasses.replace(
         find_workload("digits-mse"),
         name="toy",
@@ -51,6 +56,7 @@ def toy(*, outputs: int = 1, bias: float = 0.0, batch: int | None = None) -> Wor
         data=lambda: Data(x, y, x, y),
         model=lambda seed: ng.MLP((4, 8, outputs), bias_variance=bias, rngs=nnx.Rngs(seed)),
         batch_size=batch,
+        loss=loss,
     )
 
 
@@ -163,6 +169,41 @@ def test_dense_sides_by_hand() -> None:
     assert dense_side(ng.Diagonal(), layers, LARGEST_SYSTEM + 1) == 0
 
 
+@pytest.mark.parametrize("loss", [ng.MeanSquaredError(), ng.SoftmaxCrossEntropy()])
+def test_adaptive_damping_has_a_floor_of_the_loss(loss: ng.Loss) -> None:
+    entry, workload = find_contestant("exact-lm"), toy(outputs=3, loss=loss)
+    assert isinstance(entry.damping, ng.LevenbergMarquardt)
+    found = damping_on(workload, entry.damping)
+    floor = 0.01 if isinstance(loss, ng.SoftmaxCrossEntropy) else entry.damping.minimum
+    assert found == dataclasses.replace(entry.damping, minimum=floor)
+    assert damping_on(workload, 0.3) == 0.3
+
+
+@pytest.mark.parametrize("name", ["kfac-mc-lm", "diagonal-mc-lm"])
+def test_largest_eigenvalue_under_cross_entropy_on_batches(name: str) -> None:
+    workload = toy(outputs=3, batch=4, loss=ng.SoftmaxCrossEntropy())
+    entry = find_contestant(name)
+    assert entry.structure is not None
+    x = jnp.asarray(workload.data().x_train[:4])
+    graphdef, state = nnx.split(workload.model(3))
+    draw = jax.random.split(jax.random.key(3))[1]
+
+    @jax.jit
+    def column(vector: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, state)
+        direction = ng.natural_gradient(
+            model, x, jax.nn.softmax(model(x)) - vector.reshape(4, 3), structure=entry.structure,
+            loss=workload.loss, damping=0.01, fisher="mc", key=draw,
+        )  # fmt: skip
+        f, moved = jax.jvp(lambda s: nnx.merge(graphdef, s)(x), (state,), (direction,))
+        return jnp.einsum("ncd,nd->nc", workload.loss.fisher(f), moved).reshape(-1)
+
+    rows = [column(vector) for vector in jnp.eye(12)]
+    expected = float(jnp.max(jnp.abs(jnp.linalg.eigvals(jnp.stack(rows)))))
+    found = PowerMethod(entry, workload, OptaxProgram(entry, workload))(3, 100)
+    assert found == pytest.approx(expected, rel=0.02)
+
+
 def test_a_step_of_sgd() -> None:
     workload = toy(batch=3)
     data, model = workload.data(), workload.model(3)
@@ -195,10 +236,11 @@ def test_a_natural_step(name: str) -> None:
 def test_largest_eigenvalue_is_that_of_the_coefficient_matrix(name: str) -> None:
     workload, entry = toy(), find_contestant(name)
     x, model = jnp.asarray(workload.data().x_train), workload.model(3)
+    program = OptaxProgram(entry, workload)
     assert entry.structure is not None
     assert isinstance(entry.damping, float | ng.RelativeDamping)
     rate = ng.optimal_learning_rate(entry.structure, model, x=x, damping=entry.damping)
-    found = float(eigenvalue_program(entry, workload, model, 50)(nnx.state(model), x))
+    found = PowerMethod(entry, workload, program)(3, 50)
     assert found == pytest.approx(1 / rate, rel=0.02)
 
 

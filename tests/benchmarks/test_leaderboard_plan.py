@@ -168,12 +168,12 @@ def test_run_score_page_and_merge(command, tmp_path):
     records = Store.open(out, RULES).records()
     roles = [record["config"]["role"] for record in records]
     assert {role: roles.count(role) for role in set(roles)} == {
-        "tuning": 8, "evaluation": 6, "structure": 1
+        "tuning": TUNING_TRIALS, "evaluation": 6, "structure": 1
     }  # fmt: skip
     assert (out / "leaderboard.html").exists()
     again = command("run", "--out", out)
     assert "0 trials run" in again.stderr
-    assert "8 finished before" in again.stderr
+    assert f"{TUNING_TRIALS} finished before" in again.stderr
     assert len(Store.open(out, RULES).records()) == len(records)
     assert "Exact" in command("score", "--out", out).output
     readme = tmp_path / "README.md"

@@ -215,20 +215,24 @@ def test_a_trial_of_something_else_is_refused(entry, value, message):
 
 def test_theory_has_rates_for_structures_only():
     where = toy.make_workload()
+    sgd, exact = toy.CONTESTANTS["sgd"], toy.CONTESTANTS["exact"]
     with pytest.raises(ValueError, match="sgd has no Fisher structure"):
-        TheoreticalRate(toy.CONTESTANTS["sgd"], where)
+        TheoreticalRate(sgd, where, OptaxProgram(sgd, where))
     wide = toy.make_workload(model=lambda seed: ng.MLP((3, 64, 1), rngs=toy.nnx.Rngs(seed)))
-    rule = TheoreticalRate(toy.CONTESTANTS["exact"], wide)
-    assert (rule(wide.model(3)), rule.note, rule.compile_seconds) == (1.0, "1/alpha", 0.0)
+    rule = TheoreticalRate(exact, wide, OptaxProgram(exact, wide))
+    assert (rule(3), rule.note, rule.compile_seconds) == (1.0, "1/alpha", 0.0)
     entry = Contestant(
         "diagonal", "Diagonal", "natural-gradient", "theoretical",
         structure=ng.Diagonal(), fisher="exact", damping=0.1,
+        optimizer=lambda workload, rate, seed: ng.natural_gradient_descent(
+            rate, structure=ng.Diagonal(), loss=workload.loss, damping=0.1
+        ),
     )  # fmt: skip
-    rule = TheoreticalRate(entry, where)
+    rule = TheoreticalRate(entry, where, OptaxProgram(entry, where))
     model, x = toy.model(5), toy.data().x_train
     assert rule.note == "1/lambda_max on the first batch"
     expected = ng.optimal_learning_rate(ng.Diagonal(), model, x=x, damping=0.1)
-    assert rule(model) == pytest.approx(expected, rel=1e-2)
+    assert rule(5) == pytest.approx(expected, rel=1e-2)
     assert rule.compile_seconds > 0
 
 

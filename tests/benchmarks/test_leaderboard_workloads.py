@@ -16,8 +16,9 @@ from benchmarks.leaderboard.workload import METRICS, Workload, find_workload, wo
 from benchmarks.leaderboard.workloads import linear_teacher, matrix_completion
 
 NAMES = (
-    "digits-classes", "digits-fit", "digits-mse", "linear-teacher", "matrix-completion",
-    "mnist-autoencoder", "mnist-classes", "mnist-fit", "mnist-mse", "sparse-classification",
+    "digits-classes", "digits-fit", "digits-mse", "linear-teacher", "linear-teacher-long",
+    "matrix-completion", "mnist-autoencoder", "mnist-classes", "mnist-fit", "mnist-mse",
+    "sparse-classification",
 )  # fmt: skip
 SMALL = tuple(name for name in NAMES if not name.startswith("mnist"))
 

@@ -11,6 +11,6 @@ CONTESTANTS = (
         family="first-order",
         rate_rule="tuned",
         optimizer=lambda workload, rate, seed: optax.adam(rate),
-        rates=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+        rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
     ),
 )

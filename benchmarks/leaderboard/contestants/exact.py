@@ -8,5 +8,5 @@ CONTESTANTS = variants(
     "Exact",
     ng.Exact(),
     damping=0.0,
-    rates=(0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0),
+    rates=(0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
 )

@@ -11,6 +11,6 @@ CONTESTANTS = (
         family="first-order",
         rate_rule="tuned",
         optimizer=lambda workload, rate, seed: optax.contrib.muon(rate),
-        rates=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+        rates=(0.005, 0.015, 0.05, 0.15, 0.5, 1.5),
     ),
 )

@@ -78,7 +78,7 @@ WORKLOAD = Workload(
     name="matrix-completion",
     title="A 40 x 40 matrix of rank 3 from 800 entries, three square factors, squared error, "
     "full batch",
-    version=1,
+    version=2,
     question="Which methods keep the bias towards low rank that makes factors generalise?",
     settings=SETTINGS,
     data=data,
@@ -86,6 +86,6 @@ WORKLOAD = Workload(
     loss=ng.MeanSquaredError(),
     batch_size=None,
     metric="rmse",
-    max_steps=3000,
-    max_seconds=2.0,
+    max_steps=2000,
+    max_seconds=2.5,
 )

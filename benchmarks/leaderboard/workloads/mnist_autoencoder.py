@@ -29,6 +29,6 @@ WORKLOAD = Workload(
     batch_size=1000,
     metric="rmse",
     max_steps=400,
-    max_seconds=30.0,
+    max_seconds=60.0,
     dataset="mnist",
 )

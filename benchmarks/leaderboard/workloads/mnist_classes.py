@@ -30,6 +30,6 @@ WORKLOAD = Workload(
     batch_size=128,
     metric="error",
     max_steps=1500,
-    max_seconds=20.0,
+    max_seconds=30.0,
     dataset="mnist",
 )

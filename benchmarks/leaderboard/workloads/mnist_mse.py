@@ -29,7 +29,7 @@ WORKLOAD = Workload(
     loss=ng.MeanSquaredError(),
     batch_size=None,
     metric="mse",
-    max_steps=500,
-    max_seconds=20.0,
+    max_steps=400,
+    max_seconds=40.0,
     dataset="mnist",
 )

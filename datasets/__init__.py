@@ -6,11 +6,13 @@ Depends on NumPy, SciPy, scikit-learn, pooch and rich only; usable without the r
 from .catalogue import names
 from .errors import DataFileError, DatasetError, DownloadError
 from .forster import ForsterTransform, forster_transform
+from .linear_teacher import LINEAR_TEACHER_SETTINGS, linear_teacher, random_linear_network
 from .loading import Dataset, load
 from .preparation import encode_labels, prepare, standardise, unit_norm
 from .store import DatasetStatus, best_available, status
 
 __all__ = [
+    "LINEAR_TEACHER_SETTINGS",
     "DataFileError",
     "Dataset",
     "DatasetError",
@@ -20,9 +22,11 @@ __all__ = [
     "best_available",
     "encode_labels",
     "forster_transform",
+    "linear_teacher",
     "load",
     "names",
     "prepare",
+    "random_linear_network",
     "standardise",
     "status",
     "unit_norm",

@@ -117,7 +117,7 @@ def natural_gradient_descent(
             slope = _slope(signals, residual, solved)
             predicted = (-rate + rate**2 / 2) * slope
             before = loss(signals.outputs, y)
-            actual = loss(_moved(module, step)(x), y) - before
+            actual = loss(moved(module, step)(x), y) - before
             next_damping = adaptive.adapt(state.damping, actual, predicted)
         elif callable(damping):
             next_damping = jnp.asarray(rho, jnp.float32)
@@ -135,7 +135,7 @@ def _slope(signals: Any, residual: Any, solved: dict[Any, Any]) -> Array:
     return total / signals.num_samples
 
 
-def _moved(model: nnx.Module, step: Any) -> nnx.Module:
+def moved(model: nnx.Module, step: Any) -> nnx.Module:
     """A copy of the model one step further."""
     graphdef, state = nnx.split(model)
     leaves = {leaf_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(step)}

@@ -1,0 +1,239 @@
+"""Exact natural-gradient descent of deep linear networks as an optax transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from natgrad_flax.capture import LAYER_KINDS, Path, layer_paths
+from natgrad_flax.checks import (
+    check_batch,
+    check_damping,
+    check_learning_rate,
+    check_number,
+)
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
+from natgrad_flax.gradient import as_state
+from natgrad_flax.linear.deep_linear_forms import (
+    chain,
+    damped_form,
+    inverse_form,
+    whiten,
+)
+from natgrad_flax.linear.deep_linear_moments import Moments, check_factors, is_square
+from natgrad_flax.losses import Loss, MeanSquaredError
+from natgrad_flax.models import MLP
+from natgrad_flax.signals import LayerUpdate
+
+
+class DeepLinearState(NamedTuple):
+    """State of both transformations."""
+
+    steps: Array  # shape=(), dtype=int32; steps taken
+    damping: Array  # shape=(), dtype=float32; lambda of the next step, adaptive or not
+    key: Array  # a jax.random key; draws targets from the model
+    inverses: Any  # for each layer what the inverses of its two second moments keep; or ()
+
+
+class Step(NamedTuple):
+    """A direction of all layers, and what adaptive damping needs to know of it."""
+
+    direction: dict[Path, LayerUpdate]  # downhill, at a learning rate of 1
+    slope: Array  # the sum of its inner products with minus the gradients
+    change: Callable[[Array | float, Any], Array]  # L_new - L_old on this batch, by rate and step
+    inverses: Any
+
+
+Compute = Callable[[nnx.Module, Array, Array, Any, DeepLinearState, Array], Step]
+
+
+def deep_linear_descent(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    *,
+    damping: float | optax.Schedule | LevenbergMarquardt = 0.0,
+    output_variance: float = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Exact natural-gradient descent of a linear network on the squared error (Eqs. 10, 16, 20).
+
+    ``update`` needs the batch, as in ``ng.natural_gradient_descent``: ``module=model, x=x, y=y``.
+    The batch enters through its second moments alone; beyond them a step costs about 10 n^3 flops
+    a layer of width n. A learning rate of 1 is one unit of time of the flow; the 1/L is included.
+    Undamped, equal widths use inverses of the factors (one that is singular is an error, inside
+    ``jit`` NaN) and others pseudo-inverses, by SVD. A product of many random factors is
+    singular in float32: damp it.
+
+    Args:
+      learning_rate: alpha, a number or a schedule over steps.
+      damping: lambda of Eq. 20, whose root is added to the second moments of layer inputs
+        and of errors: a number, a schedule over steps, or adapted by Eq. 21
+        (``ng.LevenbergMarquardt()``).
+      output_variance: variance of the model's outputs: errors have the weight 1 / output_variance,
+        which only the damping sees.
+
+    Returns:
+      An optax transformation with the extra arguments ``module``, ``x`` (N, n_0), ``y`` (N, n_L).
+
+    Raises:
+      ValueError, TypeError: bad settings here; in ``update`` a bad batch, or a module that is not
+        a chain of linear layers without biases.
+    """
+
+    def compute(
+        module: nnx.Module, x: Array, y: Array, rho: Any, state: DeepLinearState, key: Array
+    ) -> Step:
+        layers = linear_layers(module)
+        scales = [LAYER_KINDS[type(layer)].weight_scale(layer) for layer in layers.values()]
+        kernels = [layer.kernel[...] for layer in layers.values()]  # type: ignore[attr-defined]
+        weights = [scale * kernel for scale, kernel in zip(scales, kernels, strict=True)]
+        before, after, product = chain(weights)
+        inputs, residual = x.T @ x / len(x), x.T @ (y - x @ product) / len(x)
+        if is_zero(rho):
+            moves = _undamped(weights, inputs, residual)
+            steps = [move / (s * len(weights)) for move, s in zip(moves, scales, strict=True)]
+            slope = jnp.zeros(())
+        else:
+            root = jnp.sqrt(rho).astype(x.dtype)
+            scaled = [scale * a for scale, a in zip(scales, before, strict=True)]
+            noise = jnp.eye(y.shape[1], dtype=x.dtype)
+            moves, slope = damped_form(
+                scaled, after, inputs, residual, noise, root, output_variance * root
+            )
+            steps, slope = [move / len(weights) for move in moves], slope / len(weights)
+
+        def change(rate: Array | float, step: Any) -> Array:
+            del step
+            moved = [w + rate * s * d for w, s, d in zip(weights, scales, steps, strict=True)]
+            difference = chain(moved)[2] - product
+            return jnp.sum(difference * (inputs @ difference / 2 - residual))
+
+        direction = {path: {"kernel": step} for path, step in zip(layers, steps, strict=True)}
+        return Step(direction, slope, change, ())
+
+    check_settings(learning_rate, damping, output_variance)
+    return transformation(
+        "deep_linear_descent", learning_rate, damping, MeanSquaredError(), 0, compute, lambda _: ()
+    )
+
+
+def _undamped(weights: list[Array], inputs: Array, residual: Array) -> list[Array]:
+    """L times the descent direction of Eq. 16, or of Eq. 10 with pseudo-inverses."""
+    if is_square(weights):
+        check_factors(weights)
+        return list(inverse_form(jnp.stack(weights), inputs, residual))
+    noise = jnp.eye(residual.shape[1], dtype=residual.dtype)
+    cross = residual + inputs @ chain(weights)[2]
+    net = whiten(weights, Moments(inputs, cross, noise))
+    return [
+        jnp.linalg.pinv(a) @ net.residual @ jnp.linalg.pinv(b)
+        for a, b in zip(net.before, net.after, strict=True)
+    ]
+
+
+def linear_layers(module: nnx.Module) -> dict[Path, nnx.Module]:
+    """The layers of a linear network in forward order, by path.
+
+    Raises:
+      TypeError: not an ng.MLP or nnx.Sequential, or a layer without signals.
+      ValueError: an activation or a bias.
+    """
+    if not isinstance(module, (MLP, nnx.Sequential)):
+        raise TypeError(
+            "deep_linear_descent takes ng.MLP(..., activation='identity') or an nnx.Sequential of "
+            f"linear layers, got {type(module).__name__}; use online_natural_gradient_descent"
+        )
+    if isinstance(module, MLP) and module.activation != "identity":
+        raise ValueError(
+            f"deep_linear_descent needs a linear network, got activation={module.activation!r}; "
+            "use online_natural_gradient_descent"
+        )
+    known = layer_paths(module)
+    layers = {("layers", index): layer for index, layer in enumerate(module.layers)}
+    for path, layer in layers.items():
+        if path not in known:
+            raise TypeError(
+                f"deep_linear_descent needs linear layers only, got {layer!r} at layer "
+                f"{path[1] + 1}; use online_natural_gradient_descent"
+            )
+        if layer.bias is not None:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"layer {path[1] + 1} has a bias, which deep_linear_descent does not take: centre "
+                "the data, or use online_natural_gradient_descent"
+            )
+    return layers  # type: ignore[return-value]
+
+
+def check_settings(learning_rate: Any, damping: Any, output_variance: float) -> None:
+    """Raises TypeError or ValueError on settings out of range."""
+    check_learning_rate(learning_rate)
+    if isinstance(damping, RelativeDamping):
+        raise TypeError("damping must be a number, a schedule or ng.LevenbergMarquardt() here")
+    check_damping(damping)
+    check_number("output_variance", output_variance, positive=True)
+
+
+def transformation(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    damping: float | optax.Schedule | LevenbergMarquardt,
+    loss: Loss,
+    seed: int,
+    compute: Compute,
+    init_inverses: Callable[[Any], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """What both transformations share: settings over steps, and damping by Eq. 21.
+
+    The footnote of the paper, read so that Delta W_i is the update at alpha = 1: the predicted
+    change of the loss is (-alpha + alpha^2 / 2) sum_i tr(Delta W_i^T <e_i x_{i-1}^T>).
+    """
+    adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
+
+    def init(params: optax.Params) -> DeepLinearState:
+        fixed = damping if isinstance(damping, (int, float)) else 0.0
+        start = adaptive.initial if adaptive else fixed
+        return DeepLinearState(
+            jnp.zeros((), jnp.int32),
+            jnp.asarray(start, jnp.float32),
+            jax.random.key(seed),
+            init_inverses(params),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: DeepLinearState,
+        params: optax.Params | None = None,
+        *,
+        module: nnx.Module | None = None,
+        x: Array | None = None,
+        y: Array | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, DeepLinearState]:
+        del params, extra
+        if module is None or x is None or y is None:
+            raise ValueError(f"{name} needs the batch: pass module=model, x=x, y=y to update")
+        x, y = check_batch(module, x, y, loss)
+        rho: Any = damping
+        if adaptive:
+            rho = state.damping
+        elif callable(damping):
+            rho = damping(state.steps)
+        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
+        key, draw = jax.random.split(state.key)
+        found = compute(module, x, y, rho, state, draw)
+        step = jax.tree.map(
+            lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
+        )
+        following = state.damping
+        if adaptive:
+            predicted = (-rate + rate**2 / 2) * found.slope
+            following = adaptive.adapt(state.damping, found.change(rate, step), predicted)
+        elif callable(damping):
+            following = jnp.asarray(rho, jnp.float32)
+        return step, DeepLinearState(state.steps + 1, following, key, found.inverses)
+
+    return optax.GradientTransformationExtraArgs(init, update)

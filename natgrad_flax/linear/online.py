@@ -1,0 +1,173 @@
+"""The online natural gradient of Bernacchia et al. (2018) as an optax transformation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from natgrad_flax.capture import layer_paths
+from natgrad_flax.checks import check_integer
+from natgrad_flax.damping import LevenbergMarquardt, is_zero
+from natgrad_flax.fisher import fisher_signals
+from natgrad_flax.gradient import leaf_names
+from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
+from natgrad_flax.linear.deep_linear_optimizer import (
+    DeepLinearState,
+    Step,
+    check_settings,
+    transformation,
+)
+from natgrad_flax.linear.inverse_moments import DirectInverse, InverseMoment
+from natgrad_flax.losses import Loss, MeanSquaredError
+from natgrad_flax.optimizer import moved
+from natgrad_flax.signals import DenseSignals, LayerUpdate
+
+
+def online_natural_gradient_descent(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    *,
+    loss: Loss | None = None,
+    damping: float | optax.Schedule | LevenbergMarquardt | None = None,
+    mc_samples: int = 1,
+    inverse: InverseMoment | None = None,
+    output_variance: float = 1.0,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """The online algorithm of Bernacchia et al. (2018, Section 5), for any network.
+
+    A step of layer i is (alpha / L) (Lambda_i + sqrt(lambda) I)^{-1} (-dL/dW_i)
+    (Lambda~_i + sqrt(lambda) I)^{-1} (Eq. 20), with the second moment Lambda_i of its inputs on the
+    batch, and Lambda~_i of errors back-propagated from ``mc_samples`` targets a sample that are
+    drawn from the model. For linear networks it estimates the exact natural gradient; for others
+    it is the paper's extension. Biases are one more row of W_i. ``update`` needs the batch:
+    ``module=model, x=x, y=y``.
+
+    Args:
+      learning_rate: alpha, a number or a schedule over steps.
+      loss: the loss; None means ng.MeanSquaredError().
+      damping: lambda: a number, a schedule, or by Eq. 21; None means ng.LevenbergMarquardt(), the
+        paper's choice.
+      mc_samples: K, the sampled backward passes a step.
+      inverse: how second moments are inverted; None means DirectInverse().
+      output_variance: as in ``deep_linear_descent``.
+      seed: of the drawn targets.
+
+    Returns:
+      An optax transformation with the extra arguments ``module``, ``x`` (N, n_0), ``y`` (N, n_L).
+
+    Raises:
+      ValueError, TypeError: bad settings here, a bad batch or a layer without signals in
+        ``update``.
+    """
+    loss = MeanSquaredError() if loss is None else loss
+    damping = LevenbergMarquardt() if damping is None else damping
+    inverse = DirectInverse() if inverse is None else inverse
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"loss must be ng.MeanSquaredError() or ng.SoftmaxCrossEntropy(), got {loss!r}"
+        )
+    if not isinstance(inverse, InverseMoment):
+        raise TypeError(
+            "inverse must be DirectInverse(), MovingInverse() or RandomisedSVD(rank), got "
+            f"{inverse!r}"
+        )
+    check_integer("mc_samples", mc_samples, 1)
+    check_integer("seed", seed, 0)
+    check_settings(learning_rate, damping, output_variance)
+    if is_zero(damping):
+        raise ValueError(
+            "sampled second moments need a positive damping: the gradient does not lie in their "
+            "range; linear networks have deep_linear_descent"
+        )
+
+    def init(params: Any) -> Any:
+        sizes: dict[str, dict[str | int, Array]] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            names = leaf_names(path)
+            sizes.setdefault(_key(names[:-1]), {})[names[-1]] = leaf
+        inverses = {}
+        for name, leaves in sizes.items():
+            fan_in, units = leaves["kernel"].shape
+            dtype = leaves["kernel"].dtype
+            rows = fan_in + ("bias" in leaves)
+            inverses[name] = (inverse.init(rows, dtype), inverse.init(units, dtype))
+        return inverses
+
+    def compute(
+        module: nnx.Module, x: Array, y: Array, rho: Any, state: DeepLinearState, key: Array
+    ) -> Step:
+        draw, *keys = jax.random.split(key, 1 + 2 * len(layer_paths(module)))
+        signals, residual = fisher_signals(
+            module, x, y, loss=loss, fisher="mc", key=draw, num_samples=mc_samples
+        )
+        depth, count = len(signals.layers), len(x)
+        root = jnp.sqrt(rho).astype(signals.outputs.dtype)
+        down = [
+            -_stack(layer.pull_back(residual.direction(layer, index))) / count
+            for index, layer in enumerate(signals.layers)
+        ]
+        inverses = {}
+        if isinstance(inverse, DirectInverse):
+            moves = map_by_shape(
+                lambda item: sandwich(*item, root, output_variance * root),
+                [
+                    (
+                        layer.augmented_inputs().T @ layer.augmented_inputs() / count,
+                        middle,
+                        layer.flat_derivatives().T @ layer.flat_derivatives() / count,
+                    )
+                    for layer, middle in zip(signals.layers, down, strict=True)
+                ],
+            )
+            inverses = state.inverses
+        else:
+            moves = []
+            first = state.steps == 0
+            for index, (layer, middle) in enumerate(zip(signals.layers, down, strict=True)):
+                kept_in, kept_out = state.inverses[_key(layer.path)]
+                rows = layer.augmented_inputs() / count**0.5
+                half, kept_in = inverse.solve(kept_in, rows, middle, root, keys[2 * index], first)
+                rows = layer.flat_derivatives() / count**0.5
+                shift = output_variance * root
+                move, kept_out = inverse.solve(
+                    kept_out, rows, half.T, shift, keys[2 * index + 1], first
+                )
+                moves.append(move.T)
+                inverses[_key(layer.path)] = (kept_in, kept_out)
+        steps = [move / depth for move in moves]
+        slope = sum((jnp.sum(a * b) for a, b in zip(steps, down, strict=True)), jnp.zeros(()))
+        direction = {
+            layer.path: _unstack(layer, step)
+            for layer, step in zip(signals.layers, steps, strict=True)
+        }
+
+        def change(rate: Array | float, step: Any) -> Array:
+            del rate
+            return loss(moved(module, step)(x), y) - loss(signals.outputs, y)
+
+        return Step(direction, slope, change, inverses)
+
+    return transformation(
+        "online_natural_gradient_descent", learning_rate, damping, loss, seed, compute, init
+    )
+
+
+def _key(path: Any) -> str:
+    return ".".join(map(str, path))
+
+
+def _stack(update: LayerUpdate) -> Array:
+    if "bias" not in update:
+        return update["kernel"]
+    return jnp.concatenate([update["kernel"], update["bias"][None]])
+
+
+def _unstack(layer: DenseSignals, step: Array) -> LayerUpdate:
+    if layer.bias_scale is None:
+        return {"kernel": step}
+    return {"kernel": step[:-1], "bias": step[-1]}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from benchmarks.leaderboard.program import Program
 
 Family = Literal["first-order", "quasi-Newton", "natural-gradient", "peer"]
-RateRule = Literal["theoretical", "tuned", "line search"]
+RateRule = Literal["theoretical", "theoretical: 1", "tuned", "line search"]
 Damping = float | ng.RelativeDamping | ng.LevenbergMarquardt
 Optimizer = Callable[[Workload, Array | float, int], optax.GradientTransformation]
 

@@ -128,6 +128,10 @@ def test_a_grid_of_another_size_is_refused() -> None:
     [
         ("lbfgs", toy(batch=3), "full batches"),
         ("lbfgs", toy(), ""),
+        ("deep-linear", toy(), "linear networks and squared error"),
+        ("deep-linear", find_workload("matrix-completion"), "linear networks"),
+        ("deep-linear", find_workload("linear-teacher"), ""),
+        ("online", toy(batch=3), ""),
         ("exact", toy(batch=3), "full batch"),
         ("exact", toy(), ""),
         ("exact-mc", toy(), ""),
@@ -244,15 +248,19 @@ def test_largest_eigenvalue_is_that_of_the_coefficient_matrix(name: str) -> None
     assert found == pytest.approx(1 / rate, rel=0.02)
 
 
-def test_lbfgs_lowers_the_loss() -> None:
+@pytest.mark.parametrize("name", ["lbfgs", "online", "deep-linear"])
+def test_a_step_at_rate_1_lowers_the_loss(name: str) -> None:
     workload = toy()
+    if name == "deep-linear":
+        linear = ng.MLP((4, 8, 1), activation="identity", rngs=nnx.Rngs(3))
+        workload = dataclasses.replace(workload, model=lambda seed: linear)
     data = workload.data()
 
     def loss(state: nnx.State) -> float:
         model = nnx.merge(nnx.graphdef(workload.model(3)), state)
         return float(workload.loss(model(jnp.asarray(data.x_train)), jnp.asarray(data.y_train)))
 
-    assert loss(one_step("lbfgs", workload, 1.0)) < loss(nnx.state(workload.model(3)))
+    assert loss(one_step(name, workload, 1.0)) < loss(nnx.state(workload.model(3)))
 
 
 def test_a_peer_says_why_it_does_not_run() -> None:

@@ -8,7 +8,9 @@ from .errors import DataFileError, DatasetError, DownloadError
 from .forster import ForsterTransform, forster_transform
 from .linear_teacher import LINEAR_TEACHER_SETTINGS, linear_teacher, random_linear_network
 from .loading import Dataset, load
+from .low_rank import low_rank_matrix, observed_mask
 from .preparation import encode_labels, prepare, standardise, unit_norm
+from .separable import planar, sparse_classification
 from .store import DatasetStatus, best_available, status
 
 __all__ = [
@@ -24,9 +26,13 @@ __all__ = [
     "forster_transform",
     "linear_teacher",
     "load",
+    "low_rank_matrix",
     "names",
+    "observed_mask",
+    "planar",
     "prepare",
     "random_linear_network",
+    "sparse_classification",
     "standardise",
     "status",
     "unit_norm",

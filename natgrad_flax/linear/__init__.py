@@ -2,13 +2,23 @@
 
 ``deep_linear`` holds the theory of deep linear networks on sequences of weights,
 ``deep_linear_fisher`` and ``deep_linear_bottleneck`` its matrices and projections; the
-transformations for Flax modules are exported here.
+transformations for Flax modules are exported here. ``logistic``, ``diagonal_network`` and
+``matrix_factorization`` have fields for ``descend``, ``completion`` runs on observed entries, and
+``references`` has the solutions that they converge to.
 """
 
+from natgrad_flax.linear import (
+    completion,
+    diagonal_network,
+    logistic,
+    matrix_factorization,
+    references,
+)
 from natgrad_flax.linear.deep_linear_optimizer import (
     DeepLinearState,
     deep_linear_descent,
 )
+from natgrad_flax.linear.descent import Descent, descend
 from natgrad_flax.linear.inverse_moments import (
     DirectInverse,
     InverseMoment,
@@ -19,10 +29,17 @@ from natgrad_flax.linear.online import online_natural_gradient_descent
 
 __all__ = [
     "DeepLinearState",
+    "Descent",
     "DirectInverse",
     "InverseMoment",
     "MovingInverse",
     "RandomisedSVD",
+    "completion",
     "deep_linear_descent",
+    "descend",
+    "diagonal_network",
+    "logistic",
+    "matrix_factorization",
     "online_natural_gradient_descent",
+    "references",
 ]

@@ -1,0 +1,382 @@
+"""Deep matrix factorisation of observed entries (Kerekes et al. 2021, Appendix B.4 and Fig. 5).
+
+beta = W_1 W_2 ... W_L, loss = 1/2 sum over observed entries of (beta - target)^2, so the gradient
+with respect to beta is G = mask * (beta - target) and the Fisher of beta with unit noise is I. With
+A_l = W_1 ... W_{l-1} and B_l = W_{l+1} ... W_L, a change of the factors moves beta by
+J dW = sum_l A_l dW_l B_l, and a natural gradient is a solution of J dW = G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.lax import Precision
+
+from natgrad_flax.checks import check_learning_rate, is_concrete
+from natgrad_flax.linear.descent import as_floating, check_memory
+
+Factors = tuple[Array, ...]
+Solution = Literal["joint", "split"]
+Kind = Literal["euclidean", "joint", "split"]
+_ADVICE = "factorise a smaller matrix"
+
+
+def product(factors: Sequence[Array]) -> Array:
+    """beta = W_1 ... W_L."""
+    return reduce(_matmul, factors)
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    # on GPUs the default precision of a float32 product would be too low for the solves
+    return jnp.matmul(a, b, precision=Precision.HIGHEST)
+
+
+def neighbours(factors: Sequence[Array]) -> tuple[list[Array | None], list[Array | None]]:
+    """The products left and right of each factor, A_l and B_l; None stands for the identity."""
+    left: list[Array | None] = [None]
+    right: list[Array | None] = [None]
+    for factor in factors[:-1]:
+        left.append(_times(left[-1], factor))
+    for factor in reversed(factors[1:]):
+        right.append(_times(factor, right[-1]))
+    return left, right[::-1]
+
+
+def _times(*matrices: Array | None) -> Any:
+    present = [matrix for matrix in matrices if matrix is not None]
+    return product(present) if present else None
+
+
+def _transpose(matrix: Array | None) -> Array | None:
+    return None if matrix is None else matrix.T
+
+
+def check_factors(factors: Sequence[Any]) -> Factors:
+    """Factors as floating matrices whose sizes follow each other.
+
+    Raises:
+      ValueError: none, not matrices, sizes that do not fit, NaN or infinity.
+      TypeError: factors that are not floating.
+    """
+    if len(factors) == 0:
+        raise ValueError("a factorisation needs at least one factor")
+    checked = tuple(
+        as_floating(w, f"factor {number}", (None, None), "(rows, columns)")
+        for number, w in enumerate(factors, start=1)
+    )
+    for number, (a, b) in enumerate(pairwise(checked), start=1):
+        if a.shape[1] != b.shape[0]:
+            raise ValueError(
+                f"factor {number} of shape {a.shape} does not multiply factor {number + 1} of "
+                f"shape {b.shape}"
+            )
+    return checked
+
+
+def check_start(factors: Sequence[Any], target: Array) -> Factors:
+    """Factors that multiply to the shape and dtype of a target.
+
+    Raises:
+      ValueError, TypeError: as ``check_factors``; another shape or dtype than the target's.
+    """
+    checked = check_factors(factors)
+    shape = (checked[0].shape[0], checked[-1].shape[1])
+    if shape != target.shape:
+        raise ValueError(f"the factors multiply to shape {shape}, but target has {target.shape}")
+    dtypes = {array.dtype.name for array in (*checked, target)}
+    if len(dtypes) > 1:
+        raise TypeError(
+            f"factors and target must have one dtype, got {' and '.join(sorted(dtypes))}"
+        )
+    return checked
+
+
+def check_observations(target: Any, mask: Any) -> tuple[Array, Array]:
+    """Target and mask (rows, columns), the mask in the dtype of the target.
+
+    Unobserved entries of the target are not looked at and become 0.
+
+    Raises:
+      ValueError: shapes that differ, no observation, a mask other than 0 or 1, NaN or infinity at
+        an observed entry.
+      TypeError: a target that is not floating.
+    """
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or mask.shape != np.shape(target):
+        raise ValueError(
+            f"mask and target must be matrices of one shape, got {mask.shape} and "
+            f"{np.shape(target)}"
+        )
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError("the mask must be boolean, or hold 0 and 1 only")
+    if not mask.any():
+        raise ValueError("the mask observes no entry; mark at least one with 1")
+    target = jnp.where(mask != 0, jnp.asarray(target), 0)
+    return as_floating(target, "target", mask.shape, str(mask.shape)), jnp.asarray(
+        mask, target.dtype
+    )
+
+
+def residual(factors: Sequence[Array], target: Array, mask: Array) -> Array:
+    """G = mask * (beta - target), the gradient with respect to beta."""
+    return mask * (product(factors) - target)
+
+
+def euclidean_step(factors: Sequence[Array], gradient: Array) -> Factors:
+    """J^T G: A_l^T G B_l^T for each factor."""
+    left, right = neighbours(factors)
+    return tuple(
+        _times(_transpose(a), gradient, _transpose(b)) for a, b in zip(left, right, strict=True)
+    )
+
+
+def split_step(factors: Sequence[Array], gradient: Array) -> Factors:
+    """The solution of B.4, A_l^+ G B_l^+ / L for each factor.
+
+    Erratum: the order printed in Eq. 51, B^{T+} G A^+, does not solve Eq. 50; this one does. With
+    invertible factors beta' = beta (I - (eta / L) beta^{-1} G)^L after a step eta, exactly. Along a
+    trajectory the determinant of beta changes its sign in general, and there the inverses blow up:
+    for long runs take ``joint_step``.
+    """
+    left, right = neighbours(factors)
+    pinv = [None if a is None else jnp.linalg.pinv(a) for a in left]
+    pinv_right = [None if b is None else jnp.linalg.pinv(b) for b in right]
+    return tuple(
+        _times(a, gradient, b) / len(factors) for a, b in zip(pinv, pinv_right, strict=True)
+    )
+
+
+def joint_step(
+    factors: Sequence[Array], gradient: Array, *, tolerance: float | None = None
+) -> Factors:
+    """The Moore-Penrose solution J^T V with J J^T V = G: least norm over all factors jointly.
+
+    J J^T V = sum_l P_l V Q_l with P_l = A_l A_l^T and Q_l = B_l^T B_l. Two factors: a Sylvester
+    equation, solved by two eigendecompositions. More: conjugate gradients, preconditioned by the
+    terms of the first and the last factor, which are again of Sylvester form.
+
+    Args:
+      factors: W_1 ... W_L.
+      gradient: G, of the shape of their product.
+      tolerance: relative residual of the conjugate gradients; None means 1e3 times the rounding
+        unit.
+    """
+    if len(factors) == 1:
+        return (gradient,)
+    left, right = neighbours(factors)
+    p = [None if a is None else _matmul(a, a.T) for a in left]
+    q = [None if b is None else _matmul(b.T, b) for b in right]
+    solve = _sylvester(p[-1], q[0], singular=len(factors) == 2)
+    if len(factors) == 2:
+        dual = solve(gradient)
+    else:
+        eps = float(jnp.finfo(gradient.dtype).eps)
+        dual, _ = jax.scipy.sparse.linalg.cg(
+            lambda v: sum(_times(a, v, b) for a, b in zip(p, q, strict=True)),
+            gradient,
+            tol=1e3 * eps if tolerance is None else tolerance,
+            maxiter=10 * gradient.size,
+            M=solve,
+        )
+    return tuple(
+        _times(_transpose(a), dual, _transpose(b)) for a, b in zip(left, right, strict=True)
+    )
+
+
+def _sylvester(p: Any, q: Any, *, singular: bool) -> Any:
+    """The map V -> X with p X + X q = V, for symmetric p and q that are not negative.
+
+    Where a sum of eigenvalues is zero to rounding it is replaced: by infinity if singular, which
+    gives the pseudo-inverse, else by the smallest sum that counts, which keeps the map definite.
+    """
+    p_values, p_vectors = jnp.linalg.eigh(p)
+    q_values, q_vectors = jnp.linalg.eigh(q)
+    sums = p_values[:, None] + q_values[None, :]
+    cutoff = max(sums.shape) * jnp.finfo(sums.dtype).eps * jnp.max(sums)
+    sums = jnp.where(sums > cutoff, sums, jnp.inf if singular else cutoff)
+
+    def solve(v: Array) -> Array:
+        rotated = _times(p_vectors.T, v, q_vectors)
+        return _times(p_vectors, rotated / sums, q_vectors.T)
+
+    return solve
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["target", "mask"], meta_fields=["kind"])
+@dataclass(frozen=True)
+class FactorGradient:
+    """A gradient with respect to the factors, as a function of them.
+
+    Attributes:
+      target: matrix to approximate.
+      mask: 1 at observed entries, 0 elsewhere.
+      kind: "euclidean", or the solution of J dW = G: "joint" or "split".
+    """
+
+    target: Array
+    mask: Array
+    kind: Kind
+
+    def __call__(self, factors: Factors) -> Factors:
+        """The field at a tuple of factors."""
+        rule = _RULES[self.kind]
+        return rule(tuple(factors), residual(factors, self.target, self.mask))
+
+
+_RULES: dict[str, Callable[[Factors, Array], Factors]] = {
+    "euclidean": euclidean_step,
+    "joint": joint_step,
+    "split": split_step,
+}
+
+
+def gradient_field(target: Any, mask: Any) -> FactorGradient:
+    """The Euclidean gradient of half the sum of squares; 2 / sum(mask) times it is the mean's.
+
+    Args:
+      target: matrix, shape (rows, columns); unobserved entries are not used.
+      mask: boolean or 0/1, of the same shape.
+
+    Raises:
+      ValueError, TypeError: as ``check_observations``.
+    """
+    return FactorGradient(*check_observations(target, mask), "euclidean")
+
+
+def natural_gradient_field(
+    target: Any, mask: Any, factors: Sequence[Any], *, solution: Solution = "joint"
+) -> FactorGradient:
+    """The natural gradient as a function of the factors, checked for a start.
+
+    Args:
+      target: matrix, shape (rows, columns); unobserved entries are not used.
+      mask: boolean or 0/1, of the same shape.
+      factors: where the run starts.
+      solution: "joint", which is stable, or "split", that of B.4.
+
+    Returns:
+      A field for ``descend``. Observed residuals shrink by 1 - eta a step, up to O(eta^2).
+
+    Raises:
+      ValueError: bad observations or factors; a factor narrower than the product, which the
+        solution cannot take ("split", and "joint" with three or more); a singular factor ("split":
+        the message says which); matrices beyond memory.
+      TypeError: not floating.
+    """
+    if solution not in get_args(Solution):
+        raise ValueError(f'solution must be "joint" or "split", got {solution!r}')
+    target, mask = check_observations(target, mask)
+    checked = check_start(factors, target)
+    shape = target.shape
+    check_memory((max(shape),) * 2, target.dtype, "a Gram matrix of the factors", _ADVICE)
+    narrow = [n for n, w in enumerate(checked, start=1) if min(w.shape) < min(shape)]
+    if narrow and (solution == "split" or len(checked) > 2):
+        raise ValueError(
+            f"factor {narrow[0]} of shape {checked[narrow[0] - 1].shape} is narrower than the "
+            f"product {shape}, so J dW = G has no solution; take wider factors, or two and "
+            'solution="joint" for the least-squares one'
+        )
+    if solution == "split":
+        _check_invertible(checked)
+    return FactorGradient(target, mask, solution)
+
+
+def _check_invertible(factors: Factors) -> None:
+    for number, w in enumerate(factors, start=1):
+        if not is_concrete(w):
+            return
+        values = np.linalg.svd(np.asarray(w, np.float64), compute_uv=False)
+        if values[-1] <= max(w.shape) * np.finfo(w.dtype).eps * values[0]:
+            raise ValueError(
+                f"factor {number} is singular, so the 1/L split does not solve J dW = G; "
+                'take solution="joint"'
+            )
+
+
+def natural_gradient(
+    target: Any, mask: Any, factors: Sequence[Any], *, solution: Solution = "joint"
+) -> Factors:
+    """The natural gradient at one point; arguments and errors of ``natural_gradient_field``."""
+    field = natural_gradient_field(target, mask, factors, solution=solution)
+    return field(check_factors(factors))
+
+
+def push_forward(factors: Sequence[Array], step: Sequence[Array]) -> Array:
+    """J dW = sum_l A_l dW_l B_l: how beta moves, to first order, with a step of the factors."""
+    left, right = neighbours(factors)
+    terms = [_times(a, d, b) for a, d, b in zip(left, step, right, strict=True)]
+    return reduce(jnp.add, terms)
+
+
+def flow_kernel(factors: Sequence[Any], entry: tuple[int, int], *, kind: Kind) -> Array:
+    """How the flow moves beta when one entry alone is observed, with residual 1 (Fig. 3).
+
+    Euclidean: sum_l (A_l A_l^T) E (B_l^T B_l), the cross of row and column for two factors.
+    Natural, either solution: E itself, where the factors are invertible.
+
+    Args:
+      factors: W_1 ... W_L.
+      entry: row and column, from 0.
+      kind: "euclidean", "joint" or "split".
+
+    Returns:
+      Matrix of the shape of beta.
+
+    Raises:
+      ValueError: bad factors, an entry outside of the matrix, an unknown kind.
+    """
+    factors, one = _one_entry(factors, entry, kind)
+    return push_forward(factors, _RULES[kind](factors, one))
+
+
+def step_kernel(
+    factors: Sequence[Any],
+    entry: tuple[int, int],
+    *,
+    kind: Kind,
+    step_size: float,
+    error: float,
+) -> Array:
+    """The change of beta in one finite step, divided by -step_size * error (Fig. 3).
+
+    Args:
+      factors: W_1 ... W_L.
+      entry: row and column of the one observed entry, from 0.
+      kind: "euclidean", "joint" or "split"; with "split" and invertible factors no other entry
+        moves, whatever the step size.
+      step_size: eta.
+      error: beta - target at the entry, not 0.
+
+    Returns:
+      Matrix of the shape of beta.
+
+    Raises:
+      ValueError: as ``flow_kernel``; a step size or an error out of range.
+    """
+    check_learning_rate(step_size)
+    if not (np.isfinite(error) and error != 0):
+        raise ValueError(f"error must be finite and not 0, got {error}")
+    factors, one = _one_entry(factors, entry, kind)
+    step = _RULES[kind](factors, error * one)
+    moved = tuple(w - step_size * d for w, d in zip(factors, step, strict=True))
+    return (product(factors) - product(moved)) / (step_size * error)
+
+
+def _one_entry(
+    factors: Sequence[Any], entry: tuple[int, int], kind: object
+) -> tuple[Factors, Array]:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    checked = check_factors(factors)
+    shape = (checked[0].shape[0], checked[-1].shape[1])
+    if not all(0 <= index < size for index, size in zip(entry, shape, strict=True)):
+        raise ValueError(f"entry {entry} is outside of a matrix of shape {shape}")
+    return checked, jnp.zeros(shape, checked[0].dtype).at[entry].set(1)

@@ -1,0 +1,220 @@
+"""The worked examples of van Oostrum et al. (2022), and their propositions on non-proper points."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from natgrad_flax import geometry
+from natgrad_flax.geometry import Objective, Representation
+from ntk_analysis.reproduce.registry import Outcome, Report, above, below, check, close
+from ntk_analysis.reproduce.van_oostrum.theorems import in_float64
+
+
+def natural(objective: Objective) -> Representation:
+    """The natural parameter gradient in the Euclidean metric."""
+    return lambda phi, xi: geometry.natural_parameter_gradient(phi, objective, xi)
+
+
+def apart(found: Array, expected: list[float]) -> float:
+    """The largest difference of two vectors."""
+    return float(jnp.max(jnp.abs(found - jnp.asarray(expected))))
+
+
+@check(
+    "VO-Ex1",
+    "Two parametrisations whose coordinate vectors share no direction",
+    claim="At one point of a model two parametrisations can have spans with trivial intersection; "
+    "then every representation that is the same for both is zero, and the natural gradients are "
+    "the projections on the two lines (Example 1).",
+    setting="phi(t) = (t, t^2), psi(t) = (-t^2, t), the same turned by 90 degrees, at t = 0; "
+    "L = 3 x + 2 y",
+    origin="ours",
+    fast=True,
+)
+@in_float64
+def example_1(report: Report) -> Outcome:
+    """Two curves of a plane through the origin."""
+
+    def phi(t: Array) -> Array:
+        return jnp.concatenate([t, t**2])
+
+    def psi(t: Array) -> Array:
+        return jnp.concatenate([-(t**2), t])
+
+    report("projecting")
+    zero, represent = jnp.zeros(1), natural(lambda z: 3 * z[0] + 2 * z[1])
+    spans = jnp.stack([geometry.push_forward(curve, zero, jnp.ones(1)) for curve in (phi, psi)])
+    here, there = (
+        geometry.push_forward(curve, zero, represent(curve, zero)) for curve in (phi, psi)
+    )
+    return Outcome(
+        (
+            close("rank of both coordinate vectors", float(jnp.linalg.matrix_rank(spans)), 2, 0),
+            below("push-forward of phi against (3, 0)", apart(here, [3, 0]), 1e-12),
+            below("push-forward of psi against (0, 2)", apart(there, [0, 2]), 1e-12),
+            close(
+                "dependence on the parametrisation",
+                float(geometry.parametrisation_dependence(represent, phi, zero, psi, zero)),
+                float(np.sqrt(13)),
+                1e-12,
+            ),
+        )
+    )
+
+
+@check(
+    "VO-Ex2",
+    "A curve that crosses itself",
+    claim="phi = (sin 2x, sin x) runs twice through the origin; with f that takes one passage to "
+    "the other, psi = phi o f has another natural gradient there (Example 2, Appendix A.2).",
+    setting="L = x + 3 y; the two passages are at x = 0 and x = pi",
+    origin="paper",
+    erratum="The printed domain and f put the second passage at pi/2, where phi = (0, 1): it is at "
+    "pi, with f(theta) = pi - theta and the domain (-pi/4, 5 pi/4). psi = (-sin 2t, sin t) is "
+    "right as printed, and so are both results.",
+    fast=True,
+)
+@in_float64
+def example_2(report: Report) -> Outcome:
+    """The two vectors of the appendix."""
+
+    def phi(x: Array) -> Array:
+        return jnp.concatenate([jnp.sin(2 * x), jnp.sin(x)])
+
+    def change(theta: Array) -> Array:
+        return jnp.pi - theta
+
+    def psi(theta: Array) -> Array:
+        return phi(change(theta))
+
+    report("projecting")
+    zero, represent = jnp.zeros(1), natural(lambda z: z[0] + 3 * z[1])
+    here = geometry.push_forward(phi, zero, represent(phi, zero))
+    there = geometry.push_forward(psi, zero, represent(psi, zero))
+    gram = float(geometry.gram_matrix(phi, zero)[0, 0])
+    violation = float(geometry.model_violation(represent, phi, change, zero))
+    return Outcome(
+        (
+            close("G at x = 0", gram, 5, 1e-12),
+            below("push-forward of phi against (2, 1)", apart(here, [2, 1]), 1e-12),
+            below("push-forward of psi against (-0.4, 0.2)", apart(there, [-0.4, 0.2]), 1e-12),
+            below("the points phi(0) and phi(pi)", apart(phi(jnp.full(1, jnp.pi)), [0, 0]), 1e-12),
+            above("|phi(pi/2)|, where the paper puts the second passage",
+                  float(jnp.linalg.norm(phi(jnp.full(1, jnp.pi / 2)))), 0.99),
+            below("no violation of Theorem 2: theta = 0 belongs to x = pi", violation, 1e-12),
+        )
+    )  # fmt: skip
+
+
+@check(
+    "VO-A3",
+    "Two parameter vectors, one gradient on the model",
+    claim="phi = (x1 + x2, 0) with f = (2 t1, t2) and L = x^2 at theta = (1, 1): y_Xi = (3, 3), "
+    "y_Theta = (4.8, 1.2), and 6 d/dx on the model for both (Appendix A.3).",
+    setting="as printed",
+    origin="paper",
+    fast=True,
+)
+@in_float64
+def appendix_3(report: Report) -> Outcome:
+    """Every number of the example."""
+
+    def phi(xi: Array) -> Array:
+        return jnp.stack([xi[0] + xi[1], jnp.zeros(())])
+
+    def change(theta: Array) -> Array:
+        return jnp.stack([2 * theta[0], theta[1]])
+
+    def psi(theta: Array) -> Array:
+        return phi(change(theta))
+
+    report("projecting")
+    represent, theta, xi = natural(lambda z: z[0] ** 2), jnp.ones(2), jnp.asarray([2.0, 1.0])
+    here, there = represent(phi, xi), represent(psi, theta)
+    grams = geometry.gram_matrix(phi, xi), geometry.gram_matrix(psi, theta)
+    return Outcome(
+        (
+            below("G at xi against [[1, 1], [1, 1]]", apart(grams[0].ravel(), [1, 1, 1, 1]), 1e-12),
+            below("G at theta against [[4, 2], [2, 1]]",
+                  apart(grams[1].ravel(), [4, 2, 2, 1]), 1e-12),
+            below("y_Xi against (3, 3)", apart(here, [3, 3]), 1e-12),
+            below("y_Theta against (4.8, 1.2)", apart(change(there), [4.8, 1.2]), 1e-12),
+            below("push-forward of phi",
+                  apart(geometry.push_forward(phi, xi, here), [6, 0]), 1e-12),
+            below("push-forward of psi",
+                  apart(geometry.push_forward(psi, theta, there), [6, 0]), 1e-12),
+        )
+    )  # fmt: skip
+
+
+@check(
+    "VO-Prop1",
+    "Non-proper points are rare",
+    claim="The image of the points where the coordinate vectors do not span the tangent space has "
+    "measure zero (Proposition 1, by Sard's theorem).",
+    setting="phi(t) = t^3 on [-1, 1], 200 random points; phi(s, t) = (s^3, s t), 200 more",
+    origin="ours",
+    fast=True,
+)
+@in_float64
+def proposition_1(report: Report) -> Outcome:
+    """Ranks at random points and at the exceptions."""
+
+    def plane(t: Array) -> Array:
+        return jnp.stack([t[0] ** 3, t[0] * t[1]])
+
+    report("counting")
+    rng = np.random.default_rng(0)
+    cubes = [
+        geometry.is_proper(lambda t: t**3, jnp.asarray(point), 1)
+        for point in rng.uniform(-1, 1, (200, 1))
+    ]
+    planes = [
+        geometry.is_proper(plane, jnp.asarray(point), 2) for point in rng.uniform(-1, 1, (200, 2))
+    ]
+    axis = jnp.asarray([0.0, 0.7])
+    return Outcome(
+        (
+            close("share of proper points of t^3", float(np.mean(cubes)), 1, 0),
+            close("share of proper points of (s^3, s t)", float(np.mean(planes)), 1, 0),
+            close("rank of t^3 at 0", geometry.coordinate_rank(lambda t: t**3, jnp.zeros(1)), 0, 0),
+            close("rank of (s^3, s t) on s = 0", geometry.coordinate_rank(plane, axis), 1, 0),
+            below("|(s^3, s t)| on s = 0: one point", float(jnp.linalg.norm(plane(axis))), 0.0),
+        )
+    )
+
+
+@check(
+    "VO-Prop2",
+    "Only zero is independent of all parametrisations",
+    claim="A representation that is the same for every parametrisation of a model is zero "
+    "(Proposition 2): f(t) = t^3 + xi is a homeomorphism, and its derivative at t = 0 is zero "
+    "(Remark 3).",
+    setting="phi(xi) = (xi, 2 xi), xi = 1.5, L = x + y^2",
+    origin="ours",
+    fast=True,
+)
+@in_float64
+def proposition_2(report: Report) -> Outcome:
+    """The same point of a line, reached with speed zero."""
+
+    def phi(xi: Array) -> Array:
+        return jnp.concatenate([xi, 2 * xi])
+
+    def psi(t: Array) -> Array:
+        return phi(t**3 + 1.5)
+
+    report("projecting")
+    zero, xi, represent = jnp.zeros(1), jnp.full(1, 1.5), natural(lambda z: z[0] + z[1] ** 2)
+    there = geometry.push_forward(psi, zero, represent(psi, zero))
+    here = geometry.push_forward(phi, xi, represent(phi, xi))
+    return Outcome(
+        (
+            below("|psi(0) - phi(1.5)|", float(jnp.linalg.norm(psi(zero) - phi(xi))), 0.0),
+            below("push-forward of psi at 0", float(jnp.linalg.norm(there)), 0.0),
+            # (1, 2) (1 + 2 * 2 y) / 5 at y = 3
+            below("push-forward of phi against (2.6, 5.2)", apart(here, [2.6, 5.2]), 1e-12),
+        )
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from benchmarks.machine import check_machine
+from ntk_analysis.names import did_you_mean
 from ntk_analysis.results import content_hash, write_json
 
 VARIABLE = "NATGRAD_BENCH_PROFILE"
@@ -33,8 +33,7 @@ def profile() -> str:
     """
     name = os.environ.get(VARIABLE) or "fast"
     if name not in PROFILES:
-        near = difflib.get_close_matches(name, PROFILES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, PROFILES)
         raise ValueError(f"{VARIABLE}={name!r}: {hint}profiles are {', '.join(PROFILES)}")
     return name
 

@@ -17,6 +17,9 @@ from natgrad_flax.fisher import FISHER_KINDS
 from natgrad_flax.losses import Loss
 from natgrad_flax.structures import Structure
 
+HOST_SIZE = 2**18
+"""Entries up to which an array is looked at by NumPy."""
+
 
 def check_structure(structure: object) -> None:
     """Raises TypeError unless given an instance of a Fisher structure."""
@@ -127,12 +130,15 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, A
 def _check_finite(array: Any, name: str) -> None:
     if not is_concrete(array):
         return
+    # small arrays without a compilation for every shape
+    xp: Any = np if array.size <= HOST_SIZE else jnp
+    values = np.asarray(array) if xp is np else array
     # a sum is finite where all entries are, in one pass without a temporary; only overflow of the
     # sum itself needs the second look
-    with jax.ensure_compile_time_eval():
-        if np.isfinite(jnp.sum(array)):
+    with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
+        if np.isfinite(xp.sum(values)):
             return
-        bad = int(array.size - jnp.sum(jnp.isfinite(array)))
+        bad = int(array.size - xp.sum(xp.isfinite(values)))
     if bad:
         raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import jax
@@ -55,7 +56,7 @@ def coefficient_matrix(
     """
     check_theory_arguments(structure, damping, kernels)
     if kernels == "analytic":
-        return _analytic_coefficient(structure, model, x_train, x_test, damping)
+        return next(analytic_coefficients(structure, model, x_train, x_test, damping))
     signals = initial_signals(model, x_train, x_test)
     train, test = coefficient_pair(structure, signals, damping)
     return train if x_test is None else test
@@ -86,30 +87,48 @@ def coefficient_pair(
     return both[: train.size], both[train.size :]
 
 
-def _analytic_coefficient(
+def analytic_coefficients(
     structure: Structure,
     model: nnx.Module,
     x_train: ArrayLike,
     x_test: ArrayLike | None,
-    damping: Damping,
-) -> Matrix:
+    damping: Damping = 0.0,
+) -> Iterator[Matrix]:
+    """Theta-bar(x', x), where there are test inputs, then Theta-bar(x, x), at infinite width.
+
+    The kernels are computed once; each matrix is made when it is asked for.
+
+    Args:
+      structure: the Fisher approximation, or ``GradientDescent()``.
+      model: an ``ng.MLP``.
+      x_train: shape (N, M_0).
+      x_test: shape (N', M_0), or None.
+      damping: as in ``coefficient_matrix``.
+
+    Yields:
+      Float64 arrays (N' C, N C) and (N C, N C).
+
+    Raises:
+      ValueError, TypeError: as ``coefficient_matrix``.
+    """
     check_limit(structure, x_test is not None, damping)
     widths = require_mlp(model).widths
     if structure.infinite_width == "train":
         num_samples = len(analytic_inputs(x_train, model, "x_train"))
         geometry = model_geometry(model, num_samples)
-        return structure.alpha(geometry) * np.eye(num_samples * widths[-1])
-    signals = analytic_signals(structure, model, x_train, x_test)
+        yield structure.alpha(geometry) * np.eye(num_samples * widths[-1])
+        return
+    train, test = analytic_signals(structure, model, x_train, x_test)
     with jax.enable_x64(True):
-        train = signals[0]
         check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
         structure.check(train, damping)
         rho = resolve_damping(structure, train, damping)
-        test = train if signals[1] is None else signals[1]
-        one = np.asarray(structure.coefficient(test, train, rho))
-    size = one.shape[0] * one.shape[1] * widths[-1] ** 2
-    check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs")
-    return np.kron(one, np.eye(widths[-1]))
+    for rows in (train,) if test is None else (test, train):
+        with jax.enable_x64(True):
+            one = np.asarray(structure.coefficient(rows, train, rho))
+        size = one.shape[0] * one.shape[1] * widths[-1] ** 2
+        check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs")
+        yield np.kron(one, np.eye(widths[-1]))
 
 
 def analytic_signals(

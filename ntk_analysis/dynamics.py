@@ -13,8 +13,8 @@ from natgrad_flax.checks import check_learning_rate
 from ntk_analysis.coefficient import (
     Damping,
     Kernels,
+    analytic_coefficients,
     check_theory_arguments,
-    coefficient_matrix,
     coefficient_pair,
 )
 from ntk_analysis.empirical import Matrix, initial_signals
@@ -106,10 +106,8 @@ def predict_dynamics(
     signals = initial_signals(model, x, x_test)
     targets = check_targets(y, (signals.num_train, signals.num_outputs))
     if kernels == "analytic":
-        train = coefficient_matrix(structure, model, x, None, damping, kernels)
-        test = np.zeros((0, len(train)))
-        if x_test is not None:
-            test = coefficient_matrix(structure, model, x, x_test, damping, kernels)
+        *outside, train = analytic_coefficients(structure, model, x, x_test, damping)
+        test = outside[0] if outside else np.zeros((0, len(train)))
     else:
         train, test = coefficient_pair(structure, signals, damping)
     warn_of_resonance(structure, signals.train, damping)

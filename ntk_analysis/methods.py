@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from natgrad_flax import (
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.gradient_descent import GradientDescent
+from ntk_analysis.names import find
 
 STRUCTURES: dict[str, Structure] = {
     "gd": GradientDescent(),
@@ -102,13 +102,7 @@ def find_structure(name: str) -> str:
     Raises:
       ValueError: unknown; the message offers the nearest name.
     """
-    wanted = name.strip().lower().replace("_", "-")
-    wanted = _ALIASES.get(wanted, wanted)
-    if wanted in STRUCTURES:
-        return wanted
-    near = difflib.get_close_matches(wanted, STRUCTURES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown structure {name!r}; {hint}known are {', '.join(STRUCTURES)}")
+    return find("structure", name, STRUCTURES, _ALIASES)
 
 
 def select_methods(

@@ -13,9 +13,9 @@ import optax
 from jax import Array
 
 import natgrad_flax as ng
-from benchmarks.leaderboard.names import find
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.fisher import FisherKind
+from ntk_analysis.names import find
 
 if TYPE_CHECKING:
     from benchmarks.leaderboard.program import Program

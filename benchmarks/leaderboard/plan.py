@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.leaderboard.contestant import Contestant, contestants, find_contestant
-from benchmarks.leaderboard.names import find
 from benchmarks.leaderboard.targets import target_of
 from benchmarks.leaderboard.trial import Config, configuration, identity
 from benchmarks.leaderboard.workload import find_workload, workloads
+from ntk_analysis.names import find
 
 TUNING_SEED = 1000
 """Initial parameters and batches of tuning, which no evaluation uses."""

@@ -17,7 +17,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 import natgrad_flax as ng
-from benchmarks.leaderboard.names import find
+from ntk_analysis.names import find
 from ntk_analysis.results import content_hash
 
 Floats = NDArray[np.float32]

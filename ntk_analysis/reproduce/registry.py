@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from ntk_analysis.names import did_you_mean
 
 Report = Callable[[str], object]
 """Called with what is being done now."""
@@ -122,10 +123,10 @@ def find_checks(identifiers: Iterable[str]) -> tuple[Check, ...]:
     for identifier in identifiers:
         chosen = known.get(identifier.strip().lower())
         if chosen is None:
-            near = difflib.get_close_matches(identifier.strip().lower(), known, n=3, cutoff=0.3)
-            names = " or ".join(known[name].identifier for name in near)
-            hint = f"; did you mean {names}?" if near else ""
-            raise ValueError(f"unknown check {identifier!r}{hint} (natgrad reproduce --list)")
+            hint = did_you_mean(identifier, _CHECKS, most=3)
+            raise ValueError(
+                f"unknown check {identifier!r}; {hint}natgrad reproduce --list shows them"
+            )
         found[chosen.identifier] = chosen
     return tuple(found.values())
 

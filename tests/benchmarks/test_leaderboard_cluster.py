@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import pytest
+from sleeping_trials import events, make_configs, wait_for
 
 from benchmarks.leaderboard import cluster, runner, torture
 from benchmarks.leaderboard.runner import RefusedError, run
@@ -70,26 +70,9 @@ def scheduler(tmp_path: Path) -> Iterator[Cluster]:
             process.wait()
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "store", torture.RULES)
-
-
-def make_configs(tmp_path: Path, number: int, **more: object) -> list[dict]:
-    return [config | more for config in torture.make_configs(number, tmp_path / torture.LOG)]
-
-
 def started(tmp_path: Path) -> list[tuple[str, int]]:
     """Keys and processes of the trials begun so far."""
-    split = [line.split() for line in torture.log_lines(tmp_path)]
-    return [(key, int(process)) for event, key, process in split if event == "start"]
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened for too long"
-        time.sleep(0.01)
+    return [(key, process) for event, key, process in events(tmp_path) if event == "start"]
 
 
 def test_a_worker_killed_at_work_loses_nothing(

@@ -11,11 +11,11 @@ import toy_leaderboard as toy
 import natgrad_flax as ng
 from benchmarks.leaderboard import RULES, trial
 from benchmarks.leaderboard.contestant import TUNING_TRIALS, Contestant, in_words
-from benchmarks.leaderboard.names import find
 from benchmarks.leaderboard.program import OptaxProgram
 from benchmarks.leaderboard.rates import TheoreticalRate
 from benchmarks.leaderboard.trial import configuration, execute, next_evaluation
 from benchmarks.leaderboard.workload import METRICS
+from ntk_analysis.names import find
 
 
 @pytest.fixture(autouse=True)

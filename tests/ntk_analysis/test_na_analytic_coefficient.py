@@ -10,6 +10,7 @@ from flax import nnx
 
 import natgrad_flax as ng
 import ntk_analysis as na
+import ntk_analysis.coefficient
 from natgrad_flax.structures.layer_wise import SingularCouplingWarning
 from ntk_analysis.reproduce.karakida_osawa.common import problem
 from ntk_analysis.reproduce.karakida_osawa.kernels import reference_kernels, relu_expectations
@@ -237,3 +238,23 @@ def test_bad_input():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         analytic(ng.Exact())
+
+
+def test_predicted_training_computes_each_kernel_once(monkeypatch):
+    """Eq. 5 with both matrices, from the kernels of the training inputs and the crossing ones."""
+    compute, computed = ntk_analysis.coefficient.analytic_kernels, []
+
+    def counted(model, first, second=None, **options):
+        computed.append("train" if second is None else "cross")
+        return compute(model, first, second, **options)
+
+    monkeypatch.setattr(ntk_analysis.coefficient, "analytic_kernels", counted)
+    model, structure = make_model(), ng.BlockDiagonal()
+    y = np.linspace(-1, 1, N)[:, None]
+    found = na.predict_dynamics(structure, model, X, y, 0.2, 2, 0.1, X_TEST, "analytic")
+    assert computed == ["train", "cross"]
+    residual = (found.outputs_train[1] - y).reshape(-1)
+    for outputs, x_test in ((found.outputs_train, None), (found.outputs_test, X_TEST)):
+        matrix = analytic(structure, model, x_test=x_test, damping=0.1)
+        step = (outputs[2] - outputs[1]).reshape(-1)
+        np.testing.assert_allclose(step, -0.2 * matrix @ residual, rtol=1e-10, atol=1e-12)

@@ -13,12 +13,20 @@ import pytest
 from typer.testing import CliRunner
 
 from ntk_analysis.cli import app
-from ntk_analysis.reproduce import find_checks, load_checks, registry, runner
-from ntk_analysis.reproduce.karakida_osawa import ORDER, common
+from ntk_analysis.reproduce import (
+    find_checks,
+    karakida_osawa,
+    load_checks,
+    registry,
+    runner,
+    van_oostrum,
+)
+from ntk_analysis.reproduce.karakida_osawa import common
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError, Outcome, below
 from ntk_analysis.reproduce.runner import run_checks
 
 CHECKS = load_checks()
+ORDER = karakida_osawa.ORDER + van_oostrum.ORDER
 FAST = [check for check in CHECKS if check.fast]
 
 
@@ -46,7 +54,7 @@ def test_catalogue_is_in_the_order_of_the_paper():
         assert check.origin in ("paper", "ours")
 
 
-@pytest.mark.parametrize("identifier", ["KO-Lem4.3", "KO-Eq20", "KO-Forster"])
+@pytest.mark.parametrize("identifier", ["KO-Lem4.3", "KO-Eq20", "KO-Forster", "VO-Ex2"])
 def test_errata_of_the_catalogue_are_told(identifier):
     (check,) = find_checks([identifier.lower()])
     assert len(check.erratum) > 40
@@ -277,7 +285,7 @@ def test_interruption_is_exit_code_130(fakes, tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["KO-Thm41"], "did you mean KO-Thm4.1"),
+        (["KO-Thm41"], "did you mean 'KO-Thm4.1'"),
         ([], "say which checks to run"),
         (["--all", "--fast"], "only one of them"),
         (["KO-Eq5", "--all"], "only one of them"),

@@ -17,7 +17,7 @@ from ntk_analysis.reproduce.registry import Outcome, Report, above, below, betwe
 
 Run = Callable[[Report], Outcome]
 
-DRAWS = 20
+DRAWS = 8
 """Random instances of each claim; the worst of them counts."""
 
 

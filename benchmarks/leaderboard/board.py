@@ -333,7 +333,7 @@ def _winners(
     ]  # fmt: skip
     workload["first_order"][clock] = {"contestants": rivals, "time": float(baseline)}
     ours = {
-        row["structure"]: time for row, time in sorted(
+        row["structure"] or row["title"]: time for row, time in sorted(
             zip(rows, times, strict=True), key=lambda pair: -pair[1]
         ) if row["family"] == OURS and time < baseline
     }  # fmt: skip

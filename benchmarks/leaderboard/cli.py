@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.leaderboard import RULES
@@ -29,6 +30,8 @@ app = typer.Typer(
 
 OutOption = Annotated[Path, typer.Option(help="folder of the trials")]
 DEFAULT_OUT = Path("leaderboard")
+WIDE = 130
+"""Columns of a terminal that take the whole board."""
 
 
 @contextmanager
@@ -98,23 +101,30 @@ def run(
 
 
 def _show(store: Store, out: Path) -> None:
-    from benchmarks.leaderboard import board, page, tables
+    from benchmarks.leaderboard import board, page
 
     records = _records(store)
-    for device in board.build(records)["devices"]:
-        output.print(tables.board_table(device))
+    _print_boards(board.build(records))
     written = page.write(records, out)
     output.print(f"wrote {written}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_boards(document: dict[str, Any]) -> None:
+    from benchmarks.leaderboard import tables
+
+    # a file has no width to keep to
+    console = output if output.is_terminal else Console(width=WIDE)
+    for device in document["devices"]:
+        console.print(tables.board_table(device, wide=console.width >= WIDE))
 
 
 @app.command()
 def score(out: OutOption = DEFAULT_OUT) -> None:
     """Print the ranking of the trials in a folder, for each device."""
-    from benchmarks.leaderboard import board, tables
+    from benchmarks.leaderboard import board
 
     with _sentences():
-        for device in board.build(_records(_existing(out)))["devices"]:
-            output.print(tables.board_table(device))
+        _print_boards(board.build(_records(_existing(out))))
 
 
 @app.command()

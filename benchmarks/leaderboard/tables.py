@@ -46,17 +46,19 @@ def entries(device: dict[str, Any], clock: str = "seconds") -> list[dict[str, An
     )
 
 
-def board_table(device: dict[str, Any], clock: str = "seconds") -> Table:
+def board_table(device: dict[str, Any], clock: str = "seconds", wide: bool = True) -> Table:
     """The board of a device for a terminal.
 
     Args:
       device: one of the board's devices.
       clock: that ranks and times are by.
+      wide: with intervals and speed-ups, for about 130 columns.
     """
+    extra = ("interval", "speed-up") if wide else ()
     table = Table(
         title=f"{device['name']}, {device['date'][:10]}: {CLOCKS[clock]}",
-        caption="Medians over seeds. Score: area under the performance profile; = is a tie. "
-        "Speed-up: over the best first-order contestant of each workload.",
+        caption="Medians over seeds. Score: area under the performance profile; = is a tie."
+        + " Speed-up: over the best first-order contestant of each workload." * wide,
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -64,16 +66,20 @@ def board_table(device: dict[str, Any], clock: str = "seconds") -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("contestant")
-    for name in ("score", "interval", "speed-up"):
+    table.add_column("contestant", no_wrap=True)
+    for name in ("score", *extra):
         table.add_column(name, justify="right", no_wrap=True)
     for workload in device["workloads"]:
-        table.add_column(workload["name"].replace("-", "\n"), justify="right")
+        head = workload["name"].replace("-", "\n")
+        table.add_column(head, justify="right", overflow="fold")
     for entry in entries(device, clock):
         table.add_row(
-            entry["rank"], entry["title"], entry["score"], entry["interval"], entry["speed_up"],
+            entry["rank"],
+            entry["contestant"],
+            entry["score"],
+            *(entry[name.replace("-", "_")] for name in extra),
             *entry["times"],
-        )  # fmt: skip
+        )
     return table
 
 

@@ -227,6 +227,29 @@ def test_the_verdict_says_it_when_first_order_wins():
     ]
 
 
+def test_the_verdict_tells_compilation_apart():
+    records = trials("adam", "digits-mse", [2.0], learning_rate=0.1)
+    for name, seconds in (("kfac", 1.0), ("exact", 1.5)):
+        slow = trials(name, "digits-mse", [seconds])
+        slow[0]["outcome"]["compile_seconds"] += 5.0
+        records += slow
+    assert only(boards.build(records))["verdict"]["sentences"] == [
+        "digits-mse: no structure of ours is faster than the best first-order contestant, Adam; "
+        "without compilation and preparation 2 (K-FAC, Exact)."
+    ]
+
+
+def test_contestants_without_a_structure_count_for_themselves():
+    records = trials("adam", "digits-mse", [9.0], learning_rate=0.1)
+    for name, title, seconds in (("kfac", "Online", 2.0), ("exact", "Deep linear", 1.0)):
+        mine = trials(name, "digits-mse", [seconds])
+        for trial in mine:
+            trial["facts"] |= {"structure": "", "title": title}
+        records += mine
+    (workload,) = only(boards.build(records))["workloads"]
+    assert workload["faster"]["seconds"] == ["Deep linear", "Online"]
+
+
 def test_no_records_are_an_error():
     with pytest.raises(ValueError, match="no trials to score"):
         boards.build([])
@@ -248,8 +271,13 @@ def test_the_terminal_shows_the_board(small):
     console = Console(width=120, file=io.StringIO())
     console.print(tables.board_table(only(boards.build(small))))
     text = console.file.getvalue()
-    for word in ("K-FAC", "missed", "4.00", "Example CPU", "0.33"):
+    for word in ("kfac", "missed", "4.00", "Example CPU", "0.33", "speed-up"):
         assert word in text
+    narrow = Console(width=60, file=io.StringIO())
+    narrow.print(tables.board_table(only(boards.build(small)), wide=False))
+    text = narrow.file.getvalue()
+    assert "4.00" in text
+    assert "speed-up" not in text.lower()
 
 
 def test_markdown_is_short_and_keeps_the_best_first_order_contestant(whole):

@@ -38,7 +38,7 @@ report: .venv/.run ## every structure on real images beside theory: report/repor
 	$(BIN)/natgrad report --out report
 
 .PHONY: leaderboard
-leaderboard: .venv/.run ## optimizers against frozen targets: leaderboard/leaderboard.html, in about 20 minutes
+leaderboard: .venv/.run ## optimizers against frozen targets: leaderboard/leaderboard.html, in about 15 minutes
 	$(BIN)/python -m benchmarks.leaderboard run --out leaderboard
 
 .PHONY: test

@@ -175,7 +175,7 @@ def test_run_score_page_and_merge(command, tmp_path):
     assert "0 trials run" in again.stderr
     assert f"{TUNING_TRIALS} finished before" in again.stderr
     assert len(Store.open(out, RULES).records()) == len(records)
-    assert "Exact" in command("score", "--out", out).output
+    assert "exact" in command("score", "--out", out).output
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- leaderboard: begin -->\n<!-- leaderboard: end -->\nb\n")
     assert command("page", "--out", out, "--readme", readme).exit_code == 0

@@ -90,7 +90,7 @@ def check_inputs(x: Any) -> Array:
         raise ValueError(f"x must have shape (N, features), got {x.shape}; for one sample, x[None]")
     if x.shape[0] == 0:
         raise ValueError(f"the batch is empty: x has shape {x.shape}")
-    _check_finite(x, "x")
+    check_finite(x, "x")
     return x
 
 
@@ -119,15 +119,16 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, A
         raise ValueError(f"the model takes inputs of shape (N, {widths[0]}), got x of {x.shape}")
     if widths is not None and y.shape[1] != widths[-1]:
         raise ValueError(f"the model has {widths[-1]} outputs, but y has shape {y.shape}")
-    _check_finite(y, "y")
+    check_finite(y, "y")
     if is_concrete(y):
         loss.check_targets(np.asarray(y))
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
-        _check_finite(leaf, "the parameters at " + jax.tree_util.keystr(path))
+        check_finite(leaf, "the parameters at " + jax.tree_util.keystr(path))
     return x, y
 
 
-def _check_finite(array: Any, name: str) -> None:
+def check_finite(array: Any, name: str) -> None:
+    """Raises ValueError on a concrete array with NaN or infinite entries."""
     if not is_concrete(array):
         return
     # small arrays without a compilation for every shape

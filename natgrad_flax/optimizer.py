@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,18 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.checks import check_batch, check_learning_rate, check_settings
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
+from natgrad_flax.checks import check_learning_rate, check_settings
 from natgrad_flax.fisher import FisherKind
-from natgrad_flax.gradient import as_state, compute, leaf_names, prepare
+from natgrad_flax.gradient import compute, prepare
 from natgrad_flax.losses import Loss
 from natgrad_flax.structures import Structure
-
-
-class NaturalGradientState(NamedTuple):
-    """State of ``natural_gradient_descent``."""
-
-    steps: Array  # shape=(), dtype=int32; steps taken
-    damping: Array  # shape=(), dtype=float32; the damping of the next step, adaptive or not
-    key: Array  # a jax.random key; draws the targets of a Monte-Carlo Fisher
+from natgrad_flax.transformation import (
+    Damping,
+    NaturalGradientState,
+    Step,
+    change_of_loss,
+    transformation,
+)
 
 
 def natural_gradient_descent(
@@ -31,7 +29,7 @@ def natural_gradient_descent(
     *,
     structure: Structure,
     loss: Loss,
-    damping: float | optax.Schedule | RelativeDamping | LevenbergMarquardt = 0.0,
+    damping: Damping = 0.0,
     fisher: FisherKind = "exact",
     mc_samples: int = 1,
     seed: int = 0,
@@ -65,39 +63,11 @@ def natural_gradient_descent(
     """
     check_settings(structure, loss, fisher, damping, mc_samples)
     check_learning_rate(learning_rate)
-    adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
 
-    def init(params: optax.Params) -> NaturalGradientState:
-        del params
-        fixed = damping if isinstance(damping, (int, float)) else 0.0
-        start = adaptive.initial if adaptive else fixed
-        return NaturalGradientState(
-            jnp.zeros((), jnp.int32), jnp.asarray(start, jnp.float32), jax.random.key(seed)
-        )
-
-    def update(
-        updates: optax.Updates,
-        state: NaturalGradientState,
-        params: optax.Params | None = None,
-        *,
-        module: nnx.Module | None = None,
-        x: Array | None = None,
-        y: Array | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, NaturalGradientState]:
-        del extra
-        if module is None or x is None or y is None:
-            raise ValueError(
-                "natural_gradient_descent needs the batch: pass module=model, x=x, y=y to update"
-            )
-        x, y = check_batch(module, x, y, loss)
-        rho: Any = damping
-        if adaptive:
-            rho = state.damping
-        elif callable(damping):
-            rho = damping(state.steps)
+    def step(
+        module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
+    ) -> Step:
         prepare(structure, module, x, y, loss, fisher, mc_samples, rho)
-        key, draw = jax.random.split(state.key)
         solved, signals, residual = compute(
             module,
             x,
@@ -106,42 +76,22 @@ def natural_gradient_descent(
             loss=loss,
             damping=rho,
             fisher=fisher,
-            key=draw,
+            key=key,
             mc_samples=mc_samples,
         )
-        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
-        direction = as_state(updates, solved)
-        step = jax.tree.map(lambda leaf: (-rate * leaf).astype(leaf.dtype), direction)
-        next_damping = state.damping
-        if adaptive:
-            slope = _slope(signals, residual, solved)
-            predicted = (-rate + rate**2 / 2) * slope
-            before = loss(signals.outputs, y)
-            actual = loss(moved(module, step)(x), y) - before
-            next_damping = adaptive.adapt(state.damping, actual, predicted)
-        elif callable(damping):
-            next_damping = jnp.asarray(rho, jnp.float32)
-        return step, NaturalGradientState(state.steps + 1, next_damping, key)
+        return Step(
+            jax.tree.map(jnp.negative, solved),
+            lambda: _slope(signals, residual, solved),
+            change_of_loss(loss, module, x, y, signals.outputs),
+        )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation("natural_gradient_descent", learning_rate, damping, loss, seed, step)
 
 
 def _slope(signals: Any, residual: Any, solved: dict[Any, Any]) -> Array:
     """<gradient, natural gradient>."""
     total = jnp.zeros((), signals.outputs.dtype)
     for index, layer in enumerate(signals.layers):
-        moved = layer.push_forward(solved[layer.path])
-        total = total + jnp.sum(moved * residual.direction(layer, index))
+        pushed = layer.push_forward(solved[layer.path])
+        total = total + jnp.sum(pushed * residual.direction(layer, index))
     return total / signals.num_samples
-
-
-def moved(model: nnx.Module, step: Any) -> nnx.Module:
-    """A copy of the model one step further."""
-    graphdef, state = nnx.split(model)
-    leaves = {leaf_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(step)}
-
-    def move(path: tuple[Any, ...], leaf: Array) -> Array:
-        name = leaf_names(path)
-        return leaf + leaves[name] if name in leaves else leaf
-
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(move, state))

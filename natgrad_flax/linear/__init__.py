@@ -14,10 +14,7 @@ from natgrad_flax.linear import (
     matrix_factorization,
     references,
 )
-from natgrad_flax.linear.deep_linear_optimizer import (
-    DeepLinearState,
-    deep_linear_descent,
-)
+from natgrad_flax.linear.deep_linear_optimizer import deep_linear_descent
 from natgrad_flax.linear.descent import Descent, descend
 from natgrad_flax.linear.inverse_moments import (
     DirectInverse,
@@ -28,7 +25,6 @@ from natgrad_flax.linear.inverse_moments import (
 from natgrad_flax.linear.online import online_natural_gradient_descent
 
 __all__ = [
-    "DeepLinearState",
     "Descent",
     "DirectInverse",
     "InverseMoment",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -13,13 +11,11 @@ from jax import Array
 
 from natgrad_flax.capture import LAYER_KINDS, Path, layer_paths
 from natgrad_flax.checks import (
-    check_batch,
     check_damping,
     check_learning_rate,
     check_number,
 )
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
-from natgrad_flax.gradient import as_state
 from natgrad_flax.linear.deep_linear_forms import (
     chain,
     damped_form,
@@ -27,30 +23,9 @@ from natgrad_flax.linear.deep_linear_forms import (
     whiten,
 )
 from natgrad_flax.linear.deep_linear_moments import Moments, check_factors, is_square
-from natgrad_flax.losses import Loss, MeanSquaredError
+from natgrad_flax.losses import MeanSquaredError
 from natgrad_flax.models import MLP
-from natgrad_flax.signals import LayerUpdate
-
-
-class DeepLinearState(NamedTuple):
-    """State of both transformations."""
-
-    steps: Array  # shape=(), dtype=int32; steps taken
-    damping: Array  # shape=(), dtype=float32; lambda of the next step, adaptive or not
-    key: Array  # a jax.random key; draws targets from the model
-    inverses: Any  # for each layer what the inverses of its two second moments keep; or ()
-
-
-class Step(NamedTuple):
-    """A direction of all layers, and what adaptive damping needs to know of it."""
-
-    direction: dict[Path, LayerUpdate]  # downhill, at a learning rate of 1
-    slope: Array  # the sum of its inner products with minus the gradients
-    change: Callable[[Array | float, Any], Array]  # L_new - L_old on this batch, by rate and step
-    inverses: Any
-
-
-Compute = Callable[[nnx.Module, Array, Array, Any, DeepLinearState, Array], Step]
+from natgrad_flax.transformation import NaturalGradientState, Step, transformation
 
 
 def deep_linear_descent(
@@ -85,7 +60,7 @@ def deep_linear_descent(
     """
 
     def compute(
-        module: nnx.Module, x: Array, y: Array, rho: Any, state: DeepLinearState, key: Array
+        module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
     ) -> Step:
         layers = linear_layers(module)
         scales = [LAYER_KINDS[type(layer)].weight_scale(layer) for layer in layers.values()]
@@ -113,11 +88,11 @@ def deep_linear_descent(
             return jnp.sum(difference * (inputs @ difference / 2 - residual))
 
         direction = {path: {"kernel": step} for path, step in zip(layers, steps, strict=True)}
-        return Step(direction, slope, change, ())
+        return Step(direction, lambda: slope, change)
 
     check_settings(learning_rate, damping, output_variance)
     return transformation(
-        "deep_linear_descent", learning_rate, damping, MeanSquaredError(), 0, compute, lambda _: ()
+        "deep_linear_descent", learning_rate, damping, MeanSquaredError(), 0, compute
     )
 
 
@@ -175,65 +150,3 @@ def check_settings(learning_rate: Any, damping: Any, output_variance: float) -> 
         raise TypeError("damping must be a number, a schedule or ng.LevenbergMarquardt() here")
     check_damping(damping)
     check_number("output_variance", output_variance, positive=True)
-
-
-def transformation(
-    name: str,
-    learning_rate: optax.ScalarOrSchedule,
-    damping: float | optax.Schedule | LevenbergMarquardt,
-    loss: Loss,
-    seed: int,
-    compute: Compute,
-    init_inverses: Callable[[Any], Any],
-) -> optax.GradientTransformationExtraArgs:
-    """What both transformations share: settings over steps, and damping by Eq. 21.
-
-    The footnote of the paper, read so that Delta W_i is the update at alpha = 1: the predicted
-    change of the loss is (-alpha + alpha^2 / 2) sum_i tr(Delta W_i^T <e_i x_{i-1}^T>).
-    """
-    adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
-
-    def init(params: optax.Params) -> DeepLinearState:
-        fixed = damping if isinstance(damping, (int, float)) else 0.0
-        start = adaptive.initial if adaptive else fixed
-        return DeepLinearState(
-            jnp.zeros((), jnp.int32),
-            jnp.asarray(start, jnp.float32),
-            jax.random.key(seed),
-            init_inverses(params),
-        )
-
-    def update(
-        updates: optax.Updates,
-        state: DeepLinearState,
-        params: optax.Params | None = None,
-        *,
-        module: nnx.Module | None = None,
-        x: Array | None = None,
-        y: Array | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, DeepLinearState]:
-        del params, extra
-        if module is None or x is None or y is None:
-            raise ValueError(f"{name} needs the batch: pass module=model, x=x, y=y to update")
-        x, y = check_batch(module, x, y, loss)
-        rho: Any = damping
-        if adaptive:
-            rho = state.damping
-        elif callable(damping):
-            rho = damping(state.steps)
-        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
-        key, draw = jax.random.split(state.key)
-        found = compute(module, x, y, rho, state, draw)
-        step = jax.tree.map(
-            lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
-        )
-        following = state.damping
-        if adaptive:
-            predicted = (-rate + rate**2 / 2) * found.slope
-            following = adaptive.adapt(state.damping, found.change(rate, step), predicted)
-        elif callable(damping):
-            following = jnp.asarray(rho, jnp.float32)
-        return step, DeepLinearState(state.steps + 1, following, key, found.inverses)
-
-    return optax.GradientTransformationExtraArgs(init, update)

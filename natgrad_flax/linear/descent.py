@@ -13,10 +13,10 @@ from jax import Array
 
 from natgrad_flax.checks import (
     available_memory,
+    check_finite,
     check_integer,
     check_learning_rate,
     check_number,
-    is_concrete,
 )
 
 Integrator = Literal["euler", "rk4"]
@@ -162,8 +162,5 @@ def as_floating(array: Any, name: str, shape: tuple[int | None, ...], meaning: s
     )
     if not fits or 0 in array.shape:
         raise ValueError(f"{name} must have shape {meaning}, got {array.shape}")
-    if is_concrete(array):
-        bad = int(np.size(array) - np.isfinite(np.asarray(array)).sum())
-        if bad:
-            raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}")
+    check_finite(array, name)
     return array

@@ -16,16 +16,16 @@ from natgrad_flax.damping import LevenbergMarquardt, is_zero
 from natgrad_flax.fisher import fisher_signals
 from natgrad_flax.gradient import leaf_names
 from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
-from natgrad_flax.linear.deep_linear_optimizer import (
-    DeepLinearState,
-    Step,
-    check_settings,
-    transformation,
-)
+from natgrad_flax.linear.deep_linear_optimizer import check_settings
 from natgrad_flax.linear.inverse_moments import DirectInverse, InverseMoment
 from natgrad_flax.losses import Loss, MeanSquaredError
-from natgrad_flax.optimizer import moved
 from natgrad_flax.signals import DenseSignals, LayerUpdate
+from natgrad_flax.transformation import (
+    NaturalGradientState,
+    Step,
+    change_of_loss,
+    transformation,
+)
 
 
 def online_natural_gradient_descent(
@@ -99,7 +99,7 @@ def online_natural_gradient_descent(
         return inverses
 
     def compute(
-        module: nnx.Module, x: Array, y: Array, rho: Any, state: DeepLinearState, key: Array
+        module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
     ) -> Step:
         draw, *keys = jax.random.split(key, 1 + 2 * len(layer_paths(module)))
         signals, residual = fisher_signals(
@@ -124,12 +124,12 @@ def online_natural_gradient_descent(
                     for layer, middle in zip(signals.layers, down, strict=True)
                 ],
             )
-            inverses = state.inverses
+            inverses = state.kept
         else:
             moves = []
             first = state.steps == 0
             for index, (layer, middle) in enumerate(zip(signals.layers, down, strict=True)):
-                kept_in, kept_out = state.inverses[_key(layer.path)]
+                kept_in, kept_out = state.kept[_key(layer.path)]
                 rows = layer.augmented_inputs() / count**0.5
                 half, kept_in = inverse.solve(kept_in, rows, middle, root, keys[2 * index], first)
                 rows = layer.flat_derivatives() / count**0.5
@@ -146,11 +146,8 @@ def online_natural_gradient_descent(
             for layer, step in zip(signals.layers, steps, strict=True)
         }
 
-        def change(rate: Array | float, step: Any) -> Array:
-            del rate
-            return loss(moved(module, step)(x), y) - loss(signals.outputs, y)
-
-        return Step(direction, slope, change, inverses)
+        change = change_of_loss(loss, module, x, y, signals.outputs)
+        return Step(direction, lambda: slope, change, inverses)
 
     return transformation(
         "online_natural_gradient_descent", learning_rate, damping, loss, seed, compute, init

@@ -1,0 +1,138 @@
+"""The frame of the optax transformations that need the batch: settings over steps, damping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from natgrad_flax.capture import Path
+from natgrad_flax.checks import check_batch
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
+from natgrad_flax.gradient import as_state, leaf_names
+from natgrad_flax.losses import Loss
+from natgrad_flax.signals import LayerUpdate
+
+Damping = float | optax.Schedule | RelativeDamping | LevenbergMarquardt
+
+
+class NaturalGradientState(NamedTuple):
+    """State of every transformation of natgrad."""
+
+    steps: Array  # shape=(), dtype=int32; steps taken
+    damping: Array  # shape=(), dtype=float32; the damping of the next step, adaptive or not
+    key: Array  # a jax.random key; draws the targets of a Monte-Carlo Fisher
+    kept: Any = ()  # what a method keeps from step to step
+
+
+class Step(NamedTuple):
+    """A direction of all layers, and what adaptive damping asks of it."""
+
+    direction: dict[Path, LayerUpdate]  # downhill, at a learning rate of 1
+    slope: Callable[[], Array]  # the sum of its inner products with minus the gradients
+    change: Callable[[Array | float, Any], Array]  # L_new - L_old on this batch, by rate and step
+    kept: Any = ()
+
+
+Compute = Callable[[nnx.Module, Array, Array, Any, NaturalGradientState, Array], Step]
+
+
+def transformation(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    damping: Damping,
+    loss: Loss,
+    seed: int,
+    compute: Compute,
+    init_kept: Callable[[Any], Any] = lambda params: (),
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose steps are ``compute``'s, times the learning rate.
+
+    Adaptive damping goes by Bernacchia et al. (2018), Eq. 21, its footnote read so that Delta W_i
+    is the update at alpha = 1: the predicted change of the loss is (-alpha + alpha^2 / 2) times
+    the slope.
+
+    Args:
+      name: of the public function, for errors.
+      learning_rate: a number or a schedule over steps.
+      damping: a number, a schedule, adaptive, or what ``compute`` resolves itself.
+      loss: targets are checked against it.
+      seed: of the keys that ``compute`` gets.
+      compute: from module, x, y, the damping of this step, the state and a key to the step.
+      init_kept: from parameters to what is kept before the first step.
+    """
+    adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
+
+    def init(params: optax.Params) -> NaturalGradientState:
+        fixed = damping if isinstance(damping, (int, float)) else 0.0
+        start = adaptive.initial if adaptive else fixed
+        return NaturalGradientState(
+            jnp.zeros((), jnp.int32),
+            jnp.asarray(start, jnp.float32),
+            jax.random.key(seed),
+            init_kept(params),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: NaturalGradientState,
+        params: optax.Params | None = None,
+        *,
+        module: nnx.Module | None = None,
+        x: Array | None = None,
+        y: Array | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, NaturalGradientState]:
+        del params, extra
+        if module is None or x is None or y is None:
+            raise ValueError(f"{name} needs the batch: pass module=model, x=x, y=y to update")
+        x, y = check_batch(module, x, y, loss)
+        rho: Any = damping
+        if adaptive:
+            rho = state.damping
+        elif callable(damping):
+            rho = damping(state.steps)
+        key, draw = jax.random.split(state.key)
+        found = compute(module, x, y, rho, state, draw)
+        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
+        step = jax.tree.map(
+            lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
+        )
+        following = state.damping
+        if adaptive:
+            predicted = (-rate + rate**2 / 2) * found.slope()
+            following = adaptive.adapt(state.damping, found.change(rate, step), predicted)
+        elif callable(damping):
+            following = jnp.asarray(rho, jnp.float32)
+        return step, NaturalGradientState(state.steps + 1, following, key, found.kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def change_of_loss(
+    loss: Loss, module: nnx.Module, x: Array, y: Array, outputs: Array
+) -> Callable[[Array | float, Any], Array]:
+    """``Step.change`` by one more forward pass; ``outputs`` are the module's at x."""
+
+    def change(rate: Array | float, step: Any) -> Array:
+        del rate
+        return loss(_moved(module, step)(x), y) - loss(outputs, y)
+
+    return change
+
+
+def _moved(model: nnx.Module, step: Any) -> nnx.Module:
+    """A copy of the model one step further."""
+    graphdef, state = nnx.split(model)
+    leaves = {leaf_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(step)}
+
+    def move(path: tuple[Any, ...], leaf: Array) -> Array:
+        name = leaf_names(path)
+        return leaf + leaves[name] if name in leaves else leaf
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(move, state))

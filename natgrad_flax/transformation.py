@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from natgrad_flax.gradient import as_state, leaf_names
 from natgrad_flax.losses import Loss
 from natgrad_flax.signals import LayerUpdate
 
-Damping = float | optax.Schedule | RelativeDamping | LevenbergMarquardt
+Damping: TypeAlias = float | optax.Schedule | RelativeDamping | LevenbergMarquardt
 
 
 class NaturalGradientState(NamedTuple):

@@ -30,7 +30,7 @@ BASE = Case(width=1024, depth=3, samples=128, outputs=10)
 START = {"samples": 64, "width": 256}
 CHOSEN = by_profile(
     smoke=([SGD, "exact"], ["samples"]),
-    fast=([SGD, *STRUCTURES], ["samples", "width"]),
+    fast=([SGD, *STRUCTURES], ["samples"]),
     regular=([SGD, *STRUCTURES], ["samples", "width"]),
     large=([SGD, *STRUCTURES], ["samples", "width"]),
 )

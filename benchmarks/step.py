@@ -50,9 +50,12 @@ No depth 3s + 2, where tri-diag has a singular coupling.
 """
 
 TIMED = by_profile(
-    smoke=["exact"], fast=list(STRUCTURES), regular=list(STRUCTURES), large=list(STRUCTURES)
+    smoke=(["exact"], *CASES),
+    fast=(list(STRUCTURES), *CASES[:3], [10], ["cross-entropy"], ["exact"]),
+    regular=(list(STRUCTURES), *CASES),
+    large=(list(STRUCTURES), *CASES),
 )
-"""The structures of StepTiming."""
+"""Structures and cases of StepTiming; the fast profile has one case a structure, Step has all."""
 
 REPEATS = by_profile(smoke=1, fast=MIN_REPEATS, regular=MIN_REPEATS, large=15)
 
@@ -234,7 +237,7 @@ class StepTiming:
     change must show in ``Step``. Compiling, warm-up and the check of the answer are in the set-up.
     """
 
-    params: ClassVar = (TIMED, *CASES)
+    params: ClassVar = TIMED
     param_names: ClassVar = Step.param_names
     version = "1"
     timeout = 900

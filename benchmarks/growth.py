@@ -31,7 +31,6 @@ SIZES: dict[str, tuple[int, ...]] = by_profile(
         "samples": (128, 256, 512),
         "width": (256, 512, 1024),
         "outputs": (1, 2, 4),
-        "depth": (3, 6, 12),
     },
     regular={
         "samples": (64, 128, 256, 512),

@@ -43,9 +43,7 @@ class Isotropy(Suite):
             regular=list(STRUCTURES),
             large=list(STRUCTURES),
         ),
-        by_profile(
-            smoke=[64], fast=[64, 256], regular=[64, 256, 1024], large=[64, 256, 1024, 4096]
-        ),
+        by_profile(smoke=[64], fast=[256], regular=[64, 256, 1024], large=[64, 256, 1024, 4096]),
     )
     param_names: ClassVar = ["structure", "width"]
 

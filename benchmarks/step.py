@@ -40,7 +40,7 @@ ALL = (["mse", "cross-entropy"], ["exact", "mc"])
 
 CASES = by_profile(
     smoke=([64], [3], [16], [3], ["cross-entropy"], ["exact"]),
-    fast=([1024], [3], [128], [1, 10], *ALL),
+    fast=([1024], [3], [128], [10], *ALL),
     regular=([512, 2048], [3, 6], [64, 256], [1, 10], *ALL),
     large=([1024, 4096, 8192], [3, 6], [128, 1024], [1, 10], *ALL),
 )
@@ -51,7 +51,7 @@ No depth 3s + 2, where tri-diag has a singular coupling.
 
 TIMED = by_profile(
     smoke=(["exact"], *CASES),
-    fast=(list(STRUCTURES), *CASES[:3], [10], ["cross-entropy"], ["exact"]),
+    fast=(list(STRUCTURES), *CASES[:4], ["cross-entropy"], ["exact"]),
     regular=(list(STRUCTURES), *CASES),
     large=(list(STRUCTURES), *CASES),
 )
@@ -243,7 +243,7 @@ class StepTiming:
     timeout = 900
     number = 1
     repeat = by_profile(
-        smoke=(1, 1, 1.0), fast=(3, 15, 2.0), regular=(5, 30, 5.0), large=(5, 50, 20.0)
+        smoke=(1, 1, 1.0), fast=(3, 15, 1.0), regular=(5, 30, 5.0), large=(5, 50, 20.0)
     )
     rounds = by_profile(smoke=1, fast=1, regular=2, large=2)
     warmup_time = by_profile(smoke=0.0, fast=0.1, regular=0.5, large=1.0)

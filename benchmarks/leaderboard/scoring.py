@@ -10,9 +10,9 @@ what slows a machine down for all seeds of a contestant at once, so that a ranki
 change from run to run; each resampled time is therefore multiplied by exp(noise * z), z normal, one
 for all seeds of a contestant on a workload. Steps repeat exactly and take no noise.
 
-What stays the same from run to run is the order of contestants that are in different groups: in
-simulated pairs of runs of 20 contestants (5 workloads, 3 seeds, clocks that vary by 5 %) no two of
-them changed places. The number of a rank can shift, as it counts everyone in the groups before.
+What stays the same from run to run is the order of contestants that are in different groups: two
+runs of the default board put no two of its 22 contestants in opposite orders
+(benchmarks/README.md). The number of a rank can shift, as it counts everyone in the groups before.
 """
 
 from __future__ import annotations

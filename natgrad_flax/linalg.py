@@ -7,10 +7,15 @@ ever on a machine with two cores.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import linalg as lax_linalg
+
+# called outside of any program, a cond would be compiled anew each time; inside one it is inlined
+_compiled_once = partial(jax.jit, static_argnames="shifted", inline=True)
 
 
 def _cholesky_solve(factor: Array, rhs: Array) -> Array:
@@ -33,6 +38,7 @@ def pinv_solve(matrix: Array, rhs: Array) -> Array:
     return vectors @ (inverse.reshape((-1,) + (1,) * (rhs.ndim - 1)) * (vectors.T @ rhs))
 
 
+@_compiled_once
 def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
     """Solves a positive semi-definite system, by Cholesky where it is definite in this precision.
 
@@ -62,6 +68,7 @@ def _is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
     return jnp.all(jnp.diagonal(factor) ** 2 > threshold * jnp.diagonal(matrix))
 
 
+@_compiled_once
 def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
     """The inverse, or pseudo-inverse, of an (n, n) matrix; the arguments are ``solve_psd``'s."""
     factor = lax_linalg.cholesky(matrix, symmetrize_input=False)

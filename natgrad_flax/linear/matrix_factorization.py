@@ -26,6 +26,9 @@ from natgrad_flax.linear.descent import as_floating, check_memory
 Factors = tuple[Array, ...]
 Solution = Literal["joint", "split"]
 Kind = Literal["euclidean", "joint", "split"]
+MOST_ITERATIONS = 5000
+"""Of the conjugate gradients in one ``joint_step``."""
+
 _ADVICE = "factorise a smaller matrix"
 
 
@@ -167,7 +170,7 @@ def joint_step(
       factors: W_1 ... W_L.
       gradient: G, of the shape of their product.
       tolerance: relative residual of the conjugate gradients; None means 1e3 times the rounding
-        unit.
+        unit. They end after ``MOST_ITERATIONS`` at the latest.
     """
     if len(factors) == 1:
         return (gradient,)
@@ -183,7 +186,8 @@ def joint_step(
             lambda v: sum(_times(a, v, b) for a, b in zip(p, q, strict=True)),
             gradient,
             tol=1e3 * eps if tolerance is None else tolerance,
-            maxiter=10 * gradient.size,
+            # hundreds are usual; where rounding hides the tolerance, more would not help
+            maxiter=min(10 * gradient.size, MOST_ITERATIONS),
             M=solve,
         )
     return tuple(

@@ -10,6 +10,24 @@ from ntk_analysis.reproduce.registry import MissingDataError
 _NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 
 
+def require(name: str) -> None:
+    """Refuses where images are missing.
+
+    Args:
+      name: "mnist" or "cifar10".
+
+    Raises:
+      MissingDataError: the files are not on this machine; nothing is downloaded here.
+    """
+    status = next(row for row in natgrad_datasets.status() if row.name == name)
+    if not status.usable:
+        raise MissingDataError(
+            f"this check needs {_NAMES[name]}, whose files are {status.checksum} on this machine: "
+            f"set NATGRAD_DATA to a folder with the files in its sub-folder {name}, or fetch them "
+            f'once with natgrad_datasets.load("{name}")'
+        )
+
+
 def images(
     name: str, classes: tuple[int, ...], num_train: int, num_test: int, dtype: str = "float32"
 ) -> Dataset:
@@ -25,13 +43,7 @@ def images(
     Raises:
       MissingDataError: the files are not on this machine; nothing is downloaded here.
     """
-    status = next(row for row in natgrad_datasets.status() if row.name == name)
-    if not status.usable:
-        raise MissingDataError(
-            f"this check needs {_NAMES[name]}, whose files are {status.checksum} on this machine: "
-            f"set NATGRAD_DATA to a folder with the files in its sub-folder {name}, or fetch them "
-            f'once with natgrad_datasets.load("{name}")'
-        )
+    require(name)
     everything = natgrad_datasets.load(name, classes=classes, prepare=False)
     return natgrad_datasets.load(
         name,

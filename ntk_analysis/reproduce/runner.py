@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -108,12 +109,30 @@ def fingerprint(check: Check, versions: dict[str, str]) -> str:
     """SHA-256 of all that decides what a check finds, as far as it is worth a rerun.
 
     Args:
-      check: the check; the source of its module counts, and that of all packages it stands on.
+      check: the check; the source of its module counts, that of what the checks of its paper
+        share, and that of all packages it stands on.
       versions: of the software and the device.
     """
-    source = inspect.getsource(inspect.getmodule(check.run) or check.run)
-    content = [check.identifier, versions, source, _library_source()]
+    module = inspect.getmodule(check.run)
+    source = inspect.getsource(module or check.run)
+    shared = _shared_source(module.__package__ or "") if module else ""
+    content = [check.identifier, versions, source, shared, _library_source()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _shared_source(package: str) -> str:
+    """The modules of a paper's package that register no checks; "" for any other package."""
+    paper = sys.modules.get(package)
+    registering = getattr(paper, "MODULES", None)
+    if paper is None or paper.__file__ is None or registering is None:
+        return ""
+    others = sorted(
+        path
+        for path in Path(paper.__file__).parent.glob("*.py")
+        if path.stem not in (*registering, "__init__")
+    )
+    return "".join(path.read_text(encoding="utf-8") for path in others)
 
 
 @cache

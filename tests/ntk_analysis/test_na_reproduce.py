@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,20 +14,15 @@ import pytest
 from typer.testing import CliRunner
 
 from ntk_analysis.cli import app
-from ntk_analysis.reproduce import (
-    find_checks,
-    karakida_osawa,
-    load_checks,
-    registry,
-    runner,
-    van_oostrum,
-)
+from ntk_analysis.reproduce import PAPERS, find_checks, load_checks, registry, runner
 from ntk_analysis.reproduce.karakida_osawa import common
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError, Outcome, below
 from ntk_analysis.reproduce.runner import run_checks
 
 CHECKS = load_checks()
-ORDER = karakida_osawa.ORDER + van_oostrum.ORDER
+ORDER = tuple(
+    place for paper in PAPERS for place in import_module(f"ntk_analysis.reproduce.{paper}").ORDER
+)
 FAST = [check for check in CHECKS if check.fast]
 
 
@@ -54,7 +50,19 @@ def test_catalogue_is_in_the_order_of_the_paper():
         assert check.origin in ("paper", "ours")
 
 
-@pytest.mark.parametrize("identifier", ["KO-Lem4.3", "KO-Eq20", "KO-Forster", "VO-Ex2"])
+@pytest.mark.parametrize(
+    "identifier",
+    [
+        "KO-Lem4.3",
+        "KO-Eq20",
+        "KO-Forster",
+        "BE-bottleneck",
+        "BE-Eq21",
+        "KE-AppD",
+        "KE-Eq51",
+        "VO-Ex2",
+    ],
+)
 def test_errata_of_the_catalogue_are_told(identifier):
     (check,) = find_checks([identifier.lower()])
     assert len(check.erratum) > 40

@@ -7,14 +7,19 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax import geometry
-from natgrad_flax.geometry import Objective, Representation
+from natgrad_flax.geometry import Map, Objective, Representation
+from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, check, close
-from ntk_analysis.reproduce.van_oostrum.theorems import in_float64
 
 
 def natural(objective: Objective) -> Representation:
     """The natural parameter gradient in the Euclidean metric."""
     return lambda phi, xi: geometry.natural_parameter_gradient(phi, objective, xi)
+
+
+def trace(curve: Map, low: float, high: float) -> list[list[float]]:
+    """Points of a curve, for its figure."""
+    return [curve(jnp.full(1, t)).tolist() for t in np.linspace(low, high, 97)]
 
 
 def apart(found: Array, expected: list[float]) -> float:
@@ -60,7 +65,12 @@ def example_1(report: Report) -> Outcome:
                 float(np.sqrt(13)),
                 1e-12,
             ),
-        )
+        ),
+        {
+            "gradient": [3.0, 2.0],
+            "phi": {"curve": trace(phi, -1.5, 2), "tangent": spans[0], "vector": here},
+            "psi": {"curve": trace(psi, -1.5, 2), "tangent": spans[1], "vector": there},
+        },
     )
 
 
@@ -93,6 +103,7 @@ def example_2(report: Report) -> Outcome:
     zero, represent = jnp.zeros(1), natural(lambda z: z[0] + 3 * z[1])
     here = geometry.push_forward(phi, zero, represent(phi, zero))
     there = geometry.push_forward(psi, zero, represent(psi, zero))
+    spans = [geometry.push_forward(curve, zero, jnp.ones(1)) for curve in (phi, psi)]
     gram = float(geometry.gram_matrix(phi, zero)[0, 0])
     violation = float(geometry.model_violation(represent, phi, change, zero))
     return Outcome(
@@ -104,7 +115,14 @@ def example_2(report: Report) -> Outcome:
             above("|phi(pi/2)|, where the paper puts the second passage",
                   float(jnp.linalg.norm(phi(jnp.full(1, jnp.pi / 2)))), 0.99),
             below("no violation of Theorem 2: theta = 0 belongs to x = pi", violation, 1e-12),
-        )
+        ),
+        {
+            "gradient": [1.0, 3.0],
+            "phi": {
+                "curve": trace(phi, -np.pi / 4, 5 * np.pi / 4), "tangent": spans[0], "vector": here,
+            },
+            "psi": {"tangent": spans[1], "vector": there},
+        },
     )  # fmt: skip
 
 
@@ -145,7 +163,13 @@ def appendix_3(report: Report) -> Outcome:
                   apart(geometry.push_forward(phi, xi, here), [6, 0]), 1e-12),
             below("push-forward of psi",
                   apart(geometry.push_forward(psi, theta, there), [6, 0]), 1e-12),
-        )
+        ),
+        {
+            # both rows of G y = (6, 6) say that the entries of y sum to 6
+            "solutions": [[0.0, 6.0], [6.0, 0.0]],
+            "phi": here,
+            "psi": change(there),
+        },
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,8 @@ from jax import Array
 
 from natgrad_flax import geometry
 from natgrad_flax.geometry import Map, Metric, Objective, Representation
+from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, between, check
-
-Run = Callable[[Report], Outcome]
 
 DRAWS = 8
 """Random instances of each claim; the worst of them counts."""
@@ -56,17 +54,6 @@ class Case:
     def ambient(self) -> Array:
         """The gradient of the ambient space at phi(xi)."""
         return geometry.ambient_gradient(self.objective, self.phi(self.xi), self.metric)
-
-
-def in_float64(run: Run) -> Run:
-    """A check whose arrays are float64."""
-
-    @wraps(run)
-    def wrapped(report: Report) -> Outcome:
-        with jax.enable_x64(True):
-            return run(report)
-
-    return wrapped
 
 
 def draw(seed: int, params: int, ambient: int, rank: int) -> Case:

@@ -33,7 +33,8 @@ def report(
 
     One HTML page that needs no network: the verdict, isotropy against width, spectra, predicted
     against trained curves, test accuracy, cost, the checks of the literature that take seconds, and
-    results of other devices. Every figure stands with the command that repeats it. Takes a few
+    results of other devices. Every figure stands with the command that repeats it. Beside it, one
+    page a paper: what it claims, the figures in its layout, what we measured. Takes a few
     minutes on two cores. What is finished is kept: after Ctrl-C the same command goes on where it
     ended.
 
@@ -43,6 +44,7 @@ def report(
     # the report pulls in all of the analysis, which the other commands need not wait for
     from ntk_analysis.report import ReportSettings, build_report
     from ntk_analysis.report.build import total_work
+    from ntk_analysis.report.papers import FOLDER
 
     if results is not None and not results.is_dir():
         fail(f"--results must be a folder, and {results} is none")
@@ -64,7 +66,10 @@ def report(
     output.print(built.document["answer"], highlight=False, markup=False)
     for sentence in built.document["sentences"]:
         output.print(f"- {sentence}", highlight=False, markup=False)
-    output.print(f"wrote {built.page}", highlight=False, markup=False)
+    papers = built.page.parent / FOLDER
+    output.print(
+        f"wrote {built.page}, and one page a paper to {papers}", highlight=False, markup=False
+    )
     if built.failures:
         errors.print(
             f"[red]error:[/] not as expected: {', '.join(built.failures)}", highlight=False

@@ -22,14 +22,17 @@ def reproduce(
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="every check")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="those that take seconds")] = False,
-    out: Annotated[Path, typer.Option(help="folder of results.json")] = Path("natgrad-reproduce"),
+    out: Annotated[Path, typer.Option(help="folder of results.json and pages")] = Path(
+        "natgrad-reproduce"
+    ),
     fresh: Annotated[bool, typer.Option("--fresh", help="run finished checks again, too")] = False,
 ) -> None:
     """Check the claims of the papers: figures, theorems, equations, one identifier each.
 
     Prints what was expected beside what was measured and writes results.json, after every check:
     after Ctrl-C, or with more checks, the same command goes on where it ended. A check that passed
-    or failed is run again only where the source or a version has changed, or with --fresh.
+    or failed is run again only where the source or a version has changed, or with --fresh. At the
+    end, all that results.json holds becomes one HTML page a paper, with its figures.
 
     Exit code: 0, also where checks were skipped for want of data; 1 where a check failed or ended
     in an error; 2 on bad arguments; 130 when interrupted.
@@ -54,6 +57,11 @@ def reproduce(
         if list_them:
             output.print(check_table(checks))
             return
+        # what --list need not wait for
+        from ntk_analysis.report.comparison import Source, merge_checks
+        from ntk_analysis.report.papers import FOLDER
+        from ntk_analysis.report.papers.pages import write_papers
+
         with progress_bar() as progress:
             task = progress.add_task("starting", total=len(checks))
             result = run_checks(
@@ -62,6 +70,11 @@ def reproduce(
                 fresh,
                 lambda what, done: progress.update(task, description=what, advance=done),
             )
+            progress.update(task, description="writing the pages of the papers")
+            records = merge_checks(
+                Source(FILE_NAME, result.document), (), [check.identifier for check in known]
+            )
+            write_papers(records, known, out)
     if result.resumed:
         output.print(
             f"{len(result.resumed)} of {len(checks)} checks were finished already (--fresh reruns)"
@@ -71,7 +84,11 @@ def reproduce(
         output.print(remark, highlight=False, markup=False)
     counts = {v: result.with_verdict(v) for v in ("passed", "failed", "skipped", "error")}
     summary = ", ".join(f"{len(names)} {verdict}" for verdict, names in counts.items() if names)
-    output.print(f"{summary}; wrote {FILE_NAME} to {out}", highlight=False, markup=False)
+    output.print(
+        f"{summary}; wrote {FILE_NAME} to {out}, and one page a paper to {out / FOLDER}",
+        highlight=False,
+        markup=False,
+    )
     wrong = [*counts["failed"], *counts["error"]]
     if wrong:
         errors.print(f"[red]error:[/] not as expected: {', '.join(wrong)}", highlight=False)

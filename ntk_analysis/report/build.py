@@ -10,9 +10,16 @@ from typing import Any
 from ntk_analysis.experiment import run_dynamics, work_units
 from ntk_analysis.isotropy_run import IsotropySettings, run_isotropy
 from ntk_analysis.prediction_run import PredictionSettings, run_prediction
-from ntk_analysis.report.comparison import Source, merge_checks, read_sources, side_by_side
+from ntk_analysis.report.comparison import (
+    Source,
+    merge_checks,
+    read_sources,
+    side_by_side,
+    without_data,
+)
 from ntk_analysis.report.drawing import FINITE, draw_figures
-from ntk_analysis.report.page import render
+from ntk_analysis.report.page import PAGE_NAME, render
+from ntk_analysis.report.papers.pages import write_papers
 from ntk_analysis.report.settings import ReportSettings
 from ntk_analysis.report.verdict import answer, sentences, summary_rows
 from ntk_analysis.reproduce import Check, find_checks, load_checks
@@ -20,7 +27,6 @@ from ntk_analysis.reproduce.runner import run_checks
 from ntk_analysis.results import FILE_NAME, environment, now, plain, read_document, write_json
 
 COMMAND = "natgrad report"
-PAGE_NAME = "report.html"
 OWN = "this report"
 
 Report = Callable[[str, int], object]
@@ -84,7 +90,7 @@ def build_report(
     fresh: bool = False,
     report: Report = lambda what, done: None,
 ) -> Built:
-    """Runs what is missing and writes report.html, results.json and the figures.
+    """Runs what is missing and writes report.html, results.json, figures, and one page a paper.
 
     Every part keeps its own results.json in a folder below ``out``; what these hold for the same
     settings, data and versions is not run again.
@@ -139,7 +145,8 @@ def build_report(
     training = _only(trained.document, tuple(r["label"] for r in trained.records))
     own = Source(OWN, {**checked.document, "checks": checked.records})
     sources, notes = read_sources(results)
-    merged = merge_checks(own, sources, [check.identifier for check in load_checks()])
+    catalogue = load_checks()
+    merged = merge_checks(own, sources, [check.identifier for check in catalogue])
     devices, compared = side_by_side([own, *sources])
     rows = summary_rows(training, network, finite)
     document = plain(
@@ -157,7 +164,7 @@ def build_report(
                 "accuracy": limit,
                 FINITE: finite,
             },
-            "checks": merged,
+            "checks": {name: without_data(record) for name, record in merged.items()},
             "devices": devices,
             "side_by_side": compared,
             "sources": [
@@ -177,6 +184,7 @@ def build_report(
     page = out / PAGE_NAME
     write_json(out / FILE_NAME, document)
     page.write_text(render(document, settings, figures), encoding="utf-8")
+    write_papers(merged, catalogue, out)
     return Built(page, document, tuple(resumed))
 
 

@@ -128,6 +128,11 @@ def merge_checks(
     return {name: merged[name] for name in names}
 
 
+def without_data(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without the numbers of its figure."""
+    return {key: value for key, value in record.items() if key != "data"}
+
+
 def side_by_side(sources: Iterable[Source]) -> tuple[list[str], list[dict[str, Any]]]:
     """The checks that ran on another device than a CPU, beside the other devices.
 
@@ -136,9 +141,9 @@ def side_by_side(sources: Iterable[Source]) -> tuple[list[str], list[dict[str, A
         earlier one.
 
     Returns:
-      The devices, CPUs first, and one row a check: "identifier", "title", "runs" (a record or None
-      for each device) and "rows", one a measurement: "what", "expected" and "measured", a number
-      for each device.
+      The devices, CPUs first, and one row a check: "identifier", "title", "runs" (its verdict and
+      seconds, or None, for each device) and "rows", one a measurement: "what", "expected" and
+      "measured", a number for each device.
     """
     devices: dict[str, dict[str, dict[str, Any]]] = {}
     elsewhere: dict[str, str] = {}
@@ -153,12 +158,17 @@ def side_by_side(sources: Iterable[Source]) -> tuple[list[str], list[dict[str, A
         {
             "identifier": name,
             "title": title,
-            "runs": [records.get(name) for records in devices.values()],
+            "runs": [_run(records.get(name)) for records in devices.values()],
             "rows": _measurements([records.get(name) for records in devices.values()]),
         }
         for name, title in elsewhere.items()
     ]
     return list(devices), rows if elsewhere else []
+
+
+def _run(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the table of devices shows of a record."""
+    return record and {key: record[key] for key in ("verdict", "seconds")}
 
 
 def _measurements(records: list[dict[str, Any] | None]) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,14 @@ from markupsafe import Markup
 
 from ntk_analysis.palette import STYLES
 from ntk_analysis.report.drawing import Drawn
+from ntk_analysis.report.papers import FOLDER, PAPERS, paper_of
 from ntk_analysis.report.sections import sections
 from ntk_analysis.report.settings import ReportSettings
+from ntk_analysis.report.typeset import typeset
 from ntk_analysis.report.verdict import FAST, FOLLOWS, ISOTROPIC, NEARLY_ISOTROPIC
 from ntk_analysis.tables import setting_sentence
 
+PAGE_NAME = "report.html"
 _TEMPLATE = "template.html"
 # one sign for each Matplotlib marker of the palette
 _SIGNS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "p": "⬟", "h": "⬢"}
@@ -28,13 +30,6 @@ _FORMULAS = {
     "σ_b²": "σ<sub>b</sub>²",
     "G⁻¹ Jᵀ": "G<sup>−1</sup> J<sup>T</sup>",
     "f₀": "f<sub>0</sub>",
-}
-_PAPERS = {
-    "KO": "Karakida & Osawa (2020), Understanding approximate Fisher information for fast "
-    "convergence of natural gradient descent in wide neural networks",
-    "BE": "Bernacchia, Lengyel & Hennequin (2018), Exact natural gradient in deep linear networks",
-    "KE": "Kerekes, Mészáros & Huszár (2021), Depth without the magic",
-    "VO": "van Oostrum, Müller & Ay (2022), Invariance properties of the natural gradient",
 }
 
 
@@ -46,26 +41,16 @@ def render(document: dict[str, Any], settings: ReportSettings, drawn: Mapping[st
       settings: of the report.
       drawn: the figures; their SVG files become part of the page.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "number": number,
-        "percent": percent,
-        "data_uri": data_uri,
-        "day": lambda date: str(date).replace("T", " ").replace("+00:00", " UTC"),
-        "duration": duration,
-        "formulas": formulas,
-        "command": command,
-    }
-    text = (files(__package__) / _TEMPLATE).read_text(encoding="utf-8")
     training = document["parts"]["training"]
-    return environment.from_string(text).render(
+    template = templates().get_template(_TEMPLATE)
+    return template.render(
         report=document,
         training=training,
         setting=setting_sentence(training),
         sections=sections(document, settings, drawn),
         groups=_groups(document["checks"]),
+        papers=PAPERS,
+        papers_folder=FOLDER,
         gpu=any(not name.startswith("CPU") for name in document["devices"]),
         signs={name: (style.color, _SIGNS[style.marker]) for name, style in STYLES.items()},
         limits={
@@ -74,6 +59,28 @@ def render(document: dict[str, Any], settings: ReportSettings, drawn: Mapping[st
         seed=settings.training.seed,
         synthetic=settings.training.dataset == "gaussian",
     )  # fmt: skip
+
+
+def templates() -> jinja2.Environment:
+    """The templates of this package, with the filters that they share."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": number,
+        "percent": percent,
+        "data_uri": data_uri,
+        "day": lambda date: str(date).replace("T", " ").replace("+00:00", " UTC"),
+        "duration": duration,
+        "formulas": formulas,
+        "typeset": typeset,
+        "command": command,
+    }
+    return environment
 
 
 def number(value: float | str | None, digits: int = 3) -> Markup | str:
@@ -135,11 +142,15 @@ def data_uri(path: Path) -> str:
 
 
 def _groups(checks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Checks by paper."""
+    """Checks by paper, each with the page of the paper, or None where it has none."""
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, record in checks.items():
-        groups.setdefault(name.partition("-")[0], []).append((name, record))
+        groups.setdefault(paper_of(name) or name.partition("-")[0], []).append((name, record))
     return [
-        {"paper": _PAPERS.get(prefix, prefix), "prefix": prefix, "checks": members}
-        for prefix, members in groups.items()
+        {
+            "page": name if name in PAPERS else None,
+            "paper": PAPERS[name].citation if name in PAPERS else name,
+            "checks": members,
+        }
+        for name, members in groups.items()
     ]

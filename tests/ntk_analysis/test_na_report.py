@@ -22,6 +22,7 @@ from ntk_analysis.report import ReportSettings, build_report
 from ntk_analysis.report.commands import dynamics_command, isotropy_command, prediction_command
 from ntk_analysis.report.comparison import Source, merge_checks, read_sources, side_by_side
 from ntk_analysis.report.page import number, percent
+from ntk_analysis.report.papers import PAPERS
 from ntk_analysis.report.settings import ReportSettings as Settings
 from ntk_analysis.report.verdict import answer, isotropy_class
 from ntk_analysis.settings import DynamicsSettings
@@ -127,10 +128,13 @@ def page(html) -> Page:
     return parser
 
 
-def test_page_is_well_formed_and_self_contained(html, page):
+def test_page_is_well_formed_and_self_contained(built, html, page):
     assert page.open == []
     assert html.startswith("<!doctype html>")
-    assert all(a.startswith(("#", "data:image/svg+xml;base64,")) for a in page.addresses)
+    pages = {f"papers/{name}.html" for name in PAPERS}
+    others = {a for a in page.addresses if not a.startswith(("#", "data:image/svg+xml;base64,"))}
+    assert others == pages
+    assert all((built.page.parent / name).is_file() for name in pages)
     assert {a[1:] for a in page.addresses if a.startswith("#")} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
     assert not re.search(r"@import|url\(|<script|<link", html)
@@ -198,6 +202,7 @@ def test_checks_of_this_run_and_of_files(built, html):
     assert (found["source"], found["device"]) == ("cpu.json", "CPU")
     assert built.document["checks"][CHECK]["source"] == "this report"
     assert f'<details id="{CHECK}">' in html
+    assert "data" not in built.document["checks"]["KO-Fig1a"]
     assert f"natgrad</span> <span>reproduce</span> <span>{CHECK}" in html
 
 

@@ -1,0 +1,186 @@
+"""Writes the page of every paper: teaching text, then each check with figure and verdict."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from markupsafe import Markup
+
+from ntk_analysis import palette
+from ntk_analysis.report.page import PAGE_NAME, templates
+from ntk_analysis.report.papers import (
+    FOLDER,
+    PAPERS,
+    Paper,
+    bernacchia,
+    frame,
+    karakida_osawa,
+    kerekes_large,
+    kerekes_small,
+    paper_of,
+    van_oostrum,
+)
+from ntk_analysis.reproduce import Check
+from ntk_analysis.reproduce.runner import FINISHED
+from ntk_analysis.results import content_hash
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Drawing = Callable[[dict[str, Any]], "Figure"]
+
+DRAWINGS: dict[str, Drawing] = {
+    **karakida_osawa.DRAWINGS,
+    **bernacchia.DRAWINGS,
+    **kerekes_small.DRAWINGS,
+    **kerekes_large.DRAWINGS,
+    **van_oostrum.DRAWINGS,
+}
+"""How the figure of a check is drawn from its data, by identifier."""
+
+NOT_RUN = "not run"
+_VERDICTS = ("passed", "failed", "error", "skipped", NOT_RUN)
+_TEMPLATE = "papers/page.html"
+_PNG_DPI = 200
+
+
+class Drawn(NamedTuple):
+    """The figure of a check.
+
+    Attributes:
+      svg: its file, or None where it could not be drawn.
+      problem: why not; "" otherwise.
+    """
+
+    svg: Path | None
+    problem: str
+
+
+def write_papers(
+    records: Mapping[str, dict[str, Any]], checks: Iterable[Check], out: Path
+) -> list[Path]:
+    """Writes one page a paper, and its figures as PNG and SVG below ``papers/figures``.
+
+    A figure is drawn again only where its data or its drawing have changed. One that cannot be
+    drawn is left out, and the page says why.
+
+    Args:
+      records: of ``merge_checks``; those of no paper here are left out.
+      checks: the catalogue; what no record is of is shown as not run.
+      out: the folder of the results; where it has a report.html, the pages link to it.
+
+    Returns:
+      The pages, in ``out/papers``.
+
+    Raises:
+      OSError: the folder cannot be written to.
+    """
+    catalogue = {check.identifier: check for check in checks}
+    folder = out / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        name: draw(name, DRAWINGS[name], record.get("data", {}), folder / "figures")
+        for name, record in records.items()
+        if name in DRAWINGS and record["verdict"] in FINISHED
+    }
+    back = PAGE_NAME if (out / PAGE_NAME).is_file() else None
+    pages = []
+    for name, paper in PAPERS.items():
+        own = [i for i in dict.fromkeys([*catalogue, *records]) if paper_of(i) == name]
+        entries = [_entry(i, records.get(i), catalogue.get(i)) for i in own]
+        path = folder / f"{name}.html"
+        path.write_text(_render(name, paper, entries, drawn, back), encoding="utf-8")
+        pages.append(path)
+    return pages
+
+
+def draw(identifier: str, drawing: Drawing, data: dict[str, Any], folder: Path) -> Drawn:
+    """The figure of one check, as PNG and SVG.
+
+    Args:
+      identifier: of the check; the files are called after it, with "-" for "/".
+      drawing: makes the figure.
+      data: of the record.
+      folder: of the files.
+
+    Raises:
+      OSError: the folder cannot be written to.
+    """
+    if not data:
+        return Drawn(None, "its record holds no data of the figure")
+    name = identifier.replace("/", "-")
+    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+    sources = (inspect.getmodule(drawing) or drawing, frame, palette)
+    print_ = content_hash([data, *map(inspect.getsource, sources)])
+    if png.is_file() and _is_whole(svg, print_):
+        return Drawn(svg, "")
+    folder.mkdir(parents=True, exist_ok=True)
+    with frame.theme():
+        try:
+            figure = drawing(data)
+            # what does not fit together is found by the layout, which comes with the drawing
+            figure.draw_without_rendering()
+        except Exception as error:
+            return Drawn(None, f"{type(error).__name__}: {error}")
+        figure.savefig(png, dpi=_PNG_DPI)
+        figure.savefig(svg, metadata={"Date": None, "Description": print_})
+    return Drawn(svg, "")
+
+
+def _is_whole(svg: Path, print_: str) -> bool:
+    """Whether a figure of this print is there to its end."""
+    if not svg.is_file():
+        return False
+    text = svg.read_text(encoding="utf-8")
+    return print_ in text and text.rstrip().endswith("</svg>")
+
+
+def _entry(identifier: str, record: dict[str, Any] | None, check: Check | None) -> dict[str, Any]:
+    """What the page shows of a check: its record, or what the catalogue says of it."""
+    if record is not None:
+        return {**record, "identifier": identifier}
+    assert check is not None
+    return {
+        "identifier": identifier,
+        "title": check.title,
+        "claim": check.claim,
+        "setting": check.setting,
+        "origin": check.origin,
+        "erratum": check.erratum,
+        "verdict": NOT_RUN,
+        "reason": "",
+        "measurements": [],
+        "notes": [],
+        "fast": check.fast,
+    }
+
+
+def _render(
+    name: str,
+    paper: Paper,
+    entries: Sequence[dict[str, Any]],
+    drawn: Mapping[str, Drawn],
+    back: str | None,
+) -> str:
+    verdicts = [entry["verdict"] for entry in entries]
+    text = (files(__package__) / f"{name}.html").read_text(encoding="utf-8")
+    return (
+        templates()
+        .get_template(_TEMPLATE)
+        .render(
+            here=name,
+            paper=paper,
+            papers=PAPERS,
+            text=Markup(text),
+            checks=entries,
+            drawn=drawn,
+            counts={verdict: verdicts.count(verdict) for verdict in _VERDICTS},
+            ours=sum(entry["origin"] == "ours" for entry in entries),
+            errata=[entry["identifier"] for entry in entries if entry["erratum"]],
+            back=back,
+        )
+    )

@@ -1,0 +1,104 @@
+"""Figures of van Oostrum et al. (2022), from the data of their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntk_analysis.report.papers.frame import GREY, INKS, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SIZE = (8.2, 4.4)
+
+
+def draw_example_1(data: dict[str, Any]) -> Figure:
+    """Two parametrisations of the plane whose coordinate vectors at one point are orthogonal."""
+    return _projections(
+        data,
+        {"phi": r"$\varphi(t) = (t, t^2)$", "psi": r"$\psi(t) = (-t^2, t)$"},
+        {"phi": r"natural gradient with $\varphi$", "psi": r"natural gradient with $\psi$"},
+    )
+
+
+def draw_example_2(data: dict[str, Any]) -> Figure:
+    """The curve that crosses itself, and the natural gradients of its two passages."""
+    return _projections(
+        data,
+        {"phi": r"$\varphi(x) = (\sin 2x, \sin x)$"},
+        {
+            "phi": r"natural gradient with $\varphi$ at $x = 0$",
+            "psi": r"with $\psi = \varphi \circ f$ at $\theta = 0$, so $x = \pi$",
+        },
+    )
+
+
+def draw_appendix_3(data: dict[str, Any]) -> Figure:
+    """The parameter space: all solutions of G y = grad, and the two that are the shortest."""
+    figure, axes = panels(1, 1, _SIZE)
+    axis = axes[0, 0]
+    line = np.asarray(data["solutions"], float)
+    label = r"all $y$ with $G y = \nabla_\xi L$: one gradient on the model"
+    axis.plot(*line.T, color=GREY, linewidth=1.4, label=label)
+    _arrow(axis, data["phi"], INKS[0].color, r"$y_\Xi$: least $|y|$")
+    _arrow(axis, data["psi"], INKS[1].color, r"$y_\Theta$: least $|F^{-T} y|$")
+    _finish(axis, (r"$y_1$", r"$y_2$"))
+    return figure
+
+
+def _projections(data: dict[str, Any], curves: dict[str, str], vectors: dict[str, str]) -> Figure:
+    """Curves through the origin, the gradient there, and its projections on their tangents.
+
+    Args:
+      data: "gradient", and for each parametrisation "tangent", "vector" and, if drawn, "curve".
+      curves: labels by parametrisation.
+      vectors: labels by parametrisation.
+    """
+    figure, axes = panels(1, 1, _SIZE)
+    axis = axes[0, 0]
+    for (name, label), dash in zip(curves.items(), ("-", "--"), strict=False):
+        points = np.asarray(data[name]["curve"], float)
+        axis.plot(*points.T, dash, color=GREY, linewidth=1.4, label=label)
+    gradient = data["gradient"]
+    _arrow(axis, gradient, "#8c8c8c", "gradient of the plane")
+    for (name, label), ink in zip(vectors.items(), INKS, strict=False):
+        vector, tangent = data[name]["vector"], data[name]["tangent"]
+        axis.axline((0, 0), tangent, color=ink.color, linewidth=0.9, linestyle=":")
+        _arrow(axis, vector, ink.color, label)
+        # what the projection leaves out
+        axis.plot(*np.transpose([gradient, vector]), color=ink.color, linewidth=0.8, alpha=0.6)
+    _finish(axis, ("$x$", "$y$"))
+    return figure
+
+
+def _arrow(axis: Axes, vector: Sequence[float], color: str, label: str) -> None:
+    """A vector at the origin."""
+    x, y = vector
+    axis.quiver(
+        0, 0, x, y, angles="xy", scale_units="xy", scale=1, color=color, width=0.009, zorder=4,
+        label=label,
+    )  # fmt: skip
+    # arrows do not count for the limits of the axes
+    axis.plot(x, y, alpha=0)
+
+
+def _finish(axis: Axes, names: tuple[str, str]) -> None:
+    axis.plot(0, 0, "o", color="black", markersize=5, zorder=5)
+    axis.set_aspect("equal")
+    axis.margins(0.1)
+    axis.set_xlabel(names[0])
+    axis.set_ylabel(names[1])
+    # beside the plane, which is as wide as it is high
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+
+
+DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "VO-Ex1": draw_example_1,
+    "VO-Ex2": draw_example_2,
+    "VO-A3": draw_appendix_3,
+}
+"""How the figure of a check is drawn, by identifier."""

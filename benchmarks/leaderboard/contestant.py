@@ -52,6 +52,7 @@ class Contestant:
       damping_words: for contestants without ``structure``: their damping and its convention.
       unsuitable: why a workload is nothing for it, or "".
       program: makes the training program instead of ``optimizer``, for peers that bring their own.
+      packages: distributions that nothing else here needs; their versions enter the key of a trial.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Contestant:
     damping_words: str = ""
     unsuitable: Callable[[Workload], str] = lambda workload: ""
     program: Callable[[Contestant, Workload], Program] | None = None
+    packages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         wanted = TUNING_TRIALS if self.rate_rule == "tuned" else 0

@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,20 @@ def configuration(
         "contestant": contestant,
         "learning_rate": learning_rate,
         "seed": seed,
+        **_packages(contestant),
         **(machine or identity()),
     }
+
+
+def _packages(contestant: str) -> dict[str, Any]:
+    """Versions of what only this contestant needs, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in find_contestant(contestant).packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return {"packages": found} if found else {}
 
 
 def identity() -> dict[str, Any]:

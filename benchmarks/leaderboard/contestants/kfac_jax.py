@@ -35,5 +35,6 @@ CONTESTANTS = (
         rate_rule="line search",
         damping_words="adapted, on both factors (its default)",
         unsuitable=_unsuitable,
+        packages=("kfac-jax",),
     ),
 )

@@ -40,7 +40,7 @@ ALL = (["mse", "cross-entropy"], ["exact", "mc"])
 
 CASES = by_profile(
     smoke=([64], [3], [16], [3], ["cross-entropy"], ["exact"]),
-    fast=([1024], [3], [128], [10], *ALL),
+    fast=([1024], [3], [128], [10], ["cross-entropy"], ["exact", "mc"]),
     regular=([512, 2048], [3, 6], [64, 256], [1, 10], *ALL),
     large=([1024, 4096, 8192], [3, 6], [128, 1024], [1, 10], *ALL),
 )
@@ -51,11 +51,11 @@ No depth 3s + 2, where tri-diag has a singular coupling.
 
 TIMED = by_profile(
     smoke=(["exact"], *CASES),
-    fast=(list(STRUCTURES), *CASES[:4], ["cross-entropy"], ["exact"]),
+    fast=(["exact", "block-diag", "K-FAC", "quasi-diag"], *CASES[:5], ["exact"]),
     regular=(list(STRUCTURES), *CASES),
     large=(list(STRUCTURES), *CASES),
 )
-"""Structures and cases of StepTiming; the fast profile has one case a structure, Step has all."""
+"""Structures and cases of StepTiming; the fast profile leaves the rest to Step."""
 
 REPEATS = by_profile(smoke=1, fast=MIN_REPEATS, regular=MIN_REPEATS, large=15)
 

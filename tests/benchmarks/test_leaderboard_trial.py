@@ -3,6 +3,7 @@
 import itertools
 import re
 import shlex
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import numpy as np
@@ -216,15 +217,17 @@ def test_a_trial_of_something_else_is_refused(entry, value, message):
 
 def test_installing_the_package_of_a_peer_makes_another_trial(monkeypatch):
     where = toy.make_workload()
+    peer = replace(toy.CONTESTANTS["sgd"], name="peer", packages=("kfac-jax",))
+    toy.install(monkeypatch, members={**toy.CONTESTANTS, "peer": peer})
     monkeypatch.setattr(trial, "version", lambda name: "0.0.8")
-    with_it = configuration(where, "kfac-jax", 0, target=None, role="evaluation")
+    with_it = configuration(where, "peer", 0, target=None, role="evaluation")
     assert with_it["packages"] == {"kfac-jax": "0.0.8"}
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(trial, "version", missing)
-    without = configuration(where, "kfac-jax", 0, target=None, role="evaluation")
+    without = configuration(where, "peer", 0, target=None, role="evaluation")
     assert without["packages"] == {"kfac-jax": None}
     assert "packages" not in configuration(where, "sgd", 0, target=None, role="evaluation")
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -53,7 +54,7 @@ def unit(name: str) -> Callable[[Function], Function]:
     return mark
 
 
-class Suite:
+class Suite(ABC):
     """Cases that are measured once each, however many figures asv tracks of them.
 
     asv runs every figure of every case in a process of its own. The first of them measures, checks
@@ -77,13 +78,14 @@ class Suite:
         """Why a case is left out, or None."""
         return None
 
+    # without it a class stays abstract, and asv passes those by
+    @abstractmethod
     def measure(self, *case: Any) -> Mapping[str, float]:
         """All figures of a case.
 
         Raises:
           ArithmeticError: what was measured gives a wrong answer.
         """
-        raise NotImplementedError
 
     def setup_cache(self) -> str:
         """The folder for the figures: asv starts its processes in one of each commit."""
@@ -122,3 +124,41 @@ class Suite:
     def cases(cls) -> list[tuple[Any, ...]]:
         """Every combination of parameters, those that are skipped included."""
         return list(itertools.product(*cls.params))
+
+
+class StepSuite(Suite):
+    """A natural-gradient step beside an SGD step on the same problem.
+
+    ``measure`` gives "ratio", "natural", "sgd", "flops" and "temporary".
+    """
+
+    @unit("SGD steps")
+    def track_ratio_to_sgd(self, *case: Any) -> float:
+        """Median step over the median SGD step beside it: up means a dearer natural gradient.
+
+        The two alternate in one process, so a busy machine moves it less than it moves seconds.
+        """
+        return self.figures["ratio"]
+
+    @unit("seconds")
+    def track_step(self, *case: Any) -> float:
+        """Median seconds of the natural-gradient step: up means slower training on this machine."""
+        return self.figures["natural"]
+
+    @unit("seconds")
+    def track_sgd_step(self, *case: Any) -> float:
+        """Median seconds of the SGD step: no code of ours, so up means a machine, JAX or Flax."""
+        return self.figures["sgd"]
+
+    @unit("Gflop")
+    def track_flops(self, *case: Any) -> float:
+        """XLA's count for the step: up means a program that computes more.
+
+        LAPACK calls are not in it, and the body of a loop counts once.
+        """
+        return self.figures["flops"]
+
+    @unit("bytes")
+    def track_temporary_memory(self, *case: Any) -> float:
+        """What XLA reserves beside arguments and results: up means that less fits."""
+        return self.figures["temporary"]

@@ -21,7 +21,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 import natgrad_flax as ng
-from benchmarks.common import Suite, by_profile, unit
+from benchmarks.common import StepSuite, by_profile
 from benchmarks.programs import (
     LEARNING_RATE,
     Steps,
@@ -57,7 +57,7 @@ TOLERANCE = 0.02
 Kernels = Sequence[NDArray[np.floating]]
 
 
-class LinearStep(Suite):
+class LinearStep(StepSuite):
     """A natural-gradient step of a linear network of equal widths, beside an SGD step.
 
     A rise of the ratio says that the closed form got dearer. At width 100, 16 layers and 1000
@@ -89,34 +89,6 @@ class LinearStep(Suite):
             "flops": flops(steps.natural_compiled) / 1e9,
             "temporary": temporary_bytes(steps.natural_compiled),
         }
-
-    @unit("SGD steps")
-    def track_ratio_to_sgd(self, *case: Any) -> float:
-        """Median step over the median SGD step beside it: up means a dearer natural gradient."""
-        return self.figures["ratio"]
-
-    @unit("seconds")
-    def track_step(self, *case: Any) -> float:
-        """Median seconds of the natural-gradient step: up means slower training on this machine."""
-        return self.figures["natural"]
-
-    @unit("seconds")
-    def track_sgd_step(self, *case: Any) -> float:
-        """Median seconds of the SGD step: no code of ours, so up means a machine, JAX or Flax."""
-        return self.figures["sgd"]
-
-    @unit("Gflop")
-    def track_flops(self, *case: Any) -> float:
-        """XLA's count for the step: up means a program that computes more.
-
-        LAPACK calls are not in it, and the body of a loop over layers counts once.
-        """
-        return self.figures["flops"]
-
-    @unit("bytes")
-    def track_temporary_memory(self, *case: Any) -> float:
-        """What XLA reserves beside arguments and results: up means that less fits."""
-        return self.figures["temporary"]
 
 
 def make_problem(width: int, depth: int, samples: int) -> tuple[nnx.Sequential, Array, Array]:

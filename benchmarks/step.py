@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import jax
 
 from benchmarks.answers import check_step
-from benchmarks.common import Suite, by_profile, unit
+from benchmarks.common import StepSuite, by_profile, unit
 from benchmarks.machine import check_machine, cores, processor
 from benchmarks.problems import (
     LINES,
@@ -163,7 +163,7 @@ def first_step(line: Line, entry: Entry) -> tuple[Steps, int, tuple[float, float
     return steps, peak, check_step(line, entry, make_problem(line, entry), after)
 
 
-class Step(Suite):
+class Step(StepSuite):
     """One natural-gradient step of each structure against network, batch, loss and kind of Fisher.
 
     A change here is a change of what training costs. The flops and bytes are the compiler's and
@@ -188,37 +188,6 @@ class Step(Suite):
             "temporary": found.temporary_bytes,
             "peak": found.peak_bytes,
         }
-
-    @unit("SGD steps")
-    def track_ratio_to_sgd(self, *case: Any) -> float:
-        """Median step over the median SGD step beside it: up means a dearer natural gradient.
-
-        The two alternate in one process, so a busy machine moves it less than it moves seconds.
-        """
-        return self.figures["ratio"]
-
-    @unit("seconds")
-    def track_step(self, *case: Any) -> float:
-        """Median seconds of the natural-gradient step: up means slower training on this machine."""
-        return self.figures["natural"]
-
-    @unit("seconds")
-    def track_sgd_step(self, *case: Any) -> float:
-        """Median seconds of the SGD step: no code of ours, so up means a machine, JAX or Flax."""
-        return self.figures["sgd"]
-
-    @unit("Gflop")
-    def track_flops(self, *case: Any) -> float:
-        """XLA's count for the step: up means a program that computes more.
-
-        LAPACK calls are not in it, and the body of a loop counts once.
-        """
-        return self.figures["flops"]
-
-    @unit("bytes")
-    def track_temporary_memory(self, *case: Any) -> float:
-        """What XLA reserves beside arguments and results: up means that smaller batches fit."""
-        return self.figures["temporary"]
 
     @unit("bytes")
     def track_peak_memory(self, *case: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def render(document: dict[str, Any], settings: ReportSettings, drawn: Mapping[st
     )  # fmt: skip
 
 
+@cache
 def templates() -> jinja2.Environment:
     """The templates of this package, with the filters that they share."""
     environment = jinja2.Environment(

@@ -35,6 +35,7 @@ def suites() -> list[type]:
         for module in MODULES
         for _, value in sorted(vars(module).items())
         if inspect.isclass(value)
+        and not inspect.isabstract(value)
         and value.__module__ == module.__name__
         and any(BENCHMARK.match(name) for name in dir(value))
     ]

@@ -17,6 +17,7 @@ from natgrad_flax.linear import matrix_factorization as mf
 from ntk_analysis.report.papers.frame import theme
 from ntk_analysis.report.papers.kerekes_large import DRAWINGS
 from ntk_analysis.reproduce.kerekes import (
+    common,
     completion,
     natural_completion,
     sparse,
@@ -139,12 +140,12 @@ def test_pieces_are_one_descent(x64):
     field = jax.tree_util.Partial(_decay)
     said = []
     settings = {"step_size": 0.1, "steps": 6, "report": said.append, "what": "decay"}
-    states = sparse_runs.in_pieces(field, jnp.ones(2), pieces=3, **settings)
+    states = common.in_pieces(field, jnp.ones(2), pieces=3, **settings)
     assert len(states) == 4
     np.testing.assert_allclose(states[1:], 0.9 ** np.tile([[2], [4], [6]], 2), rtol=1e-12)
     assert said[-1] == "decay: step 6 of 6"
     with pytest.raises(ValueError, match="pieces=4 must divide steps=6"):
-        sparse_runs.in_pieces(field, jnp.ones(2), pieces=4, **settings)
+        common.in_pieces(field, jnp.ones(2), pieces=4, **settings)
 
 
 def _decay(parameters):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_page import Page
 from typer.testing import CliRunner
 
 from ntk_analysis import reproduce
@@ -24,7 +24,6 @@ from ntk_analysis.reproduce.runner import run_checks
 ROOT = Path(__file__).parents[2]
 CATALOGUE = load_checks()
 IDENTIFIERS = [check.identifier for check in CATALOGUE]
-VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 pytestmark = pytest.mark.filterwarnings(
     # a dependency of Matplotlib's font search, not ours
@@ -53,33 +52,6 @@ def committed() -> dict[str, dict]:
     return merge_checks(own, sources, IDENTIFIERS)
 
 
-class Page(HTMLParser):
-    """Checks that tags are closed in order; collects addresses, identifiers and alternatives."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.open, self.addresses, self.ids, self.images = [], [], [], []
-        self.html = path.read_text(encoding="utf-8")
-        self.feed(self.html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in VOID:
-            self.open.append(tag)
-        found = dict(attrs)
-        self.addresses += [found[n] for n in ("src", "srcset", "href") if n in found]
-        self.ids += [found["id"]] if "id" in found else []
-        self.images += [found.get("alt", "")] if tag == "img" else []
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def section(self, identifier: str) -> str:
-        """The part of one check."""
-        start = self.html.index(f'<section class="check" id="{identifier}">')
-        return self.html[start : self.html.index("</section>", start)]
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
     """Pages of one record of every verdict, without a figure."""
@@ -97,7 +69,7 @@ def written(tmp_path_factory) -> Path:
 
 
 def page(out: Path, name: str = "karakida_osawa") -> Page:
-    return Page(out / "papers" / f"{name}.html")
+    return Page((out / "papers" / f"{name}.html").read_text(encoding="utf-8"))
 
 
 def test_every_paper_has_a_page_a_text_and_its_checks(written):
@@ -259,6 +231,12 @@ def test_a_figure_is_drawn_again_only_where_its_data_changed(tmp_path):
 
 def test_drawings_belong_to_checks():
     assert set(DRAWINGS) <= set(IDENTIFIERS)
+
+
+@pytest.mark.parametrize("identifier", DRAWINGS)
+def test_a_figure_is_drawn_anew_when_its_module_changes(identifier):
+    first = pages.drawing_sources(DRAWINGS[identifier])[0].__name__
+    assert first.startswith("ntk_analysis.report.papers."), first
 
 
 @pytest.mark.parametrize("identifier", [i for i in DRAWINGS if i.startswith("KO-")])

@@ -6,11 +6,11 @@ import dataclasses
 import json
 import re
 import warnings
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import Page
 from typer.testing import CliRunner
 
 import ntk_analysis.report.build
@@ -34,7 +34,6 @@ SECTIONS = (
     "verdict", "isotropy", "spectra", "training", "accuracy", "cost", "checks", "devices",
     "environment", "limits",
 )  # fmt: skip
-VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
 
 
 def small() -> Settings:
@@ -102,30 +101,9 @@ def html(built) -> str:
     return built.page.read_text(encoding="utf-8")
 
 
-class Page(HTMLParser):
-    """Checks that tags are closed in order; collects addresses, identifiers and alternatives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open, self.addresses, self.ids, self.images = [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in VOID:
-            self.open.append(tag)
-        found = dict(attrs)
-        self.addresses += [found[n] for n in ("src", "srcset", "href") if n in found]
-        self.ids += [found["id"]] if "id" in found else []
-        self.images += [found.get("alt", "")] if tag == "img" else []
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 @pytest.fixture(scope="module")
 def page(html) -> Page:
-    parser = Page()
-    parser.feed(html)
-    return parser
+    return Page(html)
 
 
 def test_page_is_well_formed_and_self_contained(built, html, page):

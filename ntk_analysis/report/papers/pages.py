@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
@@ -114,8 +115,7 @@ def draw(identifier: str, drawing: Drawing, data: dict[str, Any], folder: Path) 
         return Drawn(None, "its record holds no data of the figure")
     name = identifier.replace("/", "-")
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    sources = (inspect.getmodule(drawing) or drawing, frame, palette)
-    print_ = content_hash([data, *map(inspect.getsource, sources)])
+    print_ = content_hash([data, *map(inspect.getsource, drawing_sources(drawing))])
     if png.is_file() and _is_whole(svg, print_):
         return Drawn(svg, "")
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +129,14 @@ def draw(identifier: str, drawing: Drawing, data: dict[str, Any], folder: Path) 
         figure.savefig(png, dpi=_PNG_DPI)
         figure.savefig(svg, metadata={"Date": None, "Description": print_})
     return Drawn(svg, "")
+
+
+def drawing_sources(drawing: Drawing) -> tuple[ModuleType, ...]:
+    """The modules that decide how a figure looks."""
+    # a partial belongs to functools, the function in it to a module of drawings
+    module = inspect.getmodule(getattr(drawing, "func", drawing))
+    assert module is not None
+    return module, frame, palette
 
 
 def _is_whole(svg: Path, print_: str) -> bool:

@@ -124,14 +124,7 @@ class Problem:
     @cached_property
     def model(self) -> nnx.Sequential:
         """The network as a Flax module of linear layers without biases."""
-        layers = []
-        for factor in self.weights:
-            layer = nnx.Linear(
-                *factor.shape, use_bias=False, param_dtype=factor.dtype, rngs=nnx.Rngs(0)
-            )
-            layer.kernel[...] = factor
-            layers.append(layer)
-        return nnx.Sequential(*layers)
+        return linear_module(self.weights)
 
     @cached_property
     def slopes(self) -> list[Matrix]:
@@ -176,6 +169,18 @@ class Problem:
             (_second_moment(x @ a), b @ self.precision @ b.T)
             for a, b in zip(self.before, self.after, strict=True)
         ]
+
+
+def linear_module(weights: Iterable[Array]) -> nnx.Sequential:
+    """The Flax module of linear layers without biases that has these weights."""
+    layers = []
+    for weight in weights:
+        layer = nnx.Linear(
+            *weight.shape, use_bias=False, param_dtype=weight.dtype, rngs=nnx.Rngs(0)
+        )
+        layer.kernel[...] = weight
+        layers.append(layer)
+    return nnx.Sequential(*layers)
 
 
 def draw(widths: Sequence[int], seed: int) -> Problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from jax import Array
 from natgrad_datasets.linear_teacher import LinearTeacherSetting
 
 from natgrad_flax.linear import online_natural_gradient_descent
+from ntk_analysis.reproduce.bernacchia.common import linear_module
 from ntk_analysis.reproduce.bernacchia.training import (
     Run,
     batches,
@@ -101,14 +101,7 @@ class Experiment:
 
 def student(widths: Sequence[int], seed: int) -> nnx.Sequential:
     """A linear network without biases, float64, with the random weights of a seed."""
-    layers = [
-        nnx.Linear(a, b, use_bias=False, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-        for a, b in itertools.pairwise(widths)
-    ]
-    weights = natgrad_datasets.random_linear_network(widths, seed)
-    for layer, weight in zip(layers, weights, strict=True):
-        layer.kernel[...] = jnp.asarray(weight)
-    return nnx.Sequential(*layers)
+    return linear_module(map(jnp.asarray, natgrad_datasets.random_linear_network(widths, seed)))
 
 
 def train(run: Run, examples: int, name: str, report: Report) -> Run:

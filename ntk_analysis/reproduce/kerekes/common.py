@@ -1,4 +1,4 @@
-"""Random instances, and derivatives of them by automatic differentiation."""
+"""Random instances, their derivatives by automatic differentiation, and long runs in pieces."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from scipy.special import expit
 from natgrad_flax.linear import diagonal_network, logistic
 from natgrad_flax.linear.descent import Integrator, descend
 from ntk_analysis.empirical import Matrix
+from ntk_analysis.reproduce.registry import Report
 
 CUTOFF = 1e-12
 """Singular values below this fraction of the largest count as zero."""
@@ -107,6 +108,43 @@ def paths(
     ]
     plain, changed = (np.asarray(run.recorded) for run in found)
     return plain, changed @ case.change
+
+
+def in_pieces(
+    field: Any,
+    start: Any,
+    *,
+    step_size: float,
+    steps: int,
+    pieces: int,
+    report: Report,
+    what: str,
+) -> list[Any]:
+    """``descend`` in pieces of one length, so that a long run tells how far it is.
+
+    Args:
+      field: as ``descend`` takes it.
+      start: parameters.
+      step_size: eta.
+      steps: of all pieces together.
+      pieces: how many; they divide the steps.
+      report: told after each piece.
+      what: the run, for the report.
+
+    Returns:
+      The parameters at the start and after each piece.
+
+    Raises:
+      ValueError: the pieces do not divide the steps, or as ``descend``.
+    """
+    if pieces < 1 or steps % pieces:
+        raise ValueError(f"pieces={pieces} must divide steps={steps}")
+    states = [start]
+    for piece in range(1, pieces + 1):
+        run = descend(field, states[-1], step_size=step_size, steps=steps // pieces)
+        states.append(jax.block_until_ready(run.final))
+        report(f"{what}: step {piece * (steps // pieces)} of {steps}")
+    return states
 
 
 def negative_log_likelihood(coefficients: Array, x: Array, y: Array) -> Array:

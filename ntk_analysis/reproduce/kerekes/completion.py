@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from natgrad_flax.linear import matrix_factorization as mf
 from natgrad_flax.linear import references
 from natgrad_flax.linear.completion import complete, effective_rank, initial_factors
-from ntk_analysis.reproduce.kerekes.sparse_runs import in_pieces
+from ntk_analysis.reproduce.kerekes.common import in_pieces
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import (
     Measurement,

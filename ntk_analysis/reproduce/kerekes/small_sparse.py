@@ -19,6 +19,7 @@ from natgrad_flax.linear.references import (
     max_margin,
     natural_gradient_limit,
 )
+from ntk_analysis.reproduce.kerekes.common import in_pieces
 from ntk_analysis.reproduce.kerekes.toy import start_weights
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import (
@@ -131,12 +132,15 @@ def train(
     fields = [dn.gradient_field(data.x_train, data.y_train, normalised=True) for data in sets]
     field = jax.tree_util.Partial(_each, _stacked(fields))
     state = _stacked([tuple(start.values()) for start in weights])
-    chunk = min(CHUNK, steps)
-    for done in range(0, steps, chunk):
-        report(f"{len(sets[0].x_train)} samples, {done} of {steps} steps")
-        state = jax.block_until_ready(
-            descend(field, state, step_size=_STEP_SIZE, steps=chunk).final
-        )
+    state = in_pieces(
+        field,
+        state,
+        step_size=_STEP_SIZE,
+        steps=steps,
+        pieces=max(1, steps // CHUNK),
+        report=report,
+        what=f"{len(sets[0].x_train)} samples",
+    )[-1]
     return {
         name: list(np.asarray(dn.coefficients(final)))
         for name, final in zip(weights[0], state, strict=True)

@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from numpy.typing import NDArray
 
 from natgrad_flax.linear import descend, diagonal_network, logistic, references
+from ntk_analysis.reproduce.kerekes.common import in_pieces
 from ntk_analysis.reproduce.registry import Report
 
 Vector = NDArray[np.float64]
@@ -55,43 +56,6 @@ class Setting:
     natural_steps: int
     population_steps: int
     tolerance: float
-
-
-def in_pieces(
-    field: Any,
-    start: Any,
-    *,
-    step_size: float,
-    steps: int,
-    pieces: int,
-    report: Report,
-    what: str,
-) -> list[Any]:
-    """``descend`` in pieces of one length, so that a long run tells how far it is.
-
-    Args:
-      field: as ``descend`` takes it.
-      start: parameters.
-      step_size: eta.
-      steps: of all pieces together.
-      pieces: how many; they divide the steps.
-      report: told after each piece.
-      what: the run, for the report.
-
-    Returns:
-      The parameters at the start and after each piece.
-
-    Raises:
-      ValueError: the pieces do not divide the steps, or as ``descend``.
-    """
-    if pieces < 1 or steps % pieces:
-        raise ValueError(f"pieces={pieces} must divide steps={steps}")
-    states = [start]
-    for piece in range(1, pieces + 1):
-        run = descend(field, states[-1], step_size=step_size, steps=steps // pieces)
-        states.append(jax.block_until_ready(run.final))
-        report(f"{what}: step {piece * (steps // pieces)} of {steps}")
-    return states
 
 
 def unit_speed(field: logistic.PopulationNaturalGradient, coefficients: Array) -> Array:

@@ -15,7 +15,10 @@ BIN_JAX11 := .venv-jax11/bin
 
 # pytest workers: one a core, at most 4, because each holds its own compiled programs
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+# workers take long runs of neighbouring tests, so that most files make their fixtures once
+IN_PARALLEL := -n $(WORKERS) --dist worksteal
 PYTEST_ARGS ?=
+PEERS_ARGS ?=
 
 # $(call find_python,MINOR,COMMANDS): prints the first of the commands that runs as Python >= 3.MINOR.
 # They are run, not only looked up: the shims of version managers are on PATH for absent versions.
@@ -43,7 +46,7 @@ leaderboard: .venv/.run ## optimizers against frozen targets: leaderboard/leader
 
 .PHONY: test
 test: .venv/.dev ## the test suite, without the slow tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: .venv/.dev ## the tests at the sizes of the papers; minutes each
@@ -60,16 +63,17 @@ test-jax: .venv/.dev ## the tests of models, structures and kernels on Python >=
 .PHONY: test-jax-found
 test-jax-found: .venv-jax/.dev
 	@$(BIN_JAX)/python -c 'import platform, jax; print("Python", platform.python_version(), "JAX", jax.__version__)'
-	$(BIN_JAX)/python -m pytest -n $(WORKERS) -m "not slow" $(JAX_TESTS) $(PYTEST_ARGS)
+	$(BIN_JAX)/python -m pytest $(IN_PARALLEL) -m "not slow" $(JAX_TESTS) $(PYTEST_ARGS)
 
-# what a release of JAX can break; the rest works on NumPy, files and text, or in the same way
+# what a release of JAX can break: capture, structures, optimizers, kernels, compiled steps. The rest
+# works on NumPy, files and text, or on JAX in the same way as these
 JAX_TESTS := $(filter-out $(addprefix tests/natgrad_flax/test_, \
-	linear_references.py logistic.py diagonal_network.py), $(wildcard tests/natgrad_flax/test_*.py)) \
+	linear_references.py logistic.py diagonal_network.py matrix_factorization.py deep_linear.py \
+	geometry.py paper_settings.py bad_input.py), $(wildcard tests/natgrad_flax/test_*.py)) \
 	$(addprefix tests/benchmarks/test_, \
 	step_benchmark.py kernel_benchmark.py leaderboard_trial.py leaderboard_contestants.py) \
 	$(addprefix tests/ntk_analysis/test_na_, \
-	analytic.py analytic_coefficient.py displacement.py dynamics.py flow.py kernels.py \
-	neural_tangents.py resonance.py twin.py)
+	analytic.py analytic_coefficient.py kernels.py neural_tangents.py twin.py)
 
 # the part of the suite that a release of JAX can break through neural-tangents
 KERNEL_TESTS := tests/ntk_analysis/test_na_neural_tangents.py tests/ntk_analysis/test_na_twin.py \
@@ -85,7 +89,7 @@ test-jax11: .venv/.dev ## the tests of neural-tangents on JAX 0.11, where there 
 
 .PHONY: test-jax11-found
 test-jax11-found: .venv-jax11/.dev
-	$(BIN_JAX11)/python -m pytest -n $(WORKERS) -m "not slow" $(KERNEL_TESTS) $(PYTEST_ARGS)
+	$(BIN_JAX11)/python -m pytest $(IN_PARALLEL) -m "not slow" $(KERNEL_TESTS) $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: .venv/.dev ## ruff and mypy
@@ -116,9 +120,13 @@ bench-check: .venv/.bench ## every suite of this working tree at its smallest si
 	@machine=$$($(BIN)/python -m benchmarks.machine); set -x; NATGRAD_BENCH_PROFILE=smoke \
 	  $(BIN)/asv run --machine "$$machine" --python=same --quick --dry-run --show-stderr
 
+.PHONY: peers
+peers: .venv/.run .venv-peers-jax/.ready .venv-peers-torch/.ready ## our K-FAC beside that of kfac-jax, curvlinops and nngeometry: natgrad-peers/results.md
+	$(BIN)/python -m benchmarks.peer_comparison --out natgrad-peers $(PEERS_ARGS)
+
 .PHONY: clean
 clean: ## removes what make made; benchmark results stay
-	rm -rf .venv .venv-jax .venv-jax11 report build dist natgrad.egg-info .asv/env .asv/html
+	rm -rf .venv .venv-jax .venv-jax11 .venv-peers-jax .venv-peers-torch report build dist natgrad.egg-info .asv/env .asv/html
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -154,4 +162,16 @@ clean: ## removes what make made; benchmark results stay
 .venv-jax11/.dev: .venv/.uv pyproject.toml
 	"$(PYTHON_JAX)" -m venv --clear .venv-jax11
 	$(UV) pip install --quiet --python $(BIN_JAX11)/python -e '.[dev]' 'jax==0.11.*'
+	@touch $@
+
+# kfac-jax does not import on the JAX of natgrad
+.venv-peers-jax/.ready: .venv/.uv
+	"$(PYTHON)" -m venv --clear .venv-peers-jax
+	$(UV) pip install --quiet --python .venv-peers-jax/bin/python kfac-jax==0.0.8 'jax==0.7.*'
+	@touch $@
+
+# gigabytes of CUDA with it, unless UV_TORCH_BACKEND=cpu asks uv for PyTorch without
+.venv-peers-torch/.ready: .venv/.uv pyproject.toml
+	"$(PYTHON)" -m venv --clear .venv-peers-torch
+	$(UV) pip install --quiet --python .venv-peers-torch/bin/python -e '.[peers]'
 	@touch $@

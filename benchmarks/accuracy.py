@@ -72,7 +72,7 @@ class Accuracy(Suite):
         data, structure = case[:2]
         if profile() in ("smoke", "fast") and structure in DATA[data].costly:
             return DATA[data].costly[structure]
-        return missing_files() if data == "mnist" else None
+        return missing_files("mnist") if data == "mnist" else None
 
     def measure(self, data: str, structure: str, width: int) -> dict[str, float]:
         """Loss and test error after each number of steps; see the class.
@@ -106,14 +106,14 @@ class Accuracy(Suite):
         return self.figures[f"error {steps}"]
 
 
-def missing_files() -> str | None:
-    """Why MNIST cannot be used on this machine, or None. Nothing is downloaded."""
-    if natgrad_datasets.best_available() == "mnist":
+def missing_files(dataset: str) -> str | None:
+    """Why the files of a data set cannot be used on this machine, or None; downloads nothing."""
+    found = {row.name: row for row in natgrad_datasets.status()}[dataset]
+    if found.usable:
         return None
-    state = {row.name: row for row in natgrad_datasets.status()}["mnist"].checksum
     return (
-        f"the files of MNIST are {state}; name their folder in NATGRAD_DATA, or let "
-        "`natgrad dynamics --dataset mnist` fetch them"
+        f"the files of {dataset} are {found.checksum}; name their folder in NATGRAD_DATA, or let "
+        f"`natgrad dynamics --dataset {dataset}` fetch them"
     )
 
 

@@ -22,7 +22,16 @@ from benchmarks.programs import LEARNING_RATE, check_finite, damping
 from natgrad_flax.damping import per_layer
 from natgrad_flax.fisher import fisher_signals
 from natgrad_flax.gradient import as_state, leaf_names, resolve_damping
-from natgrad_flax.signals import DenseSignals, LayerUpdate, Signals
+from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
+from natgrad_flax.signals import (
+    DenseSignals,
+    LayerSignals,
+    LayerUpdate,
+    Signals,
+    layer_updates,
+    matrix_of,
+    named_updates,
+)
 
 DEFECT = 0.1
 """Most of |G u - g| / |g|. Rounding is about eps N S over the ratio of a relative damping."""
@@ -81,22 +90,15 @@ def _compare(
                 jax.tree.map(lambda old, new: (old - new) / LEARNING_RATE, state, after)
             )
         }
-        paths = [layer.path for layer in signals.layers]
-        taken = tuple(
-            {key: flat[(*layer.path, key)] for key in _keys(layer)} for layer in signals.layers
-        )
+        taken = layer_updates(signals.layers, flat)
         applied = metric_times(entry.structure, signals, rho, taken)
-        found = as_state(state, dict(zip(paths, applied, strict=True)))
+        found = as_state(state, named_updates(signals.layers, applied))
         slope = jax.grad(lambda state: line.loss(nnx.merge(graphdef, state)(x), y))(state)
         rest = jax.tree.map(jnp.subtract, found, slope)
         square = _inner(slope, slope)
         return jnp.sqrt(_inner(rest, rest) / square), _inner(found, slope) / square
 
     return compare(state, after, problem.x, problem.y, problem.key)
-
-
-def _keys(layer: DenseSignals) -> tuple[str, ...]:
-    return ("kernel",) if layer.bias_scale is None else ("kernel", "bias")
 
 
 def _inner(one: Any, other: Any) -> Any:
@@ -142,25 +144,32 @@ def _coupled(sigma: Any, signals: Signals, damping: Array | float, update: Updat
     ]
     return tuple(
         _sum(layer.vjp(change / signals.num_samples), part, rho)
-        for layer, change, part, rho in _rows(signals, mixed, update, damping)
+        for change, (layer, part, rho) in zip(mixed, _rows(signals, update, damping), strict=True)
     )
 
 
 @metric_times.register
 def _(structure: ng.UnitWise, signals: Signals, damping: Array | float, update: Updates) -> Updates:
-    squares = [_squares(layer) for layer in signals.layers]
     return tuple(
-        _sum(layer.pull_back(square * layer.push_forward(part)), part, rho)
-        for layer, square, part, rho in _rows(signals, squares, update, damping)
+        _sum(_times_blocks(layer, part), part, rho)
+        for layer, part, rho in _rows(signals, update, damping)
     )
+
+
+def _times_blocks(layer: LayerSignals, part: LayerUpdate) -> LayerUpdate:
+    """The Fisher blocks of single units times u."""
+    if isinstance(layer, DenseSignals):
+        return layer.pull_back(_squares(layer) * layer.push_forward(part))
+    jacobian = layer.jacobian()
+    moved = jnp.einsum("nskm,km->nsm", jacobian, matrix_of(part))
+    return layer.update(jnp.einsum("nskm,nsm->km", jacobian, moved) / layer.num_samples)
 
 
 @metric_times.register
 def _(structure: ng.Diagonal, signals: Signals, damping: Array | float, update: Updates) -> Updates:
-    squares = [_squares(layer) for layer in signals.layers]
     return tuple(
-        _sum(jax.tree.map(jnp.multiply, _entries(layer, square), part), part, rho)
-        for layer, square, part, rho in _rows(signals, squares, update, damping)
+        _sum(jax.tree.map(jnp.multiply, _entries(layer), part), part, rho)
+        for layer, part, rho in _rows(signals, update, damping)
     )
 
 
@@ -169,13 +178,12 @@ def _(
     structure: ng.QuasiDiagonal, signals: Signals, damping: Array | float, update: Updates
 ) -> Updates:
     found = []
-    squares = [_squares(layer) for layer in signals.layers]
-    for layer, square, part, rho in _rows(signals, squares, update, damping):
-        entries = jax.tree.map(lambda entry, rho=rho: entry + rho, _entries(layer, square))
+    for layer, part, rho in _rows(signals, update, damping):
+        entries = jax.tree.map(lambda entry, rho=rho: entry + rho, _entries(layer))
         if layer.bias_scale is None:
             found.append(jax.tree.map(jnp.multiply, entries, part))
             continue
-        mixed = layer.bias_scale * layer.inputs.T @ square
+        mixed = _bias_row(layer)
         # the weights as the bias sees them, and what each weight has beyond that
         shared = part["bias"] + jnp.sum(mixed * part["kernel"], axis=0) / entries["bias"]
         rest = entries["kernel"] - mixed**2 / entries["bias"]
@@ -189,13 +197,18 @@ def _(
 def _(structure: ng.KFAC, signals: Signals, damping: Array | float, update: Updates) -> Updates:
     if structure.split != "plain" or structure.first_layer != "literal":
         raise TypeError("the metric of KFAC is known here for split='plain' and a literal layer 1")
-    n, last = signals.num_samples, len(signals.layers) - 1
+    n = signals.num_samples
+    last = [i for i, a in enumerate(signals.layers) if not isinstance(a, ExplicitSignals)][-1]
     found = []
-    for index, (layer, part, rho) in enumerate(
-        zip(signals.layers, update, per_layer(damping, last + 1), strict=True)
-    ):
+    for index, (layer, part, rho) in enumerate(_rows(signals, update, damping)):
         rho_a, rho_b = jnp.broadcast_to(jnp.asarray(rho), (2,))
         scaled = index == last and structure.last_layer == "scaled"
+        if isinstance(layer, ExplicitSignals):
+            found.append(_sum(_times_blocks(layer, part), part, rho_a))
+            continue
+        if isinstance(layer, SharedSignals):
+            found.append(_times_shared(layer, structure.sharing, part, rho_a, rho_b))
+            continue
         flat = layer.flat_derivatives()
         left = _sum(layer.pull_back(layer.push_forward(part) / n), part, rho_a)
         over = n * n if scaled else n
@@ -204,14 +217,27 @@ def _(structure: ng.KFAC, signals: Signals, damping: Array | float, update: Upda
     return tuple(found)
 
 
+def _times_shared(
+    layer: SharedSignals, sharing: str, part: LayerUpdate, rho_a: Array, rho_b: Array
+) -> LayerUpdate:
+    """(A + rho_A) u (B + rho_B) of weights that positions share, without groups."""
+    n, m = layer.num_samples, layer.num_units
+    a, d = layer.augmented_inputs()[:, :, 0], layer.derivatives[:, :, :, 0]
+    if sharing == "reduce":
+        a, d = jnp.mean(a, axis=1), jnp.sum(d, axis=2)
+    left, right = a.reshape(-1, a.shape[-1]), d.reshape(-1, m)
+    matrix = matrix_of(part)
+    half = left.T @ (left @ matrix) / len(left) + rho_a * matrix
+    return layer.update((half @ right.T) @ right / n + rho_b * half)
+
+
 def _times_units(rows: Array, flat: Array, over: int) -> Array:
     """Rows (..., M) times D^T D / over."""
     return (rows @ flat.T) @ flat / over
 
 
-def _rows(signals: Signals, values: Any, update: Updates, damping: Array | float) -> Any:
-    dampings = per_layer(damping, len(signals.layers))
-    return zip(signals.layers, values, update, dampings, strict=True)
+def _rows(signals: Signals, update: Updates, damping: Array | float) -> Any:
+    return zip(signals.layers, update, per_layer(damping, len(signals.layers)), strict=True)
 
 
 def _sum(applied: LayerUpdate, part: LayerUpdate, rho: Array | float) -> LayerUpdate:
@@ -223,8 +249,21 @@ def _squares(layer: DenseSignals) -> Array:
     return jnp.sum(layer.derivatives**2, axis=1) / layer.num_samples
 
 
-def _entries(layer: DenseSignals, square: Array) -> LayerUpdate:
+def _bias_row(layer: LayerSignals) -> Array:
+    """F between the bias and the weights of a unit, shape (K, M)."""
+    if isinstance(layer, DenseSignals):
+        assert layer.bias_scale is not None
+        return layer.bias_scale * layer.inputs.T @ _squares(layer)
+    jacobian = layer.jacobian()
+    products = jnp.einsum("nsm,nskm->km", jacobian[:, :, -1], jacobian[:, :, :-1])
+    return products / layer.num_samples
+
+
+def _entries(layer: LayerSignals) -> LayerUpdate:
     """The diagonal of F in the shape of the parameters."""
+    if not isinstance(layer, DenseSignals):
+        return layer.update(jnp.sum(layer.jacobian() ** 2, axis=(0, 1)) / layer.num_samples)
+    square = _squares(layer)
     entries = {"kernel": (layer.inputs**2).T @ square}
     if layer.bias_scale is not None:
         entries["bias"] = layer.bias_scale**2 * jnp.sum(square, axis=0)

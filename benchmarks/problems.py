@@ -39,13 +39,14 @@ class Line:
 
     Attributes:
       title: what the table calls it.
-      widths: (M_0, ..., M_L) of the ReLU network.
+      widths: (M_0, ..., M_L) of the ReLU network; of another one (*shape of an input, outputs).
       num_samples: N.
       loss: the loss.
       fisher: "exact" or "mc" with one sample.
       undamped: the structures that can do so run at zero damping.
       targets: for each structure the ratio to reach.
       damping: the ratio of ``ng.RelativeDamping`` wherever there is one.
+      network: key of NETWORKS, "" for the fully connected one of ``widths``.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Line:
     undamped: bool
     targets: Mapping[str, float] = field(default_factory=dict)
     damping: float = 1e-3
+    network: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,12 @@ class Problem:
 
     Attributes:
       model: the network, in float32.
-      x: inputs (N, M_0), Gaussian rows of unit norm.
+      x: inputs (N, M_0), Gaussian rows of unit norm; images (N, H, W, C) are standard normal.
       y: targets (N, M_L): one-hot for the cross-entropy, otherwise +-0.5.
       key: for a Monte-Carlo Fisher.
     """
 
-    model: ng.MLP
+    model: nnx.Module
     x: Array
     y: Array
     key: Array
@@ -176,6 +178,20 @@ def skip_reason(case: Case, rules: Sequence[Rule] = SKIPS) -> str | None:
     return next(found, None)
 
 
+IMAGE = (32, 32, 3)
+"""Height, width and channels of CIFAR-10."""
+
+NETWORKS: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
+    "conv": lambda rngs: ng.ConvNet(IMAGE, rngs=rngs),
+    "transformer": lambda rngs: ng.VisionTransformer(IMAGE, rngs=rngs),
+    "small conv": lambda rngs: ng.ConvNet((6, 6, 2), (3, 4), 3, strides=(1, 2), rngs=rngs),
+    "small transformer": lambda rngs: ng.VisionTransformer(
+        (4, 4, 2), patch=2, width=4, depth=1, heads=2, mlp=6, outputs=3, rngs=rngs
+    ),
+}
+"""Networks with shared weights; the small ones are for the smoke profile and for tests."""
+
+
 def _targets(*ratios: float) -> Mapping[str, float]:
     return dict(zip(STRUCTURES, ratios, strict=True))
 
@@ -208,11 +224,33 @@ LINES: dict[str, Line] = {
         False,
         _targets(2, 2.2, 2.5, 3, 3, 4, 10),
     ),
+    "conv-mc": Line(
+        "ConvNet 32-64-128-128 on 32x32x3, N=128, cross-entropy, Monte-Carlo Fisher (1 sample)",
+        (*IMAGE, 10),
+        128,
+        ng.SoftmaxCrossEntropy(),
+        "mc",
+        False,
+        {"exact": 5, "block-diag": 6, "K-FAC": 3, "diagonal": 3, "unit-wise": 15},
+        network="conv",
+    ),
+    "transformer-mc": Line(
+        "vision transformer, width 64, depth 2, 64 tokens, N=64, the same loss and Fisher",
+        (*IMAGE, 10),
+        64,
+        ng.SoftmaxCrossEntropy(),
+        "mc",
+        False,
+        {"exact": 6, "K-FAC": 3},
+        network="transformer",
+    ),
 }
 
 
-def make_model(line: Line, entry: Entry) -> ng.MLP:
+def make_model(line: Line, entry: Entry) -> nnx.Module:
     """The network of a line, in float32, the same numbers at every call."""
+    if line.network:
+        return NETWORKS[line.network](nnx.Rngs(SEED))
     return ng.MLP(
         line.widths,
         activation="relu",
@@ -226,8 +264,10 @@ def make_model(line: Line, entry: Entry) -> ng.MLP:
 def make_problem(line: Line, entry: Entry) -> Problem:
     """The model and batch of a line, the same numbers at every call."""
     inputs, labels, targets = jax.random.split(jax.random.key(SEED), 3)
-    x = jax.random.normal(inputs, (line.num_samples, line.widths[0]), jnp.float32)
-    x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
+    shape = line.widths[:-1] if line.network else line.widths[:1]
+    x = jax.random.normal(inputs, (line.num_samples, *shape), jnp.float32)
+    if not line.network:
+        x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
     outputs = line.widths[-1]
     if isinstance(line.loss, ng.SoftmaxCrossEntropy):
         classes = jax.random.randint(labels, (line.num_samples,), 0, outputs)

@@ -16,6 +16,7 @@ from jax import Array
 import natgrad_flax as ng
 from benchmarks.problems import Entry, Line, Problem, make_problem
 from natgrad_flax.gradient import as_state, compute
+from natgrad_flax.signals import named_updates
 
 LEARNING_RATE = 0.1
 SGD_PER_ROUND = 3
@@ -81,7 +82,7 @@ def unchecked_step(line: Line, entry: Entry, graphdef: Any) -> jax.stages.Wrappe
 
     @jax.jit
     def step(state: nnx.State, x: Array, y: Array, key: Array) -> nnx.State:
-        updates, _, _ = compute(
+        solved, signals, _ = compute(
             nnx.merge(graphdef, state),
             x,
             y,
@@ -92,7 +93,7 @@ def unchecked_step(line: Line, entry: Entry, graphdef: Any) -> jax.stages.Wrappe
             key=key,
             mc_samples=1,
         )
-        return _descend(state, as_state(state, updates))
+        return _descend(state, as_state(state, named_updates(signals.layers, solved)))
 
     return step
 

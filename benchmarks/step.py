@@ -298,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Cell(line, structure, measure(LINES[line], STRUCTURES[structure], options.repeats))
         for line in options.line
         for structure in options.structure
+        if structure in LINES[line].targets
     ]
     about = environment()
     print(table(cells, options.markdown))

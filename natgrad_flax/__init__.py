@@ -4,16 +4,19 @@ The one idea: a forward pass and a batched backward pass give the per-layer sign
 every Fisher structure is a small formula over them. No Jacobian is ever built.
 """
 
+from natgrad_flax.averages import MovingAverage
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
+from natgrad_flax.describe import describe
 from natgrad_flax.fisher import fisher_signals
 from natgrad_flax.gradient import natural_gradient, optimal_learning_rate
-from natgrad_flax.layers import Dense
+from natgrad_flax.layers import Conv, Dense
 from natgrad_flax.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy
-from natgrad_flax.models import MLP
+from natgrad_flax.models import MLP, Autoencoder, ConvNet, ResidualNet, VisionTransformer
 from natgrad_flax.optimizer import natural_gradient_descent
 from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures import (
+    EKFAC,
     KFAC,
     BlockDiagonal,
     BlockTriDiagonal,
@@ -28,10 +31,14 @@ from natgrad_flax.structures import (
 )
 
 __all__ = [
+    "EKFAC",
     "KFAC",
     "MLP",
+    "Autoencoder",
     "BlockDiagonal",
     "BlockTriDiagonal",
+    "Conv",
+    "ConvNet",
     "Dense",
     "DenseSignals",
     "Diagonal",
@@ -41,14 +48,18 @@ __all__ = [
     "LevenbergMarquardt",
     "Loss",
     "MeanSquaredError",
+    "MovingAverage",
     "QuasiDiagonal",
     "RelativeDamping",
     "Residual",
+    "ResidualNet",
     "Signals",
     "SingularCouplingWarning",
     "SoftmaxCrossEntropy",
     "Structure",
     "UnitWise",
+    "VisionTransformer",
+    "describe",
     "fisher_signals",
     "jacobian_signals",
     "natural_gradient",

@@ -15,7 +15,7 @@ from jax import Array
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.fisher import FISHER_KINDS
 from natgrad_flax.losses import Loss
-from natgrad_flax.structures import Structure
+from natgrad_flax.structures import BlockDiagonal, Exact, Structure
 
 HOST_SIZE = 2**18
 """Entries up to which an array is looked at by NumPy."""
@@ -28,8 +28,8 @@ def check_structure(structure: object) -> None:
     if not isinstance(structure, Structure):
         raise TypeError(
             "structure must be one of ng.Exact(), ng.LayerWise(sigma), ng.BlockDiagonal(), "
-            "ng.BlockTriDiagonal(), ng.KFAC(), ng.UnitWise(), ng.Diagonal(), ng.QuasiDiagonal(), "
-            f"got {structure!r}"
+            "ng.BlockTriDiagonal(), ng.KFAC(), ng.EKFAC(), ng.UnitWise(), ng.Diagonal(), "
+            f"ng.QuasiDiagonal(), got {structure!r}"
         )
 
 
@@ -76,16 +76,22 @@ def is_concrete(array: object) -> bool:
     return not isinstance(array, jax.core.Tracer)
 
 
-def check_inputs(x: Any) -> Array:
-    """Inputs (N, ...) as a floating array.
+def check_inputs(x: Any, model: nnx.Module | None = None) -> Array:
+    """Inputs (N, ...) as an array: floating, or integers where the model has an nnx.Embed.
 
     Raises:
       ValueError: an empty batch, no feature axis, NaN or infinite values.
-      TypeError: the dtype is not a real floating one.
+      TypeError: the dtype is another one.
     """
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x must be a floating array, got dtype {x.dtype}; convert it first")
+    embeds = model is not None and any(isinstance(m, nnx.Embed) for _, m in nnx.iter_modules(model))
+    if not (
+        jnp.issubdtype(x.dtype, jnp.floating) or (embeds and jnp.issubdtype(x.dtype, jnp.integer))
+    ):
+        numbers = "" if model is None or embeds else "; integers are for models with an nnx.Embed"
+        raise TypeError(
+            f"x must be a floating array, got dtype {x.dtype}; convert it first{numbers}"
+        )
     if x.ndim < 2:
         raise ValueError(f"x must have shape (N, features), got {x.shape}; for one sample, x[None]")
     if x.shape[0] == 0:
@@ -102,7 +108,7 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, A
         targets of the wrong form.
       TypeError: inputs or targets that are not floating, or a layer without signals.
     """
-    x = check_inputs(x)
+    x = check_inputs(x, model)
     y = jnp.asarray(y)
     if y.ndim != 2 or y.shape[0] != x.shape[0]:
         raise ValueError(
@@ -117,14 +123,98 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, A
     widths = getattr(model, "widths", None)
     if widths is not None and (x.ndim != 2 or x.shape[1] != widths[0]):
         raise ValueError(f"the model takes inputs of shape (N, {widths[0]}), got x of {x.shape}")
-    if widths is not None and y.shape[1] != widths[-1]:
-        raise ValueError(f"the model has {widths[-1]} outputs, but y has shape {y.shape}")
+    outputs = getattr(model, "outputs", None) if widths is None else widths[-1]
+    if isinstance(outputs, int) and y.shape[1] != outputs:
+        raise ValueError(f"the model has {outputs} outputs, but y has shape {y.shape}")
+    shape = getattr(model, "input_shape", None)
+    if isinstance(shape, tuple) and x.shape[1:] != shape:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"the model takes images of shape (N, {wanted}), got x of {x.shape}")
     check_finite(y, "y")
     if is_concrete(y):
         loss.check_targets(np.asarray(y))
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
         check_finite(leaf, "the parameters at " + jax.tree_util.keystr(path))
     return x, y
+
+
+def check_fisher_batch(
+    model: nnx.Module, fisher: str, x: Array, y: Array, fisher_x: Any, fisher_y: Any
+) -> tuple[Array | None, Array | None]:
+    """The batch of the Fisher as floating arrays, or None and None where it is that of the loss.
+
+    Raises:
+      ValueError: targets where none are needed, or none where they are; shapes that do not fit;
+        NaN or infinity.
+      TypeError: inputs or targets that are not floating.
+    """
+    if fisher_x is None:
+        if fisher_y is not None:
+            raise ValueError("fisher_y belongs to a fisher_x: pass both, or neither")
+        return None, None
+    fisher_x = check_inputs(fisher_x, model)
+    if fisher_x.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"fisher_x must have shape (N', ...) like x of {x.shape}, got {fisher_x.shape}"
+        )
+    if fisher != "empirical":
+        if fisher_y is not None:
+            raise ValueError(
+                f'fisher="{fisher}" takes no targets from data: pass fisher_y for fisher='
+                '"empirical" only'
+            )
+        return fisher_x, None
+    if fisher_y is None:
+        raise ValueError('fisher="empirical" is made of targets: pass fisher_y with fisher_x')
+    fisher_y = jnp.asarray(fisher_y)
+    wanted = (len(fisher_x), *y.shape[1:])
+    if fisher_y.shape != wanted or not jnp.issubdtype(fisher_y.dtype, jnp.floating):
+        raise ValueError(
+            f"fisher_y must be floating targets of shape {wanted}, got {fisher_y.dtype} of "
+            f"{fisher_y.shape}"
+        )
+    check_finite(fisher_y, "fisher_y")
+    return fisher_x, fisher_y
+
+
+def check_microbatches(microbatches: object, *batches: Array | None) -> None:
+    """Raises ValueError unless a positive integer that divides the size of every batch."""
+    check_integer("microbatches", microbatches, 1)
+    assert isinstance(microbatches, int)
+    for batch in batches:
+        if batch is not None and len(batch) % microbatches:
+            near = [d for d in range(microbatches, 0, -1) if len(batch) % d == 0]
+            raise ValueError(
+                f"a batch of {len(batch)} samples has no {microbatches} equal parts; use "
+                f"microbatches={near[0]} or another batch size"
+            )
+
+
+def check_momentum(momentum: object, structure: Structure, damping: object) -> None:
+    """Raises ValueError or TypeError where projected momentum does not serve.
+
+    The structure must solve blocks of the Fisher itself, with a damping that is positive and does
+    not adapt.
+    """
+    check_number("momentum", momentum, positive=False)
+    assert isinstance(momentum, (int, float))
+    if momentum >= 1:
+        raise ValueError(f"momentum must be below 1, got {momentum!r}")
+    if momentum == 0:
+        return
+    if not isinstance(structure, (Exact, BlockDiagonal)):
+        raise TypeError(
+            "momentum= projects the previous step by blocks of the Fisher itself, which "
+            f"ng.Exact() and ng.BlockDiagonal() have; behind {structure.name} put optax.trace: "
+            "optax.chain(ng.natural_gradient_descent(...), optax.trace(decay))"
+        )
+    if isinstance(damping, LevenbergMarquardt):
+        raise TypeError(
+            "ng.LevenbergMarquardt predicts the loss of a step without momentum: give momentum= a "
+            "number, a schedule or an ng.RelativeDamping as damping"
+        )
+    if isinstance(damping, (int, float)) and damping == 0:
+        raise ValueError("momentum= needs a positive damping, which weighs the previous step")
 
 
 def check_finite(array: Any, name: str) -> None:
@@ -146,7 +236,7 @@ def check_finite(array: Any, name: str) -> None:
 
 def available_memory() -> int:
     """Bytes that the default device could hold, or the machine where it does not say."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -7,14 +7,17 @@ residual of the data (empirical). So a structure needs to know only one kind of 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from natgrad_flax.capture import linearise
 from natgrad_flax.losses import Loss
+from natgrad_flax.parts import in_parts
 from natgrad_flax.signals import Residual, Signals
 
 FisherKind = Literal["exact", "mc", "empirical"]
@@ -30,17 +33,21 @@ def fisher_signals(
     fisher: FisherKind = "exact",
     key: Array | None = None,
     num_samples: int = 1,
+    wrt: Any = nnx.Param,
+    microbatches: int = 1,
 ) -> tuple[Signals, Residual]:
     """Signals seeded by a factor of the Fisher, and the loss residual.
 
     Args:
-      model: any module built of layers with signals.
+      model: any module; the output of a sample must not depend on the other samples.
       x: inputs, shape (N, ...).
       y: targets, shape (N, C).
       loss: the loss.
       fisher: "exact" (S = C, or C - 1 for softmax), "mc" (S = num_samples) or "empirical" (S = 1).
       key: randomness of "mc".
       num_samples: drawn targets a sample for "mc".
+      wrt: filter of the parameters.
+      microbatches: parts in which the model runs, a divisor of N; they change nothing but memory.
 
     Returns:
       Signals with F = J^T J / N, J the seeded Jacobian; and the residual.
@@ -48,18 +55,90 @@ def fisher_signals(
     Raises:
       TypeError, ValueError: as in ``linearise``; outputs that do not have the shape of y.
     """
-    outputs, backward = linearise(model, x)
-    if outputs.shape != y.shape:
+    draw = sampler(loss, key, num_samples, len(x))
+
+    def run(first: Array | int, x: Array, y: Array) -> tuple[tuple[()], tuple[Signals, Residual]]:
+        signals, residual = part_signals(
+            model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt
+        )
+        assert residual is not None
+        return (), (signals, residual)
+
+    _, found = in_parts(run, (x, y), microbatches)
+    return found
+
+
+def population_signals(
+    model: nnx.Module,
+    x: Array,
+    y: Array | None,
+    *,
+    loss: Loss,
+    fisher: FisherKind,
+    key: Array | None,
+    num_samples: int,
+    wrt: Any,
+    microbatches: int = 1,
+) -> Signals:
+    """The signals of ``fisher_signals`` without a residual; targets are for "empirical" only."""
+    draw = sampler(loss, key, num_samples, len(x))
+
+    def run(first: Array | int, x: Array, y: Array | None = None) -> tuple[tuple[()], Signals]:
+        part = part_signals(model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt)
+        return (), part[0]
+
+    _, found = in_parts(run, (x,) if y is None else (x, y), microbatches)
+    return found
+
+
+Draw = Callable[[Array, Array | int], Array]
+"""From the outputs of some samples, and the number of the first, to seeds (n, S, C)."""
+
+
+def sampler(loss: Loss, key: Array | None, num_samples: int, batch_size: int) -> Draw:
+    """Seeds of a Monte-Carlo Fisher that do not depend on the parts of a batch.
+
+    Targets of a sample depend on its own outputs and on its place in the batch.
+    """
+
+    def draw(outputs: Array, first: Array | int) -> Array:
+        assert key is not None
+        if len(outputs) == batch_size:
+            return jnp.swapaxes(loss.sample(key, outputs, num_samples), 1, 2)
+        whole = jnp.zeros((batch_size, outputs.shape[1]), outputs.dtype)
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, outputs, first, 0)
+        drawn = jnp.swapaxes(loss.sample(key, whole, num_samples), 1, 2)
+        return jax.lax.dynamic_slice_in_dim(drawn, first, len(outputs))
+
+    return draw
+
+
+def part_signals(
+    model: nnx.Module,
+    x: Array,
+    y: Array | None,
+    first: Array | int,
+    *,
+    loss: Loss,
+    fisher: FisherKind,
+    draw: Draw,
+    wrt: Any,
+) -> tuple[Signals, Residual | None]:
+    """``fisher_signals`` of some samples of a batch; without targets there is no residual."""
+    outputs, backward = linearise(model, x, wrt)
+    if y is not None and outputs.shape != y.shape:
         raise ValueError(f"the model returns {outputs.shape}, but y has shape {y.shape}")
-    residual = loss.residual(outputs, y)
     if fisher == "exact":
         signals = backward(jnp.swapaxes(loss.factor(outputs), 1, 2))
-        return signals, Residual(loss.coefficients(outputs, y), None)
+        return signals, None if y is None else Residual(loss.coefficients(outputs, y), None)
+    if y is None:
+        assert fisher == "mc"
+        return backward(draw(outputs, first)), None
+    residual = loss.residual(outputs, y)
     if fisher == "empirical":
         ones = jnp.ones((outputs.shape[0], 1), outputs.dtype)
         return backward(residual[:, None, :]), Residual(ones, None)
-    assert key is not None
-    seeds = jnp.swapaxes(loss.sample(key, outputs, num_samples), 1, 2)
+    seeds = draw(outputs, first)
     both = backward(jnp.concatenate([seeds, residual[:, None, :]], axis=1))
-    directions = tuple(layer.derivatives[:, -1] for layer in both.layers)
-    return both.take_seeds(num_samples), Residual(None, directions)
+    directions = tuple(layer.direction(-1) for layer in both.layers)
+    return both.take_seeds(seeds.shape[1]), Residual(None, directions)

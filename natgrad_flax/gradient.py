@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +13,24 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.activations import ACTIVATIONS
-from natgrad_flax.capture import Path, jacobian_signals, layer_paths
+from natgrad_flax.capture import Path, dense_layers, jacobian_signals
 from natgrad_flax.checks import (
     check_batch,
     check_damping,
-    check_fits,
+    check_fisher_batch,
     check_inputs,
+    check_microbatches,
     check_settings,
     check_structure,
     is_concrete,
 )
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
-from natgrad_flax.fisher import FisherKind, fisher_signals
+from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
 from natgrad_flax.losses import Loss
-from natgrad_flax.signals import LayerUpdate, Residual, Signals
+from natgrad_flax.momentum import Momentum
+from natgrad_flax.parts import in_parts
+from natgrad_flax.preparation import prepare
+from natgrad_flax.signals import LayerUpdate, Residual, Signals, layer_updates, named_updates
 from natgrad_flax.structures import Geometry, Structure
 
 Damping = float | Array | RelativeDamping
@@ -42,14 +47,19 @@ def natural_gradient(
     fisher: FisherKind = "exact",
     key: Array | None = None,
     mc_samples: int = 1,
+    wrt: Any = nnx.Param,
+    fisher_x: Array | None = None,
+    fisher_y: Array | None = None,
+    microbatches: int = 1,
 ) -> nnx.State:
     """G^{-1} dL, the natural gradient of the loss (Karakida & Osawa 2020, Eq. 7).
 
     Works eagerly (compiled once a shape) and inside ``jax.jit``, ``nnx.jit`` and ``lax.scan``.
 
     Args:
-      model: any module built of ng.Dense and nnx.Linear layers, each called once.
-      x: inputs, shape (N, M_0).
+      model: any Flax module whose outputs for a sample do not depend on the other samples.
+        ``ng.describe`` tells which formula serves which of its layers.
+      x: inputs, shape (N, ...).
       y: targets, shape (N, C).
       structure: the Fisher approximation.
       loss: the loss; its mean over the N samples is differentiated.
@@ -57,9 +67,15 @@ def natural_gradient(
       fisher: "exact" (expectation over targets), "mc" (sampled targets) or "empirical".
       key: a jax.random key, for "mc".
       mc_samples: targets drawn a sample, for "mc".
+      wrt: the parameters to move, as ``nnx.Optimizer`` takes it; the Fisher is that of these.
+      fisher_x: inputs (N', ...) of a batch of its own for the Fisher, so that G is that of the
+        population or of more samples than the gradient's; None for the Fisher at x.
+      fisher_y: targets (N', C) of that batch, for "empirical".
+      microbatches: parts, a divisor of N and of N', in which the model runs one after the other.
+        Only one part's activations are held; the result is that of the whole batch.
 
     Returns:
-      The update with the tree of ``nnx.state(model, nnx.Param)``; theta - eta * update is the step.
+      The update with the tree of ``nnx.state(model, wrt)``; theta - eta * update is the step.
 
     Raises:
       ValueError, TypeError: bad settings or a bad batch, before any work.
@@ -72,7 +88,10 @@ def natural_gradient(
     if fisher == "mc" and key is None:
         raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
     x, y = check_batch(model, x, y, loss)
-    prepare(structure, model, x, y, loss, fisher, mc_samples, damping)
+    fisher_x, fisher_y = check_fisher_batch(model, fisher, x, y, fisher_x, fisher_y)
+    check_microbatches(microbatches, x, fisher_x)
+    at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
+    prepare(structure, model, *at, loss, fisher, mc_samples, damping, wrt)
     static: float | RelativeDamping | None = None
     if isinstance(damping, RelativeDamping):
         static = damping
@@ -85,14 +104,30 @@ def natural_gradient(
         y,
         None if static is not None else jnp.asarray(damping),
         key,
+        fisher_x,
+        fisher_y,
         graphdef=graphdef,
         structure=structure,
         loss=loss,
         fisher=fisher,
         mc_samples=mc_samples,
         static_damping=static,
+        wrt=wrt,
+        microbatches=microbatches,
     )
-    return as_state(nnx.state(model, nnx.Param), updates)
+    return as_state(nnx.state(model, wrt), updates)
+
+
+class AtBatch(NamedTuple):
+    """What adaptive damping asks of the batch.
+
+    Attributes:
+      outputs: f, shape (N, C).
+      inner: the product of the gradient of the loss with the step that was found.
+    """
+
+    outputs: Array
+    inner: Callable[[], Array]
 
 
 def compute(
@@ -106,14 +141,70 @@ def compute(
     fisher: FisherKind,
     key: Array | None,
     mc_samples: int,
-) -> tuple[dict[Path, LayerUpdate], Signals, Residual]:
-    """The natural gradient by path of the layer, without checks; to be traced."""
-    signals, residual = fisher_signals(
-        model, x, y, loss=loss, fisher=fisher, key=key, num_samples=mc_samples
-    )
-    solved = structure.solve(signals, residual, resolve_damping(structure, signals, damping))
-    paths = [layer.path for layer in signals.layers]
-    return dict(zip(paths, solved, strict=True)), signals, residual
+    wrt: Any = nnx.Param,
+    fisher_x: Array | None = None,
+    fisher_y: Array | None = None,
+    microbatches: int = 1,
+    momentum: Momentum | None = None,
+) -> tuple[tuple[LayerUpdate, ...], Signals, AtBatch]:
+    """The natural gradient layer by layer, without checks; to be traced.
+
+    The arguments are those of ``natural_gradient``, and the momentum, where there is one.
+    """
+    settings: dict[str, Any] = {
+        "loss": loss,
+        "fisher": fisher,
+        "key": key,
+        "num_samples": mc_samples,
+        "wrt": wrt,
+        "microbatches": microbatches,
+    }
+    if fisher_x is None:
+        signals, residual = fisher_signals(model, x, y, **settings)
+        rho = resolve_damping(structure, signals, damping)
+        if momentum is None:
+            solved = structure.solve(signals, residual, rho)
+        else:
+            solved = momentum.solve(structure, signals, residual, rho)
+        return solved, signals, AtBatch(signals.outputs, lambda: _slope(signals, residual, solved))
+    signals = population_signals(model, fisher_x, fisher_y, **settings)
+    rho = resolve_damping(structure, signals, damping)
+    found, outputs = loss_gradient(model, x, y, loss=loss, wrt=wrt, microbatches=microbatches)
+    slope = layer_updates(signals.layers, found)
+    if momentum is None:
+        solved = structure.precondition(signals, slope, rho)
+    else:
+        solved = momentum.precondition(structure, signals, slope, rho)
+    return solved, signals, AtBatch(outputs, lambda: inner_product(slope, solved))
+
+
+def _slope(signals: Signals, residual: Residual, solved: tuple[LayerUpdate, ...]) -> Array:
+    """<gradient, step> without the gradient."""
+    total = jnp.zeros((), signals.outputs.dtype)
+    for index, (layer, update) in enumerate(zip(signals.layers, solved, strict=True)):
+        pushed = layer.push_forward(update)
+        total = total + jnp.sum(pushed * residual.direction(layer, index))
+    return total / signals.num_samples
+
+
+def inner_product(left: tuple[LayerUpdate, ...], right: tuple[LayerUpdate, ...]) -> Array:
+    """The sum over all parameters of the products of two updates."""
+    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, left, right)), start=jnp.zeros(()))
+
+
+def loss_gradient(
+    model: nnx.Module, x: Array, y: Array, *, loss: Loss, wrt: Any, microbatches: int = 1
+) -> tuple[dict[Path, Array], Array]:
+    """J^T r / N by the paths of the parameters, and the outputs (N, C); plain backpropagation."""
+    graphdef, chosen, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]
+
+    def run(first: Array | int, x: Array, y: Array) -> tuple[dict[Path, Array], Array]:
+        del first
+        outputs, backward = jax.vjp(lambda state: nnx.merge(graphdef, state, rest)(x), chosen)
+        (gradient,) = backward(loss.residual(outputs, y) / len(x))
+        return by_path(gradient), outputs
+
+    return in_parts(run, (x, y), microbatches)
 
 
 def resolve_damping(structure: Structure, signals: Signals, damping: Damping) -> Array | float:
@@ -125,7 +216,10 @@ def resolve_damping(structure: Structure, signals: Signals, damping: Damping) ->
 
 @partial(
     jax.jit,
-    static_argnames=("graphdef", "structure", "loss", "fisher", "mc_samples", "static_damping"),
+    static_argnames=(
+        *("graphdef", "structure", "loss", "fisher", "mc_samples", "static_damping", "wrt"),
+        "microbatches",
+    ),
 )
 def _compiled(
     state: Any,
@@ -133,6 +227,8 @@ def _compiled(
     y: Array,
     damping: Array | None,
     key: Array | None,
+    fisher_x: Array | None,
+    fisher_y: Array | None,
     *,
     graphdef: Any,
     structure: Structure,
@@ -140,10 +236,12 @@ def _compiled(
     fisher: FisherKind,
     mc_samples: int,
     static_damping: float | RelativeDamping | None,
-) -> dict[Path, LayerUpdate]:
+    wrt: Any,
+    microbatches: int,
+) -> dict[Path, dict[str, Array]]:
     chosen = static_damping if damping is None else damping
     assert chosen is not None
-    return compute(
+    solved, signals, _ = compute(
         nnx.merge(graphdef, state),
         x,
         y,
@@ -153,39 +251,27 @@ def _compiled(
         fisher=fisher,
         key=key,
         mc_samples=mc_samples,
-    )[0]
+        wrt=wrt,
+        fisher_x=fisher_x,
+        fisher_y=fisher_y,
+        microbatches=microbatches,
+    )
+    return named_updates(signals.layers, solved)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "loss", "fisher", "mc_samples"))
-def _signals(
-    state: Any,
-    x: Array,
-    y: Array,
-    *,
-    graphdef: Any,
-    loss: Loss,
-    fisher: FisherKind,
-    mc_samples: int,
-) -> Signals:
-    return fisher_signals(
-        nnx.merge(graphdef, state),
-        x,
-        y,
-        loss=loss,
-        fisher=fisher,
-        key=jax.random.key(0),
-        num_samples=mc_samples,
-    )[0]
-
-
-def as_state(params: Any, updates: dict[Path, LayerUpdate]) -> Any:
-    """Updates by path in the tree of the parameters, with their dtypes."""
+def as_state(params: Any, updates: Mapping[Path, Mapping[str, Array]]) -> Any:
+    """Updates by path and name in the tree of the parameters, with their dtypes."""
     flat = {(*path, name): leaf for path, layer in updates.items() for name, leaf in layer.items()}
 
     def pick(path: tuple[Any, ...], leaf: Any) -> Any:
         return flat[leaf_names(path)].astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(pick, params)
+
+
+def by_path(tree: Any) -> dict[Path, Array]:
+    """The leaves of a pytree of parameters by their paths."""
+    return {leaf_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def leaf_names(path: tuple[Any, ...]) -> Path:
@@ -201,37 +287,16 @@ def leaf_names(path: tuple[Any, ...]) -> Path:
     return tuple(names)
 
 
-def prepare(
-    structure: Structure,
-    model: nnx.Module,
-    x: Array,
-    y: Array,
-    loss: Loss,
-    fisher: FisherKind,
-    mc_samples: int,
-    damping: object,
-) -> None:
-    """Checks that need shapes: sizes that cannot fit, couplings that do not match the depth."""
-    graphdef, state = nnx.split(model)
-    # through jit, so that only the first call of a shape is traced
-    signals = jax.eval_shape(
-        partial(_signals, graphdef=graphdef, loss=loss, fisher=fisher, mc_samples=mc_samples),
-        state,
-        x,
-        y,
-    )
-    itemsize = signals.outputs.dtype.itemsize
-    check_fits(structure.gram_size(signals), itemsize, f"the system that {structure.name} solves")
-    structure.check(signals, damping)
-
-
 def model_geometry(model: nnx.Module, num_samples: int) -> Geometry:
-    """The sizes of a model as the theory needs them.
+    """The sizes of a fully connected model as the theory needs them.
 
     Layers are taken in the order in which the model holds them.
+
+    Raises:
+      TypeError: the model has other layers.
     """
     layers = []
-    for _, layer in sorted(layer_paths(model).items(), key=lambda item: _sort_key(item[0])):
+    for _, layer in sorted(dense_layers(model).items(), key=lambda item: _sort_key(item[0])):
         fan_in, units = layer.kernel.shape  # type: ignore[attr-defined]
         layers.append((fan_in + (layer.bias is not None), units))  # type: ignore[attr-defined]
     name = getattr(model, "activation", None)
@@ -270,7 +335,7 @@ def optimal_learning_rate(
     if callable(damping) or isinstance(damping, LevenbergMarquardt):
         raise TypeError("a learning rate needs one damping: a number or an ng.RelativeDamping")
     if x is not None:
-        x = check_inputs(x)
+        x = check_inputs(x, model)
         signals = jacobian_signals(model, x)
         rho = resolve_damping(structure, signals, damping)
         matrix = np.asarray(structure.coefficient(signals, signals, rho))

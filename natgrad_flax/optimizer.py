@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +11,28 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.checks import check_learning_rate, check_settings
+from natgrad_flax.averages import (
+    AveragedStep,
+    Averages,
+    MovingAverage,
+    check_average,
+    empty_averages,
+)
+from natgrad_flax.checks import (
+    check_fisher_batch,
+    check_integer,
+    check_learning_rate,
+    check_microbatches,
+    check_momentum,
+    check_settings,
+)
 from natgrad_flax.fisher import FisherKind
-from natgrad_flax.gradient import compute, prepare
+from natgrad_flax.gradient import AtBatch, as_state, by_path, compute, inner_product
 from natgrad_flax.losses import Loss
-from natgrad_flax.structures import Structure
+from natgrad_flax.momentum import Momentum
+from natgrad_flax.preparation import prepare
+from natgrad_flax.signals import named_updates
+from natgrad_flax.structures import AveragedStructure, Structure
 from natgrad_flax.transformation import (
     Damping,
     NaturalGradientState,
@@ -33,6 +51,11 @@ def natural_gradient_descent(
     fisher: FisherKind = "exact",
     mc_samples: int = 1,
     seed: int = 0,
+    wrt: Any = nnx.Param,
+    average: MovingAverage | None = None,
+    example: tuple[nnx.Module, Any] | None = None,
+    momentum: float = 0.0,
+    microbatches: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural-gradient descent: theta <- theta - eta G^{-1} dL (Karakida & Osawa 2020, Eq. 7).
 
@@ -53,10 +76,21 @@ def natural_gradient_descent(
       fisher: "exact", "mc" or "empirical".
       mc_samples: targets drawn a sample and step, for "mc".
       seed: of the drawn targets.
+      wrt: the parameters that move, the same as the ``wrt`` of ``nnx.Optimizer``.
+      average: averages the statistics of ng.KFAC, ng.EKFAC, ng.Diagonal and ng.QuasiDiagonal over
+        batches, and renews them and their inverses at intervals; needs ``example``.
+      example: the model and a batch of inputs (or their ``jax.ShapeDtypeStruct``), from which the
+        state gets its shapes; a transformation's ``init`` sees parameters only, and in
+        ``lax.scan`` a state cannot change its shapes later. Nothing is computed of it.
+      momentum: mu of ng.Exact and ng.BlockDiagonal: the previous step, projected to what this
+        batch does not determine (SPRING; see ``natgrad_flax.momentum``). 0 is none.
+      microbatches: parts, a divisor of N, in which the model runs one after the other, so that only
+        one part's activations are held.
 
     Returns:
       An optax transformation with the extra arguments ``module`` (the model, or a copy of it, whose
-      parameters are those of this step), ``x`` (N, M_0) and ``y`` (N, C).
+      parameters are those of this step), ``x`` (N, ...) and ``y`` (N, C). ``fisher_x`` and
+      ``fisher_y`` are a batch for the Fisher alone, as in ``natural_gradient``.
 
     Raises:
       ValueError, TypeError: bad settings here, a bad batch in ``update``.
@@ -64,34 +98,78 @@ def natural_gradient_descent(
     check_settings(structure, loss, fisher, damping, mc_samples)
     check_learning_rate(learning_rate)
 
+    check_average(average, structure, example)
+    check_momentum(momentum, structure, damping)
+    check_integer("microbatches", microbatches, 1)
+    averaged: AveragedStep | None = None
+    empty: Callable[[], Averages] | None = None
+    if average is not None:
+        assert isinstance(structure, AveragedStructure)
+        assert example is not None
+        averaged = AveragedStep(average, structure, loss, fisher, mc_samples, wrt, microbatches)
+        empty = empty_averages(structure, *example, wrt)
+
     def step(
-        module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
+        module: nnx.Module,
+        x: Array,
+        y: Array,
+        rho: Any,
+        state: NaturalGradientState,
+        key: Array,
+        fisher_x: Array | None = None,
+        fisher_y: Array | None = None,
     ) -> Step:
-        prepare(structure, module, x, y, loss, fisher, mc_samples, rho)
-        solved, signals, residual = compute(
-            module,
-            x,
-            y,
-            structure=structure,
-            loss=loss,
-            damping=rho,
-            fisher=fisher,
-            key=key,
-            mc_samples=mc_samples,
-        )
+        fisher_x, fisher_y = check_fisher_batch(module, fisher, x, y, fisher_x, fisher_y)
+        check_microbatches(microbatches, x, fisher_x)
+        at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
+        size = averaged.structure.factor_size if averaged else None
+        shapes = prepare(structure, module, *at, loss, fisher, mc_samples, rho, wrt, size)
+        if averaged is not None:
+            kept: Any
+            solved, slope, outputs, kept = averaged(
+                module, x, y, shapes, state.kept, state.steps, rho, key, fisher_x, fisher_y
+            )
+            found = AtBatch(outputs, lambda: inner_product(slope, solved))
+        else:
+            carried = Momentum(momentum, by_path(state.kept)) if momentum else None
+            solved, _, found = compute(
+                module,
+                x,
+                y,
+                structure=structure,
+                loss=loss,
+                damping=rho,
+                fisher=fisher,
+                key=key,
+                mc_samples=mc_samples,
+                wrt=wrt,
+                fisher_x=fisher_x,
+                fisher_y=fisher_y,
+                microbatches=microbatches,
+                momentum=carried,
+            )
+            kept = as_state(state.kept, named_updates(shapes.layers, solved)) if momentum else ()
+        down = jax.tree.map(jnp.negative, solved)
         return Step(
-            jax.tree.map(jnp.negative, solved),
-            lambda: _slope(signals, residual, solved),
-            change_of_loss(loss, module, x, y, signals.outputs),
+            named_updates(shapes.layers, down),
+            found.inner,
+            change_of_loss(loss, module, x, y, found.outputs),
+            kept,
         )
 
-    return transformation("natural_gradient_descent", learning_rate, damping, loss, seed, step)
+    def init_kept(params: Any) -> Any:
+        if empty is not None:
+            return empty()
+        return jax.tree.map(jnp.zeros_like, params) if momentum else ()
 
-
-def _slope(signals: Any, residual: Any, solved: dict[Any, Any]) -> Array:
-    """<gradient, natural gradient>."""
-    total = jnp.zeros((), signals.outputs.dtype)
-    for index, layer in enumerate(signals.layers):
-        pushed = layer.push_forward(solved[layer.path])
-        total = total + jnp.sum(pushed * residual.direction(layer, index))
-    return total / signals.num_samples
+    return transformation(
+        "natural_gradient_descent",
+        learning_rate,
+        damping,
+        loss,
+        seed,
+        step,
+        init_kept,
+        accepts=("fisher_x", "fisher_y"),
+        wrt=wrt,
+    )

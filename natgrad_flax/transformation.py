@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,9 +14,8 @@ from jax import Array
 from natgrad_flax.capture import Path
 from natgrad_flax.checks import check_batch
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
-from natgrad_flax.gradient import as_state, leaf_names
+from natgrad_flax.gradient import as_state, by_path, leaf_names
 from natgrad_flax.losses import Loss
-from natgrad_flax.signals import LayerUpdate
 
 Damping: TypeAlias = float | optax.Schedule | RelativeDamping | LevenbergMarquardt
 
@@ -33,13 +32,14 @@ class NaturalGradientState(NamedTuple):
 class Step(NamedTuple):
     """A direction of all layers, and what adaptive damping asks of it."""
 
-    direction: dict[Path, LayerUpdate]  # downhill, at a learning rate of 1
+    direction: Mapping[Path, Mapping[str, Array]]  # downhill, at a learning rate of 1
     slope: Callable[[], Array]  # the sum of its inner products with minus the gradients
     change: Callable[[Array | float, Any], Array]  # L_new - L_old on this batch, by rate and step
     kept: Any = ()
 
 
-Compute = Callable[[nnx.Module, Array, Array, Any, NaturalGradientState, Array], Step]
+Compute = Callable[..., Step]
+"""From module, x, y, the damping of this step, the state and a key, and what else is accepted."""
 
 
 def transformation(
@@ -50,6 +50,8 @@ def transformation(
     seed: int,
     compute: Compute,
     init_kept: Callable[[Any], Any] = lambda params: (),
+    accepts: Sequence[str] = (),
+    wrt: Any = nnx.Param,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose steps are ``compute``'s, times the learning rate.
 
@@ -65,6 +67,8 @@ def transformation(
       seed: of the keys that ``compute`` gets.
       compute: from module, x, y, the damping of this step, the state and a key to the step.
       init_kept: from parameters to what is kept before the first step.
+      accepts: names of extra arguments of ``update`` that ``compute`` takes, too.
+      wrt: filter of the parameters.
     """
     adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
 
@@ -88,9 +92,10 @@ def transformation(
         y: Array | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, NaturalGradientState]:
-        del params, extra
+        del params
         if module is None or x is None or y is None:
             raise ValueError(f"{name} needs the batch: pass module=model, x=x, y=y to update")
+        module = _with_variables(module, updates, wrt)
         x, y = check_batch(module, x, y, loss)
         rho: Any = damping
         if adaptive:
@@ -98,7 +103,8 @@ def transformation(
         elif callable(damping):
             rho = damping(state.steps)
         key, draw = jax.random.split(state.key)
-        found = compute(module, x, y, rho, state, draw)
+        further = {name: extra[name] for name in accepts if name in extra}
+        found = compute(module, x, y, rho, state, draw, **further)
         rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         step = jax.tree.map(
             lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
@@ -112,6 +118,29 @@ def transformation(
         return step, NaturalGradientState(state.steps + 1, following, key, found.kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_variables(module: nnx.Module, params: Any, wrt: Any) -> nnx.Module:
+    """The module with its parameters as variables, of which ``nnx.Optimizer`` strips its arguments.
+
+    Args:
+      module: with variables, or with bare arrays in their places.
+      params: a tree with the paths of the parameters.
+      wrt: filter of the parameters.
+    """
+    graphdef, state = nnx.split(module)
+    if any(isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(state)):
+        return module
+    kind = wrt if isinstance(wrt, type) and issubclass(wrt, nnx.Variable) else nnx.Param
+    copy = nnx.merge(graphdef, state, copy=True)
+    owners = {tuple(path): owner for path, owner in nnx.iter_modules(copy)}
+    for path in by_path(params):
+        owner: Any = owners[path[:-1]]
+        if isinstance(path[-1], str):
+            setattr(owner, path[-1], kind(getattr(owner, path[-1])))
+        else:
+            owner[path[-1]] = kind(owner[path[-1]])
+    return copy
 
 
 def change_of_loss(
@@ -129,7 +158,7 @@ def change_of_loss(
 def _moved(model: nnx.Module, step: Any) -> nnx.Module:
     """A copy of the model one step further."""
     graphdef, state = nnx.split(model)
-    leaves = {leaf_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(step)}
+    leaves = by_path(step)
 
     def move(path: tuple[Any, ...], leaf: Array) -> Array:
         name = leaf_names(path)

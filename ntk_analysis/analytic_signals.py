@@ -12,9 +12,11 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
-from natgrad_flax import KFAC, MLP, Signals, Structure
+from natgrad_flax import KFAC, MLP, ConvNet, Signals, Structure, UnitWise
+from natgrad_flax.layers import Conv, Dense
 from natgrad_flax.signals import DenseSignals
 from ntk_analysis.analytic import AnalyticKernels
 from ntk_analysis.empirical import Matrix
@@ -28,7 +30,8 @@ class LimitLayer:
       index: of the layer, from 0.
       train: kernels between training inputs.
       cross: kernels between test and training inputs; None for the training layer itself.
-      raw_inputs: x times the scale of the weights, (N, M_0); None behind the first layer.
+      raw_inputs: x times the scale of the weights, (N, M_0); None behind the first layer, and in
+        a convolutional network.
       bias_scale: sigma_b of the layer, None without biases.
     """
 
@@ -119,8 +122,12 @@ class LimitLayer:
         return kernel(other.cross).T
 
 
+# structures that tell kinds of layers apart take it for what it answers as
+DenseSignals.register(LimitLayer)
+
+
 def limit_signals(
-    model: MLP,
+    model: MLP | ConvNet,
     train: AnalyticKernels,
     cross: AnalyticKernels | None,
     x_train: Matrix,
@@ -129,17 +136,21 @@ def limit_signals(
     """Signals on training and on test inputs, for ``Structure.coefficient``.
 
     Args:
-      model: the ``ng.MLP`` that the kernels are the limit of.
+      model: what the kernels are the limit of.
       train: kernels between training inputs.
       cross: kernels between test and training inputs, or None.
-      x_train: (N, M_0).
-      x_test: (N', M_0), or None.
+      x_train: (N, ...).
+      x_test: (N', ...), or None.
     """
+    dense = isinstance(model, MLP)
+    modules: list[Dense | Conv] = (
+        list(model.layers) if isinstance(model, MLP) else [*model.convolutions, model.readout]
+    )
 
     def signals(kernels: AnalyticKernels | None, x: Matrix) -> Signals:
         layers = []
-        for index, layer in enumerate(model.layers):
-            raw = x * layer.weight_scale if index == 0 else None
+        for index, layer in enumerate(modules):
+            raw = x * layer.weight_scale if dense and index == 0 else None
             layers.append(LimitLayer(index, train, kernels, raw, layer.bias_scale))
         outputs = jnp.zeros((len(x), 1), jnp.float64)
         return Signals(cast("tuple[DenseSignals, ...]", tuple(layers)), outputs)
@@ -178,4 +189,27 @@ def check_limit(structure: Structure, has_test: bool, damping: object) -> None:
         raise ValueError(
             'KFAC(split="pi") compares traces of factors of infinite size; use split="plain", or '
             'kernels="empirical"'
+        )
+
+
+def check_shared_weights(structure: Structure, model: nnx.Module) -> None:
+    """Raises ValueError where weights that positions share leave a structure without a formula.
+
+    Args:
+      structure: the Fisher approximation.
+      model: the network.
+    """
+    if not isinstance(model, ConvNet):
+        return
+    if isinstance(structure, KFAC):
+        raise ValueError(
+            f"{structure.name} has no infinite-width kernel of a ConvNet here: the factors of "
+            "shared weights are Gram matrices over samples and positions, which the kernels of the "
+            'layers do not hold; use kernels="empirical"'
+        )
+    if isinstance(structure, UnitWise):
+        raise ValueError(
+            f"{structure.name} has no infinite-width kernel of a ConvNet: a channel of the first "
+            "convolution keeps its few inputs at any width, and what the N C derivatives leave of "
+            'their span is no function of the kernels of the layers; use kernels="empirical"'
         )

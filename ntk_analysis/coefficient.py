@@ -15,9 +15,14 @@ from natgrad_flax import RelativeDamping, Signals, Structure
 from natgrad_flax.checks import check_damping, check_fits, check_structure
 from natgrad_flax.gradient import model_geometry, resolve_damping
 from ntk_analysis.analytic import analytic_inputs, analytic_kernels
-from ntk_analysis.analytic_signals import check_limit, limit_signals, needed_parts
+from ntk_analysis.analytic_signals import (
+    check_limit,
+    check_shared_weights,
+    limit_signals,
+    needed_parts,
+)
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
-from ntk_analysis.twin import require_mlp
+from ntk_analysis.twin import num_outputs, require_limit
 
 Damping = float | RelativeDamping
 Kernels = Literal["empirical", "analytic"]
@@ -44,8 +49,8 @@ def coefficient_matrix(
       damping: rho, added to the Fisher in the 1/N convention (so N rho to a Gram matrix); 0 means
         the pseudo-inverse. Or an ``ng.RelativeDamping``.
       kernels: "empirical", those of this model; or "analytic", those of its infinite-width limit
-        (exact, layer-wise, K-FAC and gradient descent; unit-wise between training inputs at zero
-        damping), where outputs are independent of each other.
+        (exact, layer-wise and gradient descent; of an ``ng.MLP`` also K-FAC, and unit-wise between
+        training inputs at zero damping), where outputs are independent of each other.
 
     Returns:
       Float64, shape (N' C, N C); samples first, then outputs.
@@ -100,9 +105,9 @@ def analytic_coefficients(
 
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``.
-      model: an ``ng.MLP``.
-      x_train: shape (N, M_0).
-      x_test: shape (N', M_0), or None.
+      model: an ``ng.MLP`` or an ``ng.ConvNet``.
+      x_train: shape (N, ...).
+      x_test: shape (N', ...), or None.
       damping: as in ``coefficient_matrix``.
 
     Yields:
@@ -112,13 +117,33 @@ def analytic_coefficients(
       ValueError, TypeError: as ``coefficient_matrix``.
     """
     check_limit(structure, x_test is not None, damping)
-    widths = require_mlp(model).widths
+    check_shared_weights(structure, model)
+    outputs = num_outputs(require_limit(model))
     if structure.infinite_width == "train":
         num_samples = len(analytic_inputs(x_train, model, "x_train"))
         geometry = model_geometry(model, num_samples)
-        yield structure.alpha(geometry) * np.eye(num_samples * widths[-1])
+        yield structure.alpha(geometry) * np.eye(num_samples * outputs)
         return
     train, test = analytic_signals(structure, model, x_train, x_test)
+    yield from limit_coefficients(structure, train, test, outputs, damping)
+
+
+def limit_coefficients(
+    structure: Structure,
+    train: Signals,
+    test: Signals | None,
+    outputs: int,
+    damping: Damping = 0.0,
+) -> Iterator[Matrix]:
+    """As ``analytic_coefficients``, from infinite-width signals that are at hand.
+
+    Args:
+      structure: the Fisher approximation, or ``GradientDescent()``.
+      train: of ``analytic_signals``, on training inputs.
+      test: on test inputs, or None.
+      outputs: C.
+      damping: as in ``coefficient_matrix``.
+    """
     with jax.enable_x64(True):
         check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
         structure.check(train, damping)
@@ -126,9 +151,9 @@ def analytic_coefficients(
     for rows in (train,) if test is None else (test, train):
         with jax.enable_x64(True):
             one = np.asarray(structure.coefficient(rows, train, rho))
-        size = one.shape[0] * one.shape[1] * widths[-1] ** 2
+        size = one.shape[0] * one.shape[1] * outputs**2
         check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs")
-        yield np.kron(one, np.eye(widths[-1]))
+        yield np.kron(one, np.eye(outputs))
 
 
 def analytic_signals(
@@ -142,14 +167,15 @@ def analytic_signals(
 
     Args:
       structure: the Fisher approximation; it decides which kernels are computed.
-      model: an ``ng.MLP``.
-      x_train: shape (N, M_0).
-      x_test: shape (N', M_0), or None.
+      model: an ``ng.MLP`` or an ``ng.ConvNet``.
+      x_train: shape (N, ...).
+      x_test: shape (N', ...), or None.
       **options: ``store`` and ``progress`` of ``analytic_kernels``.
 
     Raises:
       ValueError, TypeError: as ``analytic_kernels``.
     """
+    check_shared_weights(structure, model)
     inside = analytic_inputs(x_train, model, "x_train")
     outside = None if x_test is None else analytic_inputs(x_test, model, "x_test")
     parts = needed_parts(structure)
@@ -157,7 +183,7 @@ def analytic_signals(
     cross = None
     if outside is not None:
         cross = analytic_kernels(model, outside, inside, parts=parts, **options)
-    return limit_signals(require_mlp(model), train, cross, inside, outside)
+    return limit_signals(require_limit(model), train, cross, inside, outside)
 
 
 def check_theory_arguments(structure: object, damping: object, kernels: object) -> None:

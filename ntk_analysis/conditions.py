@@ -13,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad_flax import KFAC, Exact, LayerWise, Signals, Structure, UnitWise
+from natgrad_flax.shared_signals import SharedSignals
+from natgrad_flax.signals import DenseSignals, LayerSignals
 from natgrad_flax.structures import Geometry
 from ntk_analysis.empirical import Matrix
+from ntk_analysis.weight_sharing import SharedGeometry
 
 # a Forster transform leaves leverages that differ by its tolerance, 1e-3 by default
 _EQUAL_LEVERAGES = 1e-2
@@ -22,16 +25,17 @@ _EQUAL_LEVERAGES = 1e-2
 
 @dataclass(frozen=True)
 class LayerRanks:
-    """Numerical ranks of one layer.
+    """Numerical ranks of one layer, of whose weights T_l positions may share each.
 
     Attributes:
-      inputs: of a_{l-1} with the bias column, N at most.
-      derivatives: of D_l, one row for each sample and output, N C at most.
+      inputs: of a_{l-1} with the bias column, one row a sample and position: N T_l at most. The
+        least of all groups; None for parameters without inputs and units.
+      derivatives: of D_l, one row a sample, output and position: N C T_l at most; or None.
       jacobian: of K_l = J_l J_l^T, N C at most.
     """
 
-    inputs: int
-    derivatives: int
+    inputs: int | None
+    derivatives: int | None
     jacobian: int
 
 
@@ -43,7 +47,7 @@ class NetworkRanks:
       layers: in forward order.
       kernel: rank of K = sum_l K_l, N C at most.
       leverages: the smallest and the largest diagonal entry of the projector a_0 a_0^+ on the
-        inputs of layer 1; both 1 where these have rank N.
+        inputs of layer 1; both 1 where these have full row rank, or where there are none.
       twins: the numbers of two samples with the same inputs, or None.
     """
 
@@ -68,16 +72,30 @@ def measured_ranks(signals: Signals) -> NetworkRanks:
         for layer in signals.layers:
             gram = np.asarray(layer.gram(), np.float64)
             kernel += gram
-            layers.append(
-                LayerRanks(
-                    _rank(np.asarray(layer.augmented_inputs(), np.float64)),
-                    _rank(np.asarray(layer.flat_derivatives(), np.float64)),
-                    _gram_rank(gram, len(gram)),
-                )
+            inputs, derivatives = (
+                min(map(_rank, part)) if len(part) else None for part in _rows(layer)
             )
-        first = np.asarray(signals.layers[0].augmented_inputs(), np.float64)
+            layers.append(LayerRanks(inputs, derivatives, _gram_rank(gram, len(gram))))
+        first, _ = _rows(signals.layers[0])
     rank = _gram_rank(kernel, len(kernel))
-    return NetworkRanks(tuple(layers), rank, _leverages(first), _twins(first))
+    if not len(first):
+        return NetworkRanks(tuple(layers), rank, (1.0, 1.0), None)
+    samples = np.moveaxis(first, 1, 0).reshape(signals.num_samples, -1)
+    return NetworkRanks(tuple(layers), rank, _leverages(first[0]), _twins(samples))
+
+
+def _rows(layer: LayerSignals) -> tuple[Matrix, Matrix]:
+    """Inputs and derivatives, one row a sample, seed and position, for every group of units.
+
+    Nothing for parameters that have none.
+    """
+    if isinstance(layer, SharedSignals):
+        inputs, derivatives = layer.rows("expand")
+    elif isinstance(layer, DenseSignals):
+        inputs, derivatives = layer.augmented_inputs()[None], layer.flat_derivatives()[None]
+    else:
+        return np.zeros((0, 0, 0)), np.zeros((0, 0, 0))
+    return np.asarray(inputs, np.float64), np.asarray(derivatives, np.float64)
 
 
 @singledispatch
@@ -91,7 +109,9 @@ def failed_conditions(
     as a Forster transform makes them) and the derivatives of every hidden layer of rank N C
     (Section 4.2). Unit-wise: the inputs of every layer of rank N (Theorem 5.1). All hold at zero
     damping. A rank that sizes rule out is named once, with the size as its cause. Other structures
-    name what their own ``failed_conditions`` finds in the sizes.
+    name what their own ``failed_conditions`` finds in the sizes. Where T_l positions share weights,
+    K-FAC needs ranks N T_l and N C T_l, and a channel of the unit-wise Fisher N C inputs
+    (``weight_sharing``).
 
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``.
@@ -129,7 +149,7 @@ def _(structure: LayerWise, geometry: Geometry, ranks: NetworkRanks) -> tuple[st
             sentences.append(_inputs_sentence(structure, index, geometry, ranks))
             continue
         fan_in, units = geometry.layers[index]
-        bottleneck = min(width for _, width in geometry.layers[index:])
+        bottleneck = _bottleneck(geometry, index)
         if fan_in * units < wanted:
             remedy = f"it has {fan_in * units} parameters; use more units, or fewer samples"
         elif bottleneck < geometry.num_outputs:
@@ -148,10 +168,14 @@ def _(structure: LayerWise, geometry: Geometry, ranks: NetworkRanks) -> tuple[st
 
 @failed_conditions.register
 def _(structure: KFAC, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ...]:
+    if isinstance(geometry, SharedGeometry):
+        return _shared_kfac(structure, geometry, ranks)
     sentences = []
     n = geometry.num_samples
     wanted = n * geometry.num_outputs
     for index, layer in enumerate(ranks.layers):
+        assert layer.inputs is not None
+        assert layer.derivatives is not None
         if index == 0 and layer.inputs < n:
             low, high = ranks.leverages
             if high - low > _EQUAL_LEVERAGES * high:
@@ -180,11 +204,64 @@ def _(structure: KFAC, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ..
 
 @failed_conditions.register
 def _(structure: UnitWise, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ...]:
+    if isinstance(geometry, SharedGeometry):
+        return _shared_unit_wise(structure, geometry, ranks)
     return tuple(
         _inputs_sentence(structure, index, geometry, ranks)
         for index, layer in enumerate(ranks.layers)
-        if layer.inputs < geometry.num_samples
+        if layer.inputs is not None and layer.inputs < geometry.num_samples
     )
+
+
+def _shared_kfac(structure: KFAC, geometry: SharedGeometry, ranks: NetworkRanks) -> tuple[str, ...]:
+    if structure.sharing == "reduce":
+        return (
+            'KFAC(sharing="reduce") takes means over positions, which span no Jacobian of them',
+        )
+    n, outputs = geometry.num_samples, geometry.num_outputs
+    sentences = []
+    for index, (layer, count) in enumerate(zip(ranks.layers, geometry.positions, strict=True)):
+        fan_in, units = geometry.layers[index]
+        if count is None:
+            sentences.append(f"{_where(index, geometry)} has no inputs and units")
+            continue
+        needs = [("inputs", layer.inputs, n * count, fan_in)]
+        if index < geometry.depth - 1:
+            needs.append(("derivatives", layer.derivatives, n * outputs * count, units))
+        for what, found, wanted, size in needs:
+            if found is not None and found < wanted:
+                sentences.append(
+                    f"{_where(index, geometry)}: its {what} have rank {found} of the {wanted} (N "
+                    f"times {count} positions) that {structure.name} needs, and it has {size} "
+                    f"{'inputs' if what == 'inputs' else 'channels'}"
+                )
+    return tuple(sentences)
+
+
+def _shared_unit_wise(
+    structure: UnitWise, geometry: SharedGeometry, ranks: NetworkRanks
+) -> tuple[str, ...]:
+    n = geometry.num_samples
+    sentences = []
+    for index, (layer, count) in enumerate(zip(ranks.layers, geometry.positions, strict=True)):
+        fan_in, _ = geometry.layers[index]
+        wanted = n if count == 1 else n * geometry.num_outputs
+        found = layer.inputs if count == 1 and layer.inputs is not None else fan_in
+        if found < wanted:
+            sentences.append(
+                f"{_where(index, geometry)}: a channel has {found} independent inputs of the "
+                f"{wanted} that {structure.name} needs: use larger kernels, more channels in front "
+                "of it, or fewer samples"
+            )
+    return tuple(sentences)
+
+
+def _bottleneck(geometry: Geometry, index: int) -> int:
+    """The fewest numbers through which outputs reach a layer."""
+    if not isinstance(geometry, SharedGeometry):
+        return min(width for _, width in geometry.layers[index:])
+    behind = zip(geometry.layers[index:], geometry.positions[index:], strict=True)
+    return min(width * (count or 1) for (_, width), count in behind)
 
 
 def _where(index: int, geometry: Geometry) -> str:
@@ -197,6 +274,8 @@ def _inputs_sentence(
     n = geometry.num_samples
     if geometry.layers[index][0] < n:
         what = "inputs" if index == 0 else "hidden units in the layer before it"
+        if isinstance(geometry, SharedGeometry):
+            what = "features in front of it (all positions, not their mean, or channels)"
         remedy = f"use at least {n} {what}, or fewer samples"
     elif twins := _twin_remedy(ranks):
         remedy = twins
@@ -235,9 +314,11 @@ def _cutoff(values: NDArray[np.floating], size: int) -> float:
 
 
 def _leverages(inputs: Matrix) -> tuple[float, float]:
-    values, vectors = np.linalg.eigh(inputs @ inputs.T)
+    wide = inputs.shape[0] <= inputs.shape[1]
+    values, vectors = np.linalg.eigh(inputs @ inputs.T if wide else inputs.T @ inputs)
     kept = values > _cutoff(values, max(inputs.shape))
-    diagonal = np.sum(vectors[:, kept] ** 2, axis=1)
+    basis = vectors[:, kept] if wide else inputs @ (vectors[:, kept] / np.sqrt(values[kept]))
+    diagonal = np.sum(basis**2, axis=1)
     return float(diagonal.min()), float(diagonal.max())
 
 

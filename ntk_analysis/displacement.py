@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from natgrad_flax import Residual, Signals, Structure
 from natgrad_flax.checks import check_learning_rate
 from natgrad_flax.gradient import as_state, resolve_damping
-from natgrad_flax.signals import LayerUpdate
+from natgrad_flax.signals import LayerUpdate, named_updates
 from ntk_analysis.coefficient import Damping, check_theory_arguments, coefficient_pair
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import Matrix, initial_signals
@@ -60,10 +60,9 @@ def parameter_displacement(
     total = summed_residuals(matrix, initial.outputs - targets, learning_rate, steps)
     signals = initial.train
     updates = solve_residual(structure, signals, -learning_rate * total, damping)
-    paths = [layer.path for layer in signals.layers]
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), nnx.state(model, nnx.Param))
-        state = as_state(params, dict(zip(paths, updates, strict=True)))
+        state = as_state(params, named_updates(signals.layers, updates))
         moved: nnx.State = jax.tree.map(np.asarray, state)
     return moved
 

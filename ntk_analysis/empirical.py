@@ -6,14 +6,15 @@ that calls it is left as it is. Results are NumPy arrays, which are float64 outs
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
@@ -84,8 +85,14 @@ def initial_signals(
             raise ValueError(
                 f"the model takes inputs of shape (N, {widths[0]}), got {parts[0].shape}"
             )
-        signals = jacobian_signals(_in_float64(model), inputs)
+        signals = _signals(*nnx.split(_in_float64(model)), inputs)
     return InitialSignals(signals, len(parts[0]))
+
+
+@partial(jax.jit, static_argnums=0)
+def _signals(graphdef: Any, state: Any, inputs: Array) -> Signals:
+    # one program; op by op every new shape would compile dozens
+    return jacobian_signals(nnx.merge(graphdef, state), inputs)
 
 
 def empirical_layer_kernels(
@@ -124,12 +131,8 @@ def empirical_layer_kernels(
 
 
 def _samples(signals: Signals, chosen: slice) -> Signals:
-    layers = tuple(
-        dataclasses.replace(
-            layer, inputs=layer.inputs[chosen], derivatives=layer.derivatives[chosen]
-        )
-        for layer in signals.layers
-    )
+    # every array of every kind of signals has the samples first
+    layers = jax.tree.map(lambda array: array[chosen], signals.layers)
     return Signals(layers, signals.outputs[chosen])
 
 

@@ -15,11 +15,12 @@ import numpy as np
 from flax import nnx
 from natgrad_datasets import Dataset
 
-from natgrad_flax import MLP, SingularCouplingWarning, Structure
+from natgrad_flax import SingularCouplingWarning, Structure
 from ntk_analysis.coefficient import Damping, coefficient_pair
 from ntk_analysis.dynamics import linearised_dynamics, squared_losses
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.methods import Method, spectrum, theoretical_learning_rate
+from ntk_analysis.networks import build_network
 from ntk_analysis.resonance import ResonanceWarning, warn_of_resonance
 from ntk_analysis.results import FILE_NAME, environment, now, plain, read_finished, write_json
 from ntk_analysis.settings import DynamicsSettings
@@ -119,14 +120,17 @@ class _Laboratory:
 
     def __init__(self, settings: DynamicsSettings, data: Dataset) -> None:
         self._settings, self._data = settings, data
-        widths = (data.input_dim, *settings.widths, data.output_dim)
+        assert settings.widths is not None
         # float64 training starts from the same parameters: drawn in float32, then cast
-        self._model = MLP(
-            widths,
+        self._model = build_network(
+            settings.network,
+            data.x_train.shape[1:],
+            settings.widths,
+            data.output_dim,
             activation=settings.activation,
             weight_variance=settings.weight_variance,
             bias_variance=settings.bias_variance,
-            rngs=nnx.Rngs(settings.seed),
+            seed=settings.seed,
         )
         self._signals: InitialSignals = initial_signals(self._model, data.x_train, data.x_test)
         self._coefficients: dict[tuple[Structure, Damping], tuple[Matrix, Matrix]] = {}
@@ -149,7 +153,9 @@ class _Laboratory:
         with _noting(notes):
             report(f"{method.identifier}: theory", 0)
             train, test = self._coefficient(method)
-            rate = theoretical_learning_rate(method, self._model, data.num_train, train)
+            rate = theoretical_learning_rate(
+                method, self._model, data.num_train, train, self._signals.train
+            )
             targets = np.asarray(data.y_train, np.float64)
             theory = linearised_dynamics(
                 train, test, self._signals.outputs, targets, rate.value, steps
@@ -246,6 +252,7 @@ def describe_data(data: Dataset) -> dict[str, Any]:
         "num_train": data.num_train,
         "num_test": data.num_test,
         "input_dim": data.input_dim,
+        "sample_shape": list(data.x_train.shape[1:]),
         "output_dim": data.output_dim,
         "notes": list(data.notes),
     }

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jax.typing import ArrayLike
 from natgrad_flax import Loss, Residual, Signals, SoftmaxCrossEntropy, Structure
 from natgrad_flax.checks import check_fits
 from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.shared_signals import ExplicitSignals
+from natgrad_flax.signals import LayerSignals
 from ntk_analysis.coefficient import Damping, check_theory_arguments
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
@@ -212,12 +214,14 @@ def residual_coefficient(
 
 def reseeded(signals: Signals, factor: Array) -> Signals:
     """Signals of the plain outputs, seeded by a factor R of shape (N, C, S) instead."""
-    layers = tuple(
-        dataclasses.replace(
-            layer, derivatives=jnp.einsum("ncs,ncm->nsm", factor, layer.derivatives)
-        )
-        for layer in signals.layers
-    )
+
+    def seeded(layer: LayerSignals) -> LayerSignals:
+        field = "block" if isinstance(layer, ExplicitSignals) else "derivatives"
+        values = jnp.einsum("ncs,nc...->ns...", factor, getattr(layer, field))
+        changed: LayerSignals = dataclasses.replace(cast(Any, layer), **{field: values})
+        return changed
+
+    layers = tuple(seeded(layer) for layer in signals.layers)
     return Signals(layers, signals.outputs)
 
 

@@ -30,6 +30,12 @@ class GradientDescent(Structure):
         """J^T r / N, the gradient."""
         return gradient(signals, residual)
 
+    def precondition(
+        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """g itself."""
+        return slope
+
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """Theta(x', x) = K(x', x) / N, shape (N' C, N S)."""
         return test.gram(train) / train.num_samples

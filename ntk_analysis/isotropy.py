@@ -9,9 +9,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax import IsotropyWarning, Structure
+from natgrad_flax import IsotropyWarning, Signals, Structure
 from natgrad_flax.checks import check_fits
-from natgrad_flax.gradient import model_geometry
 from natgrad_flax.structures import Geometry
 from ntk_analysis.coefficient import (
     Damping,
@@ -19,9 +18,17 @@ from ntk_analysis.coefficient import (
     check_theory_arguments,
     coefficient_matrix,
     coefficient_pair,
+    limit_coefficients,
 )
 from ntk_analysis.conditions import NetworkRanks, failed_conditions, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.twin import require_limit
+from ntk_analysis.weight_sharing import (
+    SharedGeometry,
+    limit_geometry,
+    shared_alpha,
+    signals_geometry,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +129,10 @@ def isotropy(
     check_theory_arguments(structure, damping, kernels)
     if kernels == "empirical":
         signals = initial_signals(model, x)
-        return isotropy_of(structure, signals, model_geometry(model, signals.num_train), damping)
+        return isotropy_of(structure, signals, signals_geometry(model, signals.train), damping)
     matrix = coefficient_matrix(structure, model, x, damping=damping, kernels=kernels)
-    return _report(structure, matrix, model_geometry(model, np.shape(x)[0]), ())
+    geometry = limit_geometry(require_limit(model), np.shape(x)[0])
+    return _report(structure, matrix, geometry, ())
 
 
 def isotropy_of(
@@ -139,7 +147,7 @@ def isotropy_of(
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``.
       signals: of the training samples; test samples, where there are any, are left aside.
-      geometry: of the model and N, from ``natgrad_flax.gradient.model_geometry``.
+      geometry: of the model and N, from ``weight_sharing.signals_geometry``.
       damping: as in ``isotropy``.
       ranks: ``measured_ranks(signals.train)``, where they are at hand too.
 
@@ -153,6 +161,25 @@ def isotropy_of(
     if ranks is None:
         ranks = measured_ranks(train.everything)
     return _report(structure, matrix, geometry, failed_conditions(structure, geometry, ranks))
+
+
+def limit_isotropy(
+    structure: Structure, model: nnx.Module, signals: Signals, damping: Damping = 0.0
+) -> IsotropyReport:
+    """As ``isotropy`` with analytic kernels, from infinite-width signals that are at hand.
+
+    Args:
+      structure: the Fisher approximation, or ``GradientDescent()``.
+      model: the network that they are the limit of.
+      signals: of ``coefficient.analytic_signals`` on the training samples.
+      damping: as in ``isotropy``.
+
+    Raises:
+      ValueError: as ``isotropy``.
+    """
+    geometry = limit_geometry(require_limit(model), signals.num_samples)
+    (matrix,) = limit_coefficients(structure, signals, None, geometry.num_outputs, damping)
+    return _report(structure, matrix, geometry, ())
 
 
 def _report(
@@ -176,6 +203,8 @@ def _theoretical_alpha(structure: Structure, geometry: Geometry) -> float | None
         # what the warning is about is measured: the leverages of the inputs
         warnings.simplefilter("ignore", IsotropyWarning)
         try:
+            if isinstance(geometry, SharedGeometry):
+                return shared_alpha(structure, geometry)
             return structure.alpha(geometry)
         except ValueError:
             return None

@@ -12,12 +12,13 @@ from typing import Any, get_args
 
 import numpy as np
 
-from natgrad_flax import SingularCouplingWarning, Structure
+from natgrad_flax import Signals, SingularCouplingWarning, Structure
 from natgrad_flax.gradient import model_geometry
-from ntk_analysis.coefficient import Kernels
+from ntk_analysis.analytic_signals import needed_parts
+from ntk_analysis.coefficient import Kernels, analytic_signals
 from ntk_analysis.cost import structure_cost
 from ntk_analysis.experiment import Experiment, Report
-from ntk_analysis.isotropy import IsotropyReport, isotropy
+from ntk_analysis.isotropy import IsotropyReport, isotropy, limit_isotropy
 from ntk_analysis.methods import STRUCTURES, find_structure
 from ntk_analysis.results import (
     FILE_NAME,
@@ -197,15 +198,17 @@ def _measure(
         row["class"] = structures[name].name
         if value in shown:
             row["eigenvalues"] = spectra.get((name, value))
-            row["cost"] = costs[name] if settings.kernels == "empirical" else None
+            row["cost"] = costs.get(name) if settings.kernels == "empirical" else None
         yield row
 
 
 def _costs(point: SweepSettings, structures: dict[str, Structure]) -> dict[str, dict[str, Any]]:
-    """The cost of a step of a network of this size, by structure."""
+    """The cost of a step of a fully connected network of this size, by structure."""
+    if point.network != "mlp":
+        return {}
     seed = point.seeds[0]
     x = point.inputs(seed)
-    geometry = model_geometry(point.model(x.shape[1], seed), len(x))
+    geometry = model_geometry(point.model(x.shape[1:], seed), len(x))
     costs = {}
     for name, structure in structures.items():
         damped = point.damping_of(structure) != 0
@@ -219,6 +222,7 @@ def _analytic_rows(
 ) -> list[dict[str, Any]]:
     rows = []
     for value in part.values:
+        limit = _Limit(part.at(value))
         for name, structure in structures.items():
             report(f"{part.variable} {value}: {name}", 0)
             row = {"structure": name, part.variable: value, "seed": part.seeds[0]}
@@ -227,7 +231,7 @@ def _analytic_rows(
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", SingularCouplingWarning)
-                    found = _analytic_report(part.at(value), structure)
+                    found = limit.report(structure)
                 observe(name, value, found)
                 numbers = {key: getattr(found, key) for key in _NUMBERS}
                 conditions = "; ".join(found.failed_conditions)
@@ -238,8 +242,21 @@ def _analytic_rows(
     return rows
 
 
-def _analytic_report(point: SweepSettings, structure: Structure) -> IsotropyReport:
-    seed = point.seeds[0]
-    x = point.inputs(seed)
-    model = point.model(x.shape[1], seed)
-    return isotropy(structure, model, x, point.damping_of(structure), kernels="analytic")
+class _Limit:
+    """A network of infinite width on its data; structures share its kernels."""
+
+    def __init__(self, point: SweepSettings) -> None:
+        self._point = point
+        self._x = point.inputs(point.seeds[0])
+        self._model = point.model(self._x.shape[1:], point.seeds[0])
+        self._signals: dict[tuple[str, ...], Signals] = {}
+
+    def report(self, structure: Structure) -> IsotropyReport:
+        """As ``isotropy`` with analytic kernels."""
+        damping = self._point.damping_of(structure)
+        parts = needed_parts(structure)
+        if structure.infinite_width != "all":
+            return isotropy(structure, self._model, self._x, damping, kernels="analytic")
+        if parts not in self._signals:
+            self._signals[parts], _ = analytic_signals(structure, self._model, self._x, None)
+        return limit_isotropy(structure, self._model, self._signals[parts], damping)

@@ -17,14 +17,17 @@ from natgrad_flax import (
     IsotropyWarning,
     QuasiDiagonal,
     RelativeDamping,
+    Signals,
     Structure,
     UnitWise,
     optimal_learning_rate,
 )
 from ntk_analysis.coefficient import Damping
+from ntk_analysis.conditions import failed_conditions, measured_ranks
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.names import find
+from ntk_analysis.weight_sharing import SharedGeometry, shared_alpha, signals_geometry
 
 STRUCTURES: dict[str, Structure] = {
     "gd": GradientDescent(),
@@ -131,7 +134,11 @@ def select_methods(
 
 
 def theoretical_learning_rate(
-    method: Method, model: nnx.Module, num_samples: int, coefficient: Matrix
+    method: Method,
+    model: nnx.Module,
+    num_samples: int,
+    coefficient: Matrix,
+    signals: Signals | None = None,
 ) -> LearningRate:
     """c / alpha where the structure is isotropic, else c / lambda_max (Corollary 4.2, Section 2).
 
@@ -140,14 +147,16 @@ def theoretical_learning_rate(
       model: the network.
       num_samples: N.
       coefficient: Theta-bar(x, x) of the method, shape (N C, N C).
+      signals: of the plain outputs on the training samples; without them a network whose layers
+        share weights gets c / lambda_max.
     """
     largest = spectrum(coefficient)[1]
     try:
         with warnings.catch_warnings():
             # no Forster transform here, so what only holds after one does not
             warnings.simplefilter("error", IsotropyWarning)
-            rate = optimal_learning_rate(method.structure, model, num_samples)
-    except (ValueError, IsotropyWarning) as error:
+            rate = _isotropic_rate(method.structure, model, num_samples, signals)
+    except (ValueError, TypeError, IsotropyWarning) as error:
         entry_wise = method.name in ("gd", "diagonal", "quasi-diagonal")
         return LearningRate(
             method.factor / largest, "1/lambda_max", "" if entry_wise else str(error)
@@ -159,6 +168,27 @@ def theoretical_learning_rate(
         )
         return LearningRate(method.factor / largest, "1/lambda_max", note)
     return LearningRate(method.factor * rate, "1/alpha", "")
+
+
+def _isotropic_rate(
+    structure: Structure, model: nnx.Module, num_samples: int, signals: Signals | None
+) -> float:
+    """1 / alpha.
+
+    Raises:
+      ValueError, TypeError: the structure has no alpha there, or a condition behind it fails.
+    """
+    geometry = None if signals is None else signals_geometry(model, signals)
+    if signals is None or not isinstance(geometry, SharedGeometry):
+        return optimal_learning_rate(structure, model, num_samples)
+    alpha = shared_alpha(structure, geometry)
+    failures = failed_conditions(structure, geometry, measured_ranks(signals))
+    if failures:
+        raise ValueError(
+            f"{structure.name} is not isotropic here, so 1 / alpha is not its learning rate: "
+            + "; ".join(failures)
+        )
+    return 1 / alpha
 
 
 def spectrum(coefficient: Matrix) -> tuple[float, float]:

@@ -12,12 +12,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax import MLP, Signals, Structure
+from natgrad_flax import MLP, ConvNet, Signals, Structure
 from natgrad_flax.checks import check_fits, check_integer, check_number
 from natgrad_flax.damping import is_zero
 from natgrad_flax.gradient import resolve_damping
 from ntk_analysis.analytic import Progress, analytic_inputs, analytic_kernels
-from ntk_analysis.analytic_signals import check_limit
+from ntk_analysis.analytic_signals import check_limit, check_shared_weights
 from ntk_analysis.coefficient import (
     Damping,
     Kernels,
@@ -27,7 +27,7 @@ from ntk_analysis.coefficient import (
 )
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import Matrix, initial_signals
-from ntk_analysis.twin import require_mlp
+from ntk_analysis.twin import num_outputs, require_limit
 
 Covariance = Literal["none", "variance", "full"]
 _ROWS = 2000
@@ -127,8 +127,8 @@ def predict(
 
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``, whose limit is that of Exact.
-      model: any model with signals; with analytic kernels an ``ng.MLP``, whose parameters do not
-        matter.
+      model: any model with signals; with analytic kernels an ``ng.MLP`` or an ``ng.ConvNet``,
+        whose parameters do not matter.
       x: training inputs, shape (N, ...).
       y: targets, shape (N, C).
       x_test: test inputs, shape (N', ...).
@@ -161,9 +161,10 @@ def predict(
             )
         return _predict_empirical(structure, model, x, y, x_test, damping, ridge)
     check_limit(structure, True, damping)
+    check_shared_weights(structure, model)
     inside = analytic_inputs(x, model, "x")
     outside = analytic_inputs(x_test, model, "x_test")
-    outputs = require_mlp(model).widths[-1]
+    outputs = num_outputs(require_limit(model))
     targets = check_targets(y, (len(inside), outputs))
     train, test = analytic_signals(
         structure, model, inside, outside, store=store, progress=progress
@@ -267,28 +268,49 @@ def initial_outputs(model: nnx.Module, x: ArrayLike, seeds: range) -> Matrix:
     """f_0(x) of freshly drawn networks of the model's architecture, shape (S, N, C).
 
     Args:
-      model: an ``ng.MLP``.
-      x: shape (N, M_0).
+      model: an ``ng.MLP`` or an ``ng.ConvNet``.
+      x: shape (N, ...).
       seeds: one a network.
 
     Raises:
-      TypeError: the model is not an ``ng.MLP``.
+      TypeError: the model is neither.
     """
-    architecture = require_mlp(model)
+    architecture = require_limit(model)
     inputs = np.asarray(x, np.float32)
     forward = nnx.jit(lambda network, batch: network(batch))
     results = []
     for seed in seeds:
-        network = MLP(
-            architecture.widths,
-            activation=architecture.activation,
-            weight_variance=architecture.weight_variance,
-            bias_variance=architecture.bias_variance,
-            rngs=nnx.Rngs(seed),
-        )
+        network = _fresh(architecture, seed)
         rows = [forward(network, inputs[i : i + _ROWS]) for i in range(0, len(inputs), _ROWS)]
         results.append(np.concatenate([np.asarray(row, np.float64) for row in rows]))
     return np.stack(results)
+
+
+def _fresh(architecture: MLP | ConvNet, seed: int) -> MLP | ConvNet:
+    """A network of the same architecture with parameters of its own."""
+    variances = {
+        "weight_variance": architecture.weight_variance,
+        "bias_variance": architecture.bias_variance,
+    }
+    if isinstance(architecture, MLP):
+        return MLP(
+            architecture.widths,
+            activation=architecture.activation,
+            **variances,
+            rngs=nnx.Rngs(seed),
+        )
+    return ConvNet(
+        architecture.input_shape,
+        architecture.channels,
+        architecture.outputs,
+        kernel_size=architecture.kernel_size,
+        strides=architecture.strides,
+        padding=architecture.padding,
+        pooling=architecture.pooling,
+        activation=architecture.activation,
+        **variances,
+        rngs=nnx.Rngs(seed),
+    )
 
 
 def prior_variances(model: nnx.Module, x: Matrix) -> Matrix:

@@ -15,12 +15,15 @@ from natgrad_flax.activations import get_activation
 from natgrad_flax.checks import check_integer, check_number
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.methods import Method, find_structure, select_methods
+from ntk_analysis.networks import find_network, layout
 from ntk_analysis.results import content_hash
 
 # 40 digits: their 64 pixels have rank 50 or so, and K-FAC and the unit-wise Fisher invert the
 # N x N Gram matrix of the inputs in float32
 _NUM_SAMPLES = {"digits": (40, 50)}
 _GAUSSIAN_INPUTS_PER_SAMPLE = 2
+_WIDTHS = {"mlp": (2048, 2048)}
+_CHANNELS = (64, 64)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class DynamicsSettings:
       classes: class ids; None means 0 and 7 (all of them for "gaussian").
       num_train: N; 100 by default, 40 for digits.
       num_test: N'; 100 by default, 50 for digits.
-      widths: hidden widths.
+      network: "mlp", "conv-flatten" or "conv-average" (``networks``); the latter two want images.
+      widths: hidden widths, or channels of the convolutions; 2048, 2048 by default, or 64, 64.
       activation: of the hidden layers.
       weight_variance: sigma_w^2.
       bias_variance: sigma_b^2; 0 means no biases.
@@ -52,7 +56,8 @@ class DynamicsSettings:
     classes: tuple[int, ...] | None = None
     num_train: int | None = None
     num_test: int | None = None
-    widths: tuple[int, ...] = (2048, 2048)
+    network: str = "mlp"
+    widths: tuple[int, ...] | None = None
     activation: str = "relu"
     weight_variance: float = 2.0
     bias_variance: float = 0.0
@@ -67,6 +72,7 @@ class DynamicsSettings:
     def __post_init__(self) -> None:
         dataset = find_dataset(self.dataset)
         samples = _NUM_SAMPLES.get(dataset, (100, 100))
+        self._set("network", find_network(self.network, dataset))
         classes = self.classes
         if classes is None and dataset != "gaussian":
             classes = (0, 7)
@@ -77,6 +83,8 @@ class DynamicsSettings:
         for name in ("num_train", "num_test", "steps"):
             check_integer(name, getattr(self, name), 1)
         check_integer("seed", self.seed, 0)
+        if self.widths is None:
+            self._set("widths", _WIDTHS.get(self.network, _CHANNELS))
         if not self.widths:
             raise ValueError("widths must name at least one hidden layer")
         for width in self.widths:
@@ -125,6 +133,7 @@ class DynamicsSettings:
             num_train=self.num_train,
             num_test=self.num_test,
             seed=self.seed,
+            layout=layout(self.network),
             **extra,
         )
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from flax import nnx
 
-from natgrad_flax import MLP, RelativeDamping, SingularCouplingWarning, Structure
+from natgrad_flax import MLP, ConvNet, RelativeDamping, SingularCouplingWarning, Structure
 from natgrad_flax.activations import get_activation
 from natgrad_flax.checks import check_integer, check_number, check_structure
-from natgrad_flax.gradient import model_geometry
 from natgrad_flax.structures import Geometry
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.conditions import NetworkRanks, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.isotropy import IsotropyReport, isotropy_of
+from ntk_analysis.networks import build_network, find_network, layout
+from ntk_analysis.weight_sharing import signals_geometry
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +54,8 @@ class SweepSettings:
       variable: "width", "depth", "num_samples", "damping" or "activation".
       values: of the variable, without repetition; they take the place of the setting of that name.
       seeds: of the initial parameters, and of "gaussian" inputs; without repetition.
-      width: units of every hidden layer.
+      network: "mlp", "conv-flatten" or "conv-average" (``networks``); the latter two want images.
+      width: units of every hidden layer, or channels of every convolution.
       depth: L, the number of layers with parameters.
       num_samples: N.
       num_inputs: M_0 of "gaussian" inputs, 100 by default; other data have a number of their own.
@@ -74,6 +75,7 @@ class SweepSettings:
     variable: Variable
     values: tuple[Any, ...]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    network: str = "mlp"
     width: int = 256
     depth: int = 3
     num_samples: int = 100
@@ -116,6 +118,10 @@ class SweepSettings:
     def _check_data(self) -> None:
         import natgrad_datasets
 
+        object.__setattr__(self, "network", find_network(self.network, self.dataset))
+        depths = self.values if self.variable == "depth" else (self.depth,)
+        if self.network != "mlp" and min(depths) < 2:
+            raise ValueError(f"{self.network} has a depth of 2 at least: the readout counts")
         if self.dataset not in natgrad_datasets.names():
             known = ", ".join(natgrad_datasets.names())
             raise ValueError(f"unknown data set {self.dataset!r}; known are {known}")
@@ -141,7 +147,7 @@ class SweepSettings:
         return dataclasses.replace(self, **{self.variable: value})
 
     def inputs(self, seed: int) -> Matrix:
-        """Prepared training inputs, shape (N, M_0), float64.
+        """Prepared training inputs, shape (N, M_0) or (N, H, W, C), float64.
 
         Raises:
           ValueError: the data are not to be had as asked.
@@ -152,18 +158,26 @@ class SweepSettings:
         if self.dataset == "gaussian":
             extra = {"input_dim": self.num_inputs, "seed": seed}
         data = natgrad_datasets.load(
-            self.dataset, num_train=self.num_samples, num_test=1, dtype="float64", **extra
+            self.dataset,
+            num_train=self.num_samples,
+            num_test=1,
+            dtype="float64",
+            layout=layout(self.network),
+            **extra,
         )
         return np.asarray(data.x_train, np.float64)
 
-    def model(self, num_inputs: int, seed: int) -> MLP:
-        """The network of one point."""
-        return MLP(
-            (num_inputs, *[self.width] * (self.depth - 1), self.num_outputs),
+    def model(self, sample_shape: Sequence[int], seed: int) -> MLP | ConvNet:
+        """The network of one point, for inputs (N, *sample_shape)."""
+        return build_network(
+            self.network,
+            sample_shape,
+            [self.width] * (self.depth - 1),
+            self.num_outputs,
             activation=self.activation,
             weight_variance=self.weight_variance,
             bias_variance=self.bias_variance,
-            rngs=nnx.Rngs(seed),
+            seed=seed,
         )
 
     def damping_of(self, structure: Structure) -> Damping:
@@ -245,9 +259,10 @@ class _Point:
     @classmethod
     def of(cls, settings: SweepSettings, seed: int) -> _Point:
         x = settings.inputs(seed)
-        model = settings.model(x.shape[1], seed)
+        model = settings.model(x.shape[1:], seed)
         signals = initial_signals(model, x)
-        return cls(signals, model_geometry(model, len(x)), measured_ranks(signals.train))
+        train = signals.train
+        return cls(signals, signals_geometry(model, train), measured_ranks(train))
 
     def measure(self, structure: Structure, damping: Damping) -> tuple[IsotropyReport | None, str]:
         """The report, or None and why there is none."""

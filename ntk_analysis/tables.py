@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ntk_analysis.networks import network_words
 from ntk_analysis.palette import STYLES
 
 _SHOWN_STEPS = (1, 2)
@@ -97,13 +98,15 @@ def method_label(record: dict[str, Any]) -> str:
 def setting_sentence(document: dict[str, Any]) -> str:
     """Data and network in one line."""
     data, settings = document["data"], document["settings"]
-    widths = "-".join(map(str, (data["input_dim"], *settings["widths"], data["output_dim"])))
+    inputs = "×".join(map(str, data.get("sample_shape", [data["input_dim"]])))
     classes = " vs ".join(data["class_names"])
     if len(data["classes"]) > 2:
         classes = f"{len(data['classes'])} classes"
     name = PROPER_NAMES.get(data["name"], data["name"])
     activation = PROPER_NAMES.get(settings["activation"], settings["activation"])
-    return f"{name}, {classes}, N = {data['num_train']}; {activation} network {widths}"
+    widths = "-".join(map(str, (inputs, *settings["widths"], data["output_dim"])))
+    network = network_words(settings.get("network", "mlp"))
+    return f"{name}, {classes}, N = {data['num_train']}; {activation} {network} {widths}"
 
 
 def _pair(record: dict[str, Any], which: str, step: int) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from ntk_analysis.networks import network_words
 from ntk_analysis.palette import STYLES
 from ntk_analysis.tables import PROPER_NAMES, setting_sentence
 
@@ -131,6 +132,8 @@ def sweep_sentence(document: dict[str, Any]) -> str:
     if document["kernels"] == "analytic":
         parts.pop("width", None)
         parts["kernels"] = "analytic kernels"
+    if settings.get("network", "mlp") != "mlp":
+        parts["network"] = network_words(settings["network"])
     data = "Gaussian inputs" if dataset == "gaussian" else PROPER_NAMES.get(dataset, dataset)
     return ", ".join([data, *(part for part in parts.values() if part)])
 

@@ -1,4 +1,7 @@
-"""Shared fixtures and hypothesis settings."""
+"""Shared fixtures, hypothesis settings, and one store of compiled programs for all processes."""
+
+import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -13,6 +16,27 @@ settings.register_profile(
     suppress_health_check=(HealthCheck.too_slow, HealthCheck.filter_too_much),
 )
 settings.load_profile("natgrad")
+
+DAYS_KEPT = 3
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets what one worker or an earlier run has compiled serve all others.
+
+    Most of the time of these tests is compilation. JAX stores a program under a hash of its code,
+    options, versions and processor; it is switched on for the test processes only, not for the
+    programs that a test starts. Without pytest's cache (`-p no:cacheprovider`) nothing is stored.
+    """
+    if not hasattr(config, "cache"):
+        return
+    folder = Path(config.cache.mkdir("compiled"))
+    if not hasattr(config, "workerinput"):
+        oldest = time.time() - DAYS_KEPT * 24 * 3600
+        for program in folder.iterdir():
+            if program.stat().st_mtime < oldest:
+                program.unlink(missing_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture

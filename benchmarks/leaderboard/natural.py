@@ -19,7 +19,7 @@ from benchmarks.leaderboard.contestant import (
     RateRule,
 )
 from benchmarks.leaderboard.workload import Workload
-from natgrad_flax.capture import layer_paths
+from natgrad_flax.capture import dense_layers
 from natgrad_flax.damping import is_zero
 from natgrad_flax.fisher import FisherKind
 from natgrad_flax.gradient import model_geometry
@@ -178,4 +178,4 @@ def dense_side(structure: ng.Structure, layers: Sequence[tuple[int, int]], rows:
 
 
 def _has_biases(model: nnx.Module) -> bool:
-    return any(getattr(layer, "bias", None) is not None for layer in layer_paths(model).values())
+    return any(getattr(layer, "bias", None) is not None for layer in dense_layers(model).values())

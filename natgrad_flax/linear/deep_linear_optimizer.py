@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.capture import LAYER_KINDS, Path, layer_paths
+from natgrad_flax.capture import Path, dense_layers
 from natgrad_flax.checks import (
     check_damping,
     check_learning_rate,
@@ -63,7 +63,7 @@ def deep_linear_descent(
         module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
     ) -> Step:
         layers = linear_layers(module)
-        scales = [LAYER_KINDS[type(layer)].weight_scale(layer) for layer in layers.values()]
+        scales = [getattr(layer, "weight_scale", 1.0) for layer in layers.values()]
         kernels = [layer.kernel[...] for layer in layers.values()]  # type: ignore[attr-defined]
         weights = [scale * kernel for scale, kernel in zip(scales, kernels, strict=True)]
         before, after, product = chain(weights)
@@ -114,7 +114,7 @@ def linear_layers(module: nnx.Module) -> dict[Path, nnx.Module]:
     """The layers of a linear network in forward order, by path.
 
     Raises:
-      TypeError: not an ng.MLP or nnx.Sequential, or a layer without signals.
+      TypeError: not an ng.MLP or nnx.Sequential, or another layer with parameters.
       ValueError: an activation or a bias.
     """
     if not isinstance(module, (MLP, nnx.Sequential)):
@@ -127,7 +127,7 @@ def linear_layers(module: nnx.Module) -> dict[Path, nnx.Module]:
             f"deep_linear_descent needs a linear network, got activation={module.activation!r}; "
             "use online_natural_gradient_descent"
         )
-    known = layer_paths(module)
+    known = dense_layers(module)
     layers = {("layers", index): layer for index, layer in enumerate(module.layers)}
     for path, layer in layers.items():
         if path not in known:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.capture import layer_paths
+from natgrad_flax.capture import dense_layers
 from natgrad_flax.checks import check_integer
 from natgrad_flax.damping import LevenbergMarquardt, is_zero
 from natgrad_flax.fisher import fisher_signals
@@ -19,7 +19,7 @@ from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
 from natgrad_flax.linear.deep_linear_optimizer import check_settings
 from natgrad_flax.linear.inverse_moments import DirectInverse, InverseMoment
 from natgrad_flax.losses import Loss, MeanSquaredError
-from natgrad_flax.signals import DenseSignals, LayerUpdate
+from natgrad_flax.signals import DenseSignals, matrix_of
 from natgrad_flax.transformation import (
     NaturalGradientState,
     Step,
@@ -101,15 +101,21 @@ def online_natural_gradient_descent(
     def compute(
         module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
     ) -> Step:
-        draw, *keys = jax.random.split(key, 1 + 2 * len(layer_paths(module)))
+        draw, *keys = jax.random.split(key, 1 + 2 * len(dense_layers(module)))
         signals, residual = fisher_signals(
             module, x, y, loss=loss, fisher="mc", key=draw, num_samples=mc_samples
         )
-        depth, count = len(signals.layers), len(x)
+        if not all(isinstance(layer, DenseSignals) for layer in signals.layers):
+            raise ValueError(
+                "online_natural_gradient_descent needs every layer to be called once, on one "
+                "position a sample; use natural_gradient_descent(structure=ng.KFAC())"
+            )
+        layers = cast("tuple[DenseSignals, ...]", signals.layers)
+        depth, count = len(layers), len(x)
         root = jnp.sqrt(rho).astype(signals.outputs.dtype)
         down = [
-            -_stack(layer.pull_back(residual.direction(layer, index))) / count
-            for index, layer in enumerate(signals.layers)
+            -matrix_of(layer.pull_back(residual.direction(layer, index))) / count
+            for index, layer in enumerate(layers)
         ]
         inverses = {}
         if isinstance(inverse, DirectInverse):
@@ -121,14 +127,14 @@ def online_natural_gradient_descent(
                         middle,
                         layer.flat_derivatives().T @ layer.flat_derivatives() / count,
                     )
-                    for layer, middle in zip(signals.layers, down, strict=True)
+                    for layer, middle in zip(layers, down, strict=True)
                 ],
             )
             inverses = state.kept
         else:
             moves = []
             first = state.steps == 0
-            for index, (layer, middle) in enumerate(zip(signals.layers, down, strict=True)):
+            for index, (layer, middle) in enumerate(zip(layers, down, strict=True)):
                 kept_in, kept_out = state.kept[_key(layer.path)]
                 rows = layer.augmented_inputs() / count**0.5
                 half, kept_in = inverse.solve(kept_in, rows, middle, root, keys[2 * index], first)
@@ -142,8 +148,7 @@ def online_natural_gradient_descent(
         steps = [move / depth for move in moves]
         slope = sum((jnp.sum(a * b) for a, b in zip(steps, down, strict=True)), jnp.zeros(()))
         direction = {
-            layer.path: _unstack(layer, step)
-            for layer, step in zip(signals.layers, steps, strict=True)
+            layer.path: layer.update(step) for layer, step in zip(layers, steps, strict=True)
         }
 
         change = change_of_loss(loss, module, x, y, signals.outputs)
@@ -156,15 +161,3 @@ def online_natural_gradient_descent(
 
 def _key(path: Any) -> str:
     return ".".join(map(str, path))
-
-
-def _stack(update: LayerUpdate) -> Array:
-    if "bias" not in update:
-        return update["kernel"]
-    return jnp.concatenate([update["kernel"], update["bias"][None]])
-
-
-def _unstack(layer: DenseSignals, step: Array) -> LayerUpdate:
-    if layer.bias_scale is None:
-        return {"kernel": step}
-    return {"kernel": step[:-1], "bias": step[-1]}

@@ -1,7 +1,9 @@
 """Fisher approximations behind one protocol, one file each."""
 
+from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import Geometry, IsotropyWarning, Structure
 from natgrad_flax.structures.diagonal import Diagonal
+from natgrad_flax.structures.ekfac import EKFAC
 from natgrad_flax.structures.exact import Exact
 from natgrad_flax.structures.kfac import KFAC
 from natgrad_flax.structures.layer_wise import (
@@ -14,7 +16,9 @@ from natgrad_flax.structures.quasi_diagonal import QuasiDiagonal
 from natgrad_flax.structures.unit_wise import UnitWise
 
 __all__ = [
+    "EKFAC",
     "KFAC",
+    "AveragedStructure",
     "BlockDiagonal",
     "BlockTriDiagonal",
     "Diagonal",
@@ -22,6 +26,7 @@ __all__ = [
     "Geometry",
     "IsotropyWarning",
     "LayerWise",
+    "Moments",
     "QuasiDiagonal",
     "SingularCouplingWarning",
     "Structure",

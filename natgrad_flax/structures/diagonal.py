@@ -10,36 +10,70 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals
-from natgrad_flax.structures.base import Geometry, Structure, gradient, ravel
+from natgrad_flax.signals import DenseSignals, LayerSignals, LayerUpdate, Residual, Signals
+from natgrad_flax.structures.averaged import AveragedStructure, Moments
+from natgrad_flax.structures.base import (
+    Geometry,
+    coefficient_by_columns,
+    dense_layer,
+    gradient,
+    has_shared_layers,
+    ravel,
+)
 
 
 @dataclass(frozen=True)
-class Diagonal(Structure):
+class Diagonal(AveragedStructure):
     """G_ij = (F_ii + rho) delta_ij (LeCun et al. 1998).
 
     Not isotropic at any width (Karakida & Osawa 2020, Fig. 3), so it has no alpha.
     """
 
+    cheap_inverse = True
+
     def solve(
         self, signals: Signals, residual: Residual, damping: Array | float
     ) -> tuple[LayerUpdate, ...]:
         """The gradient over the diagonal; 0 where an entry of the undamped diagonal is 0."""
+        return self.precondition(signals, gradient(signals, residual), damping)
+
+    def precondition(
+        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g; see ``Structure.precondition``."""
+        moments = self.moments(signals)
+        return self.apply(self.invert(moments, damping, signals.num_samples), slope)
+
+    def statistics(self, signals: Signals) -> tuple[LayerUpdate, ...]:
+        """The diagonal of F, in the shapes of the parameters."""
+        return tuple(layer_diagonal(layer) for layer in signals.layers)
+
+    def invert(
+        self, moments: Moments, damping: Array | float, num_samples: int
+    ) -> tuple[LayerUpdate, ...]:
+        """The diagonal with its damping, to divide by."""
+        factors = moments.factors
         return tuple(
-            jax.tree.map(lambda slope, entry, rho=rho: divide(slope, entry + rho), slopes, entries)
-            for slopes, entries, rho in zip(
-                gradient(signals, residual),
-                fisher_diagonal(signals),
-                per_layer(damping, len(signals.layers)),
-                strict=True,
-            )
+            jax.tree.map(lambda entry, rho=rho: entry + rho, layer)
+            for layer, rho in zip(factors, per_layer(damping, len(factors)), strict=True)
         )
+
+    def apply(
+        self, inverse: tuple[LayerUpdate, ...], slope: tuple[LayerUpdate, ...]
+    ) -> tuple[LayerUpdate, ...]:
+        """The quotients; 0 where an entry of the undamped diagonal is 0."""
+        return jax.tree.map(divide, slope, inverse)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_l sum_i (d'_i d_i^T) . (a' diag(1 / (F_i + rho)) a^T) / N (science: 3.5b)."""
+        if has_shared_layers(train):
+            return coefficient_by_columns(self, test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
         for there, here, rho in zip(
-            test.layers, train.layers, per_layer(damping, len(train.layers)), strict=True
+            map(dense_layer, test.layers),
+            map(dense_layer, train.layers),
+            per_layer(damping, len(train.layers)),
+            strict=True,
         ):
             left, right = there.augmented_inputs(), here.augmented_inputs()
             square = jnp.sum(here.derivatives**2, axis=1)
@@ -54,20 +88,16 @@ class Diagonal(Structure):
 
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
         """diag(F) + rho I."""
-        depth = len(signals.layers)
-        entries = [
-            jax.tree.map(lambda entry, rho=rho: entry + rho, layer)
-            for layer, rho in zip(fisher_diagonal(signals), per_layer(damping, depth), strict=True)
-        ]
-        return jnp.diag(ravel(tuple(entries)))
+        entries = self.invert(self.moments(signals), damping, signals.num_samples)
+        return jnp.diag(ravel(entries))
 
     def gram_size(self, signals: Signals) -> int:
         """0: it is inverted entry by entry."""
         return 0
 
-    def damping_scale(self, signals: Signals) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int) -> Array:
         """Mean of the diagonal of F, one value a layer."""
-        return jnp.stack([jnp.mean(ravel((layer,))) for layer in fisher_diagonal(signals)])
+        return jnp.stack([jnp.mean(ravel((layer,))) for layer in moments.factors])
 
     def alpha(self, geometry: Geometry) -> float:
         """Raises ValueError: not isotropic."""
@@ -91,18 +121,9 @@ def divide(value: Array, by: Array) -> Array:
     return jnp.where(by != 0, value / jnp.where(by != 0, by, 1), 0)
 
 
-def fisher_diagonal(signals: Signals) -> tuple[LayerUpdate, ...]:
-    """F_ii = (1/N) sum_n sum_s D[n,s,i]^2 a[n,j]^2, in the shape of the parameters."""
-    return tuple(layer_diagonal(layer) for layer in signals.layers)
-
-
-def layer_diagonal(layer: DenseSignals) -> LayerUpdate:
+def layer_diagonal(layer: LayerSignals) -> LayerUpdate:
     """F_ii of one layer, in the shape of its parameters."""
-    square = mean_squares(layer)
-    entries = {"kernel": (layer.inputs**2).T @ square}
-    if layer.bias_scale is not None:
-        entries["bias"] = layer.bias_scale**2 * jnp.sum(square, axis=0)
-    return entries
+    return jax.tree.map(lambda entry: entry / layer.num_samples, layer.squares())
 
 
 def mean_squares(layer: DenseSignals) -> Array:

@@ -17,8 +17,10 @@ from natgrad_flax.structures.base import (
     check_space,
     dual_direction,
     gradient,
+    pull_back_solution,
     ravel,
     sample_targets,
+    woodbury,
 )
 
 
@@ -64,6 +66,27 @@ class Exact(Structure):
         return tuple(
             layer.pull_back(dual_direction(layer, index, residual, solution, shift))
             for index, layer in enumerate(signals.layers)
+        )
+
+    def precondition(
+        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g; see ``Structure.precondition``."""
+        shifted = not is_zero(damping)
+        if self._in_parameters(signals):
+            dense = self.to_dense(signals, damping)
+            return signals.unravel(solve_psd(dense, ravel(slope), shifted=shifted))
+        shift = signals.num_samples * damping
+        parts = [layer.jvp(g) for layer, g in zip(signals.layers, slope, strict=True)]
+        image = sum(parts[1:], start=parts[0]).reshape(-1)
+        gram = add_diagonal(signals.gram(), shift)
+        solution = solve_psd(gram, image, shifted=shifted)
+        if not shifted:
+            solution = solve_psd(gram, solution, shifted=False)
+            return tuple(pull_back_solution(layer, solution) for layer in signals.layers)
+        return tuple(
+            woodbury(layer, g, solution, shift)
+            for layer, g in zip(signals.layers, slope, strict=True)
         )
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:

@@ -8,28 +8,62 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd, symmetric_product
+from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import (
     DenseSignals,
     LayerUpdate,
     Residual,
     Signals,
     expand_samples,
+    matrix_of,
 )
-from natgrad_flax.structures.base import Geometry, IsotropyWarning, Space, Structure, check_space
+from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
+from natgrad_flax.structures.base import (
+    Geometry,
+    IsotropyWarning,
+    Space,
+    check_space,
+    coefficient_by_columns,
+    dense_layer,
+    has_shared_layers,
+)
+from natgrad_flax.structures.kronecker import (
+    factor_means,
+    factor_rows,
+    grouped,
+    in_parameters,
+    inverse_groups,
+    num_positions,
+    solve_kronecker,
+    ungrouped,
+)
+from natgrad_flax.structures.units import (
+    invert_blocks,
+    multiply_blocks,
+    solve_units,
+    unit_blocks,
+)
 
 
 @dataclass(frozen=True)
-class KFAC(Structure):
+class KFAC(AveragedStructure):
     """Blocks (B* + rho I) (x) (A* + rho I), A* = a^T a / N, B* = D^T D / N (Eq. 20).
 
     Taken literally, Eq. 20 gives the isotropy constant alpha = N (L - 1) + 1, because B* of the
     last layer is 1 and not 1/N. Eq. 21 and alpha = N L need B* / N there. With fewer inputs than
     samples layer 1 is isotropic only after a Forster transform, with N replaced by the input
     dimension. Each factor is inverted in the smaller of sample and parameter space.
+
+    Weights that T positions share have the factors of "expand", A* = sum a^T a / (N T) and
+    B* = sum D^T D / N over samples and positions (Grosse & Martens 2016), or of "reduce", with the
+    mean of the inputs and the sum of the derivatives over the positions of a sample (Eschenhagen et
+    al. 2023). Groups of units have factors of their own. Parameters without such factors (scale and
+    bias of normalisations, parameters without a formula) keep their exact Fisher block a unit.
 
     Args:
       last_layer: "scaled" (B* / N in the last layer: Eq. 21) or "literal" (Eq. 20).
@@ -38,12 +72,14 @@ class KFAC(Structure):
       first_layer: "scaled" multiplies the update of a first layer with fan-in below N by
         N / fan-in, so that alpha = N L holds after a Forster transform; or "literal".
       space: "sample", "parameter" or "auto", for both factors.
+      sharing: "expand" or "reduce", for weights that several positions share.
     """
 
     last_layer: Literal["scaled", "literal"] = "scaled"
     split: Literal["plain", "pi"] = "plain"
     first_layer: Literal["literal", "scaled"] = "literal"
     space: Space = "auto"
+    sharing: Sharing = "expand"
     infinite_width = "all"
 
     def __post_init__(self) -> None:
@@ -52,37 +88,98 @@ class KFAC(Structure):
             ("last_layer", ("scaled", "literal")),
             ("split", ("plain", "pi")),
             ("first_layer", ("literal", "scaled")),
+            ("sharing", ("expand", "reduce")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
 
+    def _scalings(
+        self, index: int, last: int, fan_in: int, shared: bool, num_samples: int
+    ) -> tuple[float, float]:
+        """By how much the divisors of A* and B* are larger than those of the means."""
+        dense_first = index == 0 and fan_in < num_samples and not shared
+        scaled = dense_first and self.first_layer == "scaled"
+        return (
+            num_samples / fan_in if scaled else 1.0,
+            float(num_samples) if index == last and self.last_layer == "scaled" else 1.0,
+        )
+
     def _divisors(self, signals: Signals, index: int) -> tuple[float, float]:
         """(a, b) with A* = a^T a / a and B* = D^T D / b."""
-        n = signals.num_samples
-        low = signals.layers[index].fan_in < n
-        scaled_first = index == 0 and low and self.first_layer == "scaled"
-        scaled_last = index == len(signals.layers) - 1 and self.last_layer == "scaled"
-        fan_in = signals.layers[index].fan_in
-        return n * (n / fan_in if scaled_first else 1.0), n * (n if scaled_last else 1.0)
+        n, layer = signals.num_samples, signals.layers[index]
+        assert isinstance(layer, (DenseSignals, SharedSignals))
+        shared = isinstance(layer, SharedSignals)
+        by_a, by_b = self._scalings(index, _last(signals), layer.fan_in, shared, n)
+        return n * num_positions(layer, self.sharing) * by_a, n * by_b
 
     def _in_parameters(self, samples: int, params: int) -> bool:
-        return params < samples if self.space == "auto" else self.space == "parameter"
+        return in_parameters(self.space, samples, params)
 
     def _dampings(
-        self, layer: DenseSignals, damping: Array | float, over_a: float, over_b: float
+        self,
+        layer: DenseSignals | SharedSignals,
+        damping: Array | float,
+        overs: tuple[float, float],
     ) -> tuple[Array | float, Array | float]:
         """What is added to A* and to B*: from one number, or the pair itself."""
+        sum_a, sum_b = self._norms(layer)
+        groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
+        mean_a = sum_a / float(overs[0] * layer.fan_in * groups)
+        mean_b = sum_b / float(overs[1] * layer.num_units)
+        return self._split(damping, mean_a, mean_b)
+
+    def _split(
+        self, damping: Array | float, mean_a: Array, mean_b: Array
+    ) -> tuple[Array | float, Array | float]:
+        """As ``_dampings``, from the mean diagonals of both factors."""
         if jnp.ndim(damping) == 1:
             pair = jnp.asarray(damping)
             return pair[0], pair[1]
         if self.split == "plain" or is_zero(damping):
             return damping, damping
-        mean_a = jnp.sum(layer.input_norms()) / float(over_a * layer.fan_in)
-        mean_b = jnp.sum(layer.derivative_norms()) / float(over_b * layer.num_units)
         usable = (mean_a > 0) & (mean_b > 0)
         pi = jnp.where(usable, jnp.sqrt(mean_a / jnp.where(usable, mean_b, 1)), 1)
-        root = jnp.sqrt(jnp.asarray(damping, layer.inputs.dtype))
+        root = jnp.sqrt(jnp.asarray(damping, mean_a.dtype))
         return pi * root, root / pi
+
+    def _norms(self, layer: DenseSignals | SharedSignals) -> tuple[Array, Array]:
+        """Squared norms of the rows of both factors, of all groups together."""
+        if isinstance(layer, SharedSignals):
+            left, right = layer.rows(self.sharing)
+            return jnp.sum(left**2), jnp.sum(right**2)
+        return jnp.sum(layer.input_norms()), jnp.sum(layer.derivative_norms())
+
+    def precondition(
+        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g; see ``Structure.precondition``."""
+        rhos = per_layer(damping, len(signals.layers))
+        return tuple(
+            self._precondition(signals, index, g, rho)
+            for index, (g, rho) in enumerate(zip(slope, rhos, strict=True))
+        )
+
+    def _precondition(
+        self, signals: Signals, index: int, slope: LayerUpdate, rho: Array | float
+    ) -> LayerUpdate:
+        """G_l^{-1} g of one layer of any kind."""
+        layer = signals.layers[index]
+        if isinstance(layer, ExplicitSignals):
+            block = rho if jnp.ndim(rho) == 0 else jnp.asarray(rho)[0]
+            return layer.update(solve_units(layer.block, matrix_of(slope), block, space=self.space))
+        assert isinstance(layer, (DenseSignals, SharedSignals))
+        overs = self._divisors(signals, index)
+        left, right = factor_rows(layer, self.sharing)
+        solved = solve_kronecker(
+            left,
+            right,
+            overs,
+            self._dampings(layer, rho, overs),
+            grouped(matrix_of(slope), len(left)),
+            shifted=not is_zero(rho),
+            space=self.space,
+        )
+        return layer.update(ungrouped(solved))
 
     def solve(
         self, signals: Signals, residual: Residual, damping: Array | float
@@ -93,8 +190,12 @@ class KFAC(Structure):
         for index, (layer, rho) in enumerate(
             zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
         ):
+            if not isinstance(layer, DenseSignals):
+                slope = layer.pull_back(residual.direction(layer, index) / signals.num_samples)
+                updates.append(self._precondition(signals, index, slope, rho))
+                continue
             over_a, over_b = self._divisors(signals, index)
-            rho_a, rho_b = self._dampings(layer, rho, over_a, over_b)
+            rho_a, rho_b = self._dampings(layer, rho, (over_a, over_b))
             half = self._precondition_units(layer, index, residual, over_b, rho_b, shifted)
             half = half / signals.num_samples
             updates.append(self._precondition_inputs(layer, half, over_a, rho_a, shifted))
@@ -142,23 +243,32 @@ class KFAC(Structure):
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_l (B(x',x) B^{-1}) . (A(x',x) A^{-1}), times N (Karakida & Osawa 2020, Eq. 21)."""
+        if has_shared_layers(train):
+            return coefficient_by_columns(self, test, train, damping)
         shifted = not is_zero(damping)
         total = jnp.zeros((), train.outputs.dtype)
         for index, (there, here, rho) in enumerate(
-            zip(test.layers, train.layers, per_layer(damping, len(train.layers)), strict=True)
+            zip(
+                map(dense_layer, test.layers),
+                map(dense_layer, train.layers),
+                per_layer(damping, len(train.layers)),
+                strict=True,
+            )
         ):
             over_a, over_b = self._divisors(train, index)
-            rho_a, rho_b = self._dampings(here, rho, over_a, over_b)
+            rho_a, rho_b = self._dampings(here, rho, (over_a, over_b))
             units = self._unit_coefficient(there, here, over_b, rho_b, shifted)
             inputs = self._input_coefficient(there, here, over_a, rho_a, shifted)
             blown = expand_samples(inputs, there.num_seeds, here.num_seeds)
             total = total + units * blown / train.num_samples
         return total
 
-    def undamped_diagonal(self, train: Signals) -> Array:
+    def undamped_diagonal(self, train: Signals) -> Array | None:
         """N a hidden layer; leverages of samples in the first, of outputs in the last."""
+        if has_shared_layers(train):
+            return None
         total = jnp.zeros(train.size, train.outputs.dtype)
-        for index, layer in enumerate(train.layers):
+        for index, layer in enumerate(map(dense_layer, train.layers)):
             over_a, over_b = self._divisors(train, index)
             inputs = jnp.full(layer.num_samples, over_a, total.dtype)
             units = jnp.full(train.size, over_b, total.dtype)
@@ -207,37 +317,131 @@ class KFAC(Structure):
         for index, (layer, rho) in enumerate(
             zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
         ):
-            over_a, over_b = self._divisors(signals, index)
-            rho_a, rho_b = self._dampings(layer, rho, over_a, over_b)
-            inputs, flat = layer.augmented_inputs(), layer.flat_derivatives()
-            blocks.append(
-                jnp.kron(
-                    add_diagonal(inputs.T @ inputs / over_a, rho_a),
-                    add_diagonal(flat.T @ flat / over_b, rho_b),
+            if isinstance(layer, ExplicitSignals):
+                rho = rho if jnp.ndim(rho) == 0 else jnp.asarray(rho)[0]
+                jacobian = layer.to_dense()
+                unit = np.arange(layer.num_params) % layer.num_units
+                block = jacobian.T @ jacobian / layer.num_samples
+                blocks.append(add_diagonal((unit[:, None] == unit) * block, rho))
+                continue
+            assert isinstance(layer, (DenseSignals, SharedSignals))
+            overs = self._divisors(signals, index)
+            rho_a, rho_b = self._dampings(layer, rho, overs)
+            groups = [
+                jnp.einsum(
+                    "jk,im->jikm",
+                    add_diagonal(a.T @ a / overs[0], rho_a),
+                    add_diagonal(b.T @ b / overs[1], rho_b),
                 )
-            )
+                for a, b in zip(*factor_rows(layer, self.sharing), strict=True)
+            ]
+            # units of group after group within each input
+            eye = jnp.eye(len(groups), dtype=groups[0].dtype)
+            block = jnp.einsum("gjikm,gh->jgikhm", jnp.stack(groups), eye)
+            blocks.append(block.reshape(layer.num_params, layer.num_params))
         return jax.scipy.linalg.block_diag(*blocks)
 
     def gram_size(self, signals: Signals) -> int:
         """The larger of the two factors, each on the side that ``space`` chooses."""
         sides = []
         for layer in signals.layers:
-            for samples, params in (
-                (layer.num_samples, layer.fan_in),
-                (signals.size, layer.num_units),
-            ):
+            pairs = [(layer.num_samples, layer.fan_in), (signals.size, layer.num_units)]
+            if isinstance(layer, SharedSignals):
+                positions = layer.num_positions if self.sharing == "expand" else 1
+                pairs = [(positions * samples, params) for samples, params in pairs]
+            elif isinstance(layer, ExplicitSignals):
+                pairs = [(signals.size, layer.fan_in)]
+            for samples, params in pairs:
                 sides.append(params if self._in_parameters(samples, params) else samples)
         return max(sides)
 
+    def statistics(self, signals: Signals) -> tuple[dict[str, Array], ...]:
+        """Means of the factors, or of the blocks of units, and of the diagonals of their Grams."""
+        found = []
+        for layer in signals.layers:
+            if isinstance(layer, ExplicitSignals):
+                found.append({"blocks": unit_blocks(layer), "norms": _block_norms(layer)})
+                continue
+            assert isinstance(layer, (DenseSignals, SharedSignals))
+            inputs, units = factor_means(layer, self.sharing)
+            name = "shared" if isinstance(layer, SharedSignals) else "inputs"
+            found.append({name: inputs, "units": units, "norms": self._gram_means(layer)})
+        return tuple(found)
+
+    def _gram_means(self, layer: DenseSignals | SharedSignals) -> Array:
+        """Mean diagonals of the Gram matrices of the rows of both factors, of a over T, (2,)."""
+        sum_a, sum_b = self._norms(layer)
+        positions = num_positions(layer, self.sharing)
+        groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
+        rows = float(layer.num_samples * positions * groups)
+        # floats: products of sizes outgrow the integers of XLA
+        return jnp.stack([sum_a / (rows * positions), sum_b / (rows * layer.num_seeds)])
+
+    def invert(
+        self, moments: Moments, damping: Array | float, num_samples: int
+    ) -> tuple[dict[str, Array], ...]:
+        """The inverses of both factors, or of the blocks of units."""
+        factors = moments.factors
+        last, shifted = _last_entry(factors), not is_zero(damping)
+        found = []
+        for index, (entry, rho) in enumerate(
+            zip(factors, per_layer(damping, len(factors)), strict=True)
+        ):
+            if "blocks" in entry:
+                block = rho if jnp.ndim(rho) == 0 else jnp.asarray(rho)[0]
+                found.append({"blocks": invert_blocks(entry["blocks"], block)})
+                continue
+            inputs = _inputs(entry)
+            fan_in = inputs.shape[-1]
+            by_a, by_b = self._scalings(index, last, fan_in, "shared" in entry, num_samples)
+            a, b = inputs / by_a, entry["units"] / by_b
+            rho_a, rho_b = self._split(rho, _mean_diagonal(a), _mean_diagonal(b))
+            found.append(
+                {
+                    "inputs": inverse_groups(a, rho_a, shifted=shifted),
+                    "units": inverse_groups(b, rho_b, shifted=shifted),
+                }
+            )
+        return tuple(found)
+
+    def apply(
+        self, inverse: tuple[dict[str, Array], ...], slope: tuple[LayerUpdate, ...]
+    ) -> tuple[LayerUpdate, ...]:
+        """A^{-1} G B^{-1}, group by group."""
+        updates = []
+        for entry, g in zip(inverse, slope, strict=True):
+            matrix = matrix_of(g)
+            if "blocks" in entry:
+                updates.append(update_like(g, multiply_blocks(entry["blocks"], matrix)))
+                continue
+            parts = grouped(matrix, len(entry["units"]))
+            solved = ungrouped(entry["inputs"] @ parts @ entry["units"])
+            updates.append(update_like(g, solved))
+        return tuple(updates)
+
+    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+        """``damping_scale`` from moments, (L, 2)."""
+        scales, factors = [], moments.factors
+        for index, entry in enumerate(factors):
+            if "blocks" in entry:
+                scales.append(entry["norms"] / num_samples)
+                continue
+            last, fan_in = _last_entry(factors), _inputs(entry).shape[-1]
+            scalings = self._scalings(index, last, fan_in, "shared" in entry, num_samples)
+            scales.append(_scaled_norms(entry["norms"], num_samples, scalings))
+        return jnp.stack(scales)
+
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonals of the Gram matrices of A* and of B*, over their divisors, (L, 2)."""
-        scales = []
+        scales, n = [], signals.num_samples
         for index, layer in enumerate(signals.layers):
-            over_a, over_b = self._divisors(signals, index)
-            # floats: N^2 N S outgrows the integers of XLA
-            mean_a = jnp.sum(layer.input_norms()) / float(over_a * signals.num_samples)
-            mean_b = jnp.sum(layer.derivative_norms()) / float(over_b * signals.size)
-            scales.append(jnp.stack([mean_a, mean_b]))
+            if isinstance(layer, ExplicitSignals):
+                scales.append(_block_norms(layer) / n)
+                continue
+            assert isinstance(layer, (DenseSignals, SharedSignals))
+            shared = isinstance(layer, SharedSignals)
+            scalings = self._scalings(index, _last(signals), layer.fan_in, shared, n)
+            scales.append(_scaled_norms(self._gram_means(layer), n, scalings))
         return jnp.stack(scales)
 
     def alpha(self, geometry: Geometry) -> float:
@@ -272,3 +476,35 @@ class KFAC(Structure):
             if index < geometry.depth - 1 and units < outputs:
                 failures.append(f"layer {index + 1} has {units} units for N C = {outputs} outputs")
         return failures
+
+
+def _last(signals: Signals) -> int:
+    """The place of the last affine layer; parameters without a formula stand behind it."""
+    affine = [i for i, a in enumerate(signals.layers) if not isinstance(a, ExplicitSignals)]
+    return affine[-1] if affine else len(signals.layers) - 1
+
+
+def _last_entry(factors: tuple[dict[str, Array], ...]) -> int:
+    """As ``_last``, from statistics."""
+    return max((i for i, a in enumerate(factors) if "units" in a), default=len(factors) - 1)
+
+
+def _mean_diagonal(factors: Array) -> Array:
+    """Of all groups together."""
+    return jnp.einsum("gkk->", factors) / float(factors.shape[0] * factors.shape[1])
+
+
+def _inputs(entry: dict[str, Array]) -> Array:
+    """A of every group, from statistics."""
+    return entry["shared" if "shared" in entry else "inputs"]
+
+
+def _block_norms(layer: ExplicitSignals) -> Array:
+    """The mean diagonal of the Gram matrix, in both places of a pair."""
+    mean = jnp.sum(layer.gram_norms()) / float(layer.num_samples * layer.num_seeds)
+    return jnp.stack([mean, mean])
+
+
+def _scaled_norms(norms: Array, num_samples: int, scalings: tuple[float, float]) -> Array:
+    overs = jnp.asarray([num_samples * scaling for scaling in scalings], norms.dtype)
+    return norms / overs

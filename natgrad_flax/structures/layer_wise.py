@@ -12,7 +12,7 @@ from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.linalg import add_diagonal, lu_solve, pinv_solve, solve_psd
-from natgrad_flax.signals import LayerUpdate, Residual, Signals
+from natgrad_flax.signals import LayerSignals, LayerUpdate, Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
     Space,
@@ -20,9 +20,12 @@ from natgrad_flax.structures.base import (
     check_space,
     dual_direction,
     gradient,
+    has_shared_layers,
+    pull_back_solution,
     rank_failures,
     ravel,
     sample_targets,
+    woodbury,
 )
 from natgrad_flax.structures.coupling import (
     minimum_norm,
@@ -120,6 +123,32 @@ class LayerWise(Structure):
             for index, layer in enumerate(signals.layers)
         )
 
+    def precondition(
+        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g; see ``Structure.precondition``."""
+        sigma = self.coupling(len(signals.layers))
+        if self._in_parameters(signals):
+            dense = self.to_dense(signals, damping)
+            solver = pinv_solve if is_zero(damping) else lu_solve
+            return signals.unravel(solver(dense, ravel(slope)))
+        shift = signals.num_samples * damping
+        images = [layer.jvp(g).reshape(-1) for layer, g in zip(signals.layers, slope, strict=True)]
+        grams = [layer.gram() for layer in signals.layers]
+        if is_zero(damping):
+            # the Jacobians have full row rank, or Sigma is the identity
+            solved = [solve_psd(k, b, shifted=False) for k, b in zip(grams, images, strict=True)]
+            mixed = mix(np.linalg.pinv(sigma, hermitian=True), solved)
+            return tuple(
+                pull_back_solution(layer, solve_psd(k, b, shifted=False))
+                for layer, k, b in zip(signals.layers, grams, mixed, strict=True)
+            )
+        duals = self._solve_grams(sigma, grams, mix(sigma, images), shift, zero=False)
+        return tuple(
+            woodbury(layer, g, dual, shift)
+            for layer, g, dual in zip(signals.layers, slope, duals, strict=True)
+        )
+
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """Eq. 16 at zero damping; sum_l K_l(x', x) U_l with damping (science: 3.3)."""
         eye = jnp.eye(train.size, dtype=train.outputs.dtype)
@@ -211,7 +240,15 @@ class LayerWise(Structure):
         ):
             return
         shapes = tuple((layer.fan_in, layer.num_units) for layer in signals.layers)
-        failures = rank_failures(Geometry(shapes, signals.num_samples, signals.num_seeds))
+        if has_shared_layers(signals):
+            # of weights that positions share only the number of parameters bounds the rank
+            failures = [
+                f"layer {index + 1} has {layer.num_params} parameters for {signals.size} outputs"
+                for index, layer in enumerate(signals.layers)
+                if layer.num_params < signals.size
+            ]
+        else:
+            failures = rank_failures(Geometry(shapes, signals.num_samples, signals.num_seeds))
         if failures:
             raise ValueError(
                 f"{self.name} at zero damping needs layer Jacobians of full row rank: "
@@ -254,10 +291,8 @@ class BlockDiagonal(LayerWise):
         for index, (layer, rho) in enumerate(
             zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
         ):
-            small = layer.num_params < signals.size if self.space == "auto" else False
-            if small or self.space == "parameter":
-                jacobian = layer.to_dense()
-                block = add_diagonal(jacobian.T @ jacobian / signals.num_samples, rho)
+            if self._layer_in_parameters(layer, signals):
+                block = _fisher_block(layer, rho)
                 slope = layer.pull_back(residual.direction(layer, index))
                 flat = ravel((slope,)) / signals.num_samples
                 updates.append(layer.unravel(solve_psd(block, flat, shifted=shifted)))
@@ -267,6 +302,33 @@ class BlockDiagonal(LayerWise):
             dual = solve_psd(gram, sample_targets(layer, index, residual), shifted=shifted)
             updates.append(layer.pull_back(dual_direction(layer, index, residual, dual, shift)))
         return tuple(updates)
+
+    def precondition(
+        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g; see ``Structure.precondition``."""
+        shifted = not is_zero(damping)
+        updates = []
+        for layer, g, rho in zip(
+            signals.layers, slope, per_layer(damping, len(signals.layers)), strict=True
+        ):
+            if self._layer_in_parameters(layer, signals):
+                block = _fisher_block(layer, rho)
+                updates.append(layer.unravel(solve_psd(block, ravel((g,)), shifted=shifted)))
+                continue
+            shift = signals.num_samples * rho
+            gram = add_diagonal(layer.gram(), shift)
+            solution = solve_psd(gram, layer.jvp(g).reshape(-1), shifted=shifted)
+            if shifted:
+                updates.append(woodbury(layer, g, solution, shift))
+            else:
+                again = solve_psd(gram, solution, shifted=False)
+                updates.append(pull_back_solution(layer, again))
+        return tuple(updates)
+
+    def _layer_in_parameters(self, layer: LayerSignals, signals: Signals) -> bool:
+        small = layer.num_params < signals.size if self.space == "auto" else False
+        return small or self.space == "parameter"
 
     def _solve_grams(
         self,
@@ -291,6 +353,12 @@ class BlockDiagonal(LayerWise):
         if self.space == "parameter":
             return max(layer.num_params for layer in signals.layers)
         return signals.size
+
+
+def _fisher_block(layer: LayerSignals, rho: Array | float) -> Array:
+    """J_l^T J_l / N + rho I, shape (P_l, P_l)."""
+    jacobian = layer.to_dense()
+    return add_diagonal(jacobian.T @ jacobian / layer.num_samples, rho)
 
 
 class BlockTriDiagonal(LayerWise):

@@ -11,11 +11,20 @@ from jax import Array
 
 from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.linalg import add_diagonal, pinv_solve, solve_psd
-from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals
-from natgrad_flax.structures.base import Geometry, Space, Structure, check_space
+from natgrad_flax.linalg import pinv_solve, solve_psd
+from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals, matrix_of
+from natgrad_flax.structures.base import (
+    Geometry,
+    Space,
+    Structure,
+    check_space,
+    coefficient_by_columns,
+    dense_layer,
+    has_shared_layers,
+)
 from natgrad_flax.structures.diagonal import divide, sum_over_units
 from natgrad_flax.structures.exact import mean_gram_diagonal
+from natgrad_flax.structures.units import solve_block, solve_units
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,22 @@ class UnitWise(Structure):
             zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
         ):
             direction = residual.direction(layer, index)
+            if not isinstance(layer, DenseSignals):
+                slope = matrix_of(layer.pull_back(direction / signals.num_samples))
+                solved = solve_units(
+                    layer.jacobian(),
+                    slope,
+                    rho,
+                    coefficients=residual.coefficients,
+                    space=self.space,
+                )
+                updates.append(layer.update(solved))
+                continue
             # the solves in sample space run several times as fast as those in parameter space
             small = 2 * layer.fan_in < layer.num_samples if self.space == "auto" else False
             if small or self.space == "parameter":
-                updates.append(_in_parameters(layer, direction, rho))
+                slope = matrix_of(layer.pull_back(direction / signals.num_samples))
+                updates.append(_in_parameters(layer, slope, rho))
             elif is_zero(damping):
                 updates.append(layer.pull_back(_undamped(layer, direction)))
             else:
@@ -63,11 +84,38 @@ class UnitWise(Structure):
                 updates.append(layer.pull_back(_damped(layer, direction, shift, inside)))
         return tuple(updates)
 
+    def precondition(
+        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g; see ``Structure.precondition``."""
+        updates = []
+        for layer, g, rho in zip(
+            signals.layers, slope, per_layer(damping, len(signals.layers)), strict=True
+        ):
+            if not isinstance(layer, DenseSignals):
+                solved = solve_units(layer.jacobian(), matrix_of(g), rho, space=self.space)
+                updates.append(layer.update(solved))
+            elif is_zero(rho) or self.space == "parameter" or 2 * layer.fan_in < layer.num_samples:
+                updates.append(_in_parameters(layer, matrix_of(g), rho))
+            else:
+                shift = signals.num_samples * rho
+                root = jnp.sqrt(_weights(layer))
+                image = root * layer.push_forward(g)
+                dual = solve_scaled_gram(layer.input_gram(), root, shift, image)
+                back = layer.pull_back(root * dual)
+                updates.append(jax.tree.map(lambda a, b, rho=rho: (a - b) / rho, g, back))
+        return tuple(updates)
+
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_i D'_i (a' (F_i + rho)^{-1} a^T) D_i^T / N, unit after unit."""
+        if has_shared_layers(train):
+            return coefficient_by_columns(self, test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
         for there, here, rho in zip(
-            test.layers, train.layers, per_layer(damping, len(train.layers)), strict=True
+            map(dense_layer, test.layers),
+            map(dense_layer, train.layers),
+            per_layer(damping, len(train.layers)),
+            strict=True,
         ):
             gram, cross = here.input_gram(), there.input_gram(here)
             shift = train.num_samples * rho
@@ -162,20 +210,16 @@ def _damped(layer: DenseSignals, direction: Array, shift: Array | float, inside:
     return (direction - root * dual) / shift
 
 
-def _in_parameters(layer: DenseSignals, direction: Array, rho: Array | float) -> LayerUpdate:
-    """(a^T S_i a / N + rho)^{-1} a^T delta_i / N, unit after unit."""
+def _in_parameters(layer: DenseSignals, slope: Array, rho: Array | float) -> LayerUpdate:
+    """(a^T S_i a / N + rho)^{-1} g_i, unit after unit, for g of shape (fan_in, M)."""
     inputs = layer.augmented_inputs()
 
     def unit(columns: tuple[Array, Array]) -> Array:
         weights, target = columns
-        block = (inputs.T * weights) @ inputs
-        if is_zero(rho):
-            return pinv_solve(block, target)
-        return solve_psd(add_diagonal(block, rho), target, shifted=True)
+        return solve_block((inputs.T * weights) @ inputs, target, rho)
 
-    right = inputs.T @ direction / layer.num_samples
-    solved = jax.lax.map(unit, (_weights(layer).T / layer.num_samples, right.T))
-    return layer.unravel(solved.T.reshape(-1))
+    solved = jax.lax.map(unit, (_weights(layer).T / layer.num_samples, slope.T))
+    return layer.update(solved.T)
 
 
 def _undamped(layer: DenseSignals, direction: Array) -> Array:

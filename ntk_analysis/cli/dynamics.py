@@ -22,6 +22,7 @@ from ntk_analysis.cli.options import (
     BiasVarianceOption,
     DampingOption,
     DatasetOption,
+    NetworkOption,
     SeedOption,
     WeightVarianceOption,
 )
@@ -43,10 +44,12 @@ def dynamics(
     num_test: Annotated[
         int | None, typer.Option(help="test samples [default: 100; digits: 50]")
     ] = None,
+    network: NetworkOption = "mlp",
     widths: Annotated[
         list[int] | None,
         typer.Option(
-            help="hidden widths, as in: --widths 4096 4096 (the paper's) [default: 2048 2048]"
+            help="hidden widths, as in: --widths 4096 4096 (the paper's), or channels "
+            "[default: 2048 2048; convolutional: 64 64]"
         ),
     ] = None,
     activation: ActivationOption = "relu",
@@ -96,7 +99,8 @@ def dynamics(
             classes=tuple(classes) if classes else None,
             num_train=num_train,
             num_test=num_test,
-            widths=tuple(widths) if widths else DynamicsSettings.widths,
+            network=network,
+            widths=tuple(widths) if widths else None,
             activation=activation,
             weight_variance=weight_variance,
             bias_variance=bias_variance,

@@ -19,6 +19,7 @@ from ntk_analysis.cli.app import (
 from ntk_analysis.cli.options import (
     ActivationOption,
     BiasVarianceOption,
+    NetworkOption,
     StructuresOption,
     WeightVarianceOption,
 )
@@ -53,7 +54,10 @@ def isotropy(
         list[int] | None,
         typer.Option(help="class ids to take the first N samples of [default: all]"),
     ] = None,
-    width: Annotated[int, typer.Option(help="units of every hidden layer")] = SweepSettings.width,
+    network: NetworkOption = SweepSettings.network,
+    width: Annotated[
+        int, typer.Option(help="units of every hidden layer, or channels")
+    ] = SweepSettings.width,
     depth: Annotated[int, typer.Option(help="layers with parameters, L")] = SweepSettings.depth,
     num_samples: Annotated[int, typer.Option(help="N")] = SweepSettings.num_samples,
     num_inputs: Annotated[
@@ -101,6 +105,7 @@ def isotropy(
                 variable=variable,
                 values=parse_values(variable, values) if values else DEFAULT_VALUES[variable],
                 seeds=tuple(seeds) if seeds else (0, 1, 2),
+                network=network,
                 width=width,
                 depth=depth,
                 num_samples=num_samples,

@@ -13,6 +13,12 @@ DatasetOption = Annotated[
         "this machine, else digits]"
     ),
 ]
+NetworkOption = Annotated[
+    str,
+    typer.Option(
+        help="mlp, conv-flatten (the readout sees every position) or conv-average (their mean)"
+    ),
+]
 ActivationOption = Annotated[
     str, typer.Option(help="relu, tanh, erf, gelu, leaky_relu or identity")
 ]

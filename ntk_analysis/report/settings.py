@@ -46,10 +46,10 @@ class ReportSettings:
     checks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if len(set(self.training.widths)) > 1:
-            raise ValueError(
-                f"a report needs hidden widths that are equal, got {self.training.widths}"
-            )
+        widths = self.training.widths
+        assert widths is not None
+        if len(set(widths)) > 1:
+            raise ValueError(f"a report needs hidden widths that are equal, got {widths}")
 
     @classmethod
     def standard(cls, dataset: str | None = None, seed: int = 0) -> ReportSettings:
@@ -90,10 +90,12 @@ class ReportSettings:
     def network(self) -> IsotropySettings:
         """The isotropy of the network that is trained, at initialisation and zero damping."""
         training = self.training
+        assert training.widths is not None
         sweep = SweepSettings(
             "width",
             training.widths[:1],
             (training.seed,),
+            network=training.network,
             depth=len(training.widths) + 1,
             num_samples=int(training.num_train or 0),
             activation=training.activation,

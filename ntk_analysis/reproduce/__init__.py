@@ -11,7 +11,7 @@ from ntk_analysis.reproduce.registry import (
     registered,
 )
 
-PAPERS = ("karakida_osawa", "bernacchia", "kerekes", "van_oostrum")
+PAPERS = ("karakida_osawa", "bernacchia", "kerekes", "van_oostrum", "natgrad")
 """Packages in here, each with ``MODULES``, which hold its checks, and ``ORDER``, that of its paper.
 
 An entry of ``ORDER`` stands for every identifier that begins with it.

@@ -51,7 +51,7 @@ def test_mnist_is_skipped_with_its_reason_where_files_are_absent(tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("NATGRAD_BENCH_PROFILE", "fast")
     assert Accuracy().skipped("digits", "exact", 256) is None
-    with pytest.raises(NotImplementedError, match=r"files of MNIST are not there; .*NATGRAD"):
+    with pytest.raises(NotImplementedError, match=r"files of mnist are not there; .*NATGRAD"):
         Accuracy().setup(str(tmp_path), "mnist", "exact", 256, 1)
     assert "5 s a step" in Accuracy().skipped("mnist", "unit-wise", 256)
     monkeypatch.setenv("NATGRAD_BENCH_PROFILE", "regular")

@@ -10,6 +10,7 @@ from flax import nnx
 
 import natgrad_flax as ng
 from natgrad_flax import checks
+from natgrad_flax.sizes_of_signals import check_signals_fit
 
 MODEL = ng.MLP((5, 8, 8, 2), rngs=nnx.Rngs(0))
 X = jax.random.normal(jax.random.key(0), (4, 5))
@@ -66,6 +67,156 @@ CASES = {
         "2 x 2 but the network has 3 layers",
     ),
 }
+
+
+class Words(nnx.Module):
+    """Embedded numbers, a normalisation, dropout, and a layer that is not always used."""
+
+    def __init__(self, rows=7, spare=False, use_running_average=None):
+        rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
+        self.embedding = nnx.Embed(rows, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.readout = nnx.Linear(4, 2, rngs=rngs)
+        self.spare = nnx.Linear(4, 2, rngs=rngs) if spare else None
+        self.use_running_average = use_running_average
+
+    def __call__(self, x):
+        x = self.norm(self.embedding(x).mean(1), use_running_average=self.use_running_average)
+        return self.readout(self.drop(x))
+
+
+def words(train=False, **settings):
+    model = Words(**settings)
+    return model if train else nnx.view(model, deterministic=True, use_running_average=True)
+
+
+IDS = jnp.asarray([[0, 1, -1], [2, 2, 6], [3, 4, 5], [6, 0, 0]])
+IMAGES = {
+    "model": ng.ConvNet((4, 4, 1), (2,), 2, strides=1, rngs=nnx.Rngs(0)),
+    "x": jnp.ones((4, 4, 4, 1)),
+}
+
+
+def on_words(**settings):
+    return {"x": IDS, "model": partial(words, **settings)}
+
+
+LAYER_CASES = {
+    "images of another shape": (
+        {**IMAGES, "x": jnp.ones((4, 4, 5, 1))},
+        ValueError,
+        r"images of shape \(N, 4, 4, 1\), got x of \(4, 4, 5, 1\)",
+    ),
+    "another number of outputs": (
+        {**IMAGES, "y": jnp.ones((4, 3))},
+        ValueError,
+        r"the model has 2 outputs, but y has shape \(4, 3\)",
+    ),
+    "batch statistics": (
+        on_words(train=True),
+        ValueError,
+        r"BatchNorm at norm is in training mode: .* no Fisher, of its own. .* model.eval\(\)",
+    ),
+    "batch statistics on demand": (
+        on_words(use_running_average=False),
+        ValueError,
+        "BatchNorm at norm is called with its statistics open",
+    ),
+    "dropout": (
+        on_words(train=True, use_running_average=True),
+        ValueError,
+        r"depend on the random numbers of drop: .* deterministic=True",
+    ),
+    "a parameter that is not used": (
+        on_words(spare=True),
+        ValueError,
+        r"do not depend on the parameter spare\.\w+: leave it out with wrt=",
+    ),
+    "a filter that chooses nothing": (
+        {**on_words(), "wrt": nnx.LoRAParam},
+        ValueError,
+        "Words has no parameters for wrt=",
+    ),
+    "no filter": ({**on_words(), "wrt": 3}, TypeError, "wrt must be a filter of flax.*got 3"),
+    "a filter that chooses integers": (
+        {**on_words(), "wrt": nnx.Any(nnx.Param, nnx.RngCount)},
+        TypeError,
+        r"chooses drop\.rngs\.count of dtype uint32",
+    ),
+    "complex inputs": ({**on_words(), "x": IDS * 1j}, TypeError, "dtype complex64"),
+}
+
+
+@pytest.mark.parametrize("name", LAYER_CASES)
+def test_models_and_batches(name):
+    changes, error, message = LAYER_CASES[name]
+    arguments = {"y": Y, **GOOD, **changes}
+    model = arguments.pop("model")
+    model = model() if isinstance(model, partial) else model
+    with pytest.raises(error, match=message):
+        ng.natural_gradient(model, arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+def test_integers_are_inputs_of_an_embedding():
+    """Also negative ones, which count from the end; a spare layer is left out by wrt."""
+    model = words(spare=True)
+    wrt = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("spare")))
+    update = ng.natural_gradient(model, IDS, Y, **GOOD, wrt=wrt)
+    wrapped = ng.natural_gradient(model, jnp.where(IDS < 0, IDS + 7, IDS), Y, **GOOD, wrt=wrt)
+    assert set(update) == {"embedding", "norm", "readout"}
+    for a, b in zip(jax.tree.leaves(update), jax.tree.leaves(wrapped), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class Large(nnx.Module):
+    """Numbers to 16 embedded tokens, an affine layer on them, and a gain of every entry."""
+
+    def __init__(self, rows, units, gains):
+        self.words = nnx.Embed(rows, 16, rngs=nnx.Rngs(0))
+        self.tokens = nnx.Linear(16, units, rngs=nnx.Rngs(0))
+        self.gains = nnx.Param(jnp.ones((gains, 16, units)))
+
+    def __call__(self, x):
+        return (self.tokens(self.words(x)) * self.gains[...].sum(0)).sum(1)[:, :2]
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("sizes", "structure", "message"),
+    [
+        (
+            (2, 8, 1000),
+            ng.KFAC(),
+            r"the explicit Jacobian block of gains at the root, N S P = 20000 x 2 x 128000, need "
+            r"19\.1 GiB of the .* GiB of all signals, and the device has 10\.0 GiB",
+        ),
+        (
+            (2, 4096, 1),
+            ng.UnitWise(),
+            r"per-sample Jacobians of tokens \(N S P = 20000 x 2 x 69632\), or pairs of .* need",
+        ),
+        (
+            (40_000, 8, 1),
+            ng.KFAC(),
+            r"the inputs and derivatives of words, \(20000, 16, 1, 40000\) and .* 47\.",
+        ),
+    ],
+)
+def test_signals_that_cannot_fit(sizes, structure, message, monkeypatch):
+    monkeypatch.setattr(checks, "available_memory", lambda: 10 * GIB)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Large(*sizes)))
+    signals = jax.eval_shape(
+        lambda state, x: ng.jacobian_signals(nnx.merge(graphdef, state), x),
+        state,
+        jax.ShapeDtypeStruct((20_000, 16), jnp.int32),
+    )
+    with pytest.raises(ValueError, match=message):
+        check_signals_fit(structure, signals)
+    monkeypatch.setattr(checks, "available_memory", lambda: 10**4 * GIB)
+    check_signals_fit(structure, signals)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -138,7 +138,7 @@ def _forget_compiled_programs():
 @pytest.mark.usefixtures("x64")
 class TestAgainstDense:
     @pytest.mark.parametrize("name", STRUCTURES)
-    @hypothesis_settings(max_examples=7)
+    @hypothesis_settings(max_examples=4)
     @given(data=st.data())
     def test_damped(self, name, data):
         problem = data.draw(problems())
@@ -146,7 +146,7 @@ class TestAgainstDense:
         check(STRUCTURES[name], problem, space, data.draw(st.sampled_from([1e-3, 0.3])))
 
     @pytest.mark.parametrize("name", STRUCTURES)
-    @hypothesis_settings(max_examples=5)
+    @hypothesis_settings(max_examples=3)
     @given(data=st.data())
     def test_undamped(self, name, data):
         problem = data.draw(problems())
@@ -155,7 +155,7 @@ class TestAgainstDense:
 
     @pytest.mark.parametrize("fisher", ["mc", "empirical"])
     @pytest.mark.parametrize("name", STRUCTURES)
-    @hypothesis_settings(max_examples=3)
+    @hypothesis_settings(max_examples=2)
     @given(data=st.data())
     def test_other_fishers(self, name, fisher, data):
         problem = data.draw(problems())

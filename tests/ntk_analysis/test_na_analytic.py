@@ -180,9 +180,9 @@ def test_width_parameters_and_outputs_do_not_matter_and_precision_stays():
 
 def test_bad_input(monkeypatch, tmp_path):
     model, x = make_model(), make_inputs(4)
-    with pytest.raises(ValueError, match=r"parts must be some of .* got \('kernel',\)"):
+    with pytest.raises(ValueError, match=r"parts of an MLP must be some of .* got \('kernel',\)"):
         analytic_kernels(model, x, parts=("kernel",))
-    with pytest.raises(ValueError, match="parts must be some of"):
+    with pytest.raises(ValueError, match="parts of an MLP must be some of"):
         analytic_kernels(model, x, parts=())
     with pytest.raises(TypeError, match="Linear has no infinite-width twin"):
         analytic_kernels(nnx.Linear(INPUTS, 1, rngs=nnx.Rngs(0)), x)

@@ -238,7 +238,7 @@ def test_spectra_and_costs_of_one_network(swept):
     assert sum("eigenvalues" in row for row in rows.values()) == 8
     point = SweepSettings("width", (32,), width=32, num_samples=10, num_inputs=12)
     x = point.inputs(0)
-    model = point.model(12, 0)
+    model = point.model((12,), 0)
     for name, structure in (("gd", na.GradientDescent()), ("unit-wise", ng.UnitWise())):
         row = rows[f"{name}, width 32, seed 0"]
         np.testing.assert_allclose(
@@ -309,7 +309,7 @@ def test_analytic_kernels_with_damping(tmp_path):
     point = SweepSettings("damping", (0.001,), seeds=(3,), num_samples=8)
     x = point.inputs(3)
     found = na.isotropy(
-        ng.BlockDiagonal(), point.model(100, 3), x, damping=1e-3, kernels="analytic"
+        ng.BlockDiagonal(), point.model((100,), 3), x, damping=1e-3, kernels="analytic"
     )
     row = rows["block-diagonal, damping 0.001, seed 3"]
     assert row["condition_number"] == pytest.approx(found.condition_number)

@@ -291,6 +291,25 @@ def test_figures_of_van_oostrum_from_their_checks(identifier, tmp_path):
         assert pytest.approx(vector, abs=1e-12) in [list(pair) for pair in drawn]
 
 
+def test_figures_of_our_own_results():
+    channels = [16, 64]
+    first = {
+        "channels": channels,
+        "whole": {name: [0.2, 0.1] for name in ("Exact", "BlockDiagonal", "KFAC", "UnitWise")},
+        "first_layer": {"KFAC": [0.5, 0.4], "UnitWise": [0.3, 0.2]},
+    }
+    left, right = DRAWINGS["NG-Conv-First"](first).axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[0.2, 0.1]] * 2
+    assert [list(line.get_ydata()) for line in right.lines] == [[0.5, 0.4], [0.3, 0.2]]
+    run = {"gradient_descent": [0.1, 0.05], "condition_number": 337.04}
+    (axis,) = DRAWINGS["NG-Conv-Digits"]({"networks": {"mlp": run, "conv-average": run}}).axes
+    assert "condition number 337" in axis.get_legend().get_texts()[0].get_text()
+    losses = {"Exact": [[0.1, 0.01], [0.1, 0.001]]}
+    data = {"widths": {"mlp": [4, 8]}, "losses": {"mlp": losses}}
+    (axis,) = DRAWINGS["NG-Conv-Training"](data).axes
+    assert [list(line.get_ydata()) for line in axis.lines] == losses["Exact"]
+
+
 # ----- the commands
 
 

@@ -49,7 +49,7 @@ def test_rows_are_isotropy_reports():
     for row in (table.iloc[7], table.iloc[10]):
         here = settings.at(int(row["width"]))
         seed = int(row["seed"])
-        found = isotropy(STRUCTURES[row["structure"]], here.model(6, seed), here.inputs(seed))
+        found = isotropy(STRUCTURES[row["structure"]], here.model((6,), seed), here.inputs(seed))
         assert row["structure"] == "bd"
         for name in COLUMNS[:4]:
             np.testing.assert_allclose(row[name], getattr(found, name), rtol=1e-7, atol=1e-9)
@@ -87,7 +87,7 @@ def test_damping_sweeps_share_one_network(monkeypatch):
     alphas = table[table["structure"] == "bd"]["alpha"].to_numpy()
     np.testing.assert_allclose(alphas[0], 3, rtol=1e-8)
     assert alphas[0] > alphas[1] > alphas[2]
-    model, x = settings.model(6, 0), settings.inputs(0)
+    model, x = settings.model((6,), 0), settings.inputs(0)
     direct = isotropy(ng.BlockDiagonal(), model, x, ng.RelativeDamping(1.0))
     np.testing.assert_allclose(alphas[2], direct.alpha, rtol=1e-7)
 

@@ -10,13 +10,14 @@ from flax import nnx
 from scipy import special, stats
 
 import natgrad_flax as ng
+from ntk_analysis.activation_kernels import ACTIVATION_KERNELS, HERMITE_TERMS
 from ntk_analysis.analytic import analytic_kernels
 from ntk_analysis.reproduce.karakida_osawa.kernels import (
     erf_expectations,
     reference_kernels,
     relu_expectations,
 )
-from ntk_analysis.twin import _KERNELS, HERMITE_TERMS, infinite_width_twin
+from ntk_analysis.twin import infinite_width_twin
 
 INPUTS = 5
 SLOPE = 0.01
@@ -77,7 +78,7 @@ EXPECTATIONS = {
 
 
 def test_every_activation_of_the_models_has_a_kernel_and_a_reference_here():
-    assert set(_KERNELS) == set(EXPECTATIONS) == set(ng.activations.ACTIVATIONS)
+    assert set(ACTIVATION_KERNELS) == set(EXPECTATIONS) == set(ng.activations.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("activation", EXPECTATIONS)

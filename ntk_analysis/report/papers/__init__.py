@@ -9,7 +9,7 @@ FOLDER = "papers"
 
 
 class Paper(NamedTuple):
-    """A paper whose claims are checks.
+    """A paper whose claims are checks, or results of the project that are no paper.
 
     Attributes:
       prefix: what the identifiers of its checks begin with.
@@ -18,6 +18,7 @@ class Paper(NamedTuple):
       year: of publication.
       title: as printed.
       venue: where it appeared.
+      own: whether these are results of this project.
     """
 
     prefix: str
@@ -26,6 +27,7 @@ class Paper(NamedTuple):
     year: int
     title: str
     venue: str
+    own: bool = False
 
     @property
     def citation(self) -> str:
@@ -66,6 +68,15 @@ PAPERS = {
         2022,
         "Invariance properties of the natural gradient in overparametrised systems",
         "Information Geometry",
+    ),
+    "natgrad": Paper(
+        "NG",
+        "Our own results",
+        "The natgrad project",
+        2026,
+        "Which Fisher approximations of convolutional networks are isotropic",
+        "A result of this project",
+        own=True,
     ),
 }
 """By the name of the package of its checks, which is that of its page, too."""

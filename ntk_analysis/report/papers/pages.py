@@ -22,6 +22,7 @@ from ntk_analysis.report.papers import (
     karakida_osawa,
     kerekes_large,
     kerekes_small,
+    natgrad,
     paper_of,
     van_oostrum,
 )
@@ -40,6 +41,7 @@ DRAWINGS: dict[str, Drawing] = {
     **kerekes_small.DRAWINGS,
     **kerekes_large.DRAWINGS,
     **van_oostrum.DRAWINGS,
+    **natgrad.DRAWINGS,
 }
 """How the figure of a check is drawn from its data, by identifier."""
 

@@ -15,6 +15,7 @@ import natgrad_flax as ng
 from natgrad_flax import linear
 from natgrad_flax.linear.deep_linear import gradient, natural_gradient
 from natgrad_flax.linear.deep_linear_fisher import fisher, fisher_block
+from natgrad_flax.structures.base import dense_layer
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.reproduce.bernacchia.common import (
     BOTTLENECK,
@@ -181,7 +182,7 @@ def _sampled_errors(problem: Problem, x: Matrix, seed: int) -> list[float]:
         fisher="mc",
         key=jax.random.key(seed),
     )
-    errors = [np.asarray(layer.flat_derivatives()) for layer in signals.layers]
+    errors = [np.asarray(dense_layer(layer).flat_derivatives()) for layer in signals.layers]
     return [distance(e.T @ e / len(x), b @ b.T) for e, b in zip(errors, problem.after, strict=True)]
 
 

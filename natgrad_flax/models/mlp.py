@@ -1,4 +1,4 @@
-"""Networks built of the layers in NTK parametrisation."""
+"""Fully connected networks of layers in NTK parametrisation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax import Array
 
 from natgrad_flax.activations import get_activation
 from natgrad_flax.layers import Dense
+from natgrad_flax.sizes import check_variances, size_tuple
 
 
 class MLP(nnx.Module):
@@ -42,16 +43,10 @@ class MLP(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        widths = tuple(widths)
-        if len(widths) < 2 or not all(
-            isinstance(m, int) and not isinstance(m, bool) and m > 0 for m in widths
-        ):
-            raise ValueError(
-                "widths must be at least two positive integers (inputs, hidden layers, outputs), "
-                f"got {widths}"
-            )
+        what = "at least two positive integers (inputs, hidden layers, outputs)"
+        self.widths = size_tuple("widths", tuple(widths), what, minimum=2)
         get_activation(activation)
-        self.widths = widths
+        check_variances(weight_variance, bias_variance)
         self.activation = activation
         self.weight_variance = float(weight_variance)
         self.bias_variance = float(bias_variance)
@@ -64,7 +59,7 @@ class MLP(nnx.Module):
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
-            for fan_in, fan_out in itertools.pairwise(widths)
+            for fan_in, fan_out in itertools.pairwise(self.widths)
         )
 
     @property

@@ -1,0 +1,314 @@
+"""Moving averages of the statistics of a structure, and inverses that are renewed now and then.
+
+An average s_t = decay s_{t-1} + (1 - decay) new starts at zero, so it is divided by 1 - decay^t
+(Kingma & Ba 2015, Section 3). What is kept is that quotient itself:
+s_t / (1 - decay^t) = (1 - w_t) (its predecessor) + w_t new, with w_t = (1 - decay) / (1 - decay^t).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from natgrad_flax.capture import jacobian_signals
+from natgrad_flax.checks import check_integer, check_number
+from natgrad_flax.damping import RelativeDamping
+from natgrad_flax.fisher import FisherKind, part_signals, sampler
+from natgrad_flax.gradient import loss_gradient
+from natgrad_flax.losses import Loss
+from natgrad_flax.parts import in_parts
+from natgrad_flax.signals import LayerUpdate, Signals, layer_updates
+from natgrad_flax.structures import AveragedStructure, Moments
+from natgrad_flax.structures.base import gradient as gradient_of
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """How a structure's statistics are averaged over batches, and how often they are renewed.
+
+    A step at which nothing is renewed costs one gradient and the products with the inverses that
+    are kept; a changed damping counts from the next renewal on. EKFAC's scaling is averaged in the
+    basis of its time, and enters the inverse at once; when the basis is renewed (every
+    ``inverse_every`` steps) that average starts anew with the batch of this step (George et al.
+    2018, Algorithm 1, which renews the basis by one batch, too, but here from averaged factors).
+
+    Args:
+      decay: weight of the past at a renewal, at least 0 and below 1.
+      every: steps from one renewal of the statistics to the next.
+      inverse_every: steps from one renewal of inverses and eigenbases to the next, a multiple of
+        ``every``; None means the same.
+
+    Raises:
+      ValueError: a number is out of range, or ``inverse_every`` no multiple of ``every``.
+    """
+
+    decay: float = 0.95
+    every: int = 1
+    inverse_every: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("decay", self.decay, positive=False)
+        if self.decay >= 1:
+            raise ValueError(f"decay must be below 1, got {self.decay!r}")
+        check_integer("every", self.every, 1)
+        if self.inverse_every is not None:
+            check_integer("inverse_every", self.inverse_every, 1)
+            if self.inverse_every % self.every:
+                raise ValueError(
+                    f"inverse_every must be a multiple of every, got {self.inverse_every} and "
+                    f"{self.every}: inverses are renewed when statistics are"
+                )
+
+    def weight(self, count: Array, dtype: Any) -> Array:
+        """w_t of the t-th renewal, shape ()."""
+        past = jnp.asarray(self.decay, dtype)
+        return (1 - past) / (1 - past ** count.astype(dtype))
+
+    def mix(self, average: Any, new: Any, count: Array) -> Any:
+        """The average after the renewal of this number, 1 for the first."""
+
+        def one(old: Array, now: Array) -> Array:
+            weight = self.weight(count, old.dtype)
+            # the first has nothing before it, and rounding would remain of it
+            return jnp.where(count == 1, now, old + weight * (now - old)).astype(old.dtype)
+
+        return jax.tree.map(one, average, new)
+
+
+class Averages(NamedTuple):
+    """What is kept from step to step.
+
+    Attributes:
+      renewals: of the factors so far, shape ().
+      turns: renewals of what is averaged in the present basis, shape ().
+      moments: averages, corrected for their start.
+      inverse: what ``AveragedStructure.apply`` needs.
+    """
+
+    renewals: Array
+    turns: Array
+    moments: Moments
+    inverse: Any
+
+
+def check_average(average: object, structure: object, example: object) -> None:
+    """Raises TypeError or ValueError where a moving average does not serve.
+
+    Raises:
+      TypeError: no ``MovingAverage``; a structure that is no function of means; no example.
+      ValueError: an example without an average.
+    """
+    if average is None:
+        if example is not None:
+            raise ValueError("example= is for average=ng.MovingAverage(...) only")
+        return
+    if not isinstance(average, MovingAverage):
+        raise TypeError(f"average must be an ng.MovingAverage, got {average!r}")
+    if not isinstance(structure, AveragedStructure):
+        raise TypeError(
+            "average= needs a structure that means over samples make up: ng.KFAC(), ng.EKFAC(), "
+            f"ng.Diagonal() or ng.QuasiDiagonal(); {getattr(structure, 'name', structure)} solves "
+            "each batch by itself, for which ng.Exact() and ng.BlockDiagonal() take momentum="
+        )
+    if (
+        not isinstance(example, tuple)
+        or len(example) != 2
+        or not isinstance(example[0], nnx.Module)
+        or not hasattr(example[1], "shape")
+        or not hasattr(example[1], "dtype")
+    ):
+        raise TypeError(
+            "average= keeps arrays whose shapes the model decides: pass example=(model, x) with "
+            "the model and a batch of inputs, or the shape of one as jax.ShapeDtypeStruct"
+        )
+
+
+def empty_averages(
+    structure: AveragedStructure, model: nnx.Module, x: Any, wrt: Any
+) -> Callable[[], Averages]:
+    """A function that makes averages of nothing, with the shapes that a model gives them.
+
+    Args:
+      structure: the Fisher approximation.
+      model: of which only shapes are looked at.
+      x: inputs (N, ...), or their shape and dtype.
+      wrt: filter of the parameters.
+    """
+    graphdef, state = nnx.split(model)
+
+    def moments(state: Any, x: Array) -> tuple[Moments, Any]:
+        signals = jacobian_signals(nnx.merge(graphdef, state), x, wrt)
+        found = Moments(structure.statistics(signals))
+        if structure.has_basis:
+            basis = structure.basis(found.factors)
+            found = Moments(found.factors, basis, structure.rotated(signals, basis))
+        return found, structure.invert(found, jnp.ones((), signals.outputs.dtype), len(x))
+
+    inputs = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    shapes, inverse = jax.eval_shape(moments, state, inputs)
+
+    def empty() -> Averages:
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, inverse))
+        return Averages(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start)
+
+    return empty
+
+
+@dataclass(frozen=True)
+class AveragedStep:
+    """One step with averaged statistics, of given settings.
+
+    Attributes:
+      average: decay and intervals.
+      structure: the Fisher approximation.
+      loss: the loss.
+      fisher: which Fisher.
+      mc_samples: drawn targets a sample, for "mc".
+      wrt: filter of the parameters.
+      microbatches: parts of a batch.
+    """
+
+    average: MovingAverage
+    structure: AveragedStructure
+    loss: Loss
+    fisher: FisherKind
+    mc_samples: int
+    wrt: Any
+    microbatches: int
+
+    def __call__(
+        self,
+        model: nnx.Module,
+        x: Array,
+        y: Array,
+        shapes: Signals,
+        kept: Averages,
+        steps: Array,
+        damping: Any,
+        key: Array,
+        fisher_x: Array | None,
+        fisher_y: Array | None,
+    ) -> tuple[tuple[LayerUpdate, ...], tuple[LayerUpdate, ...], Array, Averages]:
+        """The natural gradient, the gradient, the outputs at x, and what is kept.
+
+        Args:
+          model: the model.
+          x: inputs, shape (N, ...).
+          y: targets, shape (N, C).
+          shapes: signals of this batch, or their shapes.
+          kept: of the step before.
+          steps: taken before this one.
+          damping: a number, or relative.
+          key: draws targets.
+          fisher_x: inputs of the Fisher, None for x.
+          fisher_y: their targets, for "empirical".
+        """
+
+        def gradient() -> tuple[tuple[LayerUpdate, ...], Array]:
+            found, outputs = loss_gradient(
+                model, x, y, loss=self.loss, wrt=self.wrt, microbatches=self.microbatches
+            )
+            return layer_updates(shapes.layers, found), outputs
+
+        batch = (x, y) if fisher_x is None else (fisher_x, fisher_y)
+        if self.average.every == 1 and fisher_x is None:
+            slope, outputs, kept = self._renew(model, batch, True, kept, steps, damping, key)
+            return self.structure.apply(kept.inverse, slope), slope, outputs, kept
+
+        def renewed() -> Averages:
+            return self._renew(model, batch, False, kept, steps, damping, key)[2]
+
+        # not in the branch that renews nothing: within branches and loops XLA's CPU compiler has
+        # no fast convolution
+        slope, outputs = gradient()
+        kept = self._at(steps, self.average.every, renewed, lambda: kept)
+        return self.structure.apply(kept.inverse, slope), slope, outputs, kept
+
+    def _at(self, steps: Array, every: int, due: Callable[[], Any], held: Callable[[], Any]) -> Any:
+        """One of two results, by whether this step is a multiple of an interval."""
+        if every == 1:
+            return due()
+        shapes = jax.eval_shape(held)
+
+        def cast() -> Any:
+            return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), due(), shapes)
+
+        return jax.lax.cond(steps % every == 0, cast, held)
+
+    def _renew(
+        self,
+        model: nnx.Module,
+        batch: tuple[Array, Array | None],
+        own: bool,
+        kept: Averages,
+        steps: Array,
+        damping: Any,
+        key: Array,
+    ) -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
+        """The gradient (if the batch is its own) and the outputs of a batch, and what is kept."""
+        structure, average, size = self.structure, self.average, len(batch[0])
+        arrays = tuple(array for array in batch if array is not None)
+        draw = sampler(self.loss, key, self.mc_samples, size)
+        settings = {"loss": self.loss, "fisher": self.fisher, "draw": draw, "wrt": self.wrt}
+
+        def first_pass(first: Any, x: Array, y: Array | None = None) -> tuple[Any, Any]:
+            signals, residual = part_signals(model, x, y, first, **settings)
+            slope: Any = ()
+            if own:
+                assert residual is not None
+                slope = gradient_of(signals, residual)
+            one_part = self.microbatches == 1
+            return (structure.statistics(signals), slope), (
+                signals.outputs,
+                signals if one_part else (),
+            )
+
+        (new, slope), (outputs, signals) = in_parts(first_pass, arrays, self.microbatches)
+        count = kept.renewals + 1
+        factors = average.mix(kept.moments.factors, new, count)
+
+        def rotated(basis: Any) -> Any:
+            if self.microbatches == 1:
+                return structure.rotated(signals, basis)
+
+            def second_pass(first: Any, x: Array, y: Array | None = None) -> tuple[Any, tuple[()]]:
+                part, _ = part_signals(model, x, y, first, **settings)
+                return structure.rotated(part, basis), ()
+
+            return in_parts(second_pass, arrays, self.microbatches)[0]
+
+        def fresh() -> tuple[Any, Any, Array]:
+            basis = structure.basis(factors)
+            return basis, rotated(basis), jnp.ones((), jnp.int32)
+
+        def same() -> tuple[Any, Any, Array]:
+            turns = kept.turns + 1
+            moments = kept.moments
+            return (
+                moments.basis,
+                average.mix(moments.rotated, rotated(moments.basis), turns),
+                turns,
+            )
+
+        interval = average.inverse_every or average.every
+        basis, turned, turns = kept.moments.basis, kept.moments.rotated, kept.turns
+        if structure.has_basis:
+            always = 1 if interval == average.every else interval
+            basis, turned, turns = self._at(steps, always, fresh, same)
+        moments = Moments(factors, basis, turned)
+
+        def inverted() -> Any:
+            rho = damping
+            if isinstance(damping, RelativeDamping):
+                rho = damping.ratio * structure.scale_of(moments, size)
+            return structure.invert(moments, rho, size)
+
+        always = 1 if structure.cheap_inverse or interval == average.every else interval
+        inverse = self._at(steps, always, inverted, lambda: kept.inverse)
+        return slope, outputs, Averages(count, turns, moments, inverse)

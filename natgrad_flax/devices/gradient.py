@@ -1,0 +1,287 @@
+"""The natural gradient of a batch that lies on several devices."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh, Sharding
+
+from natgrad_flax.capture import Path
+from natgrad_flax.checks import (
+    check_batch,
+    check_fisher_batch,
+    check_microbatches,
+    check_settings,
+    is_concrete,
+)
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
+from natgrad_flax.devices.linear_solve import Solution
+from natgrad_flax.devices.passes import over_devices
+from natgrad_flax.devices.placement import (
+    Placement,
+    check_automatic,
+    check_divisible,
+    local_model,
+    local_part,
+    on_mesh,
+)
+from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
+from natgrad_flax.fisher import FisherKind, part_signals, sampler
+from natgrad_flax.gradient import Damping, as_state, by_path, resolve_damping
+from natgrad_flax.losses import Loss
+from natgrad_flax.preparation import prepare
+from natgrad_flax.signals import LayerUpdate, Residual, Signals, layer_updates, named_updates
+from natgrad_flax.structures import Structure
+
+
+class UnsolvedError(RuntimeError):
+    """A system with sharded rows was not solved: not definite, or the tolerance not reached."""
+
+
+def sharded_natural_gradient(
+    model: nnx.Module,
+    x: Array,
+    y: Array,
+    *,
+    structure: Structure,
+    loss: Loss,
+    mesh: Mesh,
+    axis: str = "data",
+    damping: Damping = 0.0,
+    fisher: FisherKind = "exact",
+    key: Array | None = None,
+    mc_samples: int = 1,
+    wrt: Any = nnx.Param,
+    fisher_x: Array | None = None,
+    fisher_y: Array | None = None,
+    microbatches: int = 1,
+    solver: SolverName = "auto",
+    tolerance: float = 1e-6,
+    max_iterations: int = 1000,
+) -> nnx.State:
+    """``natural_gradient`` with the batch sharded over one axis of a mesh.
+
+    The result is that of one device, to rounding: targets of a Monte-Carlo Fisher are the same,
+    too. Each device runs the model on its own samples; what follows is partitioned as ``Sharded``
+    says. Parameters may be sharded over other axes of the mesh; each update lies where its
+    parameter does. It works eagerly and inside ``jax.jit``, on one process and on several; on
+    several, ``x`` and ``y`` come from ``shard_batch``, and every process makes the same call.
+
+    Args:
+      model: the model; parameters that are not on the mesh are copied to all of its devices.
+      x: inputs, shape (N, ...), on the mesh or not.
+      y: targets, shape (N, C).
+      structure: the Fisher approximation.
+      loss: the loss.
+      mesh: the devices.
+      axis: the mesh axis over which samples are sharded; its size must divide N.
+      damping: as in ``natural_gradient``.
+      fisher: as in ``natural_gradient``.
+      key: as in ``natural_gradient``.
+      mc_samples: as in ``natural_gradient``.
+      wrt: as in ``natural_gradient``.
+      fisher_x: as in ``natural_gradient``, sharded like x.
+      fisher_y: as in ``natural_gradient``.
+      microbatches: parts of each device's samples, one after the other.
+      solver: as in ``Sharded``.
+      tolerance: as in ``Sharded``.
+      max_iterations: as in ``Sharded``.
+
+    Returns:
+      The update with the tree of ``nnx.state(model, wrt)``.
+
+    Raises:
+      ValueError, TypeError: before any work, as ``natural_gradient`` and ``Sharded``; a batch that
+        cannot be dealt out, or a structure that this solver does not serve.
+      UnsolvedError: a system with sharded rows is not positive definite, or conjugate gradients end
+        above the tolerance. Inside ``jax.jit`` the update is NaN instead.
+    """
+    sharded = Sharded(structure, mesh, axis, solver, tolerance, max_iterations)
+    placement = sharded.placement
+    check_automatic(x, y)
+    check_settings(structure, loss, fisher, damping, mc_samples)
+    if callable(damping) or isinstance(damping, LevenbergMarquardt):
+        raise TypeError("a single gradient needs one damping: a number or an ng.RelativeDamping")
+    if fisher == "mc" and key is None:
+        raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
+    here = local_model(model)
+    seen = check_batch(here, local_part(x), local_part(y), loss)
+    check_fisher_batch(here, fisher, *seen, local_part(fisher_x), local_part(fisher_y))
+    for batch in (x, fisher_x):
+        if batch is not None:
+            check_divisible(placement, np.shape(batch)[0])
+            check_microbatches(microbatches, jnp.zeros(np.shape(batch)[0] // placement.size))
+    graphdef, state = nnx.split(model)
+    moved = on_mesh(placement, state, placement.whole)
+    at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
+    inputs, targets = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(np.shape(array), jnp.result_type(array)), at
+    )
+    on_devices = nnx.merge(graphdef, moved)
+    prepare(sharded, on_devices, inputs, targets, loss, fisher, mc_samples, damping, wrt)
+    static: float | RelativeDamping | None = None
+    if isinstance(damping, RelativeDamping):
+        static = damping
+    elif is_concrete(damping) and np.ndim(damping) == 0 and damping == 0:
+        static = 0.0
+    updates, solution = _compiled(
+        moved,
+        on_mesh(placement, (x, y, fisher_x, fisher_y), placement.rows),
+        on_mesh(
+            placement, (None if static is not None else jnp.asarray(damping), key), placement.whole
+        ),
+        graphdef=graphdef,
+        structure=sharded,
+        loss=loss,
+        fisher=fisher,
+        mc_samples=mc_samples,
+        static_damping=static,
+        wrt=wrt,
+        microbatches=microbatches,
+        shardings=_shardings(moved),
+    )
+    solved = solution is None or not is_concrete(solution.converged) or solution.converged
+    if not bool(solved):
+        raise UnsolvedError(_why(solution, sharded))
+    return as_state(nnx.state(model, wrt), updates)
+
+
+def compute_on_devices(
+    model: nnx.Module,
+    x: Array,
+    y: Array,
+    *,
+    structure: Sharded,
+    loss: Loss,
+    damping: Damping,
+    fisher: FisherKind,
+    key: Array | None,
+    mc_samples: int,
+    wrt: Any,
+    fisher_x: Array | None,
+    fisher_y: Array | None,
+    microbatches: int,
+) -> tuple[tuple[LayerUpdate, ...], Signals, Solution | None]:
+    """The natural gradient layer by layer, without checks; to be traced.
+
+    The arguments are those of ``sharded_natural_gradient``.
+
+    Returns:
+      The updates, the signals of the Fisher, and how the solves with sharded rows went.
+    """
+    placement = structure.placement
+    passes: dict[str, Any] = {"loss": loss, "fisher": fisher, "wrt": wrt}
+    at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
+    draw = sampler(loss, key, mc_samples, len(at[0]))
+
+    def run(first: Array | int, x: Array, y: Array | None = None) -> tuple[tuple[()], Any]:
+        return (), part_signals(model, x, y, first, draw=draw, **passes)
+
+    given = tuple(array for array in at if array is not None)
+    _, (signals, residual) = over_devices(run, given, microbatches, placement)
+    right: Residual | tuple[LayerUpdate, ...] = residual
+    if fisher_x is not None:
+        slope = _loss_gradient(model, x, y, loss, wrt, microbatches, placement)
+        right = layer_updates(signals.layers, slope)
+    rho = resolve_damping(structure, signals, damping)
+    solved, solution = structure.solve_and_report(signals, right, rho)
+    return or_nan(solved, solution), signals, solution
+
+
+def _loss_gradient(
+    model: nnx.Module,
+    x: Array,
+    y: Array,
+    loss: Loss,
+    wrt: Any,
+    microbatches: int,
+    placement: Placement,
+) -> dict[Path, Array]:
+    """J^T r / N by the paths of the parameters, each device with its own samples."""
+    split: Any = nnx.split(model, wrt, ...)
+    graphdef, chosen, rest = split
+
+    def run(first: Array | int, x: Array, y: Array) -> tuple[dict[Path, Array], tuple[()]]:
+        del first
+        outputs, backward = jax.vjp(lambda state: nnx.merge(graphdef, state, rest)(x), chosen)
+        (gradient,) = backward(loss.residual(outputs, y) / len(x))
+        return by_path(gradient), ()
+
+    return over_devices(run, (x, y), microbatches, placement)[0]
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        *("graphdef", "structure", "loss", "fisher", "mc_samples", "static_damping", "wrt"),
+        *("microbatches", "shardings"),
+    ),
+)
+def _compiled(
+    state: Any,
+    batches: tuple[Array, Array, Array | None, Array | None],
+    single: tuple[Array | None, Array | None],
+    *,
+    graphdef: Any,
+    structure: Sharded,
+    static_damping: float | RelativeDamping | None,
+    shardings: tuple[tuple[Path, Sharding], ...],
+    **settings: Any,
+) -> tuple[dict[Path, dict[str, Array]], Solution | None]:
+    placement = structure.placement
+    batches = lax.with_sharding_constraint(batches, placement.rows)
+    x, y, fisher_x, fisher_y = batches
+    damping, key = single
+    chosen = static_damping if damping is None else damping
+    assert chosen is not None
+    solved, signals, solution = compute_on_devices(
+        nnx.merge(graphdef, state),
+        x,
+        y,
+        structure=structure,
+        damping=chosen,
+        key=key,
+        fisher_x=fisher_x,
+        fisher_y=fisher_y,
+        **settings,
+    )
+    where = dict(shardings)
+    placed = {
+        path: {
+            name: lax.with_sharding_constraint(leaf, where.get((*path, name), placement.whole))
+            for name, leaf in layer.items()
+        }
+        for path, layer in named_updates(signals.layers, solved).items()
+    }
+    if solution is None:
+        return placed, None
+    report = solution._replace(value=jnp.zeros(()))
+    return placed, lax.with_sharding_constraint(report, placement.whole)
+
+
+def _shardings(state: Any) -> tuple[tuple[Path, Sharding], ...]:
+    """Where concrete parameters lie, by path."""
+    return tuple(
+        (path, leaf.sharding) for path, leaf in by_path(state).items() if is_concrete(leaf)
+    )
+
+
+def _why(solution: Solution, structure: Sharded) -> str:
+    if int(solution.iterations) == 0:
+        return (
+            "a Gram matrix is not positive definite in this precision, so its Cholesky "
+            'factorisation failed: raise the damping, or use solver="replicated", which falls '
+            "back to the pseudo-inverse"
+        )
+    return (
+        f"conjugate gradients ended after {int(solution.iterations)} iterations (at most "
+        f"{structure.max_iterations}) at a relative residual of {float(solution.residual):.2e}, "
+        f"above the tolerance of {structure.tolerance:.2e}: raise the damping, max_iterations or "
+        'the tolerance, or use solver="cholesky"'
+    )

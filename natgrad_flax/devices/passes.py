@@ -1,0 +1,52 @@
+"""The passes through the model, each device with its own samples.
+
+Left to itself XLA partitions products with ease, but not the backward pass of a convolution, whose
+samples and seeds are one axis by then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from natgrad_flax.devices.placement import Placement
+from natgrad_flax.parts import Run, in_parts
+
+
+def over_devices(
+    run: Run, arrays: tuple[Array, ...], parts: int, placement: Placement
+) -> tuple[Any, Any]:
+    """What ``in_parts`` gives, from the parts of all devices at once.
+
+    Args:
+      run: of one part; as in ``in_parts``.
+      arrays: of the batch, the first axis counts N samples and is sharded.
+      parts: how many parts, one after the other, on every device; a divisor of N / k.
+      placement: the devices. Parameters that ``run`` closes over may be sharded over other axes of
+        the mesh, which are left to XLA.
+
+    Returns:
+      The means over all samples, and the arrays with all of them in order, sharded.
+    """
+    axis = placement.axis
+
+    def local(*own: Array) -> tuple[Any, Any]:
+        start = lax.axis_index(axis) * len(own[0])
+
+        def from_start(first: Array | int, *part: Array) -> tuple[Any, Any]:
+            return run(start + first, *part)
+
+        means, rows = in_parts(from_start, own, parts)
+        return jax.tree.map(lambda leaf: lax.pmean(leaf, axis), means), rows
+
+    return jax.shard_map(
+        local,
+        mesh=placement.mesh,
+        in_specs=PartitionSpec(axis),
+        out_specs=(PartitionSpec(), PartitionSpec(axis)),
+        axis_names={axis},
+        check_vma=False,
+    )(*arrays)

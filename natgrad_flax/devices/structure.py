@@ -1,0 +1,203 @@
+"""A structure whose work is dealt out to the devices of a mesh."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from natgrad_flax.checks import check_integer, check_number, check_structure
+from natgrad_flax.damping import is_zero
+from natgrad_flax.devices.linear_solve import Solution
+from natgrad_flax.devices.placement import Placement, check_divisible, device_memory, place
+from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
+from natgrad_flax.devices.units import deal_out_units
+from natgrad_flax.signals import LayerUpdate, Residual, Signals
+from natgrad_flax.structures import BlockDiagonal, Geometry, LayerWise, Structure, UnitWise
+
+SolverName = Literal["auto", "replicated", "cholesky", "cg"]
+
+
+@dataclass(frozen=True)
+class Sharded(Structure):
+    """A structure on a mesh, to be used wherever a structure is.
+
+    Every structure serves a batch that is sharded over a mesh as it is: XLA partitions the passes,
+    the Gram matrices and the means over samples, and puts the collectives between them. This
+    wrapper adds what XLA does not see: systems in sample space whose N S x N S matrices stay
+    sharded by rows, and the units of ng.UnitWise, each of which belongs to one device.
+
+    Where a system with sharded rows is not definite, or conjugate gradients end above the
+    tolerance, the update is NaN; ``sharded_natural_gradient`` makes an error of it.
+
+    Args:
+      structure: the Fisher approximation.
+      mesh: the devices; taken with automatic axes.
+      axis: the mesh axis over which samples are sharded; its size must divide N.
+      solver: "replicated": every device solves the whole system, of which it needs a copy.
+        "cholesky" and "cg" keep the Gram matrices of ng.Exact, ng.BlockDiagonal and definite
+        ng.LayerWise sharded by rows; conjugate gradients also solve the systems that couple layers.
+        "auto" is "replicated" as long as the matrix and its factorisation fit on one device.
+      tolerance: of conjugate gradients, |A v - b| / |b|.
+      max_iterations: of conjugate gradients.
+
+    Raises:
+      TypeError, ValueError: no structure, no mesh, a mesh without this axis, an unknown solver, a
+        tolerance or a number out of range.
+    """
+
+    structure: Structure
+    mesh: Mesh
+    axis: str = "data"
+    solver: SolverName = "auto"
+    tolerance: float = 1e-6
+    max_iterations: int = 1000
+
+    def __post_init__(self) -> None:
+        check_structure(self.structure)
+        if isinstance(self.structure, Sharded):
+            raise TypeError("the structure is sharded already")
+        object.__setattr__(self, "mesh", place(self.mesh, self.axis).mesh)
+        if self.solver not in get_args(SolverName):
+            raise ValueError(
+                f"solver must be one of {', '.join(get_args(SolverName))}, got {self.solver!r}"
+            )
+        check_number("tolerance", self.tolerance, positive=True)
+        check_integer("max_iterations", self.max_iterations, 1)
+
+    @property
+    def name(self) -> str:
+        """That of the structure."""
+        return self.structure.name
+
+    @property
+    def placement(self) -> Placement:
+        """The devices."""
+        return Placement(self.mesh, self.axis)
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} J^T r / N; see ``Structure.solve``."""
+        solved, solution = self.solve_and_report(signals, residual, damping)
+        return or_nan(solved, solution)
+
+    def precondition(
+        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g; see ``Structure.precondition``."""
+        solved, solution = self.solve_and_report(signals, slope, damping)
+        return or_nan(solved, solution)
+
+    def solve_and_report(
+        self,
+        signals: Signals,
+        right: Residual | tuple[LayerUpdate, ...],
+        damping: Array | float,
+    ) -> tuple[tuple[LayerUpdate, ...], Solution | None]:
+        """Updates, and how the solves with sharded rows went; None where there were none.
+
+        Args:
+          signals: of the whole batch.
+          right: a residual, or any vector in the space of the parameters.
+          damping: as in ``Structure.solve``.
+        """
+        rows = self.placement.rows
+        signals = jax.lax.with_sharding_constraint(signals, rows)
+        if isinstance(right, Residual):
+            right = jax.lax.with_sharding_constraint(right, rows)
+        if isinstance(self.structure, UnitWise):
+            found = deal_out_units(self.structure, signals, right, damping, self.placement)
+            return found, None
+        name = self.chosen_solver(signals, damping)
+        if name != "replicated":
+            solver = RowSolver(self.placement, name, self.tolerance, self.max_iterations)
+            return solve_rows(self.structure, signals, right, damping, solver)
+        if isinstance(right, Residual):
+            return self.structure.solve(signals, right, damping), None
+        return self.structure.precondition(signals, right, damping), None
+
+    def chosen_solver(self, signals: Signals, damping: object) -> SolverName:
+        """The solver for a batch of these shapes.
+
+        Raises:
+          ValueError: this solver does not serve the structure.
+        """
+        structure, depth = self.structure, len(signals.layers)
+        side, samples = structure.gram_size(signals), signals.size
+        sharded = serves(structure, depth) and side in (samples, depth * samples)
+        fits = 2 * side**2 * signals.outputs.dtype.itemsize <= device_memory()
+        if self.solver == "replicated" or (self.solver == "auto" and (fits or not sharded)):
+            return "replicated"
+        if not sharded:
+            raise ValueError(
+                f'solver="{self.solver}" needs a definite system in sample space, which ng.Exact, '
+                "ng.BlockDiagonal and ng.LayerWise with a positive definite sigma have; for "
+                f'{structure!r} on this batch use solver="replicated"'
+            )
+        if isinstance(structure, LayerWise) and not isinstance(structure, BlockDiagonal):
+            if self.solver == "cholesky":
+                raise ValueError(
+                    f"{structure.name} couples its layers, so its rows cannot be factorised layer "
+                    'by layer: use solver="cg"'
+                )
+            if is_zero(damping):
+                raise ValueError(f'solver="cg" for {structure.name} needs a positive damping')
+            return "cg"
+        return "cholesky" if self.solver == "auto" else self.solver
+
+    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
+        """That of the structure, partitioned by XLA."""
+        return self.structure.coefficient(test, train, damping)
+
+    def undamped_diagonal(self, train: Signals) -> Array | None:
+        """That of the structure."""
+        return self.structure.undamped_diagonal(train)
+
+    def to_dense(self, signals: Signals, damping: float = 0.0) -> Array:
+        """That of the structure, partitioned by XLA."""
+        return self.structure.to_dense(signals, damping)
+
+    def damping_scale(self, signals: Signals) -> Array:
+        """That of the structure."""
+        return self.structure.damping_scale(signals)
+
+    def alpha(self, geometry: Geometry) -> float:
+        """That of the structure."""
+        return self.structure.alpha(geometry)
+
+    def failed_conditions(self, geometry: Geometry) -> list[str]:
+        """Those of the structure."""
+        return self.structure.failed_conditions(geometry)
+
+    def check(self, signals: Signals, damping: object) -> None:
+        """The batch must divide by the devices, and the solver serve the structure.
+
+        Raises:
+          ValueError: it does not; or what the structure itself refuses.
+        """
+        check_divisible(self.placement, signals.num_samples)
+        self.structure.check(signals, damping)
+        self.chosen_solver(signals, damping)
+
+    def gram_size(self, signals: Signals) -> int:
+        """The side of the largest square array, or of one as large as the rows of a device."""
+        side = self.structure.gram_size(signals)
+        depth = len(signals.layers)
+        sharded = serves(self.structure, depth) and side in (signals.size, depth * signals.size)
+        if not sharded or self.solver == "replicated":
+            return side
+        # rows, and as many again while they are put together and factorised
+        return math.ceil(side * math.sqrt(2 / self.placement.size))
+
+
+def or_nan(solved: tuple[LayerUpdate, ...], solution: Solution | None) -> tuple[LayerUpdate, ...]:
+    """Updates, or NaN where the systems they come from were not solved."""
+    if solution is None:
+        return solved
+    return jax.tree.map(lambda leaf: jnp.where(solution.converged, leaf, jnp.nan), solved)

@@ -1,0 +1,83 @@
+"""Momentum for Fisher blocks that are solved batch by batch (SPRING).
+
+A step that a batch determines in the span of its own Jacobian says nothing about the rest of the
+space. So the step before, times mu, stays where this batch sees nothing, and is corrected where it
+does: phi = argmin (1/N) |J phi - w|^2 + rho |phi - mu phi_before|^2, that is
+phi = (F + rho)^{-1} (g + rho mu phi_before) = mu phi_before + (F + rho)^{-1} (g - F mu phi_before)
+(Goldshlager, Abrahamsen & Lin 2024, arXiv:2401.10190). A momentum behind the transformation would
+count again what the new batch already contains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from natgrad_flax.capture import Path
+from natgrad_flax.damping import per_layer
+from natgrad_flax.signals import LayerUpdate, Residual, Signals, layer_updates
+from natgrad_flax.structures import BlockDiagonal, Structure
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """The step before, and how much of it is taken along.
+
+    Attributes:
+      decay: mu.
+      before: phi of the step before, by the paths of the parameters.
+    """
+
+    decay: float
+    before: dict[Path, Array]
+
+    def _carried(self, signals: Signals) -> tuple[LayerUpdate, ...]:
+        """mu phi_before, layer by layer."""
+        before = layer_updates(signals.layers, self.before)
+        return jax.tree.map(lambda leaf: self.decay * leaf, before)
+
+    def solve(
+        self, structure: Structure, signals: Signals, residual: Residual, damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """phi for the gradient J^T r / N of the same batch."""
+        n, w = signals.num_samples, residual.coefficients
+        if w is None:
+            slope = tuple(
+                layer.pull_back(residual.direction(layer, index) / n)
+                for index, layer in enumerate(signals.layers)
+            )
+            return self.precondition(structure, signals, slope, damping)
+        # inside the span of the seeds: what is left of the residual is solved for
+        carried = self._carried(signals)
+        images = [layer.jvp(a) for layer, a in zip(signals.layers, carried, strict=True)]
+        if isinstance(structure, BlockDiagonal):
+            solved = tuple(
+                structure.solve(Signals((layer,), signals.outputs), Residual(w - image, None), rho)[
+                    0
+                ]
+                for layer, image, rho in zip(
+                    signals.layers, images, per_layer(damping, len(images)), strict=True
+                )
+            )
+        else:
+            left = w - sum(images[1:], start=images[0])
+            solved = structure.solve(signals, Residual(left, None), damping)
+        return jax.tree.map(jnp.add, carried, solved)
+
+    def precondition(
+        self,
+        structure: Structure,
+        signals: Signals,
+        slope: tuple[LayerUpdate, ...],
+        damping: Array | float,
+    ) -> tuple[LayerUpdate, ...]:
+        """phi for any gradient."""
+        rhos = per_layer(damping, len(slope))
+        pulled = tuple(
+            jax.tree.map(lambda g, before, rho=rho: g + rho * before, one, carried)
+            for one, carried, rho in zip(slope, self._carried(signals), rhos, strict=True)
+        )
+        return structure.precondition(signals, pulled, damping)

@@ -1,0 +1,79 @@
+"""Checks of a structure on a batch that need the shapes of signals, and nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+from natgrad_flax.checks import check_fits
+from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
+from natgrad_flax.losses import Loss
+from natgrad_flax.signals import Signals
+from natgrad_flax.sizes_of_signals import check_signals_fit
+from natgrad_flax.structures import Structure
+
+
+def prepare(
+    structure: Structure,
+    model: nnx.Module,
+    x: Array,
+    y: Array | None,
+    loss: Loss,
+    fisher: FisherKind,
+    mc_samples: int,
+    damping: object,
+    wrt: Any = nnx.Param,
+    size: Callable[[Signals], int] | None = None,
+) -> Signals:
+    """Checks that need shapes: sizes that cannot fit, couplings that do not match the depth.
+
+    The arguments are those of ``natural_gradient`` for the batch of the Fisher; ``size`` gives the
+    side of the largest square array, which is ``structure.gram_size`` unless told.
+
+    Returns:
+      The shapes of the signals.
+
+    Raises:
+      ValueError: the largest array or the signals do not fit, or the structure does not suit the
+        network.
+    """
+    graphdef, state = nnx.split(model)
+    # through jit, so that only the first call of a shape is traced
+    signals = jax.eval_shape(
+        partial(
+            _signals, graphdef=graphdef, loss=loss, fisher=fisher, mc_samples=mc_samples, wrt=wrt
+        ),
+        state,
+        x,
+        y,
+    )
+    side = structure.gram_size(signals) if size is None else size(signals)
+    check_fits(side, signals.outputs.dtype.itemsize, f"the system that {structure.name} solves")
+    if size is None:
+        check_signals_fit(structure, signals)
+    structure.check(signals, damping)
+    return signals
+
+
+@partial(jax.jit, static_argnames=("graphdef", "loss", "fisher", "mc_samples", "wrt"))
+def _signals(
+    state: Any,
+    x: Array,
+    y: Array | None,
+    *,
+    graphdef: Any,
+    loss: Loss,
+    fisher: FisherKind,
+    mc_samples: int,
+    wrt: Any,
+) -> Signals:
+    model, key = nnx.merge(graphdef, state), jax.random.key(0)
+    settings: dict[str, Any] = {"loss": loss, "fisher": fisher, "key": key, "wrt": wrt}
+    if y is None:
+        return population_signals(model, x, y, num_samples=mc_samples, **settings)
+    return fisher_signals(model, x, y, num_samples=mc_samples, **settings)[0]

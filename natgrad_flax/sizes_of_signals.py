@@ -1,0 +1,72 @@
+"""Whether the signals of a network fit, and what a structure makes of them, known from shapes."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from natgrad_flax import checks
+from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
+from natgrad_flax.signals import LayerSignals, Signals
+from natgrad_flax.structures import KFAC, Exact, LayerWise, Structure
+
+
+def signal_entries(layer: LayerSignals) -> int:
+    """Numbers that the signals of a layer hold."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layer))
+
+
+def sample_jacobian_entries(structure: Structure | None, layer: LayerSignals) -> int:
+    """Numbers of what a structure builds of shared weights besides: Jacobians or pairs; else 0.
+
+    Args:
+      structure: the structure; None for Gram matrices, as ``Exact`` builds them.
+      layer: the signals of the layer, or their shapes.
+    """
+    if not isinstance(layer, SharedSignals) or isinstance(structure, KFAC):
+        return 0
+    n, s = layer.num_samples, layer.num_seeds
+    grams = structure is None or isinstance(structure, (Exact, LayerWise))
+    if grams and layer.pairs_are_cheaper():
+        return (n * layer.num_positions) ** 2 * layer.num_groups * (1 + s**2)
+    return n * s * layer.num_params
+
+
+def check_signals_fit(structure: Structure, signals: Signals) -> None:
+    """Refuses a batch whose signals cannot fit, before any work.
+
+    Args:
+      structure: what is made of them.
+      signals: their shapes, from ``jax.eval_shape``.
+
+    Raises:
+      ValueError: a Jacobian block, the per-sample Jacobians of shared weights, or the inputs and
+        derivatives of a layer need more than the device has.
+    """
+    itemsize, free = signals.outputs.dtype.itemsize, checks.available_memory()
+    held = [itemsize * signal_entries(layer) for layer in signals.layers]
+    built = [itemsize * sample_jacobian_entries(structure, layer) for layer in signals.layers]
+    # what is built besides is built for one layer after the other
+    total = sum(held) + max(built)
+    if total <= free:
+        return
+    needs = [a + b for a, b in zip(held, built, strict=True)]
+    largest = max(range(len(needs)), key=needs.__getitem__)
+    layer = signals.layers[largest]
+    where = ".".join(map(str, layer.path)) or "the root"
+    sizes = f"{layer.num_samples} x {layer.num_seeds} x {layer.num_params}"
+    if isinstance(layer, ExplicitSignals):
+        names = [form.name for form in (layer.kernel_form, layer.bias_form) if form]
+        what = f"the explicit Jacobian block of {' and '.join(names)} at {where}, N S P = {sizes},"
+    elif built[largest] > held[largest]:
+        what = f"the per-sample Jacobians of {where} (N S P = {sizes}), or pairs of its positions,"
+    else:
+        shapes = [str(leaf.shape) for leaf in jax.tree.leaves(layer)]
+        what = f"the inputs and derivatives of {where}, {' and '.join(shapes)},"
+    rest = f" of the {total / 2**30:,.1f} GiB of all signals" if needs[largest] < total else ""
+    raise ValueError(
+        f"{what} need {needs[largest] / 2**30:,.1f} GiB{rest}, and the device has "
+        f'{free / 2**30:,.1f} GiB: use a smaller batch or fisher="mc", or leave the parameters '
+        "out with wrt="
+    )

@@ -1,0 +1,32 @@
+"""The step of networks with shared weights is measured on what it says, and its answer checked."""
+
+import jax
+import pytest
+from flax import nnx
+
+from benchmarks import networks, step
+from benchmarks.answers import check_step
+from benchmarks.problems import LINES, NETWORKS, STRUCTURES, make_problem
+
+
+def test_lines_have_the_sizes_of_the_table():
+    counts = {}
+    for name in ("conv", "transformer"):
+        line = networks.line_of(name)
+        assert line is LINES[f"{name}-mc"]
+        model = nnx.eval_shape(lambda name=name: NETWORKS[name](nnx.Rngs(0)))
+        params = nnx.state(model, nnx.Param)
+        counts[name] = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert 0.29e6 < counts["conv"] < 0.35e6
+    assert 0.05e6 < counts["transformer"] < 0.1e6
+
+
+@pytest.mark.parametrize("structure", ["quasi-diag"])
+def test_steps_satisfy_their_definition_and_a_wrong_one_is_found(structure):
+    line, entry = networks.line_of("small transformer"), STRUCTURES[structure]
+    steps, _, (defect, scale) = step.first_step(line, entry)
+    assert defect < 0.01
+    assert abs(scale - 1) < 1e-3
+    wrong = jax.tree.map(lambda new, old: 1.1 * new - 0.1 * old, steps.natural(), steps.state)
+    with pytest.raises(ArithmeticError, match=entry.structure.name):
+        check_step(line, entry, make_problem(line, entry), wrong)

@@ -16,7 +16,7 @@ from jax import Array
 import natgrad_flax as ng
 from benchmarks.problems import Entry, Line, Problem, make_problem
 from natgrad_flax.gradient import as_state, compute
-from natgrad_flax.signals import named_updates
+from natgrad_flax.layer_signals import named_updates
 
 LEARNING_RATE = 0.1
 SGD_PER_ROUND = 3

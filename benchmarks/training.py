@@ -8,6 +8,7 @@ the training loss with which the best momentum SGD ends.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import time
@@ -166,17 +167,18 @@ def train(setting: Setting, optimizer: str, rate: float, x: Array, y: Array) -> 
     def value(params: Any, x: Array, y: Array) -> Array:
         return LOSS(nnx.merge(graphdef, params)(x), y)
 
+    # no scan over the steps: inside of loops XLA has no fast convolutions on a CPU
+    @jax.jit
     def step(carry: Any, indices: Array) -> Any:
         params, state = carry
         batch, labels = x[indices], y[indices]
         slope = jax.grad(value)(params, batch, labels)
         module = nnx.merge(graphdef, params)
         move, state = tx.update(slope, state, params, module=module, x=batch, y=labels)
-        return (optax.apply_updates(params, move), state), None
+        return optax.apply_updates(params, move), state
 
-    @jax.jit
-    def advance(carry: Any, indices: Array) -> Any:
-        return jax.lax.scan(step, carry, indices)[0]
+    def advance(carry: Any, part: Array) -> Any:
+        return functools.reduce(step, part, carry)
 
     look = jax.jit(lambda params: value(params, x[: setting.evaluated], y[: setting.evaluated]))
     carry = (params, tx.init(params))

@@ -21,9 +21,10 @@ from natgrad_flax.checks import check_integer, check_number
 from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.fisher import FisherKind, part_signals, sampler
 from natgrad_flax.gradient import loss_gradient
+from natgrad_flax.layer_signals import LayerUpdate, layer_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
-from natgrad_flax.signals import LayerUpdate, Signals, layer_updates
+from natgrad_flax.signals import Signals
 from natgrad_flax.structures import AveragedStructure, Moments
 from natgrad_flax.structures.base import gradient as gradient_of
 

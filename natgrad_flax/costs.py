@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, LayerSignals, Signals
+from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.sizes_of_signals import sample_jacobian_entries
 from natgrad_flax.structures import (
     EKFAC,

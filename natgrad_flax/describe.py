@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from natgrad_flax.capture import LayerPlan, linearise, parameter_paths, plan_layers
+from natgrad_flax.capture import linearise
 from natgrad_flax.checks import check_inputs, check_structure
 from natgrad_flax.costs import Approximation, approximate, gram_by, gram_flops, shared_system
 from natgrad_flax.fisher import FISHER_KINDS, FisherKind
 from natgrad_flax.losses import Loss
+from natgrad_flax.plans import LayerPlan, parameter_paths, plan_layers
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.sizes_of_signals import sample_jacobian_entries, signal_entries

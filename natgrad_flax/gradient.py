@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.activations import ACTIVATIONS
-from natgrad_flax.capture import Path, dense_layers, jacobian_signals
+from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
     check_batch,
     check_damping,
@@ -26,12 +26,15 @@ from natgrad_flax.checks import (
 )
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
+from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
 from natgrad_flax.parts import in_parts
+from natgrad_flax.plans import dense_layers
 from natgrad_flax.preparation import prepare
-from natgrad_flax.signals import LayerUpdate, Residual, Signals, layer_updates, named_updates
+from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import Geometry, Structure
+from natgrad_flax.taps import Path
 
 Damping = float | Array | RelativeDamping
 

@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.layer_signals import ParameterForm
 from natgrad_flax.layers import Conv, Dense
-from natgrad_flax.signals import ParameterForm
 
 Shape = tuple[int, ...]
 

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.capture import Path
 from natgrad_flax.damping import per_layer
-from natgrad_flax.signals import LayerUpdate, Residual, Signals, layer_updates
+from natgrad_flax.layer_signals import LayerUpdate, layer_updates
+from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import BlockDiagonal, Structure
+from natgrad_flax.taps import Path
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from natgrad_flax.checks import (
 )
 from natgrad_flax.fisher import FisherKind
 from natgrad_flax.gradient import AtBatch, as_state, by_path, compute, inner_product
+from natgrad_flax.layer_signals import named_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
 from natgrad_flax.preparation import prepare
-from natgrad_flax.signals import named_updates
 from natgrad_flax.structures import AveragedStructure, Structure
 from natgrad_flax.transformation import (
     Damping,

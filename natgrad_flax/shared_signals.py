@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ParameterForm, matrix_of
 from natgrad_flax.linalg import symmetric_product
-from natgrad_flax.signals import LayerSignals, LayerUpdate, ParameterForm, matrix_of
 
 Sharing = Literal["expand", "reduce"]
 

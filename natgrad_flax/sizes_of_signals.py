@@ -7,8 +7,9 @@ import math
 import jax
 
 from natgrad_flax import checks
+from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import LayerSignals, Signals
+from natgrad_flax.signals import Signals
 from natgrad_flax.structures import KFAC, Exact, LayerWise, Structure
 
 

@@ -11,11 +11,11 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.capture import Path
 from natgrad_flax.checks import check_batch
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.gradient import as_state, by_path, leaf_names
 from natgrad_flax.losses import Loss
+from natgrad_flax.taps import Path
 
 Damping: TypeAlias = float | optax.Schedule | RelativeDamping | LevenbergMarquardt
 

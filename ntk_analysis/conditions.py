@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad_flax import KFAC, Exact, LayerWise, Signals, Structure, UnitWise
+from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.shared_signals import SharedSignals
-from natgrad_flax.signals import DenseSignals, LayerSignals
+from natgrad_flax.signals import DenseSignals
 from natgrad_flax.structures import Geometry
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.weight_sharing import SharedGeometry

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from natgrad_flax import Residual, Signals, Structure
 from natgrad_flax.checks import check_learning_rate
 from natgrad_flax.gradient import as_state, resolve_damping
-from natgrad_flax.signals import LayerUpdate, named_updates
+from natgrad_flax.layer_signals import LayerUpdate, named_updates
 from ntk_analysis.coefficient import Damping, check_theory_arguments, coefficient_pair
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import Matrix, initial_signals

@@ -18,8 +18,8 @@ from jax.typing import ArrayLike
 from natgrad_flax import Loss, Residual, Signals, SoftmaxCrossEntropy, Structure
 from natgrad_flax.checks import check_fits
 from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.shared_signals import ExplicitSignals
-from natgrad_flax.signals import LayerSignals
 from ntk_analysis.coefficient import Damping, check_theory_arguments
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals

@@ -9,7 +9,7 @@ from jax import Array
 
 from natgrad_flax import Residual, Signals, Structure
 from natgrad_flax.damping import is_zero
-from natgrad_flax.signals import LayerUpdate
+from natgrad_flax.layer_signals import LayerUpdate
 from natgrad_flax.structures import Geometry
 from natgrad_flax.structures.base import gradient
 

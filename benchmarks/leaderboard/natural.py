@@ -19,10 +19,10 @@ from benchmarks.leaderboard.contestant import (
     RateRule,
 )
 from benchmarks.leaderboard.workload import Workload
-from natgrad_flax.capture import dense_layers
 from natgrad_flax.damping import is_zero
 from natgrad_flax.fisher import FisherKind
 from natgrad_flax.gradient import model_geometry
+from natgrad_flax.plans import dense_layers
 
 THEORY = ng.RelativeDamping(1e-3)
 # what a batch leaves out of its own Fisher, a step divides by the damping alone: less than this

@@ -12,7 +12,6 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 
-from natgrad_flax.capture import Path
 from natgrad_flax.checks import (
     check_batch,
     check_fisher_batch,
@@ -34,10 +33,12 @@ from natgrad_flax.devices.placement import (
 from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
 from natgrad_flax.fisher import FisherKind, part_signals, sampler
 from natgrad_flax.gradient import Damping, as_state, by_path, resolve_damping
+from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.preparation import prepare
-from natgrad_flax.signals import LayerUpdate, Residual, Signals, layer_updates, named_updates
+from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import Structure
+from natgrad_flax.taps import Path
 
 
 class UnsolvedError(RuntimeError):

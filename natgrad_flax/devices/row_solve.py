@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve, conjugate_gradients
 from natgrad_flax.devices.placement import Placement
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.shared_signals import SharedSignals
-from natgrad_flax.signals import LayerSignals, LayerUpdate, Residual, Signals
+from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import BlockDiagonal, Exact, LayerWise, Structure
 from natgrad_flax.structures.base import dual_direction, sample_targets, woodbury
 from natgrad_flax.structures.coupling import mix

@@ -17,7 +17,8 @@ from natgrad_flax.devices.linear_solve import Solution
 from natgrad_flax.devices.placement import Placement, check_divisible, device_memory, place
 from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
 from natgrad_flax.devices.units import deal_out_units
-from natgrad_flax.signals import LayerUpdate, Residual, Signals
+from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import BlockDiagonal, Geometry, LayerWise, Structure, UnitWise
 
 SolverName = Literal["auto", "replicated", "cholesky", "cg"]

@@ -16,14 +16,8 @@ from jax.sharding import PartitionSpec
 
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.signals import (
-    DenseSignals,
-    LayerSignals,
-    LayerUpdate,
-    Residual,
-    Signals,
-    matrix_of,
-)
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures import UnitWise
 from natgrad_flax.structures.units import solve_units
 

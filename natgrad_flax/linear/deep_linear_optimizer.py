@@ -9,7 +9,6 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.capture import Path, dense_layers
 from natgrad_flax.checks import (
     check_damping,
     check_learning_rate,
@@ -25,6 +24,8 @@ from natgrad_flax.linear.deep_linear_forms import (
 from natgrad_flax.linear.deep_linear_moments import Moments, check_factors, is_square
 from natgrad_flax.losses import MeanSquaredError
 from natgrad_flax.models import MLP
+from natgrad_flax.plans import dense_layers
+from natgrad_flax.taps import Path
 from natgrad_flax.transformation import NaturalGradientState, Step, transformation
 
 

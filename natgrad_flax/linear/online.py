@@ -10,16 +10,17 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.capture import dense_layers
 from natgrad_flax.checks import check_integer
 from natgrad_flax.damping import LevenbergMarquardt, is_zero
 from natgrad_flax.fisher import fisher_signals
 from natgrad_flax.gradient import leaf_names
+from natgrad_flax.layer_signals import matrix_of
 from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
 from natgrad_flax.linear.deep_linear_optimizer import check_settings
 from natgrad_flax.linear.inverse_moments import DirectInverse, InverseMoment
 from natgrad_flax.losses import Loss, MeanSquaredError
-from natgrad_flax.signals import DenseSignals, matrix_of
+from natgrad_flax.plans import dense_layers
+from natgrad_flax.signals import DenseSignals
 from natgrad_flax.transformation import (
     NaturalGradientState,
     Step,

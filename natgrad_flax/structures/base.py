@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, LayerSignals, LayerUpdate, Residual, Signals
+from natgrad_flax.signals import DenseSignals, Residual, Signals
 
 Space = Literal["auto", "sample", "parameter"]
 

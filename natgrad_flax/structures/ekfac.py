@@ -11,16 +11,10 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, symmetric_product
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
-from natgrad_flax.signals import (
-    DenseSignals,
-    LayerSignals,
-    LayerUpdate,
-    Residual,
-    Signals,
-    matrix_of,
-)
+from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 from natgrad_flax.structures.base import Geometry, gradient, ravel
 from natgrad_flax.structures.kronecker import (

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
+from natgrad_flax.layer_signals import LayerUpdate
 from natgrad_flax.linalg import add_diagonal, solve_psd
-from natgrad_flax.signals import LayerUpdate, Residual, Signals
+from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
     Space,

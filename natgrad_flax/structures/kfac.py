@@ -12,16 +12,10 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd, symmetric_product
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
-from natgrad_flax.signals import (
-    DenseSignals,
-    LayerUpdate,
-    Residual,
-    Signals,
-    expand_samples,
-    matrix_of,
-)
+from natgrad_flax.signals import DenseSignals, Residual, Signals, expand_samples
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 from natgrad_flax.structures.base import (
     Geometry,

@@ -11,8 +11,9 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.linalg import add_diagonal, lu_solve, pinv_solve, solve_psd
-from natgrad_flax.signals import LayerSignals, LayerUpdate, Residual, Signals
+from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
     Space,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.signals import DenseSignals, LayerSignals, LayerUpdate, Residual, Signals
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
+from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import (
     Geometry,

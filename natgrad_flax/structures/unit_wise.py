@@ -11,8 +11,9 @@ from jax import Array
 
 from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import pinv_solve, solve_psd
-from natgrad_flax.signals import DenseSignals, LayerUpdate, Residual, Signals, matrix_of
+from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
     Space,

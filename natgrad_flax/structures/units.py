@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
+from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import add_diagonal, inverse_psd, pinv_solve, solve_psd
-from natgrad_flax.signals import LayerSignals
 from natgrad_flax.structures.base import Space
 
 

@@ -10,8 +10,8 @@ from flax import nnx
 from natgrad_reference import Reference, loss_terms, metric, solve_dense
 
 import natgrad_flax as ng
+from natgrad_flax.layer_signals import matrix_of, named_updates
 from natgrad_flax.shared_signals import SharedSignals
-from natgrad_flax.signals import matrix_of, named_updates
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -54,13 +54,14 @@ def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
     """
     factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
     return jax.lax.cond(
-        _is_full_rank(matrix, factor, shifted),
+        is_full_rank(matrix, factor, shifted),
         lambda: _cholesky_solve(factor, rhs),
         lambda: pinv_solve(matrix, rhs),
     )
 
 
-def _is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
+def is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
+    """Whether a Cholesky factor is that of a regular matrix, as ``solve_psd`` decides it."""
     # elimination magnifies the rounding of a zero pivot by the condition of those before it, so
     # the limit is generous: eigenvalues decide what it refuses, at a price in time alone
     eps = float(jnp.finfo(matrix.dtype).eps)
@@ -75,7 +76,7 @@ def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
     eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
     return jax.lax.cond(
-        _is_full_rank(matrix, factor, shifted),
+        is_full_rank(matrix, factor, shifted),
         lambda: _inverse_from_factor(factor),
         lambda: pinv_solve(matrix, eye),
     )

@@ -55,7 +55,7 @@ def test_mnist_is_skipped_with_its_reason_where_files_are_absent(tmp_path, monke
         Accuracy().setup(str(tmp_path), "mnist", "exact", 256, 1)
     assert "5 s a step" in Accuracy().skipped("mnist", "unit-wise", 256)
     monkeypatch.setenv("NATGRAD_BENCH_PROFILE", "regular")
-    assert "files of MNIST" in Accuracy().skipped("mnist", "unit-wise", 256)
+    assert "files of mnist" in Accuracy().skipped("mnist", "unit-wise", 256)
 
 
 def test_a_loss_far_above_theory_fails(monkeypatch):

@@ -218,9 +218,9 @@ def test_bad_arguments():
         structure_cost(ng.QuasiDiagonal(), geometry((30, 1)))
 
     class Unknown(na.GradientDescent.__base__):
-        solve = coefficient = to_dense = damping_scale = alpha = failed_conditions = (
-            lambda self, *arguments: jnp.zeros(())
-        )
+        solve = precondition = coefficient = to_dense = damping_scale = alpha = (
+            failed_conditions
+        ) = lambda self, *arguments: jnp.zeros(())
 
     with pytest.raises(TypeError, match="Unknown is not known"):
         structure_cost(Unknown(), sizes)

@@ -43,13 +43,13 @@ class Killed(Exception):
 
 def count_blocks(monkeypatch) -> list[int]:
     computed = []
-    block = analytic._block
+    block = analytic.dense_block
 
     def counted(*args, **options):
         computed.append(1)
         return block(*args, **options)
 
-    monkeypatch.setattr(analytic, "_block", counted)
+    monkeypatch.setattr(analytic, "dense_block", counted)
     return computed
 
 

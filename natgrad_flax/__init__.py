@@ -6,6 +6,7 @@ every Fisher structure is a small formula over them. No Jacobian is ever built.
 
 from natgrad_flax.averages import MovingAverage
 from natgrad_flax.capture import jacobian_signals
+from natgrad_flax.convolution import conv_general_dilated
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.describe import describe
 from natgrad_flax.fisher import fisher_signals
@@ -59,6 +60,7 @@ __all__ = [
     "Structure",
     "UnitWise",
     "VisionTransformer",
+    "conv_general_dilated",
     "describe",
     "fisher_signals",
     "jacobian_signals",

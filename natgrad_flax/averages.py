@@ -40,7 +40,8 @@ class MovingAverage:
     2018, Algorithm 1, which renews the basis by one batch, too, but here from averaged factors).
 
     Args:
-      decay: weight of the past at a renewal, at least 0 and below 1.
+      decay: weight of the past at a renewal, at least 0 and below 1. At 0 each renewal forgets the
+        past, and a layer with more inputs than samples keeps the rows of its factor alone.
       every: steps from one renewal of the statistics to the next.
       inverse_every: steps from one renewal of inverses and eigenbases to the next, a multiple of
         ``every``; None means the same.
@@ -73,6 +74,8 @@ class MovingAverage:
 
     def mix(self, average: Any, new: Any, count: Array) -> Any:
         """The average after the renewal of this number, 1 for the first."""
+        if self.decay == 0:
+            return new
 
         def one(old: Array, now: Array) -> Array:
             weight = self.weight(count, old.dtype)
@@ -131,7 +134,12 @@ def check_average(average: object, structure: object, example: object) -> None:
 
 
 def empty_averages(
-    structure: AveragedStructure, model: nnx.Module, x: Any, wrt: Any
+    structure: AveragedStructure,
+    model: nnx.Module,
+    x: Any,
+    wrt: Any,
+    average: MovingAverage,
+    microbatches: int,
 ) -> Callable[[], Averages]:
     """A function that makes averages of nothing, with the shapes that a model gives them.
 
@@ -140,12 +148,15 @@ def empty_averages(
       model: of which only shapes are looked at.
       x: inputs (N, ...), or their shape and dtype.
       wrt: filter of the parameters.
+      average: decay and intervals.
+      microbatches: parts of a batch.
     """
     graphdef, state = nnx.split(model)
+    means = _means(structure, average, microbatches)
 
     def moments(state: Any, x: Array) -> tuple[Moments, Any]:
         signals = jacobian_signals(nnx.merge(graphdef, state), x, wrt)
-        found = Moments(structure.statistics(signals))
+        found = Moments(means(signals))
         if structure.has_basis:
             basis = structure.basis(found.factors)
             found = Moments(found.factors, basis, structure.rotated(signals, basis))
@@ -159,6 +170,14 @@ def empty_averages(
         return Averages(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start)
 
     return empty
+
+
+def _means(
+    structure: AveragedStructure, average: MovingAverage, microbatches: int
+) -> Callable[[Signals], tuple[Any, ...]]:
+    """From the signals of a batch, or of a part of it, to its statistics."""
+    alone = average.decay == 0 and microbatches == 1
+    return structure.latest if alone else structure.statistics
 
 
 @dataclass(frozen=True)
@@ -217,18 +236,24 @@ class AveragedStep:
             )
             return layer_updates(shapes.layers, found), outputs
 
-        batch = (x, y) if fisher_x is None else (fisher_x, fisher_y)
-        if self.average.every == 1 and fisher_x is None:
-            slope, outputs, kept = self._renew(model, batch, True, kept, steps, damping, key)
+        def held() -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
+            slope, outputs = gradient()
+            return slope, outputs, kept
+
+        if fisher_x is None:
+            # one pass gives the statistics and the gradient
+            def renewed() -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
+                return self._renew(model, (x, y), True, kept, steps, damping, key)
+
+            slope, outputs, kept = self._at(steps, self.average.every, renewed, held)
             return self.structure.apply(kept.inverse, slope), slope, outputs, kept
 
-        def renewed() -> Averages:
+        def aside() -> Averages:
+            batch = fisher_x, fisher_y
             return self._renew(model, batch, False, kept, steps, damping, key)[2]
 
-        # not in the branch that renews nothing: within branches and loops XLA's CPU compiler has
-        # no fast convolution
         slope, outputs = gradient()
-        kept = self._at(steps, self.average.every, renewed, lambda: kept)
+        kept = self._at(steps, self.average.every, aside, lambda: kept)
         return self.structure.apply(kept.inverse, slope), slope, outputs, kept
 
     def _at(self, steps: Array, every: int, due: Callable[[], Any], held: Callable[[], Any]) -> Any:
@@ -256,6 +281,7 @@ class AveragedStep:
         structure, average, size = self.structure, self.average, len(batch[0])
         arrays = tuple(array for array in batch if array is not None)
         draw = sampler(self.loss, key, self.mc_samples, size)
+        means = _means(structure, average, self.microbatches)
         settings = {"loss": self.loss, "fisher": self.fisher, "draw": draw, "wrt": self.wrt}
 
         def first_pass(first: Any, x: Array, y: Array | None = None) -> tuple[Any, Any]:
@@ -265,12 +291,13 @@ class AveragedStep:
                 assert residual is not None
                 slope = gradient_of(signals, residual)
             one_part = self.microbatches == 1
-            return (structure.statistics(signals), slope), (
+            return (means(signals), slope), (
                 signals.outputs,
                 signals if one_part else (),
             )
 
         (new, slope), (outputs, signals) = in_parts(first_pass, arrays, self.microbatches)
+        _check_shapes(kept.moments.factors, new, size)
         count = kept.renewals + 1
         factors = average.mix(kept.moments.factors, new, count)
 
@@ -313,3 +340,14 @@ class AveragedStep:
         always = 1 if structure.cheap_inverse or interval == average.every else interval
         inverse = self._at(steps, always, inverted, lambda: kept.inverse)
         return slope, outputs, Averages(count, turns, moments, inverse)
+
+
+def _check_shapes(kept: Any, new: Any, size: int) -> None:
+    """Refuses statistics that keep the rows of a batch of another size."""
+    before, now = (jax.tree.map(jnp.shape, entries) for entries in (kept, new))
+    if before != now:
+        raise ValueError(
+            f"average= with decay 0 keeps what is as large as a batch, and example=(model, x) had "
+            f"another number of samples than this batch, which has {size}: pass an example with as "
+            "many, or a positive decay"
+        )

@@ -24,6 +24,7 @@ from natgrad_flax.checks import (
     check_structure,
     is_concrete,
 )
+from natgrad_flax.convolution import with_fast_gradients
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
@@ -203,7 +204,11 @@ def loss_gradient(
 
     def run(first: Array | int, x: Array, y: Array) -> tuple[dict[Path, Array], Array]:
         del first
-        outputs, backward = jax.vjp(lambda state: nnx.merge(graphdef, state, rest)(x), chosen)
+
+        def forward(state: Any) -> Array:
+            return with_fast_gradients(nnx.merge(graphdef, state, rest))(x)
+
+        outputs, backward = jax.vjp(forward, chosen)
         (gradient,) = backward(loss.residual(outputs, y) / len(x))
         return by_path(gradient), outputs
 

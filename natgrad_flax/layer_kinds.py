@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.convolution import conv_general_dilated
 from natgrad_flax.layer_signals import ParameterForm
 from natgrad_flax.layers import Conv, Dense
 
@@ -291,7 +292,12 @@ NORM_KINDS: tuple[type[nnx.Module], ...] = (
 def multiplies(layer: Any) -> bool:
     """Whether a layer uses the products of JAX, and none that a user put in their place."""
     products = ("dot_general", "dot_general_cls", "conv_general_dilated")
-    known = (None, jax.lax.dot_general, jax.lax.conv_general_dilated)
+    known = (
+        None,
+        jax.lax.dot_general,
+        jax.lax.conv_general_dilated,
+        conv_general_dilated,
+    )
     return all(getattr(layer, name, None) in known for name in products)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -116,6 +116,7 @@ class Conv(nnx.Module):
       feature_group_count: number of groups G; output channels of a group see its inputs only.
       weight_variance: sigma_w^2 > 0.
       bias_variance: sigma_b^2 >= 0.
+      conv_general_dilated: JAX's, or ``ng.conv_general_dilated`` for training inside of loops.
       param_dtype: dtype of the parameters.
       rngs: source of randomness; the stream ``params`` is used.
 
@@ -136,6 +137,7 @@ class Conv(nnx.Module):
         feature_group_count: int = 1,
         weight_variance: float = 1.0,
         bias_variance: float = 0.0,
+        conv_general_dilated: Callable[..., Array] = jax.lax.conv_general_dilated,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -168,6 +170,7 @@ class Conv(nnx.Module):
         self.feature_group_count = feature_group_count
         self.weight_variance = float(weight_variance)
         self.bias_variance = float(bias_variance)
+        self.conv_general_dilated = conv_general_dilated
         shape = (*self.kernel_size, in_features // feature_group_count, out_features)
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
         self.bias: nnx.Param[Array] | None = nnx.data(None)
@@ -240,7 +243,7 @@ class Conv(nnx.Module):
             border = ((0, 0),) * dimensions
         dtype = jnp.result_type(x, self.kernel[...])
         axes = "HWD"[:dimensions]
-        u = jax.lax.conv_general_dilated(
+        u = self.conv_general_dilated(
             x.astype(dtype),
             # the kernel is the smaller factor
             (self.weight_scale * self.kernel[...]).astype(dtype),

@@ -107,7 +107,7 @@ def natural_gradient_descent(
         assert isinstance(structure, AveragedStructure)
         assert example is not None
         averaged = AveragedStep(average, structure, loss, fisher, mc_samples, wrt, microbatches)
-        empty = empty_averages(structure, *example, wrt)
+        empty = empty_averages(structure, *example, wrt, average, microbatches)
 
     def step(
         module: nnx.Module,

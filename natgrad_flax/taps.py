@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.extend.core import get_opaque_trace_state
 
+from natgrad_flax.convolution import with_fast_gradients
 from natgrad_flax.layer_kinds import LAYER_KINDS, NORM_KINDS, Shape, by_features
 
 Path = tuple[Any, ...]
@@ -132,6 +133,7 @@ def dotted(path: Path) -> str:
 def tap(copy: nnx.Module) -> dict[int, Path]:
     """Changes the classes of a copy's layers; the paths of layers by the ids of their objects."""
     names = {}
+    with_fast_gradients(copy)
     for path, layer in list(nnx.iter_modules(copy)):
         if type(layer) in LAYER_KINDS or type(layer) in NORM_KINDS:
             layer.__class__ = _tapped(type(layer))

@@ -2,12 +2,12 @@
 
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import Geometry, IsotropyWarning, Structure
+from natgrad_flax.structures.block_diagonal import BlockDiagonal
 from natgrad_flax.structures.diagonal import Diagonal
 from natgrad_flax.structures.ekfac import EKFAC
 from natgrad_flax.structures.exact import Exact
 from natgrad_flax.structures.kfac import KFAC
 from natgrad_flax.structures.layer_wise import (
-    BlockDiagonal,
     BlockTriDiagonal,
     LayerWise,
     SingularCouplingWarning,

@@ -45,6 +45,13 @@ class AveragedStructure(Structure):
     def statistics(self, signals: Signals) -> tuple[Any, ...]:
         """Means over samples, one entry a layer."""
 
+    def latest(self, signals: Signals) -> tuple[Any, ...]:
+        """Statistics of one batch that will be averaged with no other.
+
+        They may have another form than ``statistics``, whose shapes depend on N, too.
+        """
+        return self.statistics(signals)
+
     def basis(self, factors: tuple[Any, ...]) -> tuple[Any, ...]:
         """The basis that these statistics give."""
         return ()

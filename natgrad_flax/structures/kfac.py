@@ -16,7 +16,6 @@ from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd, symmetric_product
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Residual, Signals, expand_samples
-from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 from natgrad_flax.structures.base import (
     Geometry,
     IsotropyWarning,
@@ -27,25 +26,22 @@ from natgrad_flax.structures.base import (
     has_shared_layers,
 )
 from natgrad_flax.structures.kronecker import (
-    factor_means,
+    factor_of,
     factor_rows,
     grouped,
     in_parameters,
-    inverse_groups,
     num_positions,
     solve_kronecker,
     ungrouped,
 )
+from natgrad_flax.structures.kronecker_average import KroneckerAverage, block_norms, scaled_norms
 from natgrad_flax.structures.units import (
-    invert_blocks,
-    multiply_blocks,
     solve_units,
-    unit_blocks,
 )
 
 
 @dataclass(frozen=True)
-class KFAC(AveragedStructure):
+class KFAC(KroneckerAverage):
     """Blocks (B* + rho I) (x) (A* + rho I), A* = a^T a / N, B* = D^T D / N (Eq. 20).
 
     Taken literally, Eq. 20 gives the isotropy constant alpha = N (L - 1) + 1, because B* of the
@@ -116,7 +112,7 @@ class KFAC(AveragedStructure):
         overs: tuple[float, float],
     ) -> tuple[Array | float, Array | float]:
         """What is added to A* and to B*: from one number, or the pair itself."""
-        sum_a, sum_b = self._norms(layer)
+        sum_a, sum_b = self._row_norms(layer)
         groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
         mean_a = sum_a / float(overs[0] * layer.fan_in * groups)
         mean_b = sum_b / float(overs[1] * layer.num_units)
@@ -135,13 +131,6 @@ class KFAC(AveragedStructure):
         pi = jnp.where(usable, jnp.sqrt(mean_a / jnp.where(usable, mean_b, 1)), 1)
         root = jnp.sqrt(jnp.asarray(damping, mean_a.dtype))
         return pi * root, root / pi
-
-    def _norms(self, layer: DenseSignals | SharedSignals) -> tuple[Array, Array]:
-        """Squared norms of the rows of both factors, of all groups together."""
-        if isinstance(layer, SharedSignals):
-            left, right = layer.rows(self.sharing)
-            return jnp.sum(left**2), jnp.sum(right**2)
-        return jnp.sum(layer.input_norms()), jnp.sum(layer.derivative_norms())
 
     def precondition(
         self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
@@ -251,8 +240,12 @@ class KFAC(AveragedStructure):
         ):
             over_a, over_b = self._divisors(train, index)
             rho_a, rho_b = self._dampings(here, rho, (over_a, over_b))
-            units = self._unit_coefficient(there, here, over_b, rho_b, shifted)
-            inputs = self._input_coefficient(there, here, over_a, rho_a, shifted)
+            units = self._factor_coefficient(
+                there.flat_derivatives(), here.flat_derivatives(), over_b, rho_b, shifted
+            )
+            inputs = self._factor_coefficient(
+                there.augmented_inputs(), here.augmented_inputs(), over_a, rho_a, shifted
+            )
             blown = expand_samples(inputs, there.num_seeds, here.num_seeds)
             total = total + units * blown / train.num_samples
         return total
@@ -267,43 +260,23 @@ class KFAC(AveragedStructure):
             inputs = jnp.full(layer.num_samples, over_a, total.dtype)
             units = jnp.full(train.size, over_b, total.dtype)
             if index == 0:
-                inputs = jnp.diagonal(self._input_coefficient(layer, layer, over_a, 0.0, False))
+                rows = layer.augmented_inputs()
+                inputs = jnp.diagonal(self._factor_coefficient(rows, rows, over_a, 0.0, False))
             if index == len(train.layers) - 1:
-                units = jnp.diagonal(self._unit_coefficient(layer, layer, over_b, 0.0, False))
+                rows = layer.flat_derivatives()
+                units = jnp.diagonal(self._factor_coefficient(rows, rows, over_b, 0.0, False))
             total = total + units * jnp.repeat(inputs, layer.num_seeds) / train.num_samples
         return total
 
-    def _unit_coefficient(
-        self,
-        there: DenseSignals,
-        here: DenseSignals,
-        over: float,
-        rho: Array | float,
-        shifted: bool,
+    def _factor_coefficient(
+        self, there: Array, here: Array, over: float, rho: Array | float, shifted: bool
     ) -> Array:
-        """D' (B* + rho)^{-1} D^T, shape (N' S', N S)."""
-        if self._in_parameters(here.num_samples * here.num_seeds, here.num_units):
-            flat = here.flat_derivatives()
-            factor = add_diagonal(flat.T @ flat / over, rho)
-            return there.flat_derivatives() @ solve_psd(factor, flat.T, shifted=shifted)
-        gram = add_diagonal(here.derivative_gram(), over * rho)
-        return over * solve_psd(gram, here.derivative_gram(there), shifted=shifted).T
-
-    def _input_coefficient(
-        self,
-        there: DenseSignals,
-        here: DenseSignals,
-        over: float,
-        rho: Array | float,
-        shifted: bool,
-    ) -> Array:
-        """a' (A* + rho)^{-1} a^T, shape (N', N)."""
-        if self._in_parameters(here.num_samples, here.fan_in):
-            inputs = here.augmented_inputs()
-            factor = add_diagonal(inputs.T @ inputs / over, rho)
-            return there.augmented_inputs() @ solve_psd(factor, inputs.T, shifted=shifted)
-        gram = add_diagonal(here.input_gram(), over * rho)
-        return over * solve_psd(gram, here.input_gram(there), shifted=shifted).T
+        """r' (r^T r / over + rho)^{-1} r^T, shape (R', R), for rows r' (R', P) and r (R, P)."""
+        if self._in_parameters(*here.shape):
+            factor = add_diagonal(factor_of(here, over), rho)
+            return there @ solve_psd(factor, here.T, shifted=shifted)
+        gram = add_diagonal(symmetric_product(here), over * rho)
+        return over * solve_psd(gram, here @ there.T, shifted=shifted).T
 
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
         """Block-diagonal of the Kronecker products."""
@@ -349,93 +322,17 @@ class KFAC(AveragedStructure):
                 sides.append(params if self._in_parameters(samples, params) else samples)
         return max(sides)
 
-    def statistics(self, signals: Signals) -> tuple[dict[str, Array], ...]:
-        """Means of the factors, or of the blocks of units, and of the diagonals of their Grams."""
-        found = []
-        for layer in signals.layers:
-            if isinstance(layer, ExplicitSignals):
-                found.append({"blocks": unit_blocks(layer), "norms": _block_norms(layer)})
-                continue
-            assert isinstance(layer, (DenseSignals, SharedSignals))
-            inputs, units = factor_means(layer, self.sharing)
-            name = "shared" if isinstance(layer, SharedSignals) else "inputs"
-            found.append({name: inputs, "units": units, "norms": self._gram_means(layer)})
-        return tuple(found)
-
-    def _gram_means(self, layer: DenseSignals | SharedSignals) -> Array:
-        """Mean diagonals of the Gram matrices of the rows of both factors, of a over T, (2,)."""
-        sum_a, sum_b = self._norms(layer)
-        positions = num_positions(layer, self.sharing)
-        groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
-        rows = float(layer.num_samples * positions * groups)
-        # floats: products of sizes outgrow the integers of XLA
-        return jnp.stack([sum_a / (rows * positions), sum_b / (rows * layer.num_seeds)])
-
-    def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int
-    ) -> tuple[dict[str, Array], ...]:
-        """The inverses of both factors, or of the blocks of units."""
-        factors = moments.factors
-        last, shifted = _last_entry(factors), not is_zero(damping)
-        found = []
-        for index, (entry, rho) in enumerate(
-            zip(factors, per_layer(damping, len(factors)), strict=True)
-        ):
-            if "blocks" in entry:
-                block = rho if jnp.ndim(rho) == 0 else jnp.asarray(rho)[0]
-                found.append({"blocks": invert_blocks(entry["blocks"], block)})
-                continue
-            inputs = _inputs(entry)
-            fan_in = inputs.shape[-1]
-            by_a, by_b = self._scalings(index, last, fan_in, "shared" in entry, num_samples)
-            a, b = inputs / by_a, entry["units"] / by_b
-            rho_a, rho_b = self._split(rho, _mean_diagonal(a), _mean_diagonal(b))
-            found.append(
-                {
-                    "inputs": inverse_groups(a, rho_a, shifted=shifted),
-                    "units": inverse_groups(b, rho_b, shifted=shifted),
-                }
-            )
-        return tuple(found)
-
-    def apply(
-        self, inverse: tuple[dict[str, Array], ...], slope: tuple[LayerUpdate, ...]
-    ) -> tuple[LayerUpdate, ...]:
-        """A^{-1} G B^{-1}, group by group."""
-        updates = []
-        for entry, g in zip(inverse, slope, strict=True):
-            matrix = matrix_of(g)
-            if "blocks" in entry:
-                updates.append(update_like(g, multiply_blocks(entry["blocks"], matrix)))
-                continue
-            parts = grouped(matrix, len(entry["units"]))
-            solved = ungrouped(entry["inputs"] @ parts @ entry["units"])
-            updates.append(update_like(g, solved))
-        return tuple(updates)
-
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
-        """``damping_scale`` from moments, (L, 2)."""
-        scales, factors = [], moments.factors
-        for index, entry in enumerate(factors):
-            if "blocks" in entry:
-                scales.append(entry["norms"] / num_samples)
-                continue
-            last, fan_in = _last_entry(factors), _inputs(entry).shape[-1]
-            scalings = self._scalings(index, last, fan_in, "shared" in entry, num_samples)
-            scales.append(_scaled_norms(entry["norms"], num_samples, scalings))
-        return jnp.stack(scales)
-
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonals of the Gram matrices of A* and of B*, over their divisors, (L, 2)."""
         scales, n = [], signals.num_samples
         for index, layer in enumerate(signals.layers):
             if isinstance(layer, ExplicitSignals):
-                scales.append(_block_norms(layer) / n)
+                scales.append(block_norms(layer) / n)
                 continue
             assert isinstance(layer, (DenseSignals, SharedSignals))
             shared = isinstance(layer, SharedSignals)
             scalings = self._scalings(index, _last(signals), layer.fan_in, shared, n)
-            scales.append(_scaled_norms(self._gram_means(layer), n, scalings))
+            scales.append(scaled_norms(self._gram_means(layer), n, scalings))
         return jnp.stack(scales)
 
     def alpha(self, geometry: Geometry) -> float:
@@ -476,29 +373,3 @@ def _last(signals: Signals) -> int:
     """The place of the last affine layer; parameters without a formula stand behind it."""
     affine = [i for i, a in enumerate(signals.layers) if not isinstance(a, ExplicitSignals)]
     return affine[-1] if affine else len(signals.layers) - 1
-
-
-def _last_entry(factors: tuple[dict[str, Array], ...]) -> int:
-    """As ``_last``, from statistics."""
-    return max((i for i, a in enumerate(factors) if "units" in a), default=len(factors) - 1)
-
-
-def _mean_diagonal(factors: Array) -> Array:
-    """Of all groups together."""
-    return jnp.einsum("gkk->", factors) / float(factors.shape[0] * factors.shape[1])
-
-
-def _inputs(entry: dict[str, Array]) -> Array:
-    """A of every group, from statistics."""
-    return entry["shared" if "shared" in entry else "inputs"]
-
-
-def _block_norms(layer: ExplicitSignals) -> Array:
-    """The mean diagonal of the Gram matrix, in both places of a pair."""
-    mean = jnp.sum(layer.gram_norms()) / float(layer.num_samples * layer.num_seeds)
-    return jnp.stack([mean, mean])
-
-
-def _scaled_norms(norms: Array, num_samples: int, scalings: tuple[float, float]) -> Array:
-    overs = jnp.asarray([num_samples * scaling for scaling in scalings], norms.dtype)
-    return norms / overs

@@ -228,6 +228,31 @@ def test_means_of_halves_give_the_inverse_of_the_whole():
         np.testing.assert_allclose(found, wanted, atol=1e-9 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("damping", [0.0, RHO, ng.RelativeDamping(0.1)])
+def test_without_a_past_the_rows_of_a_wide_layer_are_kept(damping, x64):
+    model = ng.MLP((9, 7, 2), bias_variance=0.5, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(3, 4, 9))), jnp.asarray(rng.normal(size=(3, 4, 2)))
+    settings = {"structure": ng.KFAC(split="pi"), "loss": MSE, "damping": damping}
+    average = ng.MovingAverage(decay=0.0)
+    tx = ng.natural_gradient_descent(1.0, average=average, example=(model, x[0]), **settings)
+    updates, state = scanned(tx, model, x, y)
+    for update, inputs, targets in zip(updates, x, y, strict=True):
+        expected = ng.natural_gradient(model, inputs, targets, **settings)
+        np.testing.assert_allclose(flat(update), -flat(expected), rtol=1e-9, atol=1e-10)
+    kept = [entry["rows"].shape for entry in state.kept.moments.factors]
+    assert kept == [(4, 10), (4, 8)]
+
+
+def test_rows_are_kept_of_as_many_samples_as_the_example_has():
+    settings = {"structure": ng.KFAC(), "loss": MSE, "damping": RHO}
+    average = ng.MovingAverage(decay=0.0)
+    tx = ng.natural_gradient_descent(1.0, average=average, example=(MODEL, X[:2]), **settings)
+    params = nnx.state(MODEL)
+    with pytest.raises(ValueError, match="another number of samples than this batch, which has 4"):
+        tx.update(params, tx.init(params), params, module=MODEL, x=X, y=Y)
+
+
 def test_bias_correction_weighs_the_past_by_powers_of_the_decay():
     average, mean = ng.MovingAverage(0.75), jnp.zeros(())
     values = [3.0, -1.0, 2.0]

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -162,26 +163,55 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def block(mark):
+    """An example of the README."""
+    return re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+
+
+def readme_scope():
+    """What the examples below the training loop find: its step, a batch and a loss."""
+    x = jax.random.normal(jax.random.key(0, impl="rbg"), (16, 32, 32, 3))
+    scope = {"jax": jax, "ng": ng, "nnx": nnx, "x": x, "y": jnp.eye(10)[jnp.arange(16) % 10]}
+    scope["loss"] = ng.SoftmaxCrossEntropy()
+    exec("@nnx.jit" + block("training loop").split("@nnx.jit")[1].split("\n\n")[0], scope)
+    return scope
+
+
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["stock ConvNet", "stock transformer"])
 def test_readme(name, capsys):
     """Each example is below 20 lines, runs after the training loop, and every loss falls."""
-
-    def block(mark):
-        return re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", README, re.DOTALL)[1]
-
     code = block(name)
     assert len(code.strip().splitlines()) < 20
-    step = block("training loop").split("@nnx.jit")[1].split("\n\n")[0]
-    x = jax.random.normal(jax.random.key(0, impl="rbg"), (16, 32, 32, 3))
-    scope = {"jax": jax, "ng": ng, "nnx": nnx, "x": x, "y": jnp.eye(10)[jnp.arange(16) % 10]}
-    scope["loss"] = ng.SoftmaxCrossEntropy()
-    exec("@nnx.jit" + step + "\n" + code, scope)
+    exec(code, readme_scope())
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     for structure in ("KFAC", "Exact"):
         losses = [float(value) for who, value in lines if who == structure]
         assert len(losses) == 10
         assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_readme_on_mini_batches_and_devices(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = readme_scope()
+    exec(block("stock ConvNet").split("\nloss")[0], scope)
+    exec(block("mini-batches"), scope)
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+    assert (tmp_path / "run" / "10").is_dir()
+    exec(block("devices"), scope)
+    assert isinstance(scope["structure"], scope["devices"].Sharded)
+    alone = ng.natural_gradient(
+        scope["model"],
+        scope["x"],
+        scope["y"],
+        structure=ng.Exact(),
+        loss=scope["loss"],
+        damping=0.1,
+    )
+    for ours, one in zip(jax.tree.leaves(scope["update"]), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, one, rtol=1e-4, atol=1e-5 * float(jnp.abs(one).max()))
 
 
 def test_table_of_the_readme():

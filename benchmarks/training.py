@@ -51,6 +51,8 @@ class Setting:
       evaluated: samples of which that loss is the mean, the first of the training set.
       channels: of the ConvNet.
       strides: of its convolutions.
+      pooling: before its readout. Flattened images of CIFAR-10 give the readout a factor of side
+        8192, which nobody inverts at every step.
     """
 
     dataset: str
@@ -61,6 +63,7 @@ class Setting:
     evaluated: int
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    pooling: str
 
     @property
     def steps(self) -> int:
@@ -68,8 +71,8 @@ class Setting:
         return self.epochs * (self.num_train // self.batch) // self.evaluate * self.evaluate
 
 
-CIFAR = Setting("cifar10", 10_000, 128, 2, 6, 1000, (32, 64, 128, 128), (1, 2, 2, 1))
-DIGITS = Setting("digits", 512, 64, 3, 4, 512, (8, 16), (1, 2))
+CIFAR = Setting("cifar10", 10_000, 128, 2, 6, 1000, (32, 64, 128, 128), (1, 2, 2, 1), "average")
+DIGITS = Setting("digits", 512, 64, 3, 4, 512, (8, 16), (1, 2), "flatten")
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,14 @@ def load(setting: Setting) -> tuple[Array, Array]:
 
 def train(setting: Setting, optimizer: str, rate: float, x: Array, y: Array) -> Curve:
     """One run from the same parameters, over the same batches, for every optimizer and rate."""
-    model = ng.ConvNet(x.shape[1:], setting.channels, 10, strides=setting.strides, rngs=nnx.Rngs(0))
+    model = ng.ConvNet(
+        x.shape[1:],
+        setting.channels,
+        10,
+        strides=setting.strides,
+        pooling=setting.pooling,
+        rngs=nnx.Rngs(0),
+    )
     graphdef, params = nnx.split(model)
     first = x[: setting.batch]
     tx = optax.with_extra_args_support(OPTIMIZERS[optimizer][0](rate, model, first))
@@ -167,7 +177,7 @@ def train(setting: Setting, optimizer: str, rate: float, x: Array, y: Array) -> 
     def value(params: Any, x: Array, y: Array) -> Array:
         return LOSS(nnx.merge(graphdef, params)(x), y)
 
-    # no scan over the steps: inside of loops XLA has no fast convolutions on a CPU
+    # no scan over the steps: the gradient of SGD would be slow inside (natgrad_flax.convolution)
     @jax.jit
     def step(carry: Any, indices: Array) -> Any:
         params, state = carry

@@ -34,7 +34,7 @@ from benchmarks.step import environment
 
 LOSS = ng.SoftmaxCrossEntropy()
 MOMENTUM = 0.9
-DAMPING = 1e-3
+DAMPING = 3e-4
 DATA_SEED = 1
 
 
@@ -275,15 +275,18 @@ class Training(Suite):
 def table(curves: Sequence[Curve]) -> Table:
     """The best run of each optimizer beside the best of momentum SGD."""
     sgd = best(curves, "momentum SGD")
+    spent = sgd.reaches(sgd.final)
     found = Table(title=f"Training loss {sgd.final:.4f}, where the best momentum SGD ends")
-    for name in ("optimizer", "learning rate", "steps", "seconds", "last loss", "steps of SGD's"):
+    columns = "learning rate", "steps", "of SGD's", "seconds", "of SGD's", "last loss"
+    for name in ("optimizer", *columns):
         found.add_column(name, justify="left" if name == "optimizer" else "right")
     for name in dict.fromkeys(c.optimizer for c in curves):
         curve = soonest(curves, name, sgd.final)
         steps, seconds = curve.reaches(sgd.final)
-        share = steps / sgd.reaches(sgd.final)[0]
-        cells = (f"{curve.learning_rate:g}", f"{steps:.0f}", f"{seconds:.1f}")
-        found.add_row(name, *cells, f"{best(curves, name).final:.4f}", f"{share:.2f}")
+        shares = [own / its for own, its in zip((steps, seconds), spent, strict=True)]
+        cells = (f"{steps:.0f}", f"{shares[0]:.2f}", f"{seconds:.3g}", f"{shares[1]:.2f}")
+        last = f"{best(curves, name).final:.4f}"
+        found.add_row(name, f"{curve.learning_rate:g}", *cells, last)
     return found
 
 

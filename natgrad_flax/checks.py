@@ -202,7 +202,7 @@ def check_momentum(momentum: object, structure: Structure, damping: object) -> N
         raise ValueError(f"momentum must be below 1, got {momentum!r}")
     if momentum == 0:
         return
-    if not isinstance(structure, (Exact, BlockDiagonal)):
+    if not isinstance(structure.plain, (Exact, BlockDiagonal)):
         raise TypeError(
             "momentum= projects the previous step by blocks of the Fisher itself, which "
             f"ng.Exact() and ng.BlockDiagonal() have; behind {structure.name} put optax.trace: "

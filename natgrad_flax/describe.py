@@ -174,7 +174,8 @@ def describe(
     Args:
       model: the model, or its shapes from ``nnx.eval_shape``.
       x: inputs, shape (N, ...), or a ``jax.ShapeDtypeStruct`` of them.
-      structure: the Fisher approximation; without one the Gram matrices are described.
+      structure: the Fisher approximation; without one the Gram matrices are described. Of one on a
+        mesh of devices, what all of them hold and compute together is described.
       loss: for the number of seeds of the exact Fisher, C without it.
       fisher: "exact", "mc" or "empirical".
       mc_samples: targets drawn a sample, for "mc".
@@ -185,6 +186,7 @@ def describe(
     """
     if structure is not None:
         check_structure(structure)
+        structure = structure.plain
     if loss is not None and not isinstance(loss, Loss):
         raise TypeError(f"loss must be an ng.Loss, got {loss!r}")
     if fisher not in FISHER_KINDS:

@@ -54,7 +54,7 @@ class Momentum:
         # inside the span of the seeds: what is left of the residual is solved for
         carried = self._carried(signals)
         images = [layer.jvp(a) for layer, a in zip(signals.layers, carried, strict=True)]
-        if isinstance(structure, BlockDiagonal):
+        if isinstance(structure.plain, BlockDiagonal):
             solved = tuple(
                 structure.solve(Signals((layer,), signals.outputs), Residual(w - image, None), rho)[
                     0

@@ -25,6 +25,7 @@ def sample_jacobian_entries(structure: Structure | None, layer: LayerSignals) ->
       structure: the structure; None for Gram matrices, as ``Exact`` builds them.
       layer: the signals of the layer, or their shapes.
     """
+    structure = None if structure is None else structure.plain
     if not isinstance(layer, SharedSignals) or isinstance(structure, KFAC):
         return 0
     n, s = layer.num_samples, layer.num_seeds

@@ -2,17 +2,16 @@
 
 One pass through the network gives those of all layers (``dense_kernels``, ``conv_kernels``), so the
 cost is linear in the depth. Entries are computed block by block, half of them where the kernel is
-symmetric, in float64 and with an exact diagonal.
+symmetric, in float64 and with an exact diagonal; on several devices, each has its share of the
+blocks (``block_devices``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +19,15 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax.checks import available_memory, check_inputs
+from ntk_analysis.block_devices import (
+    AT_ONCE,
+    Block,
+    Compute,
+    check_devices,
+    compute_blocks,
+    done_everywhere,
+    usable_devices,
+)
 from ntk_analysis.conv_kernels import block_bytes, block_rows, convolutional_block
 from ntk_analysis.dense_kernels import dense_block
 from ntk_analysis.empirical import Matrix
@@ -39,7 +47,7 @@ PARTS = ("tangent", "inputs", "derivatives", "nngp", "ntk")
 CONVOLUTIONAL_PARTS = ("tangent", "nngp", "ntk")
 """Of a ConvNet: its inputs and derivatives are matrices over positions, too."""
 _BLOCK = 256  # its arrays, 0.5 MB each, stay in the cache from layer to layer
-_AT_ONCE = 2
+_TEMPORARIES = 4  # of its arrays in every layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +117,7 @@ def analytic_layer_kernels(
     *,
     store: Path | None = None,
     progress: Progress | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> list[Matrix]:
     """The tangent kernel Theta_l of each layer at infinite width, without 1/N, for one output.
 
@@ -121,6 +130,7 @@ def analytic_layer_kernels(
       x2: inputs, shape (N2, ...); x1 by default, and then the diagonal is exact.
       store: folder for kernels that are to outlive the program; see ``analytic_kernels``.
       progress: told about finished blocks.
+      devices: see ``analytic_kernels``.
 
     Returns:
       L float64 arrays (N1, N2), in forward order.
@@ -128,8 +138,9 @@ def analytic_layer_kernels(
     Raises:
       ValueError, TypeError: as ``analytic_kernels``.
     """
-    kernels = analytic_kernels(model, x1, x2, parts=("tangent",), store=store, progress=progress)
-    return kernels.tangent
+    return analytic_kernels(
+        model, x1, x2, parts=("tangent",), store=store, progress=progress, devices=devices
+    ).tangent
 
 
 def analytic_kernels(
@@ -140,6 +151,7 @@ def analytic_kernels(
     parts: Sequence[str] | None = None,
     store: Path | None = None,
     progress: Progress | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> AnalyticKernels:
     """All infinite-width kernels that are asked for, in one pass.
 
@@ -157,12 +169,19 @@ def analytic_kernels(
         Finished blocks of an earlier call, killed or not, are not computed again; the arrays
         returned are memory maps of the files, read-only.
       progress: told about finished blocks.
+      devices: those that compute, each its share of the blocks. By default those of this process
+        that have enough to do: each compiles the steps for itself. With devices of other processes
+        (``jax.devices()`` after ``ng.devices.connect``) every process makes the same call, computes
+        on its own devices, and has all kernels in the end; stores may be one folder or several. A
+        process that is lost is an error in the others, see ``ng.devices.lost_peers``.
 
     Raises:
       ValueError: bad inputs, an unknown part, kernels that cannot fit in memory or on the disk, a
-        model without an infinite-width twin, or a kernel with a variance that is not positive.
-      TypeError: the model is neither of those, or inputs are not floating.
+        model without an infinite-width twin, a kernel with a variance that is not positive, no
+        devices, or processes that make different calls.
+      TypeError: the model is neither of those, inputs are not floating, or these are no devices.
     """
+    check_devices(devices)
     twin = infinite_width_twin(model)
     convolutional = isinstance(twin, ConvolutionalTwin)
     known = CONVOLUTIONAL_PARTS if convolutional else PARTS
@@ -184,10 +203,10 @@ def analytic_kernels(
             f"the device has {available_memory() / 2**30:,.1f} GiB; ask for fewer parts, or give "
             "store= to keep them in files"
         )
-    size = _BLOCK
+    size, block_memory = _BLOCK, 8 * _BLOCK**2 * _TEMPORARIES * twin.depth
     if isinstance(twin, ConvolutionalTwin):
         _check_block(twin)
-        size = block_rows(twin)
+        size, block_memory = block_rows(twin), block_bytes(twin)
     _check_variances(twin, first, "x1")
     if second is not None:
         _check_variances(twin, second, "x2")
@@ -199,50 +218,42 @@ def analytic_kernels(
             for j in range(0, shape[1], size)
             if second is not None or i <= j
         ]
-        todo = [block for block in blocks if not target.is_done(*block)]
+        done = done_everywhere(devices or (), [*made_of, names, size], target.done)
+        todo = [(i, j) for i, j in blocks if not done[i // size, j // size]]
+        used = usable_devices(devices, len(todo), block_memory)
         finished = len(blocks) - len(todo)
-        for block, values in _evaluate(twin, first, second, names, todo, size):
-            row, column = block
-            target.write(row, column, values, mirror=second is None)
+        compute = _computation(twin, first, second, names, size)
+        filled = (len(names), min(size, shape[0]), min(size, shape[1]))
+        for (i, j), values in compute_blocks(compute, todo, used, filled):
+            rows, width = min(size, shape[0] - i), min(size, shape[1] - j)
+            target.write(i, j, [value[:rows, :width] for value in values], mirror=second is None)
             finished += 1
             if progress:
                 progress(finished, len(blocks))
         return AnalyticKernels(target.arrays(), twin)
 
 
-def _evaluate(
-    twin: Twin,
-    first: Matrix,
-    second: Matrix | None,
-    names: Sequence[str],
-    blocks: Sequence[tuple[int, int]],
-    size: int,
-) -> Any:
-    """Yields blocks with their values, a few at once so that every core has work."""
+def _computation(
+    twin: Twin, first: Matrix, second: Matrix | None, names: Sequence[str], size: int
+) -> Compute:
+    """The function that computes a block, filled up to ``size`` rows and columns."""
     columns = first if second is None else second
 
-    def compute(block: tuple[int, int]) -> tuple[tuple[int, int], list[np.ndarray]]:
+    def compute(block: Block, device: jax.Device | None) -> list[np.ndarray]:
         i, j = block
-        left, right = _cut(first, i, size), _cut(columns, j, size)
-        rows, width = min(size, len(first) - i), min(size, len(columns) - j)
+        diagonal = second is None and i == j
         # the switch of 64-bit mode belongs to a thread
         with jax.enable_x64(True):
-            diagonal = second is None and i == j
+            left, right = _cut(first, i, size), _cut(columns, j, size)
+            if device is not None:
+                left, right = jax.device_put((left, right), device)
             if isinstance(twin, ConvolutionalTwin):
                 values = convolutional_block(twin, left, right, names=names, diagonal=diagonal)
             else:
                 values = dense_block(twin, left, right, names=names, diagonal=diagonal)
-            return block, [np.asarray(value)[:rows, :width] for value in values]
+            return [np.asarray(value) for value in values]
 
-    queue = list(reversed(blocks))
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        running = {pool.submit(compute, queue.pop()) for _ in range(min(_AT_ONCE, len(queue)))}
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                if queue:
-                    running.add(pool.submit(compute, queue.pop()))
-                yield future.result()
+    return compute
 
 
 def _names(parts: Sequence[str], depth: int) -> list[str]:
@@ -263,7 +274,7 @@ def _cut(x: Matrix, start: int, size: int) -> Matrix:
 
 def _check_block(twin: ConvolutionalTwin) -> None:
     """Raises ValueError where the covariances of the smallest block cannot fit."""
-    needed, free = _AT_ONCE * block_bytes(twin), available_memory()
+    needed, free = AT_ONCE * block_bytes(twin), available_memory()
     if needed <= free:
         return
     positions = [math.prod(patches.positions) for patches in twin.patches]
@@ -271,7 +282,7 @@ def _check_block(twin: ConvolutionalTwin) -> None:
     hint = 'use pooling="flatten", which needs a covariance a position, or ' if twin.pooled else ""
     raise ValueError(
         f"a pair of samples has {max(twin.covariances()):,} covariances between {most:,} positions "
-        f"in one layer: {_AT_ONCE} pairs at once need {needed / 2**30:,.1f} GiB and the device has "
+        f"in one layer: {AT_ONCE} pairs at once need {needed / 2**30:,.1f} GiB and the device has "
         f"{free / 2**30:,.1f} GiB; {hint}use smaller images"
     )
 

@@ -170,7 +170,7 @@ def analytic_signals(
       model: an ``ng.MLP`` or an ``ng.ConvNet``.
       x_train: shape (N, ...).
       x_test: shape (N', ...), or None.
-      **options: ``store`` and ``progress`` of ``analytic_kernels``.
+      **options: ``store``, ``progress`` and ``devices`` of ``analytic_kernels``.
 
     Raises:
       ValueError, TypeError: as ``analytic_kernels``.

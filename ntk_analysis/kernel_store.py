@@ -34,9 +34,10 @@ class BlockTarget:
     def __init__(self, arrays: KernelArrays, done: np.ndarray, block: int) -> None:
         self._arrays, self._done, self._block = arrays, done, block
 
-    def is_done(self, row: int, column: int) -> bool:
-        """Whether the block that begins at an entry is finished."""
-        return bool(self._done[row // self._block, column // self._block])
+    @property
+    def done(self) -> np.ndarray:
+        """(row blocks, column blocks), nonzero where a block is finished."""
+        return self._done
 
     def write(self, row: int, column: int, values: Sequence[np.ndarray], *, mirror: bool) -> None:
         """Writes a block of every kernel, and its transpose on the other side of the diagonal."""

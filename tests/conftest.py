@@ -24,8 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Lets what one worker or an earlier run has compiled serve all others.
 
     Most of the time of these tests is compilation. JAX stores a program under a hash of its code,
-    options, versions and processor; it is switched on for the test processes only, not for the
-    programs that a test starts. Without pytest's cache (`-p no:cacheprovider`) nothing is stored.
+    options, versions and processor; it is switched on for the test processes only; programs that a
+    test starts have it where their fixture says so. Without pytest's cache (`-p no:cacheprovider`) nothing is stored.
     """
     if not hasattr(config, "cache"):
         return

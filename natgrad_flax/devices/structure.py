@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,31 @@ from jax.sharding import Mesh
 
 from natgrad_flax.checks import check_integer, check_number, check_structure
 from natgrad_flax.damping import is_zero
+from natgrad_flax.devices.factors import (
+    apply_split,
+    basis_dealt,
+    invert_dealt,
+    moments_dealt,
+    solve_ekfac,
+)
+from natgrad_flax.devices.kfac import solve_kfac
 from natgrad_flax.devices.linear_solve import Solution
 from natgrad_flax.devices.placement import Placement, check_divisible, device_memory, place
 from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
 from natgrad_flax.devices.units import deal_out_units
 from natgrad_flax.layer_signals import LayerUpdate
 from natgrad_flax.signals import Residual, Signals
-from natgrad_flax.structures import BlockDiagonal, Geometry, LayerWise, Structure, UnitWise
+from natgrad_flax.structures import (
+    EKFAC,
+    KFAC,
+    AveragedStructure,
+    BlockDiagonal,
+    Geometry,
+    LayerWise,
+    Moments,
+    Structure,
+    UnitWise,
+)
 
 SolverName = Literal["auto", "replicated", "cholesky", "cg"]
 
@@ -31,7 +49,8 @@ class Sharded(Structure):
     Every structure serves a batch that is sharded over a mesh as it is: XLA partitions the passes,
     the Gram matrices and the means over samples, and puts the collectives between them. This
     wrapper adds what XLA does not see: systems in sample space whose N S x N S matrices stay
-    sharded by rows, and the units of ng.UnitWise, each of which belongs to one device.
+    sharded by rows; the units of ng.UnitWise and the factors of ng.KFAC and ng.EKFAC, each of which
+    one device solves, inverts or diagonalises for all.
 
     Where a system with sharded rows is not definite, or conjugate gradients end above the
     tolerance, the update is NaN; ``sharded_natural_gradient`` makes an error of it.
@@ -40,7 +59,8 @@ class Sharded(Structure):
       structure: the Fisher approximation.
       mesh: the devices; taken with automatic axes.
       axis: the mesh axis over which samples are sharded; its size must divide N.
-      solver: "replicated": every device solves the whole system, of which it needs a copy.
+      solver: of systems in sample space. "replicated": every device solves the whole system, of
+        which it needs a copy.
         "cholesky" and "cg" keep the Gram matrices of ng.Exact, ng.BlockDiagonal and definite
         ng.LayerWise sharded by rows; conjugate gradients also solve the systems that couple layers.
         "auto" is "replicated" as long as the matrix and its factorisation fit on one device.
@@ -59,6 +79,11 @@ class Sharded(Structure):
     tolerance: float = 1e-6
     max_iterations: int = 1000
 
+    def __new__(cls, structure: object = None, *args: Any, **options: Any) -> Sharded:
+        """One that can be averaged, where the structure can; copies are made without arguments."""
+        averaged = isinstance(structure, AveragedStructure)
+        return super().__new__(ShardedAverage if averaged else cls)
+
     def __post_init__(self) -> None:
         check_structure(self.structure)
         if isinstance(self.structure, Sharded):
@@ -75,6 +100,11 @@ class Sharded(Structure):
     def name(self) -> str:
         """That of the structure."""
         return self.structure.name
+
+    @property
+    def plain(self) -> Structure:
+        """The structure."""
+        return self.structure
 
     @property
     def placement(self) -> Placement:
@@ -115,6 +145,10 @@ class Sharded(Structure):
         if isinstance(self.structure, UnitWise):
             found = deal_out_units(self.structure, signals, right, damping, self.placement)
             return found, None
+        if isinstance(self.structure, KFAC) and not is_zero(damping):
+            return solve_kfac(self.structure, signals, right, damping, self.placement), None
+        if isinstance(self.structure, EKFAC):
+            return solve_ekfac(self.structure, signals, right, damping, self.placement), None
         name = self.chosen_solver(signals, damping)
         if name != "replicated":
             solver = RowSolver(self.placement, name, self.tolerance, self.max_iterations)
@@ -195,6 +229,71 @@ class Sharded(Structure):
             return side
         # rows, and as many again while they are put together and factorised
         return math.ceil(side * math.sqrt(2 / self.placement.size))
+
+
+class ShardedAverage(Sharded, AveragedStructure):
+    """``Sharded`` of a structure that means over samples make up, for moving averages.
+
+    The means are over all samples of the mesh; what is made of them is dealt out.
+    """
+
+    structure: AveragedStructure
+
+    @property
+    def cheap_inverse(self) -> bool:  # type: ignore[override]
+        """That of the structure."""
+        return self.structure.cheap_inverse
+
+    @property
+    def has_basis(self) -> bool:  # type: ignore[override]
+        """That of the structure."""
+        return self.structure.has_basis
+
+    def statistics(self, signals: Signals) -> tuple[Any, ...]:
+        """Those of the structure, partitioned by XLA."""
+        return self.structure.statistics(signals)
+
+    def latest(self, signals: Signals) -> tuple[Any, ...]:
+        """Those of the structure, partitioned by XLA."""
+        return self.structure.latest(signals)
+
+    def basis(self, factors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """That of the structure, the eigenvectors of a factor from one device."""
+        if isinstance(self.structure, EKFAC):
+            return basis_dealt(self.structure, factors, self.placement)
+        return self.structure.basis(factors)
+
+    def rotated(self, signals: Signals, basis: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Those of the structure, partitioned by XLA."""
+        return self.structure.rotated(signals, basis)
+
+    def moments(self, signals: Signals) -> Moments:
+        """Those of the structure."""
+        if isinstance(self.structure, EKFAC):
+            return moments_dealt(self.structure, signals, self.placement)
+        return self.structure.moments(signals)
+
+    def invert(self, moments: Moments, damping: Array | float, num_samples: int) -> tuple[Any, ...]:
+        """What the structure returns, each inverse from one device."""
+        if isinstance(self.structure, (KFAC, EKFAC)):
+            return invert_dealt(self.structure, moments, damping, num_samples, self.placement)
+        return self.structure.invert(moments, damping, num_samples)
+
+    def apply(
+        self, inverse: tuple[Any, ...], slope: tuple[LayerUpdate, ...]
+    ) -> tuple[LayerUpdate, ...]:
+        """What the structure returns, each device with its share of the products."""
+        if isinstance(self.structure, (KFAC, EKFAC)):
+            return apply_split(self.structure, inverse, slope, self.placement)
+        return self.structure.apply(inverse, slope)
+
+    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+        """That of the structure."""
+        return self.structure.scale_of(moments, num_samples)
+
+    def factor_size(self, signals: Signals) -> int:
+        """That of the structure."""
+        return self.structure.factor_size(signals)
 
 
 def or_nan(solved: tuple[LayerUpdate, ...], solution: Solution | None) -> tuple[LayerUpdate, ...]:

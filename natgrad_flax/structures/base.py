@@ -67,6 +67,11 @@ class Structure(abc.ABC):
         """The name in tables and figures."""
         return type(self).__name__
 
+    @property
+    def plain(self) -> Structure:
+        """The approximation alone, without what a wrapper adds to it."""
+        return self
+
     @abc.abstractmethod
     def solve(
         self, signals: Signals, residual: Residual, damping: Array | float

@@ -94,8 +94,13 @@ class KFAC(KroneckerAverage):
             float(num_samples) if index == last and self.last_layer == "scaled" else 1.0,
         )
 
-    def _divisors(self, signals: Signals, index: int) -> tuple[float, float]:
-        """(a, b) with A* = a^T a / a and B* = D^T D / b."""
+    def divisors(self, signals: Signals, index: int) -> tuple[float, float]:
+        """What the sums of products of rows are divided by: A* = a^T a / d_A, B* = D^T D / d_B.
+
+        Args:
+          signals: of the batch.
+          index: of an affine layer.
+        """
         n, layer = signals.num_samples, signals.layers[index]
         assert isinstance(layer, (DenseSignals, SharedSignals))
         shared = isinstance(layer, SharedSignals)
@@ -105,13 +110,19 @@ class KFAC(KroneckerAverage):
     def _in_parameters(self, samples: int, params: int) -> bool:
         return in_parameters(self.space, samples, params)
 
-    def _dampings(
+    def dampings(
         self,
         layer: DenseSignals | SharedSignals,
         damping: Array | float,
         overs: tuple[float, float],
     ) -> tuple[Array | float, Array | float]:
-        """What is added to A* and to B*: from one number, or the pair itself."""
+        """What is added to A* and to B*.
+
+        Args:
+          layer: signals of the layer.
+          damping: one number, split as ``split`` says, or the pair itself, shape (2,).
+          overs: the divisors.
+        """
         sum_a, sum_b = self._row_norms(layer)
         groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
         mean_a = sum_a / float(overs[0] * layer.fan_in * groups)
@@ -121,7 +132,7 @@ class KFAC(KroneckerAverage):
     def _split(
         self, damping: Array | float, mean_a: Array, mean_b: Array
     ) -> tuple[Array | float, Array | float]:
-        """As ``_dampings``, from the mean diagonals of both factors."""
+        """As ``dampings``, from the mean diagonals of both factors."""
         if jnp.ndim(damping) == 1:
             pair = jnp.asarray(damping)
             return pair[0], pair[1]
@@ -151,13 +162,13 @@ class KFAC(KroneckerAverage):
             block = rho if jnp.ndim(rho) == 0 else jnp.asarray(rho)[0]
             return layer.update(solve_units(layer.block, matrix_of(slope), block, space=self.space))
         assert isinstance(layer, (DenseSignals, SharedSignals))
-        overs = self._divisors(signals, index)
+        overs = self.divisors(signals, index)
         left, right = factor_rows(layer, self.sharing)
         solved = solve_kronecker(
             left,
             right,
             overs,
-            self._dampings(layer, rho, overs),
+            self.dampings(layer, rho, overs),
             grouped(matrix_of(slope), len(left)),
             shifted=not is_zero(rho),
             space=self.space,
@@ -177,8 +188,8 @@ class KFAC(KroneckerAverage):
                 slope = layer.pull_back(residual.direction(layer, index) / signals.num_samples)
                 updates.append(self._precondition(signals, index, slope, rho))
                 continue
-            over_a, over_b = self._divisors(signals, index)
-            rho_a, rho_b = self._dampings(layer, rho, (over_a, over_b))
+            over_a, over_b = self.divisors(signals, index)
+            rho_a, rho_b = self.dampings(layer, rho, (over_a, over_b))
             half = self._precondition_units(layer, index, residual, over_b, rho_b, shifted)
             half = half / signals.num_samples
             updates.append(self._precondition_inputs(layer, half, over_a, rho_a, shifted))
@@ -238,8 +249,8 @@ class KFAC(KroneckerAverage):
                 strict=True,
             )
         ):
-            over_a, over_b = self._divisors(train, index)
-            rho_a, rho_b = self._dampings(here, rho, (over_a, over_b))
+            over_a, over_b = self.divisors(train, index)
+            rho_a, rho_b = self.dampings(here, rho, (over_a, over_b))
             units = self._factor_coefficient(
                 there.flat_derivatives(), here.flat_derivatives(), over_b, rho_b, shifted
             )
@@ -256,7 +267,7 @@ class KFAC(KroneckerAverage):
             return None
         total = jnp.zeros(train.size, train.outputs.dtype)
         for index, layer in enumerate(map(dense_layer, train.layers)):
-            over_a, over_b = self._divisors(train, index)
+            over_a, over_b = self.divisors(train, index)
             inputs = jnp.full(layer.num_samples, over_a, total.dtype)
             units = jnp.full(train.size, over_b, total.dtype)
             if index == 0:
@@ -292,8 +303,8 @@ class KFAC(KroneckerAverage):
                 blocks.append(add_diagonal((unit[:, None] == unit) * block, rho))
                 continue
             assert isinstance(layer, (DenseSignals, SharedSignals))
-            overs = self._divisors(signals, index)
-            rho_a, rho_b = self._dampings(layer, rho, overs)
+            overs = self.divisors(signals, index)
+            rho_a, rho_b = self.dampings(layer, rho, overs)
             groups = [
                 jnp.einsum(
                     "jk,im->jikm",

@@ -3,9 +3,11 @@
 Writes what it finds as JSON: errors relative to one device, flops of each device, messages.
 """
 
+import contextlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 # before the first use of JAX
@@ -21,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import natgrad_flax as ng
 from natgrad_flax import devices
+from natgrad_flax.devices.dealing import Task, deal_out
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve
 from natgrad_flax.devices.placement import place
 
@@ -62,7 +65,7 @@ def distance(one, many):
 
 def compare_structures():
     mesh = jax.make_mesh((8,), ("data",))
-    model, x, y = mlp((20, 24, 3), 16)
+    model, x, y = mlp((20, 40, 3), 16)
     found = {}
     for name, (structure, fisher, damping, solvers) in CASES.items():
         options = settings(structure, fisher, damping)
@@ -95,7 +98,12 @@ def compare_conv():
 
     sharded = nnx.merge(graphdef, jax.tree.map(put, state))
     errors, places = {}, []
-    for name, structure in (("exact", ng.Exact("sample")), ("unit-wise", ng.UnitWise())):
+    for name, structure in (
+        ("exact", ng.Exact("sample")),
+        ("unit-wise", ng.UnitWise()),
+        ("K-FAC", ng.KFAC()),
+        ("EKFAC", ng.EKFAC()),
+    ):
         options = settings(structure, "mc", 0.1) | {"fisher_x": -x}
         solver = "cholesky" if name == "exact" else "auto"
         one = ng.natural_gradient(model, x, y, **options)
@@ -143,10 +151,14 @@ def compare_optimizers():
     """Two steps of the optimizer on a batch that lies on the mesh."""
     mesh = jax.make_mesh((8,), ("data",))
 
-    def train(structure, place_on_mesh):
+    def train(structure, place_on_mesh, averaged=False):
         model, *batch = mlp((6, 12, 3), 16)
+        options = {}
+        if averaged:
+            average = ng.MovingAverage(0.9, every=1, inverse_every=2)
+            options = {"average": average, "example": (model, batch[0])}
         transformation = ng.natural_gradient_descent(
-            0.5, structure=structure, loss=LOSS, damping=0.1, fisher="mc"
+            0.5, structure=structure, loss=LOSS, damping=0.1, fisher="mc", **options
         )
         optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
         if place_on_mesh:
@@ -163,28 +175,41 @@ def compare_optimizers():
             update(model, optimizer, *batch)
         return nnx.state(model)
 
-    exact = ng.Exact("sample")
-    return {
-        "K-FAC": distance(train(ng.KFAC(), False), train(ng.KFAC(), True)),
-        "exact": distance(
-            train(exact, False), train(devices.Sharded(exact, mesh, solver="cg"), True)
-        ),
-    }
+    found = {"K-FAC": distance(train(ng.KFAC(), False), train(ng.KFAC(), True))}
+    for name, structure, solver in (
+        ("exact", ng.Exact("sample"), "cg"),
+        ("averaged K-FAC", ng.KFAC(), "auto"),
+    ):
+        averaged = "averaged" in name
+        sharded = devices.Sharded(structure, mesh, solver=solver)
+        found[name] = distance(train(structure, False, averaged), train(sharded, True, averaged))
+    return found
 
 
 def count_flops():
-    """Flops of a device by XLA's count, times 8, over those of the program of one device."""
+    """Flops of a device by XLA's count, times 8, over those of the program of one device.
+
+    LAPACK's are not counted. Of two branches XLA counts the dearer one.
+    """
     mesh = jax.make_mesh((8,), ("data",))
     rows = place(mesh, "data").rows
     found = {}
+    image = (jax.random.normal(jax.random.key(1), (16, 4, 4, 3)), jnp.eye(8)[jnp.arange(16) % 8])
+    convolutional = ng.ConvNet(
+        (4, 4, 3), channels=(16,), outputs=8, strides=2, bias_variance=0.1, rngs=nnx.Rngs(0)
+    )
+    wide, deep = mlp((256, 64, 8), 128), mlp((64,) * 5, 32)
     # one chunk of the loop over units, whose body XLA counts once, has 64 of them
-    for name, structure, solver, samples in (
-        ("exact", ng.Exact("sample"), "cg", 128),
-        ("diagonal", ng.Diagonal(), "replicated", 128),
-        ("unit-wise", ng.UnitWise("sample"), "replicated", 16),
+    for name, structure, solver, (model, x, y) in (
+        ("exact", ng.Exact("sample"), "cg", wide),
+        ("diagonal", ng.Diagonal(), "replicated", wide),
+        ("unit-wise", ng.UnitWise("sample"), "replicated", mlp((256, 64, 8), 16)),
+        ("unit-wise conv", ng.UnitWise(), "replicated", (convolutional, *image)),
+        ("K-FAC", ng.KFAC(), "replicated", deep),
+        ("EKFAC", ng.EKFAC(), "replicated", deep),
     ):
-        model, x, y = mlp((256, 64, 8), samples)
-        options = {"structure": structure, "loss": LOSS, "damping": 0.1}
+        fisher = "mc" if "K-FAC" in name or "EKFAC" in name else "exact"
+        options = settings(structure, fisher, 0.1) | {"mc_samples": 1}
 
         def step(x, y, model=model, options=options):
             return ng.natural_gradient(model, x, y, **options)
@@ -194,8 +219,9 @@ def count_flops():
                 model, x, y, mesh=rows.mesh, solver=solver, **options
             )
 
-        one = jax.jit(step).lower(x, y).compile()
-        many = jax.jit(dealt_out).lower(*jax.device_put((x, y), rows)).compile()
+        with unrolled():
+            one = jax.jit(step).lower(x, y).compile()
+            many = jax.jit(dealt_out).lower(*jax.device_put((x, y), rows)).compile()
         found[name] = {
             "flops": 8 * many.cost_analysis()["flops"] / one.cost_analysis()["flops"],
             "memory": many.memory_analysis().temp_size_in_bytes
@@ -207,6 +233,40 @@ def count_flops():
             ],
         }
     return found
+
+
+@contextlib.contextmanager
+def unrolled():
+    """Loops over single units without loops, of which XLA counts one iteration only."""
+
+    def unit_by_unit(function, units):
+        size = len(jax.tree.leaves(units)[0])
+        parts = [function(jax.tree.map(lambda leaf, i=i: leaf[i], units)) for i in range(size)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+    loop, jax.lax.map = jax.lax.map, unit_by_unit
+    try:
+        yield
+    finally:
+        jax.lax.map = loop
+
+
+def count_calls():
+    """How often each of ten tasks runs that are dealt out to eight devices, and what comes back."""
+    mesh = place(jax.make_mesh((4, 2), ("data", "model")), "data").mesh
+    calls = [0] * 10
+
+    def task(number, value):
+        def count(value):
+            calls[number] += 1
+            return np.float32(value + number)
+
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return {"sum": jax.pure_callback(count, shape, value)}
+
+    tasks = [Task(partial(task, number), (jnp.ones(()),), 1.0 + number) for number in range(10)]
+    results = jax.jit(lambda: deal_out(tasks, mesh))()
+    return {"calls": calls, "results": [float(result["sum"]) for result in results]}
 
 
 def solve_dense():
@@ -265,6 +325,7 @@ if __name__ == "__main__":
         "traced": compare_traced(),
         "optimizers": compare_optimizers(),
         "flops": count_flops(),
+        "calls": count_calls(),
         "solve": solve_dense(),
         "refusals": refusals(),
     }

@@ -54,7 +54,7 @@ def train(arguments: argparse.Namespace) -> None:
     from natgrad_flax import checkpoint, devices
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    structure, loss = ng.KFAC(), ng.SoftmaxCrossEntropy()
+    structure, loss = devices.Sharded(ng.KFAC(), mesh), ng.SoftmaxCrossEntropy()
     model = ng.MLP((5, 8, 3), bias_variance=0.1, rngs=nnx.Rngs(0))
     transformation = ng.natural_gradient_descent(
         0.2, structure=structure, loss=loss, damping=0.1, fisher="mc"

@@ -1,5 +1,7 @@
 """Natural gradients on eight forced host devices, in a process of their own, and on one here."""
 
+import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 import natgrad_flax as ng
 from natgrad_flax import devices
+from natgrad_flax.devices.dealing import balance
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve, conjugate_gradients
 
 LOSS = ng.MeanSquaredError()
@@ -27,6 +30,11 @@ def eight(tmp_path_factory):
     found = tmp_path_factory.mktemp("devices") / "found.json"
     script = Path(__file__).with_name("device_checks.py")
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    store = jax.config.jax_compilation_cache_dir
+    if store:
+        # most of its time is compilation
+        environment["JAX_COMPILATION_CACHE_DIR"] = store
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     done = subprocess.run(
         [sys.executable, str(script), str(found)],
         env=environment,
@@ -41,6 +49,7 @@ def eight(tmp_path_factory):
 
 def test_every_structure_gives_the_step_of_one_device(eight):
     assert len(eight["structures"]) == 8
+    assert len(eight["conv"]["errors"]) == 4
     assert max(eight["structures"].values()) < 1e-5, eight["structures"]
 
 
@@ -60,13 +69,31 @@ def test_the_optimizer_steps_on_a_batch_that_lies_on_the_mesh(eight):
 
 def test_a_device_does_its_share_of_the_work_and_no_more(eight):
     flops = {name: found["flops"] for name, found in eight["flops"].items()}
-    assert len(flops) == 3
+    assert len(flops) == 6
+    # of small arrays, the elementwise work of all devices counts, too
+    kfac, ekfac = flops.pop("K-FAC"), flops.pop("EKFAC")
+    assert kfac < 1.25
+    # every device inverts by itself in the basis of the units
+    assert ekfac < 1.8
     # less than 1, too: of a Gram matrix the ring computes one half
     assert max(flops.values()) < 1.1, flops
     memory = {name: found["memory"] for name, found in eight["flops"].items()}
     assert memory["exact"] < 0.25, "rows of the Gram matrix must stay sharded"
     assert "collective-permute" in eight["flops"]["exact"]["collectives"]
     assert "all-reduce" in eight["flops"]["diagonal"]["collectives"]
+
+
+def test_a_task_that_is_dealt_out_runs_on_one_device_only(eight):
+    assert eight["calls"]["calls"] == [1] * 10
+    assert eight["calls"]["results"] == [1.0 + number for number in range(10)]
+
+
+def test_tasks_are_balanced_by_their_cost():
+    costs = [1.0, 7.0, 2.0, 3.0, 5.0, 4.0]
+    owners = balance(costs, 3)
+    loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == d) for d in range(3)]
+    assert sorted(loads) == [7.0, 7.0, 8.0]
+    assert balance([2.0, 1.0], 8) == [0, 1]
 
 
 def test_the_distributed_factorisation_solves_what_numpy_solves(eight):
@@ -166,6 +193,24 @@ def test_a_matrix_that_is_not_definite_is_not_solved():
         solution = jax.jit(solve)(matrix, jnp.ones(3))
         assert not solution.converged
 
+    # the second has a preconditioner that is positive definite, unlike itself
+    for matrix, block in ((-jnp.eye(2), -jnp.eye(2)), (jnp.diag(jnp.array([1.0, -1])), jnp.eye(2))):
+        iterate = jax.shard_map(
+            lambda matrix, rhs, block=block: conjugate_gradients(
+                lambda v: (matrix @ v[0])[None],
+                [block],
+                rhs[None],
+                "data",
+                tolerance=1e-6,
+                max_iterations=50,
+            ),
+            mesh=mesh,
+            in_specs=PartitionSpec("data"),
+            out_specs=Solution(PartitionSpec(None, "data"), *(PartitionSpec(),) * 3),
+            check_vma=False,
+        )
+        assert not jax.jit(iterate)(matrix, jnp.ones(2)).converged
+
 
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
@@ -247,6 +292,61 @@ def test_a_sharded_structure_answers_for_its_own(mesh, batch):
     rows = devices.Sharded(ng.Exact("sample"), mesh, solver="cg")
     # the rows of one device are all rows, and they are held twice
     assert rows.gram_size(signals) == np.ceil(signals.size * 2**0.5)
+
+
+def descend(structure, batch, **options):
+    """The parameters after two steps."""
+    template, x, y = batch
+    graphdef, state = nnx.split(template)
+    model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state))
+    x, y = x.astype(jnp.float64), y.astype(jnp.float64)
+    if "average" in options:
+        options["example"] = (model, x)
+    transformation = ng.natural_gradient_descent(
+        0.5, structure=structure, loss=LOSS, damping=0.1, **options
+    )
+    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+
+    @nnx.jit
+    def update(model, optimizer, x, y):
+        optimizer.update(model, nnx.state(model, nnx.Param), module=model, x=x, y=y)
+
+    for _ in range(2):
+        update(model, optimizer, x, y)
+    return jax.tree.leaves(nnx.state(model))
+
+
+@pytest.mark.parametrize(
+    ("structure", "solver", "options"),
+    [
+        (ng.Exact("sample"), "cholesky", {"momentum": 0.5}),
+        (ng.BlockDiagonal("sample"), "cholesky", {"momentum": 0.5}),
+        (ng.EKFAC(), "auto", {"average": ng.MovingAverage(0.9, 1, 2)}),
+        (ng.KFAC(split="pi"), "auto", {"average": ng.MovingAverage(0.0)}),
+    ],
+)
+def test_momentum_and_averages_on_a_mesh(mesh, batch, structure, solver, options, x64):
+    sharded = devices.Sharded(structure, mesh, solver=solver)
+    for a, b in zip(
+        descend(structure, batch, **options), descend(sharded, batch, **options), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_what_a_mesh_does_not_change(mesh, batch):
+    model, x, _ = batch
+    sharded = devices.Sharded(ng.KFAC(), mesh)
+    assert ng.describe(model, x, structure=sharded) == ng.describe(model, x, structure=ng.KFAC())
+    assert sharded.plain == ng.KFAC()
+    assert copy.copy(sharded) == sharded
+    assert dataclasses.replace(sharded, solver="replicated").structure == ng.KFAC()
+    with pytest.raises(TypeError, match="behind KFAC put optax"):
+        ng.natural_gradient_descent(0.1, structure=sharded, loss=LOSS, damping=0.1, momentum=0.5)
+    exact = devices.Sharded(ng.Exact(), mesh)
+    with pytest.raises(TypeError, match="needs a structure that means over samples make up"):
+        ng.natural_gradient_descent(
+            0.1, structure=exact, loss=LOSS, damping=0.1, average=ng.MovingAverage()
+        )
 
 
 @pytest.mark.parametrize(

@@ -220,14 +220,54 @@ def _times_shared(
     layer: SharedSignals, sharing: str, part: LayerUpdate, rho_a: Array, rho_b: Array
 ) -> LayerUpdate:
     """(A + rho_A) u (B + rho_B) of weights that positions share, without groups."""
-    n, m = layer.num_samples, layer.num_units
+    left, right = _sharing_rows(layer, sharing)
+    matrix = matrix_of(part)
+    half = left.T @ (left @ matrix) / len(left) + rho_a * matrix
+    return layer.update((half @ right.T) @ right / layer.num_samples + rho_b * half)
+
+
+@metric_times.register
+def _(structure: ng.EKFAC, signals: Signals, damping: Array | float, update: Updates) -> Updates:
+    found = []
+    for layer, part, rho in _rows(signals, update, damping):
+        if isinstance(layer, ExplicitSignals):
+            found.append(_sum(_times_blocks(layer, part), part, rho))
+            continue
+        if isinstance(layer, SharedSignals):
+            a, d = _sharing_rows(layer, structure.sharing)
+            left, right = (_eigenvectors(rows, structure.sharing == "expand") for rows in (a, d))
+            turned = left.T @ layer.jacobian() @ right
+            squares = jnp.sum(turned**2, axis=(0, 1)) / layer.num_samples
+        else:
+            assert isinstance(layer, DenseSignals)
+            a, d = layer.augmented_inputs(), layer.flat_derivatives()
+            left, right = _eigenvectors(a), _eigenvectors(d)
+            seeded = ((d @ right) ** 2).reshape(layer.num_samples, layer.num_seeds, -1)
+            squares = ((a @ left) ** 2).T @ jnp.sum(seeded, axis=1) / layer.num_samples
+        inside = left.T @ matrix_of(part) @ right
+        found.append(_sum(layer.update(left @ (squares * inside) @ right.T), part, rho))
+    return tuple(found)
+
+
+def _eigenvectors(rows: Array, span: bool = True) -> Array:
+    """Eigenvectors of rows^T rows as columns, by the rows' Gram matrix where that is smaller.
+
+    Then only those of its range, so the span of the rows must be all that counts.
+    """
+    if not span or len(rows) >= rows.shape[1]:
+        return jnp.linalg.eigh(rows.T @ rows)[1]
+    values, vectors = jnp.linalg.eigh(rows @ rows.T)
+    large = values > len(rows) * jnp.finfo(rows.dtype).eps * values[-1]
+    scaling = jnp.where(large, jax.lax.rsqrt(jnp.where(large, values, 1)), 0)
+    return rows.T @ (vectors * scaling)
+
+
+def _sharing_rows(layer: SharedSignals, sharing: str) -> tuple[Array, Array]:
+    """Rows of both Kronecker factors of weights that positions share, without groups."""
     a, d = layer.augmented_inputs()[:, :, 0], layer.derivatives[:, :, :, 0]
     if sharing == "reduce":
         a, d = jnp.mean(a, axis=1), jnp.sum(d, axis=2)
-    left, right = a.reshape(-1, a.shape[-1]), d.reshape(-1, m)
-    matrix = matrix_of(part)
-    half = left.T @ (left @ matrix) / len(left) + rho_a * matrix
-    return layer.update((half @ right.T) @ right / n + rho_b * half)
+    return a.reshape(-1, a.shape[-1]), d.reshape(-1, layer.num_units)
 
 
 def _times_units(rows: Array, flat: Array, over: int) -> Array:

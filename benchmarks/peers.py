@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 from benchmarks.common import Suite, by_profile, profile, unit
 from benchmarks.peer_comparison.client import PeerError
 from benchmarks.peer_comparison.environments import PEERS, find_peer, find_python, reason
+from benchmarks.peer_comparison.examples import SLOW
 from benchmarks.peer_comparison.measure import disagreement, examine
 
 NETWORKS = by_profile(
     smoke=["MLP 784-256-10"],
     fast=["MLP 784-1024-1024-10"],
-    regular=["MLP 784-1024-1024-10", "ConvNet"],
-    large=["MLP 784-1024-1024-10", "ConvNet", "ConvNet, average"],
+    regular=["MLP 784-1024-1024-10", "ConvNet", "ConvNet 16x16, N=32"],
+    large=["MLP 784-1024-1024-10", "ConvNet", "ConvNet, average", "ConvNet 16x16, N=32"],
 )
 REPEATS = by_profile(smoke=1, fast=9, regular=15, large=30)
 
@@ -38,7 +39,9 @@ class PeerStep(Suite):
     def skipped(self, peer: str, network: str) -> str | None:
         if profile() == "fast":
             return "the fast profile stays within its ten minutes: those from regular on measure it"
-        return None if find_python(find_peer(peer)) else reason(find_peer(peer))
+        if not find_python(find_peer(peer)):
+            return reason(find_peer(peer))
+        return SLOW.get(peer, {}).get(network)
 
     def measure(self, peer: str, network: str) -> Mapping[str, float]:
         python = find_python(find_peer(peer))

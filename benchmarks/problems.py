@@ -26,11 +26,13 @@ class Entry:
       structure: the structure.
       bias_variance: of the network on which it is measured.
       undamped: it is measured at zero damping where the line asks for that.
+      damping: the ratio of its ``ng.RelativeDamping``, 0 for that of the line.
     """
 
     structure: ng.Structure
     bias_variance: float = 0.0
     undamped: bool = False
+    damping: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ STRUCTURES: dict[str, Entry] = {
     "block-diag": Entry(ng.BlockDiagonal(), undamped=True),
     "tri-diag": Entry(ng.BlockTriDiagonal(), undamped=True),
     "K-FAC": Entry(ng.KFAC(), undamped=True),
+    # its damping is relative to a mean over all parameters, of which a batch reaches few
+    "EKFAC": Entry(ng.EKFAC(), damping=1.0),
     "diagonal": Entry(ng.Diagonal()),
     # without a bias it is the diagonal
     "quasi-diag": Entry(ng.QuasiDiagonal(), bias_variance=0.1),
@@ -204,7 +208,7 @@ LINES: dict[str, Line] = {
         ng.MeanSquaredError(),
         "exact",
         True,
-        _targets(1.2, 1.2, 1.2, 1.4, 2, 2.5, 3),
+        _targets(1.2, 1.2, 1.2, 1.4, 2, 2, 2.5, 3),
     ),
     "xent-1024": Line(
         "784-1024-1024-10 ReLU, N=128, cross-entropy, true Fisher",
@@ -213,7 +217,7 @@ LINES: dict[str, Line] = {
         ng.SoftmaxCrossEntropy(),
         "exact",
         False,
-        _targets(12, 14, 16, 10, 6, 8, 15),
+        _targets(12, 14, 16, 10, 50, 6, 8, 15),
     ),
     "xent-1024-mc": Line(
         "the same, Monte-Carlo Fisher (1 sample)",
@@ -222,7 +226,7 @@ LINES: dict[str, Line] = {
         ng.SoftmaxCrossEntropy(),
         "mc",
         False,
-        _targets(2, 2.2, 2.5, 3, 3, 4, 10),
+        _targets(2, 2.2, 2.5, 3, 6, 3, 4, 10),
     ),
     "conv-mc": Line(
         "ConvNet 32-64-128-128 on 32x32x3, N=128, cross-entropy, Monte-Carlo Fisher (1 sample)",
@@ -231,7 +235,7 @@ LINES: dict[str, Line] = {
         ng.SoftmaxCrossEntropy(),
         "mc",
         False,
-        {"exact": 5, "block-diag": 6, "K-FAC": 3, "diagonal": 3, "unit-wise": 15},
+        {"exact": 5, "block-diag": 6, "K-FAC": 3, "EKFAC": 8, "diagonal": 3, "unit-wise": 15},
         network="conv",
     ),
     "transformer-mc": Line(

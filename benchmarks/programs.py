@@ -100,7 +100,9 @@ def unchecked_step(line: Line, entry: Entry, graphdef: Any) -> jax.stages.Wrappe
 
 def damping(line: Line, entry: Entry) -> float | ng.RelativeDamping:
     """The damping at which a structure is measured on a line."""
-    return 0.0 if line.undamped and entry.undamped else ng.RelativeDamping(line.damping)
+    if line.undamped and entry.undamped:
+        return 0.0
+    return ng.RelativeDamping(entry.damping or line.damping)
 
 
 def _descend(state: nnx.State, direction: nnx.State) -> nnx.State:

@@ -6,6 +6,7 @@ every Fisher structure is a small formula over them. No Jacobian is ever built.
 
 from natgrad_flax.averages import MovingAverage
 from natgrad_flax.capture import jacobian_signals
+from natgrad_flax.compiler import avoid_faulty_reductions
 from natgrad_flax.convolution import conv_general_dilated
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.describe import describe
@@ -68,3 +69,5 @@ __all__ = [
     "natural_gradient_descent",
     "optimal_learning_rate",
 ]
+
+avoid_faulty_reductions()

@@ -1,12 +1,14 @@
 """What the formulas and structures hold and cost, from the shapes of signals.
 
-Flops count a multiplication and an addition as two, n^3 / 3 for a Cholesky factorisation, and no
-savings by symmetry.
+Flops count a multiplication and an addition as two, n^3 / 3 for a Cholesky factorisation, 9 n^3 for
+an eigendecomposition, 4 P R^2 - 4/3 R^3 for both factors of a QR of (P, R), and no savings by
+symmetry.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
@@ -93,7 +95,10 @@ def approximate(structure: Structure, signals: Signals, index: int) -> Approxima
         held = item * (rows**2 + extra)
         return Approximation(f"{form}, by {gram_by(layer)}", held, gram_flops(layer) + solve)
     if isinstance(structure, (KFAC, EKFAC)) and not isinstance(layer, ExplicitSignals):
-        return _kronecker(structure, layer, item)
+        sizes = _kronecker_sizes(structure, layer)
+        if isinstance(structure, KFAC):
+            return _kronecker(structure, sizes, item)
+        return _eigenbasis(structure, layer, sizes, item)
     if isinstance(structure, (KFAC, EKFAC, UnitWise)):
         if isinstance(structure, UnitWise) and isinstance(layer, DenseSignals):
             rows = n
@@ -114,32 +119,70 @@ def _parameter_names(layer: LayerSignals) -> tuple[str, ...]:
     return ("kernel",) if layer.bias_scale is None else ("kernel", "bias")
 
 
-def _kronecker(structure: KFAC | EKFAC, layer: LayerSignals, item: int) -> Approximation:
-    shared = isinstance(layer, SharedSignals)
-    groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
-    expand = layer.num_positions if isinstance(layer, SharedSignals) else 1
-    form = "Kronecker"
-    if shared:
-        form += f", {structure.sharing}"
-    if not shared or structure.sharing == "reduce":
-        expand = 1
-    k, m, p = layer.fan_in, layer.num_units // groups, layer.num_params
-    sides, flops = 0, 2 * p * (k + m)
-    for rows, params in (
-        (layer.num_samples * expand, k),
-        (layer.num_samples * layer.num_seeds * expand, m),
-    ):
-        own = isinstance(structure, EKFAC) or in_parameters(structure.space, rows, params)
-        side = params if own else rows
-        sides += groups * side**2
-        flops += groups * (2 * rows * params * side + side**3 // 3)
-    if isinstance(structure, EKFAC):
-        form += " eigenbasis"
-        sides += p + sample_jacobian_entries(structure, layer)
-        # an eigendecomposition costs about 9 n^3
-        flops += groups * 9 * (k**3 + m**3) + _jacobian_flops(layer)
-        flops += 2 * layer.num_samples * layer.num_seeds * p * (k + m)
-    return Approximation(form, item * sides, flops)
+class _KroneckerSizes(NamedTuple):
+    """Of one affine layer: G, and rows and parameters of both factors of a group."""
+
+    form: str
+    groups: int
+    inputs: tuple[int, int]
+    units: tuple[int, int]
+
+
+def _kronecker_sizes(structure: KFAC | EKFAC, layer: LayerSignals) -> _KroneckerSizes:
+    form, groups, expand = "Kronecker", 1, 1
+    if isinstance(layer, SharedSignals):
+        form, groups = f"Kronecker, {structure.sharing}", layer.num_groups
+        expand = layer.num_positions if structure.sharing == "expand" else 1
+    rows = layer.num_samples * expand
+    units = (rows * layer.num_seeds, layer.num_units // groups)
+    return _KroneckerSizes(form, groups, (rows, layer.fan_in), units)
+
+
+def _kronecker(structure: KFAC, sizes: _KroneckerSizes, item: int) -> Approximation:
+    (_, k), (_, m) = sizes.inputs, sizes.units
+    held, flops = 0, 2 * k * m * (k + m)
+    for rows, params in (sizes.inputs, sizes.units):
+        side = params if in_parameters(structure.space, rows, params) else rows
+        held += side**2
+        flops += 2 * rows * params * side + side**3 // 3
+    return Approximation(sizes.form, item * sizes.groups * held, sizes.groups * flops)
+
+
+def _eigenbasis(
+    structure: EKFAC, layer: LayerSignals, sizes: _KroneckerSizes, item: int
+) -> Approximation:
+    """Eigenvectors of what the rows span, S* in them, and the gradient in them."""
+    whole = isinstance(layer, SharedSignals) and structure.sharing == "reduce"
+    held, flops, ranks = 0, 0, []
+    for rows, params in (sizes.inputs, sizes.units):
+        side = params if whole or params <= rows else rows
+        if side == params:
+            flops += 2 * rows * params**2 + 9 * params**3
+        else:
+            # QR of the rows, the square of its triangle, and back
+            flops += 4 * params * rows**2 - 4 * rows**3 // 3 + 11 * rows**3 + 2 * params * rows**2
+        held += side**2 + params * side
+        ranks.append(side)
+    (_, k), (_, m), (r, q) = sizes.inputs, sizes.units, ranks
+    n, s = layer.num_samples, layer.num_seeds
+    if isinstance(layer, SharedSignals):
+        t = layer.num_positions
+        turned_rows = t * k * r + s * t * (m * q + r * q)
+        turned_jacobians = s * (t * k * m + r * k * m + r * m * q)
+        flops += 2 * n * (min(turned_rows, turned_jacobians) + s * r * q)
+        held += n * s * (r * q if turned_rows < turned_jacobians else k * m)
+    else:
+        flops += 2 * n * (k * r + s * m * q + r * q)
+    held += r * q
+    # the gradient in the basis, which is taken there where the rows are few
+    many = isinstance(layer, SharedSignals) and r == k
+    rows = sizes.inputs[0]
+    if isinstance(layer, SharedSignals) and not many:
+        flops += 2 * rows * k * r
+    flops += 2 * k * r * m if many else 2 * rows * r * m
+    flops += 4 * r * q * m + 2 * k * r * m
+    form = f"{sizes.form} eigenbasis"
+    return Approximation(form, item * sizes.groups * held, sizes.groups * flops)
 
 
 def shared_system(structure: Structure, signals: Signals) -> Approximation | None:

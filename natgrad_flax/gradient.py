@@ -36,6 +36,12 @@ from natgrad_flax.preparation import prepare
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import Geometry, Structure
 from natgrad_flax.taps import Path
+from natgrad_flax.weight_sharing import (
+    SharedGeometry,
+    shared_alpha,
+    shared_failures,
+    traced_geometry,
+)
 
 Damping = float | Array | RelativeDamping
 
@@ -326,17 +332,23 @@ def optimal_learning_rate(
 ) -> float:
     """1 / alpha, which makes the linearised network converge in one step (Corollary 4.2).
 
+    Where positions share weights (convolutions, tokens) alpha is that of
+    ``natgrad_flax.weight_sharing``.
+
     Args:
       structure: the Fisher approximation.
       model: the network; its sizes count, and the name of its activation for UnitWise.
-      num_samples: N, the size of the batch.
-      x: instead of the sizes, inputs (N, M_0): then 1 / lambda_max of the coefficient matrix of
-        the mean squared error at these inputs, which also serves the entry-wise structures.
+      num_samples: N, the size of the batch, for 1 / alpha.
+      x: inputs (N', ...). Beside ``num_samples`` their shape alone counts: how many positions share
+        weights depends on it, and only models with an ``input_shape`` tell without. Alone, they
+        give 1 / lambda_max of the coefficient matrix of the mean squared error at these inputs,
+        for any structure and model.
       damping: for the coefficient matrix at x.
 
     Raises:
       ValueError: the sizes violate the conditions of the theory (which one, and where), or the
         structure has no alpha.
+      TypeError: layers that are not fully connected, and no shape of the inputs.
     """
     check_structure(structure)
     check_damping(damping)
@@ -344,19 +356,32 @@ def optimal_learning_rate(
         raise TypeError("a learning rate needs one damping: a number or an ng.RelativeDamping")
     if x is not None:
         x = check_inputs(x, model)
+    if x is not None and num_samples is None:
         signals = jacobian_signals(model, x)
         rho = resolve_damping(structure, signals, damping)
         matrix = np.asarray(structure.coefficient(signals, signals, rho))
         return float(1 / np.linalg.eigvals(matrix).real.max())
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}")
-    geometry = model_geometry(model, num_samples)
-    alpha = structure.alpha(geometry)
-    failures = structure.failed_conditions(geometry)
+    geometry = _geometry(model, num_samples, x)
+    if isinstance(geometry, SharedGeometry):
+        alpha, failures = shared_alpha(structure, geometry), shared_failures(structure, geometry)
+    else:
+        alpha, failures = structure.alpha(geometry), structure.failed_conditions(geometry)
     if failures:
         raise ValueError(
             f"{structure.name} is not isotropic here, so 1 / alpha is not its learning rate: "
             + "; ".join(failures)
-            + ". Use wider layers or fewer samples, or pass inputs as x="
+            + ". Use wider layers or fewer samples, or pass inputs as x= without num_samples="
         )
     return 1 / alpha
+
+
+def _geometry(model: nnx.Module, num_samples: int, x: Array | None) -> Geometry:
+    """The sizes of a model, by tracing it where the shape of its inputs is known."""
+    if x is not None:
+        return traced_geometry(model, x.shape[1:], x.dtype, num_samples)
+    shape = getattr(model, "input_shape", None)
+    if isinstance(shape, tuple):
+        return traced_geometry(model, shape, jnp.float32, num_samples)
+    return model_geometry(model, num_samples)

@@ -17,8 +17,8 @@ from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.shared_signals import SharedSignals
 from natgrad_flax.signals import DenseSignals
 from natgrad_flax.structures import Geometry
+from natgrad_flax.weight_sharing import SharedGeometry, kfac_ranks, unit_wise_ranks
 from ntk_analysis.empirical import Matrix
-from ntk_analysis.weight_sharing import SharedGeometry
 
 # a Forster transform leaves leverages that differ by its tolerance, 1e-3 by default
 _EQUAL_LEVERAGES = 1e-2
@@ -112,7 +112,7 @@ def failed_conditions(
     damping. A rank that sizes rule out is named once, with the size as its cause. Other structures
     name what their own ``failed_conditions`` finds in the sizes. Where T_l positions share weights,
     K-FAC needs ranks N T_l and N C T_l, and a channel of the unit-wise Fisher N C inputs
-    (``weight_sharing``).
+    (``natgrad_flax.weight_sharing``).
 
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``.
@@ -219,40 +219,36 @@ def _shared_kfac(structure: KFAC, geometry: SharedGeometry, ranks: NetworkRanks)
         return (
             'KFAC(sharing="reduce") takes means over positions, which span no Jacobian of them',
         )
-    n, outputs = geometry.num_samples, geometry.num_outputs
-    sentences = []
-    for index, (layer, count) in enumerate(zip(ranks.layers, geometry.positions, strict=True)):
-        fan_in, units = geometry.layers[index]
-        if count is None:
-            sentences.append(f"{_where(index, geometry)} has no inputs and units")
-            continue
-        needs = [("inputs", layer.inputs, n * count, fan_in)]
-        if index < geometry.depth - 1:
-            needs.append(("derivatives", layer.derivatives, n * outputs * count, units))
-        for what, found, wanted, size in needs:
-            if found is not None and found < wanted:
-                sentences.append(
-                    f"{_where(index, geometry)}: its {what} have rank {found} of the {wanted} (N "
-                    f"times {count} positions) that {structure.name} needs, and it has {size} "
-                    f"{'inputs' if what == 'inputs' else 'channels'}"
-                )
+    sentences = [
+        f"{_where(index, geometry)} has no inputs and units"
+        for index, count in enumerate(geometry.positions)
+        if count is None
+    ]
+    for need in kfac_ranks(geometry):
+        layer = ranks.layers[need.layer]
+        found = layer.inputs if need.what == "inputs" else layer.derivatives
+        if found is not None and found < need.rank:
+            sentences.append(
+                f"{_where(need.layer, geometry)}: its {need.what} have rank {found} of the "
+                f"{need.rank} (N times {geometry.positions[need.layer]} positions) that "
+                f"{structure.name} needs, and it has {need.size} "
+                f"{'inputs' if need.what == 'inputs' else 'channels'}"
+            )
     return tuple(sentences)
 
 
 def _shared_unit_wise(
     structure: UnitWise, geometry: SharedGeometry, ranks: NetworkRanks
 ) -> tuple[str, ...]:
-    n = geometry.num_samples
     sentences = []
-    for index, (layer, count) in enumerate(zip(ranks.layers, geometry.positions, strict=True)):
-        fan_in, _ = geometry.layers[index]
-        wanted = n if count == 1 else n * geometry.num_outputs
-        found = layer.inputs if count == 1 and layer.inputs is not None else fan_in
-        if found < wanted:
+    for need in unit_wise_ranks(geometry):
+        inputs, count = ranks.layers[need.layer].inputs, geometry.positions[need.layer]
+        found = inputs if count == 1 and inputs is not None else need.size
+        if found < need.rank:
             sentences.append(
-                f"{_where(index, geometry)}: a channel has {found} independent inputs of the "
-                f"{wanted} that {structure.name} needs: use larger kernels, more channels in front "
-                "of it, or fewer samples"
+                f"{_where(need.layer, geometry)}: a channel has {found} independent inputs of the "
+                f"{need.rank} that {structure.name} needs: use larger kernels, more channels in "
+                "front of it, or fewer samples"
             )
     return tuple(sentences)
 

@@ -9,6 +9,7 @@ from functools import singledispatch
 import numpy as np
 
 from natgrad_flax import (
+    EKFAC,
     KFAC,
     BlockDiagonal,
     BlockTriDiagonal,
@@ -32,13 +33,13 @@ class StructureCost:
       structure: its name.
       num_params: P.
       nonzeros: entries of the P x P Fisher that the structure keeps; the Kronecker products of
-        K-FAC fill the blocks of the block-diagonal structure. For the quasi-diagonal one these are
-        the non-zeros of its inverse, since its own G is filled in unit by unit. An entry counts
-        that can be non-zero: with several outputs and the mean squared error, those between
+        K-FAC and EKFAC fill the blocks of the block-diagonal structure. For the quasi-diagonal one
+        these are the non-zeros of its inverse, since its own G is filled in unit by unit. An entry
+        counts that can be non-zero: with several outputs and the mean squared error, those between
         different units of the last layer are zero all the same.
       stored: numbers that an implementation keeps which forms the Fisher itself: nonzeros, once
-        where they come in symmetric pairs; the two factors of each layer for K-FAC; none for
-        gradient descent.
+        where they come in symmetric pairs; the two factors of each layer for K-FAC; their
+        eigenvectors and the scaling in that basis for EKFAC; none for gradient descent.
       inversion_flops: of one step, what the structure adds to the gradient: Gram matrices,
         factorisations and their solves.
       step_flops: of one step, all of it.
@@ -64,9 +65,10 @@ def structure_cost(
 
     The flops are those of this project's solves in sample space: a forward pass, derivatives D of
     every output, N C x N C or N x N Gram matrices, and a product back to the parameters. An
-    addition and a multiplication are two flops. K-FAC inverts each factor on its smaller side; the
-    other structures too change to parameter space where that is smaller (``space="auto"``), which
-    is not counted here.
+    addition and a multiplication are two flops. K-FAC inverts each factor on its smaller side;
+    EKFAC finds its eigenvectors there (9 n^3) and takes the gradient in their basis alone;
+    the other structures too change to parameter space where that is smaller (``space="auto"``),
+    which is not counted here.
 
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``.
@@ -127,6 +129,12 @@ def _(structure: LayerWise, geometry: Geometry) -> tuple[int, int]:
 def _(structure: KFAC, geometry: Geometry) -> tuple[int, int]:
     nonzeros = sum(p**2 for p in _params(geometry))
     return nonzeros, sum(_triangle(k) + _triangle(m) for k, m in geometry.layers)
+
+
+@_entries.register
+def _(structure: EKFAC, geometry: Geometry) -> tuple[int, int]:
+    nonzeros = sum(p**2 for p in _params(geometry))
+    return nonzeros, sum(k**2 + m**2 + k * m for k, m in geometry.layers)
 
 
 @_entries.register
@@ -219,6 +227,21 @@ def _(structure: KFAC, geometry: Geometry, damped: bool) -> float:
 
 
 @_inversion.register
+def _(structure: EKFAC, geometry: Geometry, damped: bool) -> float:
+    n, size = geometry.num_samples, _size(geometry)
+    total = 0.0
+    for fan_in, units in geometry.layers:
+        left, right = min(fan_in, n), min(units, size)
+        total += _eigenbasis(n, fan_in) + _eigenbasis(size, units)
+        # signals in the basis, and the means of their squares
+        total += 2.0 * n * fan_in * left + 2.0 * size * units * right + 2.0 * n * left * right
+        # the gradient in the basis; the way back is in place of its product with the inputs
+        total += 2.0 * n * left * units + 4.0 * left * units * right
+        total += 2.0 * fan_in * units * (left - n)
+    return total
+
+
+@_inversion.register
 def _(structure: UnitWise, geometry: Geometry, damped: bool) -> float:
     n, c = geometry.num_samples, geometry.num_outputs
     total = 0.0
@@ -294,6 +317,14 @@ def _layer_grams(geometry: Geometry, layers: range | list[int]) -> float:
 def _cholesky(side: int, columns: int = 1) -> float:
     """Flops of a Cholesky factorisation and of the solves of some right-hand sides."""
     return side**3 / 3 + 2.0 * side**2 * columns
+
+
+def _eigenbasis(rows: int, params: int) -> float:
+    """Flops of the eigenvectors of X^T X for X (rows, params), by a QR of X^T where it is tall."""
+    if params <= rows:
+        return _gram(params, rows) + 9.0 * params**3
+    orthogonal = 4.0 * params * rows**2 - 4 * rows**3 / 3
+    return orthogonal + 11.0 * rows**3 + 2.0 * params * rows**2
 
 
 def _lu(side: int) -> float:

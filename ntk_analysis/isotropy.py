@@ -9,9 +9,16 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax import IsotropyWarning, Signals, Structure
+from natgrad_flax import MLP, ConvNet, IsotropyWarning, Signals, Structure
 from natgrad_flax.checks import check_fits
+from natgrad_flax.gradient import model_geometry
 from natgrad_flax.structures import Geometry
+from natgrad_flax.weight_sharing import (
+    SharedGeometry,
+    shared_alpha,
+    signals_geometry,
+    traced_geometry,
+)
 from ntk_analysis.coefficient import (
     Damping,
     Kernels,
@@ -23,12 +30,6 @@ from ntk_analysis.coefficient import (
 from ntk_analysis.conditions import NetworkRanks, failed_conditions, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.twin import require_limit
-from ntk_analysis.weight_sharing import (
-    SharedGeometry,
-    limit_geometry,
-    shared_alpha,
-    signals_geometry,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +132,7 @@ def isotropy(
         signals = initial_signals(model, x)
         return isotropy_of(structure, signals, signals_geometry(model, signals.train), damping)
     matrix = coefficient_matrix(structure, model, x, damping=damping, kernels=kernels)
-    geometry = limit_geometry(require_limit(model), np.shape(x)[0])
+    geometry = _limit_geometry(require_limit(model), np.shape(x)[0])
     return _report(structure, matrix, geometry, ())
 
 
@@ -147,7 +148,7 @@ def isotropy_of(
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``.
       signals: of the training samples; test samples, where there are any, are left aside.
-      geometry: of the model and N, from ``weight_sharing.signals_geometry``.
+      geometry: of the model and N, from ``signals_geometry``.
       damping: as in ``isotropy``.
       ranks: ``measured_ranks(signals.train)``, where they are at hand too.
 
@@ -177,9 +178,16 @@ def limit_isotropy(
     Raises:
       ValueError: as ``isotropy``.
     """
-    geometry = limit_geometry(require_limit(model), signals.num_samples)
+    geometry = _limit_geometry(require_limit(model), signals.num_samples)
     (matrix,) = limit_coefficients(structure, signals, None, geometry.num_outputs, damping)
     return _report(structure, matrix, geometry, ())
+
+
+def _limit_geometry(model: MLP | ConvNet, num_samples: int) -> Geometry:
+    """The sizes of a model without signals of its samples."""
+    if isinstance(model, MLP):
+        return model_geometry(model, num_samples)
+    return traced_geometry(model, model.input_shape, np.float32, num_samples)
 
 
 def _report(

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from natgrad_flax import (
+    EKFAC,
     KFAC,
     BlockDiagonal,
     BlockTriDiagonal,
@@ -22,12 +23,12 @@ from natgrad_flax import (
     UnitWise,
     optimal_learning_rate,
 )
+from natgrad_flax.weight_sharing import SharedGeometry, shared_alpha, signals_geometry
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.conditions import failed_conditions, measured_ranks
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.names import find
-from ntk_analysis.weight_sharing import SharedGeometry, shared_alpha, signals_geometry
 
 STRUCTURES: dict[str, Structure] = {
     "gd": GradientDescent(),
@@ -35,6 +36,7 @@ STRUCTURES: dict[str, Structure] = {
     "block-diagonal": BlockDiagonal(),
     "block-tri-diagonal": BlockTriDiagonal(),
     "kfac": KFAC(),
+    "ekfac": EKFAC(),
     "unit-wise": UnitWise(),
     "diagonal": Diagonal(),
     "quasi-diagonal": QuasiDiagonal(),
@@ -48,6 +50,7 @@ _DEFAULT_DAMPING = {
     "diagonal": RelativeDamping(1e-3),
     "quasi-diagonal": RelativeDamping(1e-3),
 }
+_WITHOUT_ALPHA = ("gd", "ekfac", "diagonal", "quasi-diagonal")
 _DEFAULT_SMALL_RATES = (0.25, 0.5)
 _ALIASES = {"gradient-descent": "gd", "k-fac": "kfac", "block-tridiagonal": "block-tri-diagonal"}
 
@@ -147,8 +150,8 @@ def theoretical_learning_rate(
       model: the network.
       num_samples: N.
       coefficient: Theta-bar(x, x) of the method, shape (N C, N C).
-      signals: of the plain outputs on the training samples; without them a network whose layers
-        share weights gets c / lambda_max.
+      signals: of the plain outputs on the training samples; without them the conditions of a
+        network whose layers share weights are those that its sizes show.
     """
     largest = spectrum(coefficient)[1]
     try:
@@ -157,10 +160,8 @@ def theoretical_learning_rate(
             warnings.simplefilter("error", IsotropyWarning)
             rate = _isotropic_rate(method.structure, model, num_samples, signals)
     except (ValueError, TypeError, IsotropyWarning) as error:
-        entry_wise = method.name in ("gd", "diagonal", "quasi-diagonal")
-        return LearningRate(
-            method.factor / largest, "1/lambda_max", "" if entry_wise else str(error)
-        )
+        note = "" if method.name in _WITHOUT_ALPHA else str(error)
+        return LearningRate(method.factor / largest, "1/lambda_max", note)
     if rate * largest > 2:
         note = (
             f"at 1 / alpha = {rate:.3g} the linearised network would diverge, since lambda_max of "

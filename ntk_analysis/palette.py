@@ -25,6 +25,7 @@ STYLES: dict[str, Style] = {
     "BlockDiagonal": Style("Block-diagonal", "#D55E00", "D"),
     "BlockTriDiagonal": Style("Block tri-diagonal", "#009E73", "^"),
     "KFAC": Style("K-FAC", "#CC79A7", "v"),
+    "EKFAC": Style("EKFAC", "#661100", "*"),
     "UnitWise": Style("Unit-wise", "#E69F00", "P"),
     "Diagonal": Style("Diagonal", "#56B4E9", "X"),
     "QuasiDiagonal": Style("Quasi-diagonal", "#8C6D1F", "p"),

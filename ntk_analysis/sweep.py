@@ -15,13 +15,13 @@ from natgrad_flax import MLP, ConvNet, RelativeDamping, SingularCouplingWarning,
 from natgrad_flax.activations import get_activation
 from natgrad_flax.checks import check_integer, check_number, check_structure
 from natgrad_flax.structures import Geometry
+from natgrad_flax.weight_sharing import signals_geometry
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.conditions import NetworkRanks, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.isotropy import IsotropyReport, isotropy_of
 from ntk_analysis.networks import build_network, find_network, layout
-from ntk_analysis.weight_sharing import signals_geometry
 
 if TYPE_CHECKING:
     import pandas as pd

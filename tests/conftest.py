@@ -25,7 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Most of the time of these tests is compilation. JAX stores a program under a hash of its code,
     options, versions and processor; it is switched on for the test processes only; programs that a
-    test starts have it where their fixture says so. Without pytest's cache (`-p no:cacheprovider`) nothing is stored.
+    test starts have it where their fixture says so. Without pytest's cache
+    (`-p no:cacheprovider`) nothing is stored.
     """
     if not hasattr(config, "cache"):
         return

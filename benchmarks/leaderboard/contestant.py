@@ -33,6 +33,10 @@ TUNING_TRIALS = 6
 # would let each batch throw the parameters away
 CROSS_ENTROPY_MINIMUM = 1e-2
 
+# the entries of a Fisher in standard parametrisation are larger by the fan-in, some dozens here: a
+# damping that is to mean the same as in NTK parametrisation has to be larger, too
+STANDARD_DAMPING = 30.0
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -46,6 +50,8 @@ class Contestant:
       optimizer: from workload, learning rate and seed to an optax transformation. Its ``update``
         gets the batch as extra arguments: module, x, y, value, grad and value_fn.
       rates: learning rates to try, TUNING_TRIALS of them, where the rule is "tuned".
+      standard_rates: the same for networks in standard parametrisation, if their good ones are
+        elsewhere; see ``grid``.
       structure: the Fisher approximation, for natural gradients.
       fisher: "exact" (true), "mc" or "empirical".
       damping: in the convention of natgrad_flax (added to the Fisher with its 1/N).
@@ -61,6 +67,7 @@ class Contestant:
     rate_rule: RateRule
     optimizer: Optimizer | None = None
     rates: tuple[float, ...] = ()
+    standard_rates: tuple[float, ...] = ()
     structure: ng.Structure | None = None
     fisher: FisherKind | None = None
     damping: Damping | None = None
@@ -71,11 +78,22 @@ class Contestant:
 
     def __post_init__(self) -> None:
         wanted = TUNING_TRIALS if self.rate_rule == "tuned" else 0
-        if len(set(self.rates)) != wanted or len(self.rates) != wanted:
-            raise ValueError(
-                f"contestant {self.name}: a tuned one tries {TUNING_TRIALS} different learning "
-                f"rates, another none, got {self.rates}"
-            )
+        for rates in (self.rates, self.standard_rates or self.rates):
+            if len(set(rates)) != wanted or len(rates) != wanted:
+                raise ValueError(
+                    f"contestant {self.name}: a tuned one tries {TUNING_TRIALS} different "
+                    f"learning rates, another none, got {rates}"
+                )
+
+    def grid(self, workload: Workload) -> tuple[float, ...]:
+        """The learning rates to try on a workload, ascending.
+
+        In NTK parametrisation a gradient is smaller by the root of the fan-in and a step has to be
+        larger by it, so a rate of SGD lies higher by the fan-in, one of Adam by its root. The
+        natural gradient does not depend on it: one grid serves both.
+        """
+        other = self.standard_rates if is_standard(workload) else ()
+        return tuple(sorted(other or self.rates))
 
     def facts(self) -> dict[str, str]:
         """What the board says of the contestant, as JSON."""
@@ -90,7 +108,13 @@ class Contestant:
         }
 
 
+_STANDARD = f"; {STANDARD_DAMPING:g} times as much in standard parametrisation"
 _FISHERS = {"exact": "true", "mc": "Monte-Carlo, 1 sample", "empirical": "empirical"}
+
+
+def is_standard(workload: Workload) -> bool:
+    """Whether its network is in standard parametrisation, not in that of the NTK."""
+    return workload.settings.get("parametrisation") == "standard"
 
 
 def in_words(damping: Damping) -> str:
@@ -100,9 +124,11 @@ def in_words(damping: Damping) -> str:
     if isinstance(damping, ng.LevenbergMarquardt):
         return (
             f"Levenberg-Marquardt from {damping.initial:g}, at least {damping.minimum:g} "
-            f"(cross-entropy: {CROSS_ENTROPY_MINIMUM:g}), added to the Fisher (1/N)"
+            f"(cross-entropy: {CROSS_ENTROPY_MINIMUM:g}), added to the Fisher (1/N){_STANDARD}"
         )
-    return "none: pseudo-inverse" if damping == 0 else f"{damping:g}, added to the Fisher (1/N)"
+    if damping == 0:
+        return "none: pseudo-inverse"
+    return f"{damping:g}, added to the Fisher (1/N){_STANDARD}"
 
 
 @cache

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import jax
 import optax
 from flax import nnx
 from jax import Array
@@ -13,16 +14,19 @@ from jax import Array
 import natgrad_flax as ng
 from benchmarks.leaderboard.contestant import (
     CROSS_ENTROPY_MINIMUM,
+    STANDARD_DAMPING,
     TUNING_TRIALS,
     Contestant,
     Damping,
     RateRule,
+    is_standard,
 )
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.damping import is_zero
 from natgrad_flax.fisher import FisherKind
-from natgrad_flax.gradient import model_geometry
 from natgrad_flax.plans import dense_layers
+from natgrad_flax.sizes_of_signals import sample_jacobian_entries, signal_entries
+from natgrad_flax.structures import AveragedStructure
 
 THEORY = ng.RelativeDamping(1e-3)
 # what a batch leaves out of its own Fisher, a step divides by the damping alone: less than this
@@ -35,8 +39,14 @@ ADAPTIVE = ng.LevenbergMarquardt(initial=0.1, lower=0.2, upper=0.45, minimum=1e-
 
 # the side of a dense system that a step can factorise within the budget of a workload
 LARGEST_SYSTEM = 2500
-# derivatives of all outputs with respect to all units, float32: half a gigabyte
+# the same for an eigendecomposition, 9 n^3 flops where a Cholesky factorisation has n^3 / 3
+LARGEST_EIGENSYSTEM = 800
+# what a step holds of all layers, and builds of one besides, in float32: half a gigabyte
 LARGEST_SIGNALS = 128 * 1024**2
+
+# over 20 batches, new in every step; what is dear is done in every tenth
+AVERAGE = ng.MovingAverage(decay=0.95, every=1, inverse_every=10)
+MOMENTUM = 0.9
 
 
 def variants(
@@ -92,6 +102,7 @@ def _optimizer(
     workload: Workload,
     rate: Array | float,
     seed: int,
+    **further: Any,
 ) -> optax.GradientTransformation:
     return ng.natural_gradient_descent(
         rate,
@@ -100,6 +111,82 @@ def _optimizer(
         damping=damping_on(workload, damping),
         fisher=fisher_on(workload, fisher),
         seed=seed,
+        **further,
+    )
+
+
+def averaged(
+    name: str,
+    title: str,
+    structure: AveragedStructure,
+    *,
+    damping: Damping,
+    rates: tuple[float, ...],
+) -> Contestant:
+    """A structure as people run it on mini-batches: averages over batches, and momentum behind.
+
+    Args:
+      name: key of its variants; this one ends with "-average".
+      title: what the board calls it.
+      structure: one that is a function of means over samples.
+      damping: of the averaged Fisher.
+      rates: learning rates, TUNING_TRIALS of them.
+    """
+
+    def optimizer(
+        workload: Workload, rate: Array | float, seed: int
+    ) -> optax.GradientTransformation:
+        data = workload.data()
+        shape = (workload.batch_size or len(data.x_train), *data.x_train.shape[1:])
+        example = (
+            nnx.eval_shape(lambda: workload.model(0)),
+            jax.ShapeDtypeStruct(shape, data.x_train.dtype),
+        )
+        further = {"average": AVERAGE, "example": example}
+        return optax.chain(
+            _optimizer(structure, "mc", damping, workload, rate, seed, **further),
+            optax.trace(MOMENTUM),
+        )
+
+    return Contestant(
+        name=f"{name}-average",
+        title=f"{title}, averaged, momentum {MOMENTUM:g}, Monte-Carlo, tuned",
+        family="natural-gradient",
+        rate_rule="tuned",
+        optimizer=optimizer,
+        rates=rates,
+        structure=structure,
+        fisher="mc",
+        damping=damping,
+        unsuitable=partial(_unsuitable_average, structure),
+    )
+
+
+def projected_momentum(
+    name: str, title: str, structure: ng.Structure, *, damping: Damping, rates: tuple[float, ...]
+) -> Contestant:
+    """A structure that solves every batch anew, with the previous step projected (SPRING).
+
+    Args:
+      name: key of its variants; this one ends with "-momentum".
+      title: what the board calls it.
+      structure: ``ng.Exact`` or ``ng.BlockDiagonal``.
+      damping: positive, and not adaptive.
+      rates: learning rates, TUNING_TRIALS of them.
+    """
+    return Contestant(
+        name=f"{name}-momentum",
+        title=f"{title}, projected momentum {MOMENTUM:g}, Monte-Carlo, tuned",
+        family="natural-gradient",
+        rate_rule="tuned",
+        optimizer=partial(_optimizer, structure, "mc", damping, momentum=MOMENTUM),
+        rates=rates,
+        structure=structure,
+        fisher="mc",
+        damping=damping,
+        unsuitable=lambda workload: (
+            _full_batch(workload) or unsuitable(structure, "mc", damping, workload)
+        ),
     )
 
 
@@ -109,11 +196,17 @@ def fisher_on(workload: Workload, fisher: FisherKind) -> FisherKind:
 
 
 def damping_on(workload: Workload, damping: Damping) -> Damping:
-    """The damping on a workload: an adaptive one has a higher floor under cross-entropy."""
-    entropy = isinstance(workload.loss, ng.SoftmaxCrossEntropy)
-    if entropy and isinstance(damping, ng.LevenbergMarquardt):
-        return replace(damping, minimum=CROSS_ENTROPY_MINIMUM)
-    return damping
+    """The damping on a workload.
+
+    An adaptive one has a higher floor under cross-entropy, and one in units of the Fisher is larger
+    in standard parametrisation.
+    """
+    scale = STANDARD_DAMPING if is_standard(workload) else 1.0
+    if isinstance(damping, ng.LevenbergMarquardt):
+        entropy = isinstance(workload.loss, ng.SoftmaxCrossEntropy)
+        minimum = CROSS_ENTROPY_MINIMUM if entropy else damping.minimum
+        return replace(damping, initial=scale * damping.initial, minimum=scale * minimum)
+    return damping if isinstance(damping, ng.RelativeDamping) else scale * damping
 
 
 def true_seeds(workload: Workload) -> int:
@@ -133,49 +226,94 @@ def unsuitable(
       damping: of the variant.
       workload: its data must be at hand.
     """
-    data, model = workload.data(), workload.model(0)
-    samples = workload.batch_size or len(data.x_train)
-    seeds = 1 if fisher == "mc" else true_seeds(workload)
-    layers = model_geometry(model, samples).layers
-    if isinstance(structure, ng.QuasiDiagonal) and not _has_biases(model):
+    signals = signal_shapes(workload, fisher)
+    layers = signals.layers
+    if isinstance(structure, ng.QuasiDiagonal) and all(a.bias_scale is None for a in layers):
         return "without biases it is the diagonal"
     full_batch = workload.batch_size is None and isinstance(workload.loss, ng.MeanSquaredError)
     if is_zero(damping) and not full_batch:
         return (
             "without damping each batch would be fitted to its end: for squared error, full batch"
         )
-    signals = samples * seeds * sum(units for _, units in layers)
-    if signals > LARGEST_SIGNALS:
+    held = sum(map(signal_entries, layers))
+    built = max(sample_jacobian_entries(structure, layer) for layer in layers)
+    if held + built > LARGEST_SIGNALS:
+        size = f"{(held + built) * 4 / 2**30:.1f} GiB"
+        if signals.num_seeds == 1:
+            return f"what a step holds of {signals.num_samples} samples, {size}, does not fit"
         return (
-            f"the true Fisher needs {seeds} backward passes of {samples} samples at once, "
-            f"{signals * 4 / 2**30:.1f} GiB; the Monte-Carlo one is in the race"
+            f"the true Fisher needs {signals.num_seeds} backward passes of {signals.num_samples} "
+            f"samples at once, {size}; the Monte-Carlo one is in the race"
         )
-    side = dense_side(structure, layers, samples * seeds)
+    side = dense_side(structure, signals)
+    if isinstance(structure, ng.EKFAC) and side > LARGEST_EIGENSYSTEM:
+        return f"an eigendecomposition of side {side} at every step does not fit the budget"
     if side > LARGEST_SYSTEM:
         return f"a dense system of side {side} at every step does not fit the budget"
     return ""
 
 
-def dense_side(structure: ng.Structure, layers: Sequence[tuple[int, int]], rows: int) -> int:
+def _unsuitable_average(structure: AveragedStructure, workload: Workload) -> str:
+    """Why averages over batches have no place on a workload, or ""."""
+    if reason := _full_batch(workload):
+        return reason
+    side = structure.factor_size(signal_shapes(workload, "mc"))
+    if side > LARGEST_SYSTEM:
+        return f"averages are kept as matrices, here of side {side}, which do not fit the budget"
+    return ""
+
+
+def _full_batch(workload: Workload) -> str:
+    return "" if workload.batch_size else "it is for mini-batches, and this is a full batch"
+
+
+def signal_shapes(workload: Workload, fisher: FisherKind) -> ng.Signals:
+    """The signals of a step, as shapes: nothing is computed.
+
+    Args:
+      workload: its data must be at hand.
+      fisher: "exact" or "mc"; where one backward pass gives the true Fisher, they are the same.
+    """
+    data, (graphdef, state) = workload.data(), nnx.split(workload.model(0))
+    size = workload.batch_size or len(data.x_train)
+    inputs, targets = (
+        jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype)
+        for array in (data.x_train, data.y_train)
+    )
+    kind = fisher_on(workload, fisher)
+    traced = partial(_signals, graphdef=graphdef, loss=workload.loss, fisher=kind)
+    found: ng.Signals = jax.eval_shape(traced, state, inputs, targets)
+    return found
+
+
+# through jit, so that only the first of equal calls is traced
+@partial(jax.jit, static_argnames=("graphdef", "loss", "fisher"))
+def _signals(
+    state: Any, x: Array, y: Array, *, graphdef: Any, loss: ng.Loss, fisher: FisherKind
+) -> ng.Signals:
+    model = nnx.merge(graphdef, state)
+    return ng.fisher_signals(model, x, y, loss=loss, fisher=fisher, key=jax.random.key(0))[0]
+
+
+def is_dense(model: nnx.Module) -> bool:
+    """Whether all layers with parameters are fully connected, so that theory knows their sizes."""
+    try:
+        dense_layers(model)
+    except TypeError:
+        return False
+    return True
+
+
+def dense_side(structure: ng.Structure, signals: ng.Signals) -> int:
     """The side of the largest dense system that a step solves, sample or parameter space.
 
     Args:
       structure: the Fisher approximation.
-      layers: (fan-in with the bias, units) of every layer.
-      rows: N S.
+      signals: of a batch, or their shapes.
     """
-    sizes = [fan_in * units for fan_in, units in layers]
     if isinstance(structure, ng.BlockDiagonal):
-        return max(min(rows, size) for size in sizes)
-    if isinstance(structure, ng.Exact):
-        return min(rows, sum(sizes))
+        return max(min(signals.size, layer.num_params) for layer in signals.layers)
     if isinstance(structure, ng.BlockTriDiagonal):
         # every other layer is eliminated
-        return min(len(layers) // 2 * rows, sum(sizes))
-    if isinstance(structure, ng.KFAC):
-        return max(min(rows, units) for _, units in layers)
-    return 0
-
-
-def _has_biases(model: nnx.Module) -> bool:
-    return any(getattr(layer, "bias", None) is not None for layer in dense_layers(model).values())
+        return min(len(signals.layers) // 2 * signals.size, signals.num_params)
+    return structure.gram_size(signals)

@@ -23,6 +23,7 @@ _DIGITS = (
 _LARGE = (
     "mnist-fit", "mnist-mse", "mnist-classes", "mnist-autoencoder", "linear-teacher-long",
 )  # fmt: skip
+_NETWORKS = ("digits-conv", "cifar-conv", "cifar-residual", "cifar-transformer")
 _BASELINES = ("first-order", "quasi-Newton")
 
 
@@ -50,9 +51,15 @@ PROFILES = {
     "large": Profile(
         _LARGE, ("", "-mc-lm"), 3, "the MNIST workloads and the linear teacher to its end"
     ),
+    "networks": Profile(
+        _NETWORKS,
+        ("-mc-lm", "-mc-tuned", "-average", "-momentum"),
+        3,
+        "convolutional nets and a transformer in mini-batches; CIFAR-10 from files, hours",
+    ),
     "full": Profile(
-        (*_DIGITS, *_LARGE),
-        ("", "-lm", "-tuned", "-mc", "-mc-lm", "-mc-tuned"),
+        (*_DIGITS, *_LARGE, *_NETWORKS),
+        ("", "-lm", "-tuned", "-mc", "-mc-lm", "-mc-tuned", "-average", "-momentum"),
         5,
         "every workload and every contestant",
     ),
@@ -97,7 +104,8 @@ class Plan:
             rate = None
             if contestant.rate_rule == "tuned":
                 trials = tuned.get((workload, contestant.name), [])
-                rate = best_rate(contestant, trials, target, self.machine)
+                grid = contestant.grid(find_workload(workload))
+                rate = best_rate(grid, trials, target, self.machine)
             for seed in range(self.seeds):
                 yield configuration(
                     find_workload(workload), contestant.name, seed,
@@ -180,9 +188,10 @@ def tuning_configs(
     machine: Mapping[str, Any] | None = None,
 ) -> Iterator[Config]:
     """One trial for each learning rate of a contestant, in their order."""
-    for rate in sorted(contestant.rates):
+    where = find_workload(workload)
+    for rate in contestant.grid(where):
         yield configuration(
-            find_workload(workload), contestant.name, TUNING_SEED,
+            where, contestant.name, TUNING_SEED,
             target=target, role=role, learning_rate=rate, machine=machine,
         )  # fmt: skip
 
@@ -199,7 +208,7 @@ def _by_pair(
 
 
 def best_rate(
-    contestant: Contestant,
+    grid: Sequence[float],
     trials: Iterable[Mapping[str, Any]],
     target: float | None,
     machine: Mapping[str, Any] | None = None,
@@ -210,7 +219,7 @@ def best_rate(
     else the machine does.
 
     Args:
-      contestant: a tuned one.
+      grid: the learning rates that a contestant tried.
       trials: its tuning records; those of other code, machines or targets are left aside.
       target: that they aim at.
       machine: code and environment of the trials to take; None for this process's.
@@ -232,7 +241,7 @@ def best_rate(
         )
 
     # min takes the first of equals, the smallest rate: also where all of them diverged
-    return min(sorted(contestant.rates), key=merit)
+    return min(sorted(grid), key=merit)
 
 
 def _is_of(config: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:

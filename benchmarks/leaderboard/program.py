@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from benchmarks.leaderboard.contestant import Contestant
 from benchmarks.leaderboard.workload import METRICS, Workload
 
-# rows of the training set on which the curve of the training loss is taken
+# rows of the training set on which the curve of the training loss is taken, where the settings of
+# a workload do not have "num_measured"
 MEASURED_SAMPLES = 2000
 
 
@@ -141,7 +142,8 @@ class Evaluation:
 
     def __init__(self, workload: Workload) -> None:
         data = workload.data()
-        self._train = tuple(jnp.asarray(a[:MEASURED_SAMPLES]) for a in data[:2])
+        rows = workload.settings.get("num_measured", MEASURED_SAMPLES)
+        self._train = tuple(jnp.asarray(a[:rows]) for a in data[:2])
         self._held_out = tuple(jnp.asarray(a) for a in data[2:])
         graphdef = nnx.graphdef(workload.model(0))
         metric = METRICS[workload.metric].function

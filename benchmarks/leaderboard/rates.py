@@ -27,7 +27,8 @@ class TheoreticalRate:
     """The rule of a contestant on a workload, for every seed.
 
     1/alpha where the sizes make the structure isotropic, which costs nothing (Karakida & Osawa
-    2020, Corollary 4.2); else 1/lambda_max at the initial parameters on the first batch.
+    2020, Corollary 4.2); else, and for networks whose sizes no theory knows, 1/lambda_max at the
+    initial parameters on the first batch.
 
     Args:
       contestant: with a Fisher structure.
@@ -56,7 +57,8 @@ class TheoreticalRate:
                 self._known = ng.optimal_learning_rate(contestant.structure, model, size)
             self.note = "1/alpha"
             return
-        except (ValueError, ng.IsotropyWarning):
+        # a TypeError: layers of which sizes alone say nothing
+        except (ValueError, TypeError, ng.IsotropyWarning):
             self.note = "1/lambda_max on the first batch"
         self._method = PowerMethod(contestant, workload, program)
         self.compile_seconds = self._method.compile_seconds

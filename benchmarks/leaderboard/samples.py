@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import natgrad_datasets
 import numpy as np
@@ -20,14 +20,15 @@ def images(settings: Mapping[str, Any]) -> Data:
     Args:
       settings: "dataset", "classes", "num_train" and "num_held_out"; the first samples of the
         chosen classes in file order, held-out ones from the test set. "input_norm" is the
-        Euclidean norm of every image.
+        Euclidean norm of every image. "layout" is "flat", unless it is given as "image".
 
     Returns:
       Targets are +-0.5 in one column for two classes, else one-hot.
     """
     chosen = (settings[name] for name in ("dataset", "classes", "num_train", "num_held_out"))
     name, classes, train, held_out = chosen
-    data = _images(name, tuple(classes), train, held_out, True)
+    layout = settings.get("layout", "flat")
+    data = _images(name, tuple(classes), train, held_out, True, layout)
     norm = np.float32(settings["input_norm"])
     return data._replace(x_train=norm * data.x_train, x_held_out=norm * data.x_held_out)
 
@@ -46,13 +47,19 @@ def reconstruction(settings: Mapping[str, Any]) -> Data:
 
 @cache
 def _images(
-    name: str, classes: tuple[int, ...], num_train: int, num_held_out: int, prepare: bool
+    name: str,
+    classes: tuple[int, ...],
+    num_train: int,
+    num_held_out: int,
+    prepare: bool,
+    layout: Literal["flat", "image"] = "flat",
 ) -> Data:
     loaded = natgrad_datasets.load(
         name,
         classes=classes,
         num_train=num_train,
         num_test=num_held_out,
+        layout=layout,
         prepare=prepare,
         dtype="float32",
     )
@@ -72,5 +79,23 @@ def mlp(settings: Mapping[str, Any], seed: int) -> nnx.Module:
         activation=settings["activation"],
         weight_variance=settings["weight_variance"],
         bias_variance=settings["bias_variance"],
+        rngs=nnx.Rngs(seed),
+    )
+
+
+def conv_net(settings: Mapping[str, Any], seed: int) -> nnx.Module:
+    """A convolutional network in NTK parametrisation, in float32.
+
+    Args:
+      settings: "input_shape", "channels", "outputs", "strides", "pooling", "weight_variance" and
+        "bias_variance" of ``ng.ConvNet``.
+      seed: of the initial parameters.
+    """
+    names = ("strides", "pooling", "weight_variance", "bias_variance")
+    return ng.ConvNet(
+        settings["input_shape"],
+        settings["channels"],
+        settings["outputs"],
+        **{name: settings[name] for name in names},
         rngs=nnx.Rngs(seed),
     )

@@ -231,7 +231,7 @@ def _train(config: Config, contestant: Contestant, workload: Workload) -> Outcom
     entered = time.perf_counter()
     state = program.start(seed, rate)
     program.wait(state)
-    batches = _batches(workload, seed)
+    order = batches(workload, seed)
     clock = evaluation_clock = 0.0
     step, status, reason = 0, "", ""
     curve: dict[str, list[float]] = {"steps": [], "seconds": [], "train": [], "held_out": []}
@@ -247,7 +247,7 @@ def _train(config: Config, contestant: Contestant, workload: Workload) -> Outcom
         upto = min(next_evaluation(step), workload.max_steps)
         started = time.perf_counter()
         while step < upto:
-            state = program.step(state, next(batches))
+            state = program.step(state, next(order))
             step += 1
         program.wait(state)
         clock += time.perf_counter() - started
@@ -300,7 +300,7 @@ def _verdict(
     return "", ""
 
 
-def _batches(workload: Workload, seed: int) -> Iterator[NDArray[np.integer] | None]:
+def batches(workload: Workload, seed: int) -> Iterator[NDArray[np.integer] | None]:
     """Rows of each step: epochs without replacement, a remainder is left out."""
     if workload.batch_size is None:
         while True:

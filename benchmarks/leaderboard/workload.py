@@ -27,9 +27,9 @@ class Data(NamedTuple):
     """The samples of a workload, the same for every seed.
 
     Attributes:
-      x_train: inputs (N, M_0), float32.
+      x_train: inputs (N, M_0), or images (N, H, W, C), float32.
       y_train: targets (N, C).
-      x_held_out: inputs that no contestant trains on, (N', M_0).
+      x_held_out: inputs that no contestant trains on, (N', ...).
       y_held_out: their targets (N', C).
     """
 
@@ -85,6 +85,8 @@ class Workload:
       version: raised with every change of what it is; targets belong to one version.
       question: what a result on it tells, one sentence.
       settings: every number of data and model, as JSON has it; they enter the hash of trials.
+        "num_measured" samples make the training loss of a curve, "parametrisation" is "standard"
+        where it is not that of the NTK.
       data: the samples, the same at every call. Work starts here: nothing happens at import.
       model: from the seed of a trial to the model at its initial parameters, in float32.
       loss: what is trained.

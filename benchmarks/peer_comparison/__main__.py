@@ -11,18 +11,18 @@ from typing import Any
 from benchmarks.machine import cores, processor
 from benchmarks.peer_comparison.client import PeerError
 from benchmarks.peer_comparison.environments import PEERS, find_peer, find_python, reason
-from benchmarks.peer_comparison.examples import LARGE, SMALL
+from benchmarks.peer_comparison.examples import LARGE, SLOW, SMALL
 from benchmarks.peer_comparison.measure import disagreement, examine
 from benchmarks.peer_comparison.tables import agreement_record, markdown, pace_record
 from ntk_analysis.names import find
 from ntk_analysis.results import FILE_NAME, environment, now, write_json
 
 REPEATS = 15
-TIMED = ["MLP 784-1024-1024-10", "ConvNet", "ConvNet, average"]
+TIMED = ["MLP 784-1024-1024-10", "ConvNet", "ConvNet, average", "ConvNet 16x16, N=32"]
 
 
 def run(
-    names: Sequence[str], python: str | None, small: Sequence[str], large: Sequence[str],
+    names: Sequence[str], python: str | None, small: Sequence[str], large: Sequence[str] | None,
     repeats: int, out: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Compares, and writes results.json and results.md anew after each network of each peer.
@@ -31,7 +31,7 @@ def run(
       names: of peers; one that is not installed, or fails, is in it with the reason.
       python: to run them with, or None for the one that ``find_python`` finds.
       small: networks that are compared in float64.
-      large: networks that are timed.
+      large: networks that are timed; None for TIMED, without those that are SLOW for a peer.
       repeats: timed steps of each side.
       out: the folder for them.
 
@@ -53,7 +53,10 @@ def run(
             document["skipped"].append({"peer": name, "reason": reason(peer)})
             continue
         # what fails on one network does not take the others with it
-        parts: list[tuple[Sequence[str], Sequence[str]]] = [([], [title]) for title in large]
+        slow = SLOW.get(name, {}) if large is None else {}
+        titles = [title for title in (TIMED if large is None else large) if title not in slow]
+        document["skipped"] += [{"peer": name, "reason": f"{a}: {b}"} for a, b in slow.items()]
+        parts: list[tuple[Sequence[str], Sequence[str]]] = [([], [title]) for title in titles]
         for one, other in [(small, []), *parts] if small else parts:
             what = ", ".join([*one, *other])
             try:
@@ -90,7 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--peer", nargs="+", default=list(PEERS), help=", ".join(PEERS))
     parser.add_argument("--python", help="of an environment that has the peers")
-    parser.add_argument("--network", nargs="*", default=TIMED, help=f"timed: {', '.join(LARGE)}")
+    parser.add_argument(
+        "--network", nargs="*",
+        help=f"timed: {', '.join(LARGE)} [default: {', '.join(TIMED)}, but for slow ones]",
+    )  # fmt: skip
     parser.add_argument(
         "--matrices", action=argparse.BooleanOptionalAction, default=True,
         help="compare all quantities of small networks",
@@ -100,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         peers = [find("peer", name, PEERS) for name in chosen.peer]
-        networks = [_network(name) for name in chosen.network]
+        networks = chosen.network and [_network(name) for name in chosen.network]
     except ValueError as error:
         parser.error(str(error))
     if chosen.repeats < 1:

@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.machine import cores
 from benchmarks.peer_comparison import exchange
 from benchmarks.peer_comparison.environments import ROOT, Peer
+from natgrad_flax.compiler import flags_of_others
 
 PATIENCE = 600.0
 """Seconds after which a worker that does not answer is given up."""
@@ -48,12 +49,13 @@ class Worker:
         command = [python, "-m", "benchmarks.peer_comparison.worker", peer.side]
         # PyTorch's threads: as many as JAX has, and none that spin while natgrad's step runs
         threads = {"OMP_NUM_THREADS": str(cores()), "OMP_WAIT_POLICY": "passive"}
+        flags = flags_of_others(os.environ.get("XLA_FLAGS", ""))
         try:
             with self._log.open("w") as log:
                 self._process = subprocess.Popen(
                     command,
                     cwd=ROOT,
-                    env=os.environ | threads,
+                    env=os.environ | threads | {"XLA_FLAGS": flags},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,

@@ -34,6 +34,8 @@ MEAN = "its squared error is a mean over the C outputs without 1/2: "
 TWICE = MEAN + "2/C of ours"
 OUTER = MEAN + "products of its gradients are 4/C of ours"
 SPLIT = "pi by mean diagonals (Martens & Grosse 2015, Section 6.3)"
+WHOLE = "exact damping: rho is added to the scaling"
+SCALED = "update_diag gives the scaling of George et al. (2018); without it K-FAC's"
 DRAWS = "the empirical Fisher of the drawn targets"
 AVERAGED = "averages squares over the batch twice: 1/N of ours"
 
@@ -47,9 +49,13 @@ COMPARISONS: dict[str, tuple[Comparison, ...]] = {
         Comparison("kfac/empirical", "KFACLinearOperator, empirical, expand", OUTER),
         Comparison("kfac/mc", "KFACLinearOperator, empirical, expand", f"{DRAWS}; {OUTER}"),
         Comparison("kfac-reduce/exact", "KFACLinearOperator, type-2, reduce", TWICE),
+        Comparison("ekfac/exact", "EKFACLinearOperator, type-2, expand", TWICE),
+        Comparison("ekfac/mc", "EKFACLinearOperator, empirical, expand", f"{DRAWS}; {OUTER}"),
         Comparison("step/kfac/exact", "KFACInverseLinearOperator", f"{SPLIT}; {TWICE}"),
         Comparison("step/kfac-reduce/exact", "KFACInverseLinearOperator", f"{SPLIT}; {TWICE}"),
         Comparison("step/kfac/mc", "KFACInverseLinearOperator", f"{SPLIT}; {DRAWS}; {OUTER}"),
+        Comparison("step/ekfac/exact", "KFACInverseLinearOperator", f"{WHOLE}; {TWICE}"),
+        Comparison("step/ekfac/mc", "KFACInverseLinearOperator", f"{WHOLE}; {DRAWS}; {OUTER}"),
     ),
     "nngeometry": (
         Comparison("gradient", "torch.autograd.grad", TWICE),
@@ -62,6 +68,8 @@ COMPARISONS: dict[str, tuple[Comparison, ...]] = {
             "sqrt(S) A and B / sqrt(S) for S outputs: one product",
         ),
         Comparison("kfac/mc", "PMatKFAC of log-likelihoods", DRAWS),
+        Comparison("ekfac/exact", "FIM, PMatEKFAC", SCALED),
+        Comparison("ekfac/mc", "PMatEKFAC of log-likelihoods", f"{DRAWS}; {SCALED}"),
         Comparison("diagonal/exact", "FIM, PMatDiag"),
         Comparison(
             "quasi-diagonal/exact",
@@ -72,6 +80,8 @@ COMPARISONS: dict[str, tuple[Comparison, ...]] = {
         Comparison("step/block-diagonal/exact", "PMatBlockDiag.solve"),
         Comparison("step/kfac/exact", "PMatKFAC.inverse", SPLIT),
         Comparison("step/kfac/mc", "PMatKFAC.inverse", f"{SPLIT}; {DRAWS}"),
+        Comparison("step/ekfac/exact", "PMatEKFAC.solve", SCALED),
+        Comparison("step/ekfac/mc", "PMatEKFAC.solve", f"{DRAWS}; {SCALED}"),
         Comparison("step/diagonal/exact", "PMatDiag.solve"),
     ),
     "kfac-jax": (

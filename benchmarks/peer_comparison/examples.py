@@ -135,10 +135,10 @@ def _small(model: Callable[..., nnx.Module], loss: ng.Loss) -> Example:
     return _example(built, 9, loss, 0.03, dtype)
 
 
-def _large(model: Callable[..., nnx.Module]) -> Example:
-    """Without biases, in float32, cross-entropy on 128 samples."""
+def _large(model: Callable[..., nnx.Module], samples: int = 128) -> Example:
+    """Without biases, in float32, cross-entropy."""
     built = model(weight_variance=2.0, param_dtype=jnp.float32, rngs=nnx.Rngs(SEED))
-    return _example(built, 128, ng.SoftmaxCrossEntropy(), 1e-3, jnp.float32)
+    return _example(built, samples, ng.SoftmaxCrossEntropy(), 1e-3, jnp.float32)
 
 
 _CLASSIFIER = partial(ng.MLP, (5, 6, 4, 3))
@@ -160,8 +160,20 @@ LARGE: Mapping[str, Callable[[], Example]] = {
     "MLP 784-1024-1024-10": lambda: _large(partial(ng.MLP, (784, 1024, 1024, 10))),
     "ConvNet": lambda: _large(ng.ConvNet),
     "ConvNet, average": lambda: _large(partial(ng.ConvNet, pooling="average")),
+    "ConvNet 16x16, N=32": lambda: _large(partial(ng.ConvNet, (16, 16, 3)), 32),
 }
-"""Networks whose K-FAC steps are timed. The ConvNets are for images as large as CIFAR-10's.
+"""Networks whose K-FAC steps are timed, on 128 samples; the smallest ConvNet on 32.
 
-A readout of flattened images has a factor of side 8192, one of averages a factor of side 128.
+The ConvNets are for images as large as CIFAR-10's, the last for those of a quarter. A readout of
+flattened images has a factor of side 8192 (2048 there), one of averages a factor of side 128.
 """
+
+SLOW: Mapping[str, Mapping[str, str]] = {
+    "kfac-jax": dict.fromkeys(
+        ("ConvNet", "ConvNet, average"),
+        "kfac-jax makes the input factors of convolutions by convolutions with whole images as "
+        "kernels inside of a loop, where XLA's CPU has no fast ones: a step takes the better part "
+        "of a minute; ConvNet 16x16, N=32 stands for it",
+    )
+}
+"""By peer: large networks that are timed only where they are asked for by name, and why."""

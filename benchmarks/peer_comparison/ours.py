@@ -26,6 +26,7 @@ STRUCTURES: dict[str, ng.Structure] = {
     "block-diagonal": ng.BlockDiagonal(),
     "kfac": KFAC,
     "kfac-reduce": ng.KFAC(last_layer="literal", split="pi", sharing="reduce"),
+    "ekfac": ng.EKFAC(),
     "diagonal": ng.Diagonal(),
     "quasi-diagonal": ng.QuasiDiagonal(),
 }

@@ -50,7 +50,7 @@ def markdown(document: dict[str, Any]) -> str:
     parts = []
     if document["paces"]:
         head = (
-            "network, N=128", "peer", "its step, ms", "ours, ms", "times as fast",
+            "network, N=128 where not said", "peer", "its step, ms", "ours, ms", "times as fast",
             "by processor time", "target",
         )  # fmt: skip
         rows = [

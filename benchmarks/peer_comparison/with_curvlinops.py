@@ -4,7 +4,9 @@ Conventions, from its documentation (release 3): with ``reduction="mean"`` curva
 ours does, and PyTorch's squared error is a mean over the C outputs as well and has no 1/2, so its
 Hessian is 2/C of ours and an outer product of its gradients 4/C (``GGNLinearOperator``,
 ``EFLinearOperator``). ``separate_weight_and_bias=False`` treats kernel and bias jointly, as we do.
-``use_heuristic_damping`` is the pi split of Martens & Grosse (2015, Section 6.3) by mean diagonals.
+``use_heuristic_damping`` is the pi split of Martens & Grosse (2015, Section 6.3) by mean diagonals;
+``EKFACLinearOperator`` takes ``use_exact_damping`` alone, which adds rho to its eigenvalues. These
+are second moments of per-example gradients, summed over positions, as ours.
 ``KFACType`` names the two forms of Eschenhagen et al. (2023) for shared weights.
 """
 
@@ -63,13 +65,15 @@ class Side:
             return self._dense(found) / scale
         sort = FisherType.TYPE2 if which == "exact" else FisherType.EMPIRICAL
         form = "reduce" if kind.endswith("reduce") else "expand"
-        kfac = self._kfac(sort, targets, form)
-        if kind in ("kfac", "kfac-reduce"):
-            return self._dense(kfac) / scale
-        if kind in ("step/kfac", "step/kfac-reduce"):
-            directions = self._inverse(kfac, scale) @ list(batch.gradient())
-            return batch.vector(directions) * scale / self._slope
-        raise KeyError(name)
+        structure = kind.removeprefix("step/")
+        if structure not in ("kfac", "kfac-reduce", "ekfac"):
+            raise KeyError(name)
+        corrected = structure == "ekfac"
+        factors = self._factors(sort, targets, form, corrected=corrected)
+        if structure == kind:
+            return self._dense(factors) / scale
+        directions = self._inverse(factors, scale, corrected=corrected) @ list(batch.gradient())
+        return batch.vector(directions) * scale / self._slope
 
     def step(self) -> None:
         """Factors of a drawn target a sample, their inverses, and the move."""
@@ -79,14 +83,18 @@ class Side:
         # another draw each time
         self._seed += 1
         slopes = batch.gradient()
-        kfac = self._kfac(FisherType.MC, batch.y, "expand")
+        kfac = self._factors(FisherType.MC, batch.y, "expand")
         batch.descend(self._inverse(kfac, self._hessian) @ list(slopes), RATE)
 
-    def _kfac(self, sort: Any, targets: torch.Tensor, form: str) -> Any:
-        from curvlinops import KFACLinearOperator
+    def _factors(
+        self, sort: Any, targets: torch.Tensor, form: str, *, corrected: bool = False
+    ) -> Any:
+        """K-FAC, or EKFAC where its eigenvalues are corrected."""
+        from curvlinops import EKFACLinearOperator, KFACLinearOperator
 
         batch = self._batch
-        return KFACLinearOperator(
+        make = EKFACLinearOperator if corrected else KFACLinearOperator
+        return make(
             batch.network,
             batch.loss,
             batch.parameters(),
@@ -101,12 +109,14 @@ class Side:
             check_deterministic=False,
         )
 
-    def _inverse(self, kfac: Any, scale: float) -> Any:
+    def _inverse(self, factors: Any, scale: float, *, corrected: bool = False) -> Any:
         from curvlinops import KFACInverseLinearOperator
 
         # a matrix that is as many times larger needs as many times the damping for the same step
         rho = self._problem.damping * scale
-        return KFACInverseLinearOperator(kfac, damping=rho, use_heuristic_damping=True)
+        return KFACInverseLinearOperator(
+            factors, damping=rho, use_heuristic_damping=not corrected, use_exact_damping=corrected
+        )
 
     def _dense(self, operator: Any) -> Array:
         import torch

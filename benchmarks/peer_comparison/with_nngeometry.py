@@ -4,9 +4,11 @@ Conventions, from its documentation and sources (release 0.4): ``FIM`` is (1/N) 
 output Fisher, "regression" with H = I, all as ours; parameters of a layer are the weight (units
 first) and then the bias. ``PMatKFAC`` has the bias as a last column of ones, and ``use_pi`` adds
 pi sqrt(regul) to A and sqrt(regul) / pi to B by mean diagonals. ``regul`` is added to the matrix,
-so in the 1/N convention. ``PMatQuasiDiag`` keeps the entries of Ollivier (2015), the diagonal and
-the row of each unit's bias, and inverts the matrix that has zeros in all other places; Ollivier's
-reduction, which is ours, is another matrix with these entries. So entries are compared, not steps.
+so in the 1/N convention. ``PMatEKFAC`` starts with the eigenvalues of K-FAC; ``update_diag`` puts
+the second moments of per-sample gradients in their place, as ours. ``PMatQuasiDiag`` keeps the
+entries of Ollivier (2015), the diagonal and the row of each unit's bias, and inverts the matrix
+that has zeros in all other places; Ollivier's reduction, which is ours, is another matrix with
+these entries. So entries are compared, not steps.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ REPRESENTATIONS = {
     "fisher": "PMatDense",
     "block-diagonal": "PMatBlockDiag",
     "kfac": "PMatKFAC",
+    "ekfac": "PMatEKFAC",
     "diagonal": "PMatDiag",
     "quasi-diagonal": "PMatQuasiDiag",
 }
@@ -85,10 +88,15 @@ class Side:
         batch, make = self._batch, getattr(nngeometry.object, representation)
         entropy = self._problem.loss == "cross-entropy"
         if which == "exact":
-            variant = "classif_logits" if entropy else "regression"
-            return FIM(batch.network, (batch.x, batch.y), make, variant=variant)
-        backend = TorchHooksJacobianBackend(batch.network, self._likelihood)
-        return make(backend, examples=(batch.x, batch.drawn))
+            variant, examples = "classif_logits" if entropy else "regression", (batch.x, batch.y)
+            matrix = FIM(batch.network, examples, make, variant=variant)
+        else:
+            backend = TorchHooksJacobianBackend(batch.network, self._likelihood)
+            examples = (batch.x, batch.drawn)
+            matrix = make(backend, examples=examples)
+        if representation == "PMatEKFAC":
+            matrix.update_diag(examples)
+        return matrix
 
     def _likelihood(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The negative log-likelihood of each sample, up to its sign and a constant, (N, 1)."""

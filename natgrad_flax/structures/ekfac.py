@@ -16,7 +16,7 @@ from natgrad_flax.linalg import add_diagonal, symmetric_product
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
-from natgrad_flax.structures.base import Geometry, gradient, ravel
+from natgrad_flax.structures.base import Geometry, ravel
 from natgrad_flax.structures.kronecker import (
     factor_means,
     factor_rows,
@@ -130,20 +130,37 @@ class EKFAC(AveragedStructure):
             if "blocks" in entry:
                 updates.append(update_like(g, multiply_blocks(entry["blocks"], matrix)))
                 continue
-            left, right = entry["inputs"], entry["units"]
+            left = entry["inputs"]
             parts = grouped(matrix, len(left))
-            inside = left.mT @ parts @ right
-            solved = left @ (entry["inverse"] * inside) @ right.mT
-            if left.shape[2] < left.shape[1] or right.shape[2] < right.shape[1]:
-                solved = solved + entry["outside"] * (parts - left @ inside @ right.mT)
+            half = left.mT @ parts
+            solved = left @ _solve_units(entry, half)
+            if _is_thin(left):
+                solved = solved + entry["outside"] * (parts - left @ half)
             updates.append(update_like(g, ungrouped(solved)))
         return tuple(updates)
 
     def solve(
         self, signals: Signals, residual: Residual, damping: Array | float
     ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N; see ``Structure.solve``."""
-        return self.precondition(signals, gradient(signals, residual), damping)
+        """G^{-1} J^T r / N; see ``Structure.solve``.
+
+        The gradient of the batch lies in the span of its inputs and, where r lies in the span of
+        the seeds, of its derivatives. What it has outside is rounding, which a division by rho
+        would magnify; so only its coordinates in the basis are taken.
+        """
+        inverse = self.invert(self.moments(signals), damping, signals.num_samples)
+        updates = []
+        for index, (layer, entry) in enumerate(zip(signals.layers, inverse, strict=True)):
+            direction = residual.direction(layer, index) / signals.num_samples
+            if "blocks" in entry:
+                slope = matrix_of(layer.pull_back(direction))
+                updates.append(layer.update(multiply_blocks(entry["blocks"], slope)))
+                continue
+            half = _turned_gradient(layer, direction, entry["inputs"])
+            spanned = residual.coefficients is not None
+            solved = entry["inputs"] @ _solve_units(entry, half, spanned=spanned)
+            updates.append(layer.update(ungrouped(solved)))
+        return tuple(updates)
 
     def precondition(
         self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
@@ -231,6 +248,39 @@ class EKFAC(AveragedStructure):
     def failed_conditions(self, geometry: Geometry) -> list[str]:
         """None: nothing is assumed."""
         return []
+
+
+def _is_thin(basis: Array) -> bool:
+    """Whether a basis (G, P, r) leaves something out."""
+    return basis.shape[2] < basis.shape[1]
+
+
+def _solve_units(entry: dict[str, Any], half: Array, *, spanned: bool = False) -> Array:
+    """G^{-1} g of what has been turned into the basis of the inputs, (G, r, M/G), and stays there.
+
+    Args:
+      entry: of ``EKFAC.invert``.
+      half: U_A^T g.
+      spanned: g has nothing outside of the basis of the units.
+    """
+    right = entry["units"]
+    inside = half @ right
+    solved = (entry["inverse"] * inside) @ right.mT
+    if _is_thin(right) and not spanned:
+        solved = solved + entry["outside"] * (half - inside @ right.mT)
+    return solved
+
+
+def _turned_gradient(layer: LayerSignals, direction: Array, left: Array) -> Array:
+    """U_A^T a^T R, (G, r, M/G), for cotangents R of the pre-activations."""
+    assert isinstance(layer, (DenseSignals, SharedSignals))
+    if isinstance(layer, DenseSignals):
+        return ((layer.augmented_inputs() @ left[0]).T @ direction)[None]
+    if _is_thin(left):
+        turned = jnp.einsum("ntgk,gkp->ntgp", layer.augmented_inputs(), left)
+        return jnp.einsum("ntgp,ntgm->gpm", turned, direction)
+    # many rows: rather turn their sum
+    return left.mT @ grouped(matrix_of(layer.pull_back(direction)), len(left))
 
 
 def _eigenvectors(factor: Array) -> Array:

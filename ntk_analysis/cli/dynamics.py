@@ -58,8 +58,8 @@ def dynamics(
     structures: Annotated[
         list[str] | None,
         typer.Option(
-            help="gd, exact, block-diagonal, block-tri-diagonal, kfac, unit-wise, diagonal, "
-            "quasi-diagonal [default: all, and block-diagonal at c = 0.25 and 0.5]"
+            help="gd, exact, block-diagonal, block-tri-diagonal, kfac, ekfac, unit-wise, "
+            "diagonal, quasi-diagonal [default: all, and block-diagonal at c = 0.25 and 0.5]"
         ),
     ] = None,
     damping: DampingOption = None,
@@ -88,7 +88,7 @@ def dynamics(
 
     Learning rates: 1 for exact, 1/L for block-diagonal, 1/alpha for block-tri-diagonal (Lemma 4.3),
     1/(N L) for kfac, 1/alpha for unit-wise (Theorem 5.1), and 1/lambda_max of the coefficient
-    matrix at initialisation for gd, diagonal and quasi-diagonal.
+    matrix at initialisation for gd, ekfac, diagonal and quasi-diagonal.
 
     Exit code: 0; 1 where a loss ceased to be finite though theory lets it fall; 2 on bad arguments;
     130 when interrupted.

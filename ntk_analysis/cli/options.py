@@ -27,8 +27,8 @@ BiasVarianceOption = Annotated[float, typer.Option(help="sigma_b^2; 0 means no b
 StructuresOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="gd, exact, block-diagonal, block-tri-diagonal, kfac, unit-wise, diagonal, "
-        "quasi-diagonal [default: all]"
+        help="gd, exact, block-diagonal, block-tri-diagonal, kfac, ekfac, unit-wise, "
+        "diagonal, quasi-diagonal [default: all]"
     ),
 ]
 DampingOption = Annotated[

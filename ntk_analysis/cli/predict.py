@@ -60,7 +60,7 @@ def predict(
         list[str] | None,
         typer.Option(
             help="gd, exact, block-diagonal, block-tri-diagonal, kfac; with empirical kernels "
-            "unit-wise, diagonal, quasi-diagonal too "
+            "ekfac, unit-wise, diagonal, quasi-diagonal too "
             "[default: exact block-diagonal block-tri-diagonal kfac]"
         ),
     ] = None,

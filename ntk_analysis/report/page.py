@@ -24,7 +24,7 @@ from ntk_analysis.tables import setting_sentence
 PAGE_NAME = "report.html"
 _TEMPLATE = "template.html"
 # one sign for each Matplotlib marker of the palette
-_SIGNS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "p": "⬟", "h": "⬢"}
+_SIGNS = dict(zip("osD^vPXph*", "●■◆▲▼✚✖⬟⬢★", strict=True))
 _FORMULAS = {
     "Θ̄": '<span class="bar">Θ</span>',
     "σ_w²": "σ<sub>w</sub>²",

@@ -74,6 +74,17 @@ class Side:
     def kfac_reduce(self, which):
         return block([np.kron(a, b) for a, b in self.factors(which, True)])
 
+    def ekfac(self, which):
+        """Second moments of per-sample Jacobians in the eigenbasis of the factors."""
+        start, found, jacobian, outer = 0, [], self.jacobian(), self.outer(which)
+        for layer, (a, b) in zip(self.problem.layers, self.factors(which), strict=True):
+            vectors = np.kron(np.linalg.eigh(a)[1], np.linalg.eigh(b)[1])
+            turned = jacobian[:, :, start : start + layer.num_params] @ vectors
+            squares = np.einsum("ncp,ncd,ndp->p", turned, outer, turned) / len(turned)
+            found.append((vectors * squares) @ vectors.T)
+            start += layer.num_params
+        return block(found)
+
     def damped_kfac(self, which, reduce):
         rho, found = self.problem.damping, []
         for a, b in self.factors(which, reduce):

@@ -1,12 +1,14 @@
 """The suite of accuracy: its figures are those of a training by other code, its skips say why."""
 
+import jax
 import jax.numpy as jnp
 import natgrad_datasets
 import numpy as np
 import pytest
+from flax import nnx
 
 from benchmarks import accuracy, dynamics
-from benchmarks.accuracy import Accuracy
+from benchmarks.accuracy import Accuracy, NetworkAccuracy
 from ntk_analysis.methods import LearningRate
 from ntk_analysis.training import Trainer
 
@@ -88,8 +90,54 @@ def test_a_tolerance_for_each_rule(monkeypatch):
     assert seen == [accuracy.TOLERANCE, accuracy.LOOSE_TOLERANCE]
 
 
-def test_what_the_suite_shows_is_named_and_has_units():
-    assert len(Accuracy.params) == len(Accuracy.param_names)
-    tracks = [getattr(Accuracy, name) for name in dir(Accuracy) if name.startswith("track_")]
+@pytest.mark.parametrize("suite", [Accuracy, NetworkAccuracy])
+def test_what_the_suite_shows_is_named_and_has_units(suite):
+    assert len(suite.params) == len(suite.param_names)
+    tracks = [getattr(suite, name) for name in dir(suite) if name.startswith("track_")]
     assert len(tracks) == 2
     assert all(track.unit and track.__doc__ for track in tracks)
+
+
+def test_figures_of_a_network_are_those_of_a_loop_by_hand(monkeypatch):
+    monkeypatch.setattr(accuracy, "BATCH_STEPS", (1, 3))
+    workload = accuracy.NETWORKS["digits-conv"].workload
+    found = accuracy.measure_network(workload, "sgd", 0.3)
+    data, (graphdef, state) = workload.data(), nnx.split(workload.model(0))
+    rng = np.random.default_rng(0)
+    order = rng.permutation(1400)
+
+    @jax.jit
+    def cross_entropy(state, x, y):
+        return -jnp.mean(jnp.sum(y * jax.nn.log_softmax(nnx.merge(graphdef, state)(x)), axis=1))
+
+    slope = jax.jit(jax.grad(cross_entropy))
+    first = cross_entropy(state, data.x_train, data.y_train)
+    for step in range(1, 4):
+        rows = order[64 * (step - 1) : 64 * step]
+        change = slope(state, data.x_train[rows], data.y_train[rows])
+        state = jax.tree.map(lambda leaf, part: leaf - 0.3 * part, state, change)
+        if step in (1, 3):
+            loss = cross_entropy(state, data.x_train, data.y_train) / first
+            assert found[f"loss {step}"] == pytest.approx(float(loss), rel=1e-3)
+    classes = nnx.merge(graphdef, state)(data.x_held_out).argmax(axis=1)
+    wrong = 100 * np.mean(classes != data.y_held_out.argmax(axis=1))
+    # one image may lie on the border of two classes
+    assert found["error 3"] == pytest.approx(float(wrong), abs=100 / 360 + 1e-4)
+
+
+def test_a_network_that_does_not_learn_fails(monkeypatch):
+    monkeypatch.setattr(accuracy, "BATCH_STEPS", (1, 2))
+    workload = accuracy.NETWORKS["digits-conv"].workload
+    with pytest.raises(ArithmeticError, match="sgd on digits-conv: after 2 steps 1 of the"):
+        accuracy.measure_network(workload, "sgd", 0.0)
+
+
+def test_networks_of_cifar_are_skipped_with_their_reason(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("NATGRAD_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, entry in accuracy.NETWORKS.items():
+        reason = NetworkAccuracy().skipped(name, "kfac-average", 5)
+        assert ("files of cifar10" in reason) if name.startswith("cifar") else reason is None
+        assert entry.workload.metric == "error"
+        assert set(entry.rates) == {"kfac-average", "exact-momentum"}

@@ -160,9 +160,9 @@ def test_every_profile_imports_without_touching_a_device(
 ) -> None:
     """asv imports the suites in one process and forks: JAX must not have started its threads."""
     assert not imported[name]["device"]
-    assert imported[name]["cases"]["Step"] >= 7
+    assert imported[name]["cases"]["Step"] >= 8
     if name == "smoke":
-        assert imported[name]["cases"]["Step"] == 7
+        assert imported[name]["cases"]["Step"] == 8
     else:
         assert imported[name]["cases"] != imported["smoke"]["cases"]
 

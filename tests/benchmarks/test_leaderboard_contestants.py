@@ -19,7 +19,7 @@ from benchmarks.leaderboard.contestant import (
     contestants,
     find_contestant,
 )
-from benchmarks.leaderboard.natural import LARGEST_SYSTEM, damping_on, dense_side, fisher_on
+from benchmarks.leaderboard.natural import damping_on, fisher_on
 from benchmarks.leaderboard.program import OptaxProgram
 from benchmarks.leaderboard.rates import PowerMethod
 from benchmarks.leaderboard.workload import Data, Workload, find_workload
@@ -31,6 +31,7 @@ STRUCTURES = {
     "block-diagonal": ng.BlockDiagonal,
     "block-tri-diagonal": ng.BlockTriDiagonal,
     "kfac": ng.KFAC,
+    "ekfac": ng.EKFAC,
     "unit-wise": ng.UnitWise,
     "diagonal": ng.Diagonal,
     "quasi-diagonal": ng.QuasiDiagonal,
@@ -109,8 +110,9 @@ def test_facts_of_a_first_order_method(name: str) -> None:
 def test_every_tuned_contestant_has_a_growing_grid() -> None:
     for entry in contestants().values():
         if entry.rate_rule == "tuned":
-            assert list(entry.rates) == sorted(entry.rates)
-            assert all(high / low <= 4 for low, high in pairwise(entry.rates))
+            for grid in (entry.rates, entry.standard_rates):
+                assert list(grid) == sorted(grid)
+                assert all(high / low <= 4 for low, high in pairwise(grid))
 
 
 def test_titles_differ() -> None:
@@ -121,6 +123,9 @@ def test_titles_differ() -> None:
 def test_a_grid_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="different learning rates"):
         Contestant("short", "Short", "first-order", "tuned", rates=(0.1,))
+    six = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    with pytest.raises(ValueError, match=r"different learning rates.*\(0\.1,\)"):
+        Contestant("half", "Half", "first-order", "tuned", rates=six, standard_rates=(0.1,))
 
 
 @pytest.mark.parametrize(
@@ -161,16 +166,6 @@ def test_true_fisher_of_the_autoencoder_does_not_fit() -> None:
         pytest.skip(workload.missing())
     assert "784 backward passes" in find_contestant("kfac-tuned").unsuitable(workload)
     assert find_contestant("kfac-mc-tuned").unsuitable(workload) == ""
-
-
-def test_dense_sides_by_hand() -> None:
-    layers = [(10, 20), (20, 5)]
-    assert dense_side(ng.Exact(), layers, 50) == 50
-    assert dense_side(ng.Exact(), layers, 1000) == 300
-    assert dense_side(ng.BlockDiagonal(), layers, 1000) == 200
-    assert dense_side(ng.KFAC(), layers, 1000) == 20
-    assert dense_side(ng.BlockTriDiagonal(), [*layers, (5, 5)], 100) == 100
-    assert dense_side(ng.Diagonal(), layers, LARGEST_SYSTEM + 1) == 0
 
 
 @pytest.mark.parametrize("loss", [ng.MeanSquaredError(), ng.SoftmaxCrossEntropy()])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import toy_leaderboard as toy
@@ -95,7 +96,7 @@ def test_best_rate_is_the_one_with_the_fewest_steps():
     sgd = toy.CONTESTANTS["sgd"]
 
     def best(*trials):
-        return plan.best_rate(sgd, trials, None)
+        return plan.best_rate(sgd.rates, trials, None)
 
     slow = record("sgd", 0.01, final=0.1)
     slower = record("sgd", 0.1, final=0.2)
@@ -111,7 +112,7 @@ def test_best_rate_is_the_one_with_the_fewest_steps():
     other = record("sgd", 30.0, status="reached", steps_to_target=1)
     other["config"]["code"] = "0" * 64
     assert best(other, slower) == 0.1
-    assert plan.best_rate(sgd, [reached, slower], 0.5) == min(toy.RATES)
+    assert plan.best_rate(sgd.rates, [reached, slower], 0.5) == min(toy.RATES)
 
 
 def test_evaluation_takes_what_tuning_found(frozen):
@@ -146,6 +147,25 @@ def test_variants_and_their_plain_names():
     assert plan.plain("kfac-mc-lm") == "kfac"
     assert plan.plain("block-tri-diagonal") == "block-tri-diagonal"
     assert plan.plain("exact-tuned") == "exact"
+    assert plan.plain("ekfac-average") == "ekfac"
+    assert plan.plain("exact-momentum") == "exact"
+
+
+def test_networks_in_standard_parametrisation_have_their_own_grid(monkeypatch, frozen):
+    settings = {"samples": 8, "parametrisation": "standard"}
+    where = toy.install(
+        monkeypatch,
+        toy.make_workload(name="stock", settings=settings),
+        {
+            "sgd": replace(toy.CONTESTANTS["sgd"], standard_rates=(6.0, 5.0, 4.0, 3.0, 2.0, 1.0)),
+            "exact": toy.CONTESTANTS["exact"],
+        },
+    )
+    targets.write_target(where, [record("sgd", 0.3, final=1e-5)])
+    made = plan.make_plan()
+    assert [config["learning_rate"] for config in made.tuning()] == [1, 2, 3, 4, 5, 6]
+    evaluation = [c["learning_rate"] for c in made.evaluation([]) if c["contestant"] == "sgd"]
+    assert evaluation == [1.0, 1.0]
 
 
 def test_best_baseline():

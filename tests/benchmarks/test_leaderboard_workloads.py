@@ -6,21 +6,25 @@ import dataclasses
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import natgrad_flax as ng
 from benchmarks.leaderboard.samples import images
 from benchmarks.leaderboard.workload import METRICS, Workload, find_workload, workloads
 from benchmarks.leaderboard.workloads import linear_teacher, matrix_completion
 
 NAMES = (
-    "digits-classes", "digits-fit", "digits-mse", "linear-teacher", "linear-teacher-long",
-    "matrix-completion", "mnist-autoencoder", "mnist-classes", "mnist-fit", "mnist-mse",
-    "sparse-classification",
+    "cifar-conv", "cifar-residual", "cifar-transformer",
+    "digits-classes", "digits-conv", "digits-fit", "digits-mse", "linear-teacher",
+    "linear-teacher-long", "matrix-completion", "mnist-autoencoder", "mnist-classes", "mnist-fit",
+    "mnist-mse", "sparse-classification",
 )  # fmt: skip
-SMALL = tuple(name for name in NAMES if not name.startswith("mnist"))
+SMALL = tuple(name for name in NAMES if not name.startswith(("mnist", "cifar")))
+IMAGES = {"digits-conv": (8, 8, 1), **{n: (32, 32, 3) for n in NAMES if n.startswith("cifar")}}
 
 
 def with_data(name: str) -> Workload:
@@ -48,7 +52,7 @@ def test_data_and_model_fit_together(name: str) -> None:
     assert len(data.x_train) == len(data.y_train) == workload.settings["num_train"]
     assert len(data.x_held_out) == len(data.y_held_out)
     workload.loss.check_targets(data.y_train)
-    outputs = workload.model(0)(jnp.asarray(data.x_held_out[:3]))
+    outputs = nnx.eval_shape(lambda x: workload.model(0)(x), data.x_held_out[:3])
     assert outputs.shape == data.y_held_out[:3].shape
     assert outputs.dtype == jnp.float32
     assert workload.batch_size is None or workload.batch_size <= len(data.x_train)
@@ -114,6 +118,31 @@ def test_images_have_the_norm_of_the_settings() -> None:
     data = images(find_workload("digits-classes").settings)
     for x in (data.x_train, data.x_held_out):
         np.testing.assert_allclose(np.linalg.norm(x, axis=1), 8.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_networks_with_shared_weights_see_images(name: str) -> None:
+    workload = with_data(name)
+    data, shape = workload.data(), IMAGES[name]
+    assert data.x_train.shape[1:] == data.x_held_out.shape[1:] == shape
+    norms = np.linalg.norm(data.x_train.reshape(len(data.x_train), -1), axis=1)
+    # a pixel has the variance 1
+    np.testing.assert_allclose(norms, np.sqrt(np.prod(shape)), rtol=1e-3)
+    assert data.y_train.sum(axis=0).min() > 0.05 * len(data.y_train)
+    model, x = workload.model(0), data.x_train[:4].copy()
+    forward = jax.jit(lambda x: model(x))
+    first = forward(x)[:2]
+    # no sample sees the others of its batch
+    x[2:] = 1 - x[2:]
+    np.testing.assert_allclose(forward(x)[:2], first, rtol=1e-5, atol=1e-6)
+    standard = workload.settings.get("parametrisation") == "standard"
+    assert standard != isinstance(model, ng.ConvNet)
+
+
+def test_digits_are_the_same_flat_and_as_images() -> None:
+    flat, shaped = find_workload("digits-classes").data(), find_workload("digits-conv").data()
+    np.testing.assert_array_equal(flat.x_train, shaped.x_train.reshape(flat.x_train.shape))
+    np.testing.assert_array_equal(flat.y_held_out, shaped.y_held_out)
 
 
 def test_autoencoder_reconstructs_pixels() -> None:

@@ -101,7 +101,7 @@ def test_every_quantity_is_that_of_its_definition(numpy_side):
 def test_factors_of_convolutions_are_those_of_their_definition(x64):
     example = SMALL["ConvNet, cross-entropy"]()
     side, oracle = ours.Side(example), numpy_peer.Side(as_problem(example))
-    for name in ("kfac/exact", "kfac-reduce/exact"):
+    for name in ("kfac/exact", "kfac-reduce/exact", "ekfac/exact"):
         found = exchange.relative_difference(side.quantity(name), oracle.quantity(name))
         assert found < 1e-10, name
 
@@ -285,6 +285,29 @@ def test_the_command_writes_both_tables_and_fails_where_something_is_apart(monke
     assert command.main([*arguments, "curvlinops"]) == 1
 
 
+def test_slow_networks_are_timed_only_by_name(monkeypatch, tmp_path, capsys):
+    timed = []
+
+    def examine(name, python, small, large, repeats):
+        timed.extend(large)
+        return Findings({}, [], [])
+
+    monkeypatch.setattr(command, "examine", examine)
+    settings = ["--python", sys.executable, "--out", str(tmp_path), "--no-matrices"]
+    assert command.main([*settings, "--peer", "kfac-jax"]) == 0
+    assert timed == ["MLP 784-1024-1024-10", "ConvNet 16x16, N=32"]
+    assert "kfac-jax: ConvNet: kfac-jax makes the input factors" in capsys.readouterr().out
+    timed.clear()
+    assert command.main([*settings, "--peer", "kfac-jax", "--network", "ConvNet"]) == 0
+    assert timed == ["ConvNet"]
+    timed.clear()
+    assert command.main([*settings, "--peer", "nngeometry"]) == 0
+    assert timed == command.TIMED
+    timed.clear()
+    assert command.main([*settings, "--peer", "nngeometry", "--network"]) == 0
+    assert timed == []
+
+
 def test_tables_take_the_largest_difference_of_a_quantity():
     entries = [agreement(1e-6, example="one"), agreement(3e-6, example="two")]
     records = [agreement_record("curvlinops", entry) for entry in entries]
@@ -301,7 +324,9 @@ def test_the_suite_leaves_out_what_is_not_there(monkeypatch):
     monkeypatch.setattr(peers, "find_python", lambda peer: "")
     assert "kfac-jax is not installed" in str(suite.skipped("kfac-jax", "ConvNet"))
     monkeypatch.setattr(peers, "find_python", lambda peer: "python")
-    assert suite.skipped("kfac-jax", "ConvNet") is None
+    assert suite.skipped("kfac-jax", "ConvNet 16x16, N=32") is None
+    assert suite.skipped("curvlinops", "ConvNet") is None
+    assert "ConvNet 16x16, N=32 stands for it" in str(suite.skipped("kfac-jax", "ConvNet"))
     monkeypatch.setenv(common.VARIABLE, "fast")
     assert "ten minutes" in str(suite.skipped("kfac-jax", "ConvNet"))
 

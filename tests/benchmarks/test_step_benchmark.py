@@ -32,11 +32,12 @@ def leaves(state: nnx.State) -> np.ndarray:
 
 
 def test_names_of_the_table() -> None:
-    names = ["exact", "block-diag", "tri-diag", "K-FAC", "diagonal", "quasi-diag", "unit-wise"]
+    names = ["exact", "block-diag", "tri-diag", "K-FAC", "EKFAC", "diagonal", "quasi-diag"]
+    names.append("unit-wise")
     assert step.Step.params[0] == names
     assert [list(line.targets) for line in LINES.values()][:3] == [names] * 3
     assert all(set(line.targets) <= set(names) for line in LINES.values())
-    assert len({type(entry.structure) for entry in STRUCTURES.values()}) == 7
+    assert len({type(entry.structure) for entry in STRUCTURES.values()}) == 8
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_line_decides_the_damping() -> None:
     assert undamped == ["exact", "block-diag", "tri-diag", "K-FAC"]
     for line in ("xent-1024", "xent-1024-mc"):
         assert all(
-            programs.damping(LINES[line], e) == ng.RelativeDamping(1e-3)
+            programs.damping(LINES[line], e) == ng.RelativeDamping(e.damping or 1e-3)
             for e in STRUCTURES.values()
         )
 

@@ -159,6 +159,16 @@ def test_relative_damping_is_relative_to_the_mean_diagonal():
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
+def test_rounding_outside_of_the_basis_is_not_magnified():
+    """A damping that is small beside the scaling divides what should be 0 there."""
+    signals, residual = network(np.random.default_rng(7), 4, 1, (dense, 400, 300))
+    rho = 1e-3 * float(ng.EKFAC().damping_scale(signals)[0])
+    wanted = ravel(jax.jit(ng.EKFAC().solve)(signals, residual, rho))
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (signals, residual))
+    found = ravel(jax.jit(ng.EKFAC().solve)(*low, jnp.float32(rho)))
+    assert jnp.linalg.norm(found - wanted) < 1e-3 * jnp.linalg.norm(wanted)
+
+
 def test_the_largest_system_is_named():
     rng = np.random.default_rng(6)
     signals, _ = network(rng, 5, 2, (dense, 19, 12), (explicit, 3, 3))

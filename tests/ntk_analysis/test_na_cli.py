@@ -39,7 +39,7 @@ def test_results_hold_what_a_reader_needs(finished):
     assert {"jax", "flax", "natgrad", "device"} <= set(document["environment"])
     assert list(document["methods"]) == [
         "gd", "exact", "block-diagonal", "block-diagonal c=0.25", "block-diagonal c=0.5",
-        "block-tri-diagonal", "kfac", "unit-wise", "diagonal", "quasi-diagonal",
+        "block-tri-diagonal", "kfac", "ekfac", "unit-wise", "diagonal", "quasi-diagonal",
     ]  # fmt: skip
     rates = {name: m["learning_rate"] for name, m in document["methods"].items()}
     assert rates["exact"] == 1

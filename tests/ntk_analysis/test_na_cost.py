@@ -48,7 +48,7 @@ def test_nonzeros_of_dense_matrices(name, bias, x64):
     assert found.fraction_of_exact == np.count_nonzero(dense) / dense.size
 
 
-@pytest.mark.parametrize("name", sorted(set(STRUCTURES) - {"kfac", "gd", *ENTRY_WISE}))
+@pytest.mark.parametrize("name", sorted(set(STRUCTURES) - {"kfac", "ekfac", "gd", *ENTRY_WISE}))
 def test_symmetric_pairs_are_stored_once(name, x64):
     model = make_model()
     dense = np.asarray(STRUCTURES[name].to_dense(signals_of(model)))
@@ -67,9 +67,12 @@ def test_the_inverse_of_the_quasi_diagonal_metric_is_an_arrow(bias, x64):
     assert found.stored == np.count_nonzero(np.tril(large))
 
 
-def test_what_kfac_and_gradient_descent_store():
+def test_what_kfac_ekfac_and_gradient_descent_store():
     found = structure_cost(ng.KFAC(), geometry((3, 4, 1)))
     assert found.stored == (6 + 10) + (10 + 1)
+    assert found.nonzeros == 12**2 + 4**2
+    found = structure_cost(ng.EKFAC(), geometry((3, 4, 1)))
+    assert found.stored == (9 + 16 + 12) + (16 + 1 + 4)
     assert found.nonzeros == 12**2 + 4**2
     found = structure_cost(na.GradientDescent(), geometry((3, 4, 1)))
     assert (found.nonzeros, found.stored) == (16, 0)
@@ -142,6 +145,19 @@ def test_flops_by_hand():
         + (2 * n**2 * m + n**3 + 2 * n**2 * m)
         + (2 * n + 1 / 3 + 2 * n),
     )
+
+    def basis(side):
+        return 4 * side * n**2 - 4 * n**3 / 3 + 11 * n**3 + 2 * side * n**2
+
+    def eigenvalues(k, units, r):
+        turned = 2 * n * k * n + 2 * n * units * r + 2 * n * n * r
+        return turned + 2 * n * n * units + 4 * n * units * r
+
+    np.testing.assert_allclose(
+        inversion(ng.EKFAC()),
+        basis(m0) + basis(m) + eigenvalues(m0, m, n)
+        + basis(m) + (2 * n + 9) + eigenvalues(m, 1, 1),
+    )  # fmt: skip
     shared = 2 * n**3 / 3 + 2 * n**2 * (m + 1)
     inputs = 2 * n**2 * (m0 + m) + 2 * n * (m + 1)
     np.testing.assert_allclose(inversion(ng.UnitWise()), inputs + shared)

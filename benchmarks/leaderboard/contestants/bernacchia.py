@@ -4,7 +4,7 @@ import optax
 
 import natgrad_flax as ng
 from benchmarks.leaderboard.contestant import Contestant
-from benchmarks.leaderboard.natural import damping_on
+from benchmarks.leaderboard.natural import damping_on, is_dense
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.linear import deep_linear_descent, online_natural_gradient_descent
 
@@ -34,6 +34,12 @@ def _not_linear(workload: Workload) -> str:
     return "it is for linear networks and squared error"
 
 
+def _shared(workload: Workload) -> str:
+    if is_dense(workload.model(0)):
+        return ""
+    return "its moments are those of fully connected layers"
+
+
 CONTESTANTS = (
     Contestant(
         name="deep-linear",
@@ -53,5 +59,6 @@ CONTESTANTS = (
         optimizer=_online,
         fisher="mc",
         damping_words=f"{WORDS}; under cross-entropy at least 0.01",
+        unsuitable=_shared,
     ),
 )

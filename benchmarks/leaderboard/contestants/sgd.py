@@ -12,5 +12,6 @@ CONTESTANTS = (
         rate_rule="tuned",
         optimizer=lambda workload, rate, seed: optax.sgd(rate),
         rates=(0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        standard_rates=(0.005, 0.015, 0.05, 0.15, 0.5, 1.5),
     ),
 )

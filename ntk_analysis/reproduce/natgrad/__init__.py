@@ -1,6 +1,6 @@
-"""Results of this project: the isotropy condition for networks that share weights."""
+"""Results of this project: the isotropy condition for shared weights, and for EKFAC."""
 
-MODULES = ("theorem", "sharing", "limits", "training")
+MODULES = ("theorem", "sharing", "limits", "training", "eigenbasis")
 """Modules of this package that register checks."""
 
 ORDER = (
@@ -14,5 +14,6 @@ ORDER = (
     "NG-Conv-First",
     "NG-Conv-Digits",
     "NG-Conv-Training",
+    "NG-EKFAC",
 )
 """Identifiers in the order of the page."""

@@ -29,8 +29,9 @@ def avoid_faulty_reductions() -> None:
     if xla_bridge.backends_are_initialized():
         warnings.warn(
             "XLA's CPU compiler of jaxlib 0.10 can give wrong gradients, and JAX was at work "
-            "before natgrad_flax could switch its faulty reductions off: import natgrad_flax before "
-            f"the first computation, or set XLA_FLAGS={WITHOUT_FAULTY_REDUCTIONS}",
+            "before natgrad_flax could switch its faulty reductions off: import natgrad_flax "
+            "before the first computation, or set "
+            f"XLA_FLAGS={WITHOUT_FAULTY_REDUCTIONS}",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -26,7 +26,6 @@ from natgrad_flax.structures.base import (
     has_shared_layers,
 )
 from natgrad_flax.structures.kronecker import (
-    factor_of,
     factor_rows,
     grouped,
     in_parameters,
@@ -251,12 +250,8 @@ class KFAC(KroneckerAverage):
         ):
             over_a, over_b = self.divisors(train, index)
             rho_a, rho_b = self.dampings(here, rho, (over_a, over_b))
-            units = self._factor_coefficient(
-                there.flat_derivatives(), here.flat_derivatives(), over_b, rho_b, shifted
-            )
-            inputs = self._factor_coefficient(
-                there.augmented_inputs(), here.augmented_inputs(), over_a, rho_a, shifted
-            )
+            units = self._unit_coefficient(there, here, over_b, rho_b, shifted)
+            inputs = self._input_coefficient(there, here, over_a, rho_a, shifted)
             blown = expand_samples(inputs, there.num_seeds, here.num_seeds)
             total = total + units * blown / train.num_samples
         return total
@@ -271,23 +266,46 @@ class KFAC(KroneckerAverage):
             inputs = jnp.full(layer.num_samples, over_a, total.dtype)
             units = jnp.full(train.size, over_b, total.dtype)
             if index == 0:
-                rows = layer.augmented_inputs()
-                inputs = jnp.diagonal(self._factor_coefficient(rows, rows, over_a, 0.0, False))
+                inputs = jnp.diagonal(self._input_coefficient(layer, layer, over_a, 0.0, False))
             if index == len(train.layers) - 1:
-                rows = layer.flat_derivatives()
-                units = jnp.diagonal(self._factor_coefficient(rows, rows, over_b, 0.0, False))
+                units = jnp.diagonal(self._unit_coefficient(layer, layer, over_b, 0.0, False))
             total = total + units * jnp.repeat(inputs, layer.num_seeds) / train.num_samples
         return total
 
-    def _factor_coefficient(
-        self, there: Array, here: Array, over: float, rho: Array | float, shifted: bool
+    def _unit_coefficient(
+        self,
+        there: DenseSignals,
+        here: DenseSignals,
+        over: float,
+        rho: Array | float,
+        shifted: bool,
     ) -> Array:
-        """r' (r^T r / over + rho)^{-1} r^T, shape (R', R), for rows r' (R', P) and r (R, P)."""
-        if self._in_parameters(*here.shape):
-            factor = add_diagonal(factor_of(here, over), rho)
-            return there @ solve_psd(factor, here.T, shifted=shifted)
-        gram = add_diagonal(symmetric_product(here), over * rho)
-        return over * solve_psd(gram, here @ there.T, shifted=shifted).T
+        """D' (B* + rho)^{-1} D^T, shape (N' S', N S).
+
+        In sample space by Gram matrices alone: at infinite width there are no rows.
+        """
+        if self._in_parameters(here.num_samples * here.num_seeds, here.num_units):
+            flat = here.flat_derivatives()
+            factor = add_diagonal(flat.T @ flat / over, rho)
+            return there.flat_derivatives() @ solve_psd(factor, flat.T, shifted=shifted)
+        gram = add_diagonal(here.derivative_gram(), over * rho)
+        return over * solve_psd(gram, here.derivative_gram(there), shifted=shifted).T
+
+    def _input_coefficient(
+        self,
+        there: DenseSignals,
+        here: DenseSignals,
+        over: float,
+        rho: Array | float,
+        shifted: bool,
+    ) -> Array:
+        """a' (A* + rho)^{-1} a^T, shape (N', N)."""
+        if self._in_parameters(here.num_samples, here.fan_in):
+            inputs = here.augmented_inputs()
+            factor = add_diagonal(inputs.T @ inputs / over, rho)
+            return there.augmented_inputs() @ solve_psd(factor, inputs.T, shifted=shifted)
+        gram = add_diagonal(here.input_gram(), over * rho)
+        return over * solve_psd(gram, here.input_gram(there), shifted=shifted).T
 
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
         """Block-diagonal of the Kronecker products."""

@@ -133,7 +133,7 @@ class _Asv:
         shutil.copytree(
             PROJECT / "benchmarks",
             folder / "benchmarks",
-            ignore=shutil.ignore_patterns("leaderboard", "__pycache__"),
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
         settings = json.loads(
             "\n".join(

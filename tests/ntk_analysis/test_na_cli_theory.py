@@ -21,6 +21,7 @@ import ntk_analysis.isotropy_run
 import ntk_analysis.prediction_run
 from natgrad_flax.gradient import model_geometry
 from ntk_analysis.cost import structure_cost
+from ntk_analysis.methods import STRUCTURES
 from ntk_analysis.prediction_run import PredictionSettings, kfac_data
 from ntk_analysis.sweep import SweepSettings, isotropy_sweep
 
@@ -223,7 +224,7 @@ def test_sweep_is_that_of_the_library(swept):
     settings = SweepSettings("width", (24, 32), seeds=(0, 1), num_samples=10, num_inputs=12)
     structures = {"exact": ng.Exact(), "kfac": ng.KFAC(), "quasi-diagonal": ng.QuasiDiagonal()}
     rows = read(swept)["methods"]
-    assert len(rows) == 8 * 2 * 2
+    assert len(rows) == len(STRUCTURES) * 2 * 2
     for expected in isotropy_sweep(structures, settings).to_dict("records"):
         row = rows[f"{expected['structure']}, width {expected['width']}, seed {expected['seed']}"]
         for name in ("alpha", "condition_number", "largest_eigenvalue"):
@@ -235,7 +236,7 @@ def test_sweep_is_that_of_the_library(swept):
 
 def test_spectra_and_costs_of_one_network(swept):
     rows = read(swept)["methods"]
-    assert sum("eigenvalues" in row for row in rows.values()) == 8
+    assert sum("eigenvalues" in row for row in rows.values()) == len(STRUCTURES)
     point = SweepSettings("width", (32,), width=32, num_samples=10, num_inputs=12)
     x = point.inputs(0)
     model = point.model((12,), 0)
@@ -267,11 +268,11 @@ def test_sweep_resumes(swept, tmp_path, monkeypatch):
     command = [*ISOTROPY, *TWO, "--out", tmp_path]
     assert "7 rows were finished" in natgrad(*command).stdout
     assert ran == [(("exact",), (24,), (1,))]
-    assert len(read(tmp_path)["methods"]) == 32
+    assert len(read(tmp_path)["methods"]) == len(STRUCTURES) * 2 * 2
     # another last value: rows there, with their spectra
     assert natgrad(*command, "--values", 28).exit_code == 0
     assert "eigenvalues" in read(tmp_path)["methods"]["exact, width 28, seed 0"]
-    assert len(read(tmp_path)["methods"]) == 36
+    assert len(read(tmp_path)["methods"]) == len(STRUCTURES) * 2 * 2 + 4
     ran.clear()
     assert natgrad(*command, "--fresh").exit_code == 0
     assert len(ran) == 4

@@ -69,9 +69,9 @@ test-jax-found: .venv-jax/.dev
 # works on NumPy, files and text, or on JAX in the same way as these
 JAX_TESTS := $(filter-out $(addprefix tests/natgrad_flax/test_, \
 	linear_references.py logistic.py diagonal_network.py matrix_factorization.py deep_linear.py \
-	geometry.py paper_settings.py bad_input.py), $(wildcard tests/natgrad_flax/test_*.py)) \
+	geometry.py paper_settings.py bad_input.py describe.py costs.py weight_sharing.py), $(wildcard tests/natgrad_flax/test_*.py)) \
 	$(addprefix tests/benchmarks/test_, \
-	step_benchmark.py kernel_benchmark.py leaderboard_trial.py leaderboard_contestants.py) \
+	step_benchmark.py kernel_benchmark.py leaderboard_trial.py) \
 	$(addprefix tests/ntk_analysis/test_na_, \
 	analytic.py analytic_coefficient.py kernels.py neural_tangents.py twin.py)
 

@@ -102,3 +102,8 @@ def per_layer(damping: Array | float, num_layers: int) -> list[Array | float]:
         return [damping] * num_layers
     values = jnp.asarray(damping)
     return [values[index] for index in range(num_layers)]
+
+
+def of_block(damping: Array | float) -> Array | float:
+    """The damping of a layer's own Fisher block, where both Kronecker factors may have one each."""
+    return damping if jnp.ndim(damping) == 0 else jnp.asarray(damping)[0]

@@ -30,7 +30,7 @@ from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
-from natgrad_flax.parts import in_parts
+from natgrad_flax.parts import Passes, in_parts
 from natgrad_flax.plans import dense_layers
 from natgrad_flax.preparation import prepare
 from natgrad_flax.signals import Residual, Signals
@@ -102,11 +102,7 @@ def natural_gradient(
     check_microbatches(microbatches, x, fisher_x)
     at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
     prepare(structure, model, *at, loss, fisher, mc_samples, damping, wrt)
-    static: float | RelativeDamping | None = None
-    if isinstance(damping, RelativeDamping):
-        static = damping
-    elif is_concrete(damping) and np.ndim(damping) == 0 and damping == 0:
-        static = 0.0
+    static = static_damping(damping)
     graphdef, state = nnx.split(model)
     updates = _compiled(
         state,
@@ -203,7 +199,14 @@ def inner_product(left: tuple[LayerUpdate, ...], right: tuple[LayerUpdate, ...])
 
 
 def loss_gradient(
-    model: nnx.Module, x: Array, y: Array, *, loss: Loss, wrt: Any, microbatches: int = 1
+    model: nnx.Module,
+    x: Array,
+    y: Array,
+    *,
+    loss: Loss,
+    wrt: Any,
+    microbatches: int = 1,
+    passes: Passes = in_parts,
 ) -> tuple[dict[Path, Array], Array]:
     """J^T r / N by the paths of the parameters, and the outputs (N, C); plain backpropagation."""
     graphdef, chosen, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]
@@ -218,7 +221,15 @@ def loss_gradient(
         (gradient,) = backward(loss.residual(outputs, y) / len(x))
         return by_path(gradient), outputs
 
-    return in_parts(run, (x, y), microbatches)
+    return passes(run, (x, y), microbatches)
+
+
+def static_damping(damping: Damping) -> float | RelativeDamping | None:
+    """What of a damping decides how a step is compiled; None for a number that is an argument."""
+    if isinstance(damping, RelativeDamping):
+        return damping
+    zero = is_concrete(damping) and np.ndim(damping) == 0 and damping == 0
+    return 0.0 if zero else None
 
 
 def resolve_damping(structure: Structure, signals: Signals, damping: Damping) -> Array | float:

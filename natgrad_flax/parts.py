@@ -12,6 +12,8 @@ from jax import Array
 Run = Callable[..., tuple[Any, Any]]
 """From the number of the first sample of a part, and its arrays, to means over the samples of the
 part and to arrays whose first axis counts them."""
+Passes = Callable[[Run, tuple[Array, ...], int], tuple[Any, Any]]
+"""``in_parts``, or what gives the same on several devices."""
 
 
 def in_parts(run: Run, arrays: tuple[Array, ...], parts: int) -> tuple[Any, Any]:

@@ -23,7 +23,6 @@ from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.devices.linear_solve import Solution
 from natgrad_flax.devices.passes import over_devices
 from natgrad_flax.devices.placement import (
-    Placement,
     check_automatic,
     check_divisible,
     local_model,
@@ -32,7 +31,14 @@ from natgrad_flax.devices.placement import (
 )
 from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
 from natgrad_flax.fisher import FisherKind, part_signals, sampler
-from natgrad_flax.gradient import Damping, as_state, by_path, resolve_damping
+from natgrad_flax.gradient import (
+    Damping,
+    as_state,
+    by_path,
+    loss_gradient,
+    resolve_damping,
+    static_damping,
+)
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.preparation import prepare
@@ -126,11 +132,7 @@ def sharded_natural_gradient(
     )
     on_devices = nnx.merge(graphdef, moved)
     prepare(sharded, on_devices, inputs, targets, loss, fisher, mc_samples, damping, wrt)
-    static: float | RelativeDamping | None = None
-    if isinstance(damping, RelativeDamping):
-        static = damping
-    elif is_concrete(damping) and np.ndim(damping) == 0 and damping == 0:
-        static = 0.0
+    static = static_damping(damping)
     updates, solution = _compiled(
         moved,
         on_mesh(placement, (x, y, fisher_x, fisher_y), placement.rows),
@@ -184,37 +186,18 @@ def compute_on_devices(
     def run(first: Array | int, x: Array, y: Array | None = None) -> tuple[tuple[()], Any]:
         return (), part_signals(model, x, y, first, draw=draw, **passes)
 
+    over = partial(over_devices, placement=placement)
     given = tuple(array for array in at if array is not None)
-    _, (signals, residual) = over_devices(run, given, microbatches, placement)
+    _, (signals, residual) = over(run, given, microbatches)
     right: Residual | tuple[LayerUpdate, ...] = residual
     if fisher_x is not None:
-        slope = _loss_gradient(model, x, y, loss, wrt, microbatches, placement)
+        slope, _ = loss_gradient(
+            model, x, y, loss=loss, wrt=wrt, microbatches=microbatches, passes=over
+        )
         right = layer_updates(signals.layers, slope)
     rho = resolve_damping(structure, signals, damping)
     solved, solution = structure.solve_and_report(signals, right, rho)
     return or_nan(solved, solution), signals, solution
-
-
-def _loss_gradient(
-    model: nnx.Module,
-    x: Array,
-    y: Array,
-    loss: Loss,
-    wrt: Any,
-    microbatches: int,
-    placement: Placement,
-) -> dict[Path, Array]:
-    """J^T r / N by the paths of the parameters, each device with its own samples."""
-    split: Any = nnx.split(model, wrt, ...)
-    graphdef, chosen, rest = split
-
-    def run(first: Array | int, x: Array, y: Array) -> tuple[dict[Path, Array], tuple[()]]:
-        del first
-        outputs, backward = jax.vjp(lambda state: nnx.merge(graphdef, state, rest)(x), chosen)
-        (gradient,) = backward(loss.residual(outputs, y) / len(x))
-        return by_path(gradient), ()
-
-    return over_devices(run, (x, y), microbatches, placement)[0]
 
 
 @partial(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.damping import is_zero, of_block, per_layer
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd, symmetric_product
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
@@ -34,9 +34,7 @@ from natgrad_flax.structures.kronecker import (
     ungrouped,
 )
 from natgrad_flax.structures.kronecker_average import KroneckerAverage, block_norms, scaled_norms
-from natgrad_flax.structures.units import (
-    solve_units,
-)
+from natgrad_flax.structures.units import solve_units
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,8 @@ class KFAC(KroneckerAverage):
         """G_l^{-1} g of one layer of any kind."""
         layer = signals.layers[index]
         if isinstance(layer, ExplicitSignals):
-            block = rho if jnp.ndim(rho) == 0 else jnp.asarray(rho)[0]
-            return layer.update(solve_units(layer.block, matrix_of(slope), block, space=self.space))
+            solved = solve_units(layer.block, matrix_of(slope), of_block(rho), space=self.space)
+            return layer.update(solved)
         assert isinstance(layer, (DenseSignals, SharedSignals))
         overs = self.divisors(signals, index)
         left, right = factor_rows(layer, self.sharing)
@@ -314,11 +312,10 @@ class KFAC(KroneckerAverage):
             zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
         ):
             if isinstance(layer, ExplicitSignals):
-                rho = rho if jnp.ndim(rho) == 0 else jnp.asarray(rho)[0]
                 jacobian = layer.to_dense()
                 unit = np.arange(layer.num_params) % layer.num_units
                 block = jacobian.T @ jacobian / layer.num_samples
-                blocks.append(add_diagonal((unit[:, None] == unit) * block, rho))
+                blocks.append(add_diagonal((unit[:, None] == unit) * block, of_block(rho)))
                 continue
             assert isinstance(layer, (DenseSignals, SharedSignals))
             overs = self.divisors(signals, index)

@@ -7,7 +7,7 @@ import abc
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.damping import is_zero, of_block, per_layer
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, inverse_psd, symmetric_product
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
@@ -101,8 +101,7 @@ class KroneckerAverage(AveragedStructure):
             zip(factors, per_layer(damping, len(factors)), strict=True)
         ):
             if "blocks" in entry:
-                block = rho if jnp.ndim(rho) == 0 else jnp.asarray(rho)[0]
-                found.append({"blocks": invert_blocks(entry["blocks"], block)})
+                found.append({"blocks": invert_blocks(entry["blocks"], of_block(rho))})
                 continue
             inputs = _inputs(entry)
             fan_in = inputs.shape[-1]

@@ -48,6 +48,7 @@ CONVOLUTIONAL_PARTS = ("tangent", "nngp", "ntk")
 """Of a ConvNet: its inputs and derivatives are matrices over positions, too."""
 _BLOCK = 256  # its arrays, 0.5 MB each, stay in the cache from layer to layer
 _TEMPORARIES = 4  # of its arrays in every layer
+_ARITHMETIC = "angles"  # named anew where values change, so that stored ones are not taken for them
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +211,7 @@ def analytic_kernels(
     _check_variances(twin, first, "x1")
     if second is not None:
         _check_variances(twin, second, "x2")
-    made_of = (twin.description, first, second)
+    made_of = (twin.description, _ARITHMETIC, first, second)
     with open_store(store, names, shape, made_of, size) as target:
         blocks = [
             (i, j)

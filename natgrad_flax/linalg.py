@@ -69,6 +69,13 @@ def is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
     return jnp.all(jnp.diagonal(factor) ** 2 > threshold * jnp.diagonal(matrix))
 
 
+@jax.jit
+def regular_factor(matrix: Array) -> tuple[Array, Array]:
+    """The Cholesky factor of an (n, n) matrix, and whether it is that of a regular one."""
+    factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
+    return factor, is_full_rank(matrix, factor, shifted=False)
+
+
 @_compiled_once
 def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
     """The inverse, or pseudo-inverse, of an (n, n) matrix; the arguments are ``solve_psd``'s."""

@@ -42,6 +42,11 @@ class InitialSignals:
         return _samples(self.everything, slice(self.num_train))
 
     @property
+    def test(self) -> Signals:
+        """Signals of the N' test samples."""
+        return _samples(self.everything, slice(self.num_train, None))
+
+    @property
     def num_test(self) -> int:
         """N', 0 without test inputs."""
         return self.everything.num_samples - self.num_train
@@ -123,10 +128,9 @@ def empirical_layer_kernels(
         first = signals.train
         if x2 is None:
             return [np.asarray(layer.gram()) for layer in first.layers]
-        second = _samples(signals.everything, slice(signals.num_train, None))
         return [
             np.asarray(left.gram(right))
-            for left, right in zip(first.layers, second.layers, strict=True)
+            for left, right in zip(first.layers, signals.test.layers, strict=True)
         ]
 
 

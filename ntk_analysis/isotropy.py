@@ -29,6 +29,7 @@ from ntk_analysis.coefficient import (
 )
 from ntk_analysis.conditions import NetworkRanks, failed_conditions, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.symmetric import zero_below
 from ntk_analysis.twin import require_limit
 
 
@@ -64,11 +65,12 @@ class IsotropyReport:
     def condition_number(self) -> float:
         """Largest over smallest |eigenvalue|, 1 for an isotropic Fisher.
 
-        Infinite where the smallest is 0: below N C eps times the largest.
+        Infinite where the smallest is 0: not above what rounding makes of a zero
+        (``symmetric.zero_below``).
         """
         sizes = np.abs(self.eigenvalues)
         smallest, largest = float(sizes.min()), float(sizes.max())
-        if smallest <= len(sizes) * np.finfo(np.float64).eps * largest:
+        if smallest <= zero_below(len(sizes), largest, self.asymmetry * largest):
             return float("inf")
         return largest / smallest
 

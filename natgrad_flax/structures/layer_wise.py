@@ -12,7 +12,7 @@ from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.linalg import lu_solve, pinv_solve, solve_psd
+from natgrad_flax.linalg import lu_solve, pinv_solve, regular_factor, solve_psd
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
@@ -170,8 +170,10 @@ class LayerWise(Structure):
         ]
         return sum(parts[1:], start=parts[0])
 
-    def undamped_diagonal(self, train: Signals) -> Array:
-        """alpha for every output."""
+    def undamped_diagonal(self, train: Signals) -> Array | None:
+        """alpha for every output; None where a layer's Jacobian lacks full row rank."""
+        if not all(regular_factor(layer.gram())[1] for layer in train.layers):
+            return None
         alpha = self.weights(len(train.layers)).sum()
         return jnp.full(train.size, alpha, train.outputs.dtype)
 

@@ -22,6 +22,7 @@ from ntk_analysis.analytic_signals import (
     needed_parts,
 )
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.limit_conditions import limit_failures
 from ntk_analysis.twin import num_outputs, require_limit
 
 Damping = float | RelativeDamping
@@ -120,9 +121,14 @@ def analytic_coefficients(
     check_shared_weights(structure, model)
     outputs = num_outputs(require_limit(model))
     if structure.infinite_width == "train":
-        num_samples = len(analytic_inputs(x_train, model, "x_train"))
-        geometry = model_geometry(model, num_samples)
-        yield structure.alpha(geometry) * np.eye(num_samples * outputs)
+        signals, _ = analytic_signals(structure, model, x_train, None)
+        geometry = model_geometry(model, signals.num_samples)
+        if failures := limit_failures(structure, geometry, signals):
+            raise ValueError(
+                f"{structure.name} has an infinite-width kernel only where the inputs of every "
+                f"layer have full rank (Theorem 5.1). {'; '.join(failures)}"
+            )
+        yield structure.alpha(geometry) * np.eye(geometry.num_samples * outputs)
         return
     train, test = analytic_signals(structure, model, x_train, x_test)
     yield from limit_coefficients(structure, train, test, outputs, damping)

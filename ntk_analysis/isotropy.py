@@ -19,9 +19,11 @@ from natgrad_flax.weight_sharing import (
     signals_geometry,
     traced_geometry,
 )
+from ntk_analysis.analytic_signals import check_limit
 from ntk_analysis.coefficient import (
     Damping,
     Kernels,
+    analytic_signals,
     check_theory_arguments,
     coefficient_matrix,
     coefficient_pair,
@@ -29,6 +31,7 @@ from ntk_analysis.coefficient import (
 )
 from ntk_analysis.conditions import NetworkRanks, failed_conditions, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.limit_conditions import limit_failures
 from ntk_analysis.symmetric import zero_below
 from ntk_analysis.twin import require_limit
 
@@ -122,8 +125,7 @@ def isotropy(
       x: inputs, shape (N, ...).
       damping: rho, added to the Fisher in the 1/N convention; 0 means the pseudo-inverse. Or an
         ``ng.RelativeDamping``. The theoretical alpha and its conditions are those of zero damping.
-      kernels: "empirical", those of this model, or "analytic", those of infinite width, for which
-        no conditions are measured.
+      kernels: "empirical", those of this model, or "analytic", those of infinite width.
 
     Raises:
       ValueError, TypeError: bad inputs or damping, kernels of another name, a structure that does
@@ -133,9 +135,12 @@ def isotropy(
     if kernels == "empirical":
         signals = initial_signals(model, x)
         return isotropy_of(structure, signals, signals_geometry(model, signals.train), damping)
-    matrix = coefficient_matrix(structure, model, x, damping=damping, kernels=kernels)
-    geometry = _limit_geometry(require_limit(model), np.shape(x)[0])
-    return _report(structure, matrix, geometry, ())
+    check_limit(structure, False, damping)
+    if structure.infinite_width == "train":
+        matrix = coefficient_matrix(structure, model, x, damping=damping, kernels=kernels)
+        return _report(structure, matrix, _limit_geometry(require_limit(model), np.shape(x)[0]), ())
+    signals, _ = analytic_signals(structure, model, x, None)
+    return limit_isotropy(structure, model, signals, damping)
 
 
 def isotropy_of(
@@ -181,8 +186,9 @@ def limit_isotropy(
       ValueError: as ``isotropy``.
     """
     geometry = _limit_geometry(require_limit(model), signals.num_samples)
+    failures = limit_failures(structure, geometry, signals)
     (matrix,) = limit_coefficients(structure, signals, None, geometry.num_outputs, damping)
-    return _report(structure, matrix, geometry, ())
+    return _report(structure, matrix, geometry, failures)
 
 
 def _limit_geometry(model: MLP | ConvNet, num_samples: int) -> Geometry:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.checks import check_inputs, is_concrete
+from natgrad_flax.checks import check_array, is_concrete
 from natgrad_flax.linalg import solve_psd
 
 Weights = Sequence[Array]
@@ -44,7 +44,7 @@ def moments(x: Array, y: Array, output_covariance: Array | None = None) -> Momen
         symmetric positive definite.
       TypeError: x or y is not floating.
     """
-    x, y = check_inputs(x), check_inputs(y)
+    x, y = check_array(x), check_array(y, "y")
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(
             f"x must be (N, inputs) and y (N, outputs) with one N, got {x.shape} and {y.shape}"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import batch_size, shapes_of
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import check_integer, check_number
 from natgrad_flax.damping import RelativeDamping
@@ -24,7 +25,6 @@ from natgrad_flax.gradient import loss_gradient
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
-from natgrad_flax.samples import batch_size, shapes_of
 from natgrad_flax.signals import Signals
 from natgrad_flax.structures import AveragedStructure, Moments
 from natgrad_flax.structures.base import gradient as gradient_of

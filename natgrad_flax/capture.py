@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import batch_size
+from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.plans import LayerPlan, parameter_paths, plan_layers
-from natgrad_flax.samples import batch_size
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.taps import Call, Path, Tape, put, recorded_pass, tap
@@ -126,16 +127,21 @@ def output_seeds(outputs: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(c, dtype=outputs.dtype), (n, c, c))
 
 
-def jacobian_signals(model: nnx.Module, x: Any, wrt: Any = nnx.Param) -> Signals:
+def jacobian_signals(
+    model: nnx.Module, x: Any, wrt: Any = nnx.Param, *, check_samples: bool = True
+) -> Signals:
     """Signals of the plain outputs: S = C, J = df/dtheta.
 
     Args:
       model: any module; the output of a sample must not depend on the other samples.
       x: inputs, an array (N, ...) or a tree of them.
       wrt: filter of the parameters.
+      check_samples: as in ``natural_gradient``.
 
     Raises:
-      ValueError, TypeError: as in ``linearise``.
+      ValueError, TypeError: as in ``linearise``; outputs that depend on other samples.
     """
     outputs, backward = linearise(model, x, wrt)
+    if check_samples:
+        check_samples_alone(model, x)
     return backward(output_seeds(outputs))

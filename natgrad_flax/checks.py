@@ -12,12 +12,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import batch_size, check_real, is_concrete
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.fisher import FISHER_KINDS
 from natgrad_flax.losses import Loss
-from natgrad_flax.models import MLP, Autoencoder, ConvNet, ResidualNet, VisionTransformer
+from natgrad_flax.models import MLP, NETWORKS, Autoencoder
 from natgrad_flax.plans import check_model
-from natgrad_flax.samples import batch_size
 from natgrad_flax.structures import BlockDiagonal, Exact, Structure
 
 HOST_SIZE = 2**18
@@ -74,25 +74,21 @@ def check_damping(damping: object) -> None:
         raise ValueError(f"damping must be 0 or positive and finite, got {damping!r}")
 
 
-def is_concrete(array: object) -> bool:
-    """Whether the values of an array can be looked at."""
-    return not isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
-
-
 def as_array(value: Any, name: str) -> Array:
-    """Numbers as an array of JAX.
+    """What a caller gave for an array, as one of JAX.
 
     Raises:
-      TypeError: JAX takes them in no form.
-      ValueError: integers that are too large for the integers of JAX.
+      TypeError: it is none, or holds something other than numbers.
+      ValueError: integers that are too large for those of JAX.
     """
+    if isinstance(value, np.ndarray):
+        # JAX takes the byte order of this machine alone
+        value = value.astype(value.dtype.newbyteorder("="), copy=False)
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
-        dtype = f" of {value.dtype}" if hasattr(value, "dtype") else ""
-        raise TypeError(
-            f"{name} must be numbers in an array that JAX takes, got {type(value).__name__}{dtype}"
-        ) from None
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be an array of numbers, got {kind} {value!r:.60}") from None
     narrowed = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
     if narrowed and array.dtype != value.dtype and (np.asarray(array) != value).any():
         raise ValueError(
@@ -110,8 +106,8 @@ def check_inputs(x: Any, model: nnx.Module | None = None, name: str = "x") -> An
 
     Raises:
       ValueError: no samples, arrays without an axis of samples or with different numbers of them,
-        NaN or infinite values, another shape than a network of ``natgrad_flax.models`` takes.
-      TypeError: something else than numbers, or a model that is none.
+        NaN or infinite values.
+      TypeError: something else than real numbers, or a model that is none.
     """
     if model is not None:
         check_model(model)
@@ -124,6 +120,7 @@ def check_inputs(x: Any, model: nnx.Module | None = None, name: str = "x") -> An
         array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else as_array(leaf, where)
         if not array.shape:
             raise ValueError(f"{where} must have an axis of N samples first, got a single number")
+        check_real(array, where)
         check_finite(array, where)
         return array
 
@@ -136,7 +133,6 @@ def check_inputs(x: Any, model: nnx.Module | None = None, name: str = "x") -> An
             f"all arrays of {name} must have the same number of samples along their first axes, "
             f"got shapes {_shapes(x)}"
         )
-    _check_taken(model, x, name)
     return x
 
 
@@ -170,27 +166,40 @@ def _sizes_of(model: Any) -> tuple[tuple[int, ...], int] | None:
     """
     if type(model) in (MLP, Autoencoder):
         return model.widths[:1], model.widths[-1]
-    if type(model) in (ConvNet, ResidualNet, VisionTransformer):
+    if type(model) in NETWORKS:
         return model.input_shape, model.outputs
     return None
 
 
-def _check_taken(model: nnx.Module | None, x: Any, name: str) -> None:
-    """Refuses inputs that a network of ours does not take; others say it when they are traced."""
+def check_input_shape(model: nnx.Module, x: Any) -> None:
+    """Raises ValueError on inputs that a network of ours does not take; others say so when run."""
     sizes = _sizes_of(model)
-    if sizes is None:
+    if sizes is None or _shapes(x)[1:] == sizes[0]:
         return
-    wanted, what = sizes[0], "inputs" if len(sizes[0]) == 1 else "images"
-    shape = _shapes(x)
+    wanted, shape = sizes[0], _shapes(x)
     if shape == wanted:
-        raise ValueError(
-            f"{name} must have shape (N, features), got {shape}; for one sample, {name}[None]"
-        )
-    if shape[1:] != wanted:
-        raise ValueError(
-            f"the model takes {what} of shape (N, {', '.join(map(str, wanted))}), got {name} of "
-            f"{shape}"
-        )
+        raise ValueError(f"x must have shape (N, features), got {shape}; for one sample, x[None]")
+    raise ValueError(
+        f"the model takes {'inputs' if len(wanted) == 1 else 'images'} of shape "
+        f"(N, {', '.join(map(str, wanted))}), got x of {shape}"
+    )
+
+
+def check_model_inputs(model: nnx.Module, x: Any) -> Any:
+    """Inputs that a model takes, and its parameters, after every check that needs no forward pass.
+
+    Raises:
+      ValueError: as ``check_inputs``; a shape that does not fit, NaN or infinity in parameters.
+      TypeError: as ``check_inputs``.
+    """
+    x = check_inputs(x, model)
+    check_input_shape(model, x)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
+        where = "the parameters at " + jax.tree_util.keystr(path)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"{where} are a shape without values, as nnx.eval_shape makes them")
+        check_finite(leaf, where)
+    return x
 
 
 def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Any, Array]:
@@ -201,7 +210,7 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Any, Arr
         targets of the wrong form.
       TypeError: inputs that are no numbers, targets that are not floating, or no model.
     """
-    x, y = check_inputs(x, model), as_array(y, "y")
+    x, y = check_model_inputs(model, x), as_array(y, "y")
     n = batch_size(x)
     if y.ndim != 2 or y.shape[0] != n:
         raise ValueError(
@@ -219,11 +228,6 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Any, Arr
     check_finite(y, "y")
     if is_concrete(y):
         loss.check_targets(np.asarray(y))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
-        where = "the parameters at " + jax.tree_util.keystr(path)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise ValueError(f"{where} are a shape without values, as nnx.eval_shape makes them")
-        check_finite(leaf, where)
     return x, y
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from natgrad_flax.capture import linearise
-from natgrad_flax.checks import check_inputs, check_structure
+from natgrad_flax.checks import check_input_shape, check_inputs, check_structure
 from natgrad_flax.costs import Approximation, approximate, gram_by, gram_flops, shared_system
 from natgrad_flax.fisher import FISHER_KINDS, FisherKind
 from natgrad_flax.losses import Loss
@@ -193,6 +193,7 @@ def describe(
     if not isinstance(mc_samples, int) or mc_samples < 1:
         raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
     x = check_inputs(x, model)
+    check_input_shape(model, x)
     graphdef, state = nnx.split(model)
     plans: list[LayerPlan] = []
 

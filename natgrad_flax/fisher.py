@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import batch_size
 from natgrad_flax.capture import linearise
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
-from natgrad_flax.samples import batch_size
 from natgrad_flax.signals import Residual, Signals
 
 FisherKind = Literal["exact", "mc", "empirical"]

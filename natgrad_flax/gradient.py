@@ -18,6 +18,7 @@ from natgrad_flax.checks import (
     check_batch,
     check_damping,
     check_fisher_batch,
+    check_input_shape,
     check_inputs,
     check_microbatches,
     check_settings,
@@ -374,6 +375,7 @@ def optimal_learning_rate(
         raise TypeError("a learning rate needs one damping: a number or an ng.RelativeDamping")
     if x is not None:
         x = check_inputs(x, model)
+        check_input_shape(model, x)
     if x is not None and num_samples is None:
         signals = jacobian_signals(model, x)
         rho = resolve_damping(structure, signals, damping)

@@ -11,9 +11,8 @@ from flax import nnx
 from jax import Array
 from jax.extend.core import jaxpr_as_fun
 
-from natgrad_flax.checks import is_concrete
+from natgrad_flax.arrays import batch_size, is_concrete
 from natgrad_flax.models import NETWORKS
-from natgrad_flax.samples import batch_size
 from natgrad_flax.taps import outputs_of
 from natgrad_flax.usage import coarsest_dtype
 

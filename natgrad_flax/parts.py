@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from natgrad_flax.samples import batch_size
+from natgrad_flax.arrays import batch_size
 
 Run = Callable[..., tuple[Any, Any]]
 """From the number of the first sample of a part, and its arrays, to means over the samples of the

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import check_real, shapes_of
 from natgrad_flax.layer_kinds import LAYER_KINDS, NORM_KINDS, Affine, by_features, multiplies
 from natgrad_flax.layer_signals import ParameterForm
 from natgrad_flax.layers import Dense
-from natgrad_flax.samples import shapes_of
 from natgrad_flax.taps import Call, Path, Tape, dotted, put, recorded_pass, tap
 from natgrad_flax.usage import used_inputs
 
@@ -144,11 +144,7 @@ def plan_layers(
     """
     chosen = parameter_paths(model, wrt)
     for place, leaf in jax.tree_util.tree_leaves_with_path(x):
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"x{jax.tree_util.keystr(place)} has dtype {leaf.dtype}, but inputs must be real: "
-                "pass real and imaginary parts as features"
-            )
+        check_real(leaf, "x" + jax.tree_util.keystr(place))
     modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
     graphdef, state = nnx.split(model)
     values = {path: leaf[...] for path, leaf in chosen.items()}

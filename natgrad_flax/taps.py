@@ -19,9 +19,9 @@ from flax import nnx
 from jax import Array
 from jax.extend.core import get_opaque_trace_state
 
+from natgrad_flax.arrays import batch_size, described, shapes_of
 from natgrad_flax.convolution import with_fast_gradients
 from natgrad_flax.layer_kinds import LAYER_KINDS, NORM_KINDS, by_features
-from natgrad_flax.samples import batch_size, described, shapes_of
 
 Path = tuple[Any, ...]
 """Where a layer stands in a model: names of attributes and numbers in lists."""

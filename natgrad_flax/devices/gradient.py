@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 
+from natgrad_flax.arrays import batch_size
 from natgrad_flax.checks import (
     check_batch,
     check_fisher_batch,
@@ -44,7 +45,6 @@ from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
-from natgrad_flax.samples import batch_size
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import Structure
 from natgrad_flax.taps import Path

@@ -15,7 +15,8 @@ from natgrad_flax.checks import check_batch
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.gradient import as_state, by_path, leaf_names
 from natgrad_flax.losses import Loss
-from natgrad_flax.taps import Path
+from natgrad_flax.plans import check_model
+from natgrad_flax.taps import Path, outputs_of
 
 Damping: TypeAlias = float | optax.Schedule | RelativeDamping | LevenbergMarquardt
 
@@ -88,13 +89,14 @@ def transformation(
         params: optax.Params | None = None,
         *,
         module: nnx.Module | None = None,
-        x: Array | None = None,
+        x: Any = None,
         y: Array | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, NaturalGradientState]:
         del params
         if module is None or x is None or y is None:
             raise ValueError(f"{name} needs the batch: pass module=model, x=x, y=y to update")
+        check_model(module)
         module = _with_variables(module, updates, wrt)
         x, y = check_batch(module, x, y, loss)
         rho: Any = damping
@@ -144,13 +146,13 @@ def _with_variables(module: nnx.Module, params: Any, wrt: Any) -> nnx.Module:
 
 
 def change_of_loss(
-    loss: Loss, module: nnx.Module, x: Array, y: Array, outputs: Array
+    loss: Loss, module: nnx.Module, x: Any, y: Array, outputs: Array
 ) -> Callable[[Array | float, Any], Array]:
     """``Step.change`` by one more forward pass; ``outputs`` are the module's at x."""
 
     def change(rate: Array | float, step: Any) -> Array:
         del rate
-        return loss(_moved(module, step)(x), y) - loss(outputs, y)
+        return loss(outputs_of(_moved(module, step), x), y) - loss(outputs, y)
 
     return change
 

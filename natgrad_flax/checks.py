@@ -171,29 +171,31 @@ def _sizes_of(model: Any) -> tuple[tuple[int, ...], int] | None:
     return None
 
 
-def check_input_shape(model: nnx.Module, x: Any) -> None:
+def check_input_shape(model: nnx.Module, x: Any, name: str = "x") -> None:
     """Raises ValueError on inputs that a network of ours does not take; others say so when run."""
     sizes = _sizes_of(model)
     if sizes is None or _shapes(x)[1:] == sizes[0]:
         return
     wanted, shape = sizes[0], _shapes(x)
     if shape == wanted:
-        raise ValueError(f"x must have shape (N, features), got {shape}; for one sample, x[None]")
+        raise ValueError(
+            f"{name} must have shape (N, features), got {shape}; for one sample, {name}[None]"
+        )
     raise ValueError(
         f"the model takes {'inputs' if len(wanted) == 1 else 'images'} of shape "
-        f"(N, {', '.join(map(str, wanted))}), got x of {shape}"
+        f"(N, {', '.join(map(str, wanted))}), got {name} of {shape}"
     )
 
 
-def check_model_inputs(model: nnx.Module, x: Any) -> Any:
+def check_model_inputs(model: nnx.Module, x: Any, name: str = "x") -> Any:
     """Inputs that a model takes, and its parameters, after every check that needs no forward pass.
 
     Raises:
       ValueError: as ``check_inputs``; a shape that does not fit, NaN or infinity in parameters.
       TypeError: as ``check_inputs``.
     """
-    x = check_inputs(x, model)
-    check_input_shape(model, x)
+    x = check_inputs(x, model, name)
+    check_input_shape(model, x, name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
         where = "the parameters at " + jax.tree_util.keystr(path)
         if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -36,6 +36,7 @@ from natgrad_flax.parts import Passes, in_parts
 from natgrad_flax.plans import dense_layers, hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.spectrum import largest_eigenvalue, rate_of_alpha, rate_of_largest
 from natgrad_flax.structures import Geometry, Structure
 from natgrad_flax.taps import Path, outputs_of
 from natgrad_flax.weight_sharing import (
@@ -365,8 +366,8 @@ def optimal_learning_rate(
       damping: for the coefficient matrix at x.
 
     Raises:
-      ValueError: the sizes violate the conditions of the theory (which one, and where), or the
-        structure has no alpha.
+      ValueError: the sizes violate the conditions of the theory (which one, and where), the
+        structure has no alpha, or no step moves the outputs (all inputs 0, dead units).
       TypeError: layers that are not fully connected, and no shape of the inputs.
     """
     check_structure(structure)
@@ -380,7 +381,7 @@ def optimal_learning_rate(
         signals = jacobian_signals(model, x)
         rho = resolve_damping(structure, signals, damping)
         matrix = np.asarray(structure.coefficient(signals, signals, rho))
-        return float(1 / np.linalg.eigvals(matrix).real.max())
+        return rate_of_largest(largest_eigenvalue(matrix, structure.name), structure.name)
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}")
     geometry = _geometry(model, num_samples, x)
@@ -394,7 +395,7 @@ def optimal_learning_rate(
             + "; ".join(failures)
             + ". Use wider layers or fewer samples, or pass inputs as x= without num_samples="
         )
-    return 1 / alpha
+    return rate_of_alpha(alpha, structure.name)
 
 
 def _geometry(model: nnx.Module, num_samples: int, x: Any) -> Geometry:

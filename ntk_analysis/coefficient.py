@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from natgrad_flax import RelativeDamping, Signals, Structure
 from natgrad_flax.checks import check_damping, check_fits, check_structure
 from natgrad_flax.gradient import model_geometry, resolve_damping
+from natgrad_flax.spectrum import check_coefficient
 from ntk_analysis.analytic import analytic_inputs, analytic_kernels
 from ntk_analysis.analytic_signals import (
     check_limit,
@@ -82,7 +83,8 @@ def coefficient_pair(
       Float64 arrays (N C, N C) and (N' C, N C).
 
     Raises:
-      ValueError: the structure does not suit the network, or an array cannot fit in memory.
+      ValueError: the structure does not suit the network, an array cannot fit in memory, or a
+        matrix is not finite.
     """
     with jax.enable_x64(True):
         train = signals.train
@@ -90,6 +92,7 @@ def coefficient_pair(
         structure.check(train, damping)
         rho = resolve_damping(structure, train, damping)
         both = np.asarray(structure.coefficient(signals.everything, train, rho))
+    check_coefficient(both, structure.name)
     return both[: train.size], both[train.size :]
 
 
@@ -157,6 +160,7 @@ def limit_coefficients(
     for rows in (train,) if test is None else (test, train):
         with jax.enable_x64(True):
             one = np.asarray(structure.coefficient(rows, train, rho))
+        check_coefficient(one, structure.name)
         size = one.shape[0] * one.shape[1] * outputs**2
         check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs")
         yield np.kron(one, np.eye(outputs))

@@ -201,11 +201,6 @@ def _limit_geometry(model: MLP | ConvNet, num_samples: int) -> Geometry:
 def _report(
     structure: Structure, matrix: Matrix, geometry: Geometry, failures: tuple[str, ...]
 ) -> IsotropyReport:
-    if not np.isfinite(matrix).all():
-        raise ValueError(
-            f"the coefficient matrix of {structure.name} is not finite: its Fisher is singular in "
-            "float64 at this damping; use a larger damping, or 0 for the pseudo-inverse"
-        )
     eigenvalues = np.linalg.eigvalsh((matrix + matrix.T) / 2).astype(np.float64)
     largest = np.max(np.abs(eigenvalues))
     asymmetry = float(np.max(np.abs(matrix - matrix.T)) / largest) if largest > 0 else 0.0

@@ -187,11 +187,11 @@ def test_bad_input(monkeypatch, tmp_path):
         analytic_kernels(model, x[:, :3])
     with pytest.raises(ValueError, match=r"x2 must have shape \(N, 5\), got \(4, 4\)"):
         analytic_layer_kernels(model, x, x[:, :4])
-    with pytest.raises(TypeError, match="x1: x must be a floating array, got dtype int"):
+    with pytest.raises(TypeError, match="x1 must be a floating array, got dtype int"):
         analytic_kernels(model, np.ones((4, INPUTS), int))
-    with pytest.raises(ValueError, match="x2: x has 1 NaN"):
+    with pytest.raises(ValueError, match="x2 has 1 NaN"):
         analytic_kernels(model, x, np.where(x == x[0, 0], np.nan, x))
-    with pytest.raises(ValueError, match="x1: the batch is empty"):
+    with pytest.raises(ValueError, match="the batch is empty: x1"):
         analytic_kernels(model, x[:0])
     monkeypatch.setattr(analytic, "available_memory", lambda: 1000)
     with pytest.raises(ValueError, match=r"11 kernels of 4 x 4 need .* give store="):

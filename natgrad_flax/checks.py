@@ -174,9 +174,13 @@ def _sizes_of(model: Any) -> tuple[tuple[int, ...], int] | None:
 def check_input_shape(model: nnx.Module, x: Any, name: str = "x") -> None:
     """Raises ValueError on inputs that a network of ours does not take; others say so when run."""
     sizes = _sizes_of(model)
-    if sizes is None or _shapes(x)[1:] == sizes[0]:
+    if sizes is None:
         return
-    wanted, shape = sizes[0], _shapes(x)
+    if not hasattr(x, "shape"):
+        raise ValueError(f"the model takes one array, got {name} as a {type(x).__name__} of arrays")
+    wanted, shape = sizes[0], tuple(x.shape)
+    if shape[1:] == wanted:
+        return
     if shape == wanted:
         raise ValueError(
             f"{name} must have shape (N, features), got {shape}; for one sample, {name}[None]"

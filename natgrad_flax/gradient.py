@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.activations import active_fraction
+from natgrad_flax.arrays import check_concrete
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
     check_batch,
@@ -21,6 +22,7 @@ from natgrad_flax.checks import (
     check_input_shape,
     check_inputs,
     check_microbatches,
+    check_model_inputs,
     check_settings,
     check_structure,
     is_concrete,
@@ -378,6 +380,8 @@ def optimal_learning_rate(
         x = check_inputs(x, model)
         check_input_shape(model, x)
     if x is not None and num_samples is None:
+        x = check_model_inputs(model, x)
+        check_concrete((x, nnx.state(model, nnx.Param)), "x and the parameters")
         signals = jacobian_signals(model, x)
         rho = resolve_damping(structure, signals, damping)
         matrix = np.asarray(structure.coefficient(signals, signals, rho))

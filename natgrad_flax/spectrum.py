@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+_MOST_ASYMMETRIC = 1e-3
+
 
 def check_coefficient(matrix: Any, name: str) -> None:
     """Raises ValueError on a coefficient matrix of a structure that is not finite.
@@ -20,6 +22,27 @@ def check_coefficient(matrix: Any, name: str) -> None:
             f"the coefficient matrix of {name} is not finite: its Fisher is singular in "
             f"{np.asarray(matrix).dtype} at this damping, or numbers overflow; use a larger "
             "damping, 0 for the pseudo-inverse, or scale the inputs"
+        )
+
+
+def check_symmetric(matrix: Any, name: str) -> None:
+    """Raises ValueError on a Theta-bar(x, x) that rounding has made asymmetric.
+
+    By theory it is symmetric, so what is left of an antisymmetric part says how large its errors
+    are: they grow with the condition numbers of the kernels that were inverted.
+
+    Args:
+      matrix: shape (n, n), finite.
+      name: of the structure.
+    """
+    size = float(np.max(np.abs(matrix), initial=0))
+    asymmetry = float(np.max(np.abs(matrix - matrix.T), initial=0))
+    if asymmetry > _MOST_ASYMMETRIC * size:
+        raise ValueError(
+            f"the coefficient matrix of {name} is lost in rounding: entries and their mirror "
+            f"images differ by {asymmetry:.2g} of {size:.2g}, so ill-conditioned are the kernels "
+            "that it inverts (saturated units, samples of very different size); standardise the "
+            "inputs, or use a damping"
         )
 
 

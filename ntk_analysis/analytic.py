@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from natgrad_flax.arrays import check_concrete
 from natgrad_flax.checks import available_memory, check_array
 from ntk_analysis.block_devices import (
     AT_ONCE,
@@ -30,7 +31,7 @@ from ntk_analysis.block_devices import (
 )
 from ntk_analysis.conv_kernels import block_bytes, block_rows, convolutional_block
 from ntk_analysis.dense_kernels import dense_block
-from ntk_analysis.empirical import Matrix, check_numbers, check_range
+from ntk_analysis.empirical import Matrix, check_range
 from ntk_analysis.kernel_store import KernelArrays, open_store
 from ntk_analysis.twin import (
     ConvolutionalTwin,
@@ -321,9 +322,10 @@ def analytic_inputs(x: ArrayLike, model: nnx.Module, name: str) -> Matrix:
         are not finite floating numbers.
     """
     wanted = sample_shape(require_limit(model))
-    check_numbers(x, f"{name} comes")
     with jax.enable_x64(True):
-        values = np.asarray(check_array(x, name), np.float64)
+        array = check_array(x, name)
+        check_concrete(array, name)
+        values = np.asarray(array, np.float64)
     if values.shape[1:] != wanted:
         shape = ", ".join(map(str, wanted))
         raise ValueError(f"{name} must have shape (N, {shape}), got {values.shape}")

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from natgrad_flax import RelativeDamping, Signals, Structure
 from natgrad_flax.checks import check_damping, check_fits, check_structure
 from natgrad_flax.gradient import model_geometry, resolve_damping
-from natgrad_flax.spectrum import check_coefficient
+from natgrad_flax.spectrum import check_coefficient, check_symmetric
 from ntk_analysis.analytic import analytic_inputs, analytic_kernels
 from ntk_analysis.analytic_signals import (
     check_limit,
@@ -84,7 +84,7 @@ def coefficient_pair(
 
     Raises:
       ValueError: the structure does not suit the network, an array cannot fit in memory, or a
-        matrix is not finite.
+        matrix that is not finite or lost in rounding.
     """
     with jax.enable_x64(True):
         train = signals.train
@@ -93,6 +93,7 @@ def coefficient_pair(
         rho = resolve_damping(structure, train, damping)
         both = np.asarray(structure.coefficient(signals.everything, train, rho))
     check_coefficient(both, structure.name)
+    check_symmetric(both[: train.size], structure.name)
     return both[: train.size], both[train.size :]
 
 
@@ -161,6 +162,8 @@ def limit_coefficients(
         with jax.enable_x64(True):
             one = np.asarray(structure.coefficient(rows, train, rho))
         check_coefficient(one, structure.name)
+        if rows is train:
+            check_symmetric(one, structure.name)
         size = one.shape[0] * one.shape[1] * outputs**2
         check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs")
         yield np.kron(one, np.eye(outputs))

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, MeanSquaredError, Structure
-from natgrad_flax.arrays import real_array
+from natgrad_flax.arrays import check_concrete, real_array
 from natgrad_flax.checks import check_learning_rate
 from ntk_analysis.coefficient import (
     Damping,
@@ -18,7 +18,7 @@ from ntk_analysis.coefficient import (
     check_theory_arguments,
     coefficient_pair,
 )
-from ntk_analysis.empirical import Matrix, check_numbers, initial_signals
+from ntk_analysis.empirical import Matrix, initial_signals
 from ntk_analysis.resonance import warn_of_resonance
 
 
@@ -177,7 +177,7 @@ def check_targets(y: ArrayLike, shape: tuple[int, int]) -> Matrix:
       ValueError: another shape, NaN or infinite entries.
       TypeError: no real numbers.
     """
-    check_numbers(y, "y comes")
+    check_concrete(y, "y")
     targets = real_array(y, "y")
     if targets.shape != shape:
         raise ValueError(f"y must have shape (N, C) = {shape}, got {targets.shape}")

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from natgrad_flax import Signals, jacobian_signals
-from natgrad_flax.arrays import batch_size, described, is_concrete, shapes_of
+from natgrad_flax.arrays import batch_size, check_concrete, described, shapes_of
 from natgrad_flax.checks import check_fits, check_model_inputs
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.plans import check_model
@@ -81,7 +81,7 @@ def initial_signals(
         each other, traced arrays, or numbers so large that kernels overflow.
     """
     check_model(model)
-    check_numbers(nnx.state(model, nnx.Param), "the model has parameters")
+    check_concrete(nnx.state(model, nnx.Param), "the parameters")
     with jax.enable_x64(True):
         parts = [_inputs(model, x_train, "x_train")]
         if x_test is not None:
@@ -106,15 +106,6 @@ def _signals(graphdef: Any, state: Any, inputs: Any) -> tuple[Signals, Array]:
     signals = jacobian_signals(nnx.merge(graphdef, state), inputs)
     largest = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(signals)]
     return signals, jnp.max(jnp.stack([size.astype(jnp.float64) for size in largest]))
-
-
-def check_numbers(tree: Any, name: str) -> None:
-    """Raises TypeError on arrays without numbers: traced ones, and shapes alone."""
-    if not all(map(is_concrete, jax.tree.leaves(tree))):
-        raise TypeError(
-            f"{name} without numbers: kernels and their theory are computed outside of jax.jit, "
-            "grad, vmap and eval_shape, from numbers; pass concrete arrays"
-        )
 
 
 def check_range(largest: float, what: str) -> None:
@@ -177,5 +168,6 @@ def _float64(leaf: Any) -> Any:
 
 def _inputs(model: nnx.Module, x: Any, name: str) -> Any:
     """Inputs that a model takes, an array or a tree of them, floating ones in float64."""
-    check_numbers(x, f"{name} comes")
-    return jax.tree.map(_float64, check_model_inputs(model, x, name))
+    x = check_model_inputs(model, x, name)
+    check_concrete(x, name)
+    return jax.tree.map(_float64, x)

@@ -10,11 +10,11 @@ import jax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.checks import check_fits
 from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
 from natgrad_flax.losses import Loss
+from natgrad_flax.memory import check_fits
 from natgrad_flax.signals import Signals
-from natgrad_flax.sizes_of_signals import check_signals_fit
+from natgrad_flax.sizes_of_signals import check_signals_fit, system_arrays
 from natgrad_flax.structures import Structure
 
 
@@ -53,7 +53,12 @@ def prepare(
         y,
     )
     side = structure.gram_size(signals) if size is None else size(signals)
-    check_fits(side, signals.outputs.dtype.itemsize, f"the system that {structure.name} solves")
+    check_fits(
+        side,
+        signals.outputs.dtype.itemsize,
+        f"the system that {structure.name} solves",
+        system_arrays(structure, signals) if size is None else 2.0,
+    )
     if size is None:
         check_signals_fit(structure, signals)
     structure.check(signals, damping)

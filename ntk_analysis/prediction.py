@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, Signals, Structure
-from natgrad_flax.checks import check_fits, check_integer, check_number
+from natgrad_flax.checks import check_integer, check_number
 from natgrad_flax.damping import is_zero
 from natgrad_flax.gradient import resolve_damping
 from ntk_analysis.analytic import Progress, analytic_inputs, analytic_kernels
@@ -22,6 +22,7 @@ from ntk_analysis.coefficient import (
     Damping,
     Kernels,
     analytic_signals,
+    check_coefficient_fits,
     check_theory_arguments,
     coefficient_pair,
 )
@@ -350,7 +351,7 @@ def _predict_empirical(
 
 
 def _checked_damping(structure: Structure, train: Signals, damping: Damping) -> jax.Array | float:
-    check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
+    check_coefficient_fits(structure, train, few=is_zero(damping))
     structure.check(train, damping)
     return resolve_damping(structure, train, damping)
 

@@ -12,12 +12,12 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.checks import (
-    available_memory,
     check_finite,
     check_integer,
     check_learning_rate,
     check_number,
 )
+from natgrad_flax.memory import available_memory
 
 Integrator = Literal["euler", "rk4"]
 

@@ -61,7 +61,7 @@ def system_arrays(structure: Structure, signals: Signals) -> float:
     if isinstance(plain, Exact):
         return 2 * depth + 1.5 if in_samples else 5.0
     if isinstance(plain, BlockDiagonal):
-        return max(6.0, 2 * depth + 0.5) if in_samples else 4.0
+        return max(6.0, 2.0 * depth) if in_samples else 4.0
     if isinstance(plain, BlockTriDiagonal) and in_samples:
         # of one layer each; the system couples all
         return (2 * depth + 10.0) / depth**2

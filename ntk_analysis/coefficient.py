@@ -216,7 +216,7 @@ def check_coefficient_fits(structure: Structure, signals: Signals, *, few: bool 
     """
     depth = len(signals.layers)
     if few or not isinstance(structure, LayerWise | KFAC | UnitWise):
-        arrays = depth + 2.5
+        arrays = depth + (2.5 if few else 3.5)
     else:
         arrays = 4 * depth + 0.5 if isinstance(structure, LayerWise) else 8.0
     what = f"the coefficient matrix of {structure.name}, which it solves for,"

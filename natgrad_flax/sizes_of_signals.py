@@ -55,6 +55,9 @@ def system_arrays(structure: Structure, signals: Signals) -> float:
       signals: its signals, or their shapes.
     """
     plain, depth = structure.plain, len(signals.layers)
+    if plain is not structure:
+        # dealt out over devices, it counts its own arrays
+        return 2.0
     in_samples = plain.gram_size(signals) in (signals.size, depth * signals.size)
     if isinstance(plain, KFAC | EKFAC):
         return 8.0

@@ -12,7 +12,7 @@ from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.linalg import lu_solve, pinv_solve, solve_psd
+from natgrad_flax.linalg import lu_solve, pinv_solve
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
@@ -29,10 +29,11 @@ from natgrad_flax.structures.base import (
     woodbury,
 )
 from natgrad_flax.structures.coupling import (
-    minimum_norm,
     mix,
     solve_coupled,
+    solve_in_ranges,
     solve_tridiagonal,
+    solve_undamped,
 )
 from natgrad_flax.structures.exact import mean_gram_diagonal
 
@@ -137,13 +138,9 @@ class LayerWise(Structure):
         images = [layer.jvp(g).reshape(-1) for layer, g in zip(signals.layers, slope, strict=True)]
         grams = [layer.gram() for layer in signals.layers]
         if is_zero(damping):
-            # the Jacobians have full row rank, or Sigma is the identity
-            solved = [solve_psd(k, b, shifted=False) for k, b in zip(grams, images, strict=True)]
-            mixed = mix(np.linalg.pinv(sigma, hermitian=True), solved)
-            return tuple(
-                pull_back_solution(layer, solve_psd(k, b, shifted=False))
-                for layer, k, b in zip(signals.layers, grams, mixed, strict=True)
-            )
+            inside = [pinv_solve(k, b) for k, b in zip(grams, images, strict=True)]
+            duals = solve_in_ranges(sigma, grams, inside, 0.0)
+            return tuple(map(pull_back_solution, signals.layers, duals))
         duals = self._solve_grams(sigma, grams, mix(sigma, images), shift, zero=False)
         return tuple(
             woodbury(layer, g, dual, shift)
@@ -194,13 +191,7 @@ class LayerWise(Structure):
           zero: s is known to be 0.
         """
         if zero:
-            weights = self.weights(len(grams))
-            return [
-                weight * solve_psd(gram, target, shifted=False)
-                if abs(weight) > 1e-12
-                else jnp.zeros_like(target)
-                for weight, gram, target in zip(weights, grams, targets, strict=True)
-            ]
+            return solve_undamped(sigma, grams, targets[0])
         return solve_coupled(sigma, grams, targets, shift)
 
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
@@ -311,9 +302,6 @@ class BlockTriDiagonal(LayerWise):
         *,
         zero: bool,
     ) -> list[Array]:
-        if not zero:
-            return solve_tridiagonal(grams, targets, shift)
-        duals = super()._solve_grams(sigma, grams, targets, shift, zero=True)
-        if len(grams) % 3 != 2:
-            return duals
-        return minimum_norm(sigma, grams, duals)
+        if zero:
+            return solve_undamped(sigma, grams, targets[0])
+        return solve_tridiagonal(grams, targets, shift)

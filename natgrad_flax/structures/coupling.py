@@ -10,14 +10,15 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.linalg import (
+    above_rounding,
     add_diagonal,
+    eigh,
+    has_full_rank,
     inverse_psd,
-    is_regular,
     lu_solve,
     pinv_solve,
     reciprocal,
     solve_psd,
-    spectrum,
 )
 
 
@@ -148,9 +149,9 @@ def solve_undamped(sigma: np.ndarray, grams: list[Array], target: Array) -> list
             else jnp.zeros_like(target)
             for weight, gram in zip(weights, grams, strict=True)
         ]
-        return duals if _has_full_rank(sigma) else _minimum_norm(sigma, grams, duals)
+        return duals if _is_regular(sigma) else _minimum_norm(sigma, grams, duals)
 
-    every = jnp.all(jnp.stack([is_regular(gram, shifted=False) for gram in grams]))
+    every = jnp.all(jnp.stack([has_full_rank(gram) for gram in grams]))
     return jax.lax.cond(
         every, regular, lambda: solve_in_ranges(sigma, grams, [target] * len(grams), 0.0)
     )
@@ -164,8 +165,8 @@ def solve_in_ranges(
     With J_l = U s V^T it is u = U s^{-1} (M + N rho)^+ s U^T b, M = s U^T (Sigma (x) I) U s: one
     eigendecomposition a layer, and one of the whole L n x L n system.
     """
-    spectra = [spectrum(gram) for gram in grams]
-    roots = [jnp.sqrt(jnp.maximum(values, 0)) for values, _ in spectra]
+    spectra = [eigh(gram) for gram in grams]
+    roots = [jnp.sqrt(jnp.maximum(above_rounding(values), 0)) for values, _ in spectra]
     halves = [vectors * root for (_, vectors), root in zip(spectra, roots, strict=True)]
     rows = [
         jnp.concatenate([c * (a.T @ b) for c, b in zip(row, halves, strict=True)], axis=1)

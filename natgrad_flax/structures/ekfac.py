@@ -12,7 +12,7 @@ from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
-from natgrad_flax.linalg import add_diagonal, symmetric_product
+from natgrad_flax.linalg import add_diagonal, eigh, qr, symmetric_product
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
@@ -284,7 +284,7 @@ def _turned_gradient(layer: LayerSignals, direction: Array, left: Array) -> Arra
 
 
 def _eigenvectors(factor: Array) -> Array:
-    return jnp.linalg.eigh(factor)[1]
+    return eigh(factor)[1]
 
 
 def _span(rows: Array, whole: bool) -> Array:
@@ -298,7 +298,7 @@ def _span(rows: Array, whole: bool) -> Array:
         if whole or part.shape[0] >= part.shape[1]:
             return _eigenvectors(symmetric_product(part.T))
         # orthonormal to rounding whatever the rank of the rows, unlike rows^T times a scaling
-        span, triangle = jnp.linalg.qr(part.T)
+        span, triangle = qr(part.T)
         return span @ _eigenvectors(symmetric_product(triangle))
 
     return over_groups(group, rows)

@@ -12,7 +12,7 @@ from jax import Array
 from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
-from natgrad_flax.linalg import is_full_rank, pinv_solve, solve_psd
+from natgrad_flax.linalg import has_full_rank, pinv_solve, solve_psd
 from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
@@ -230,8 +230,7 @@ def _undamped(layer: DenseSignals, direction: Array) -> Array:
     active. Otherwise every unit gets an eigendecomposition of its own.
     """
     gram, weights = layer.input_gram(), _weights(layer)
-    factor = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
-    full_rank = is_full_rank(gram, factor, shifted=False)
+    full_rank = has_full_rank(gram)
     active = weights > 0
     targets = divide(direction, weights)
 

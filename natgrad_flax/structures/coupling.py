@@ -87,9 +87,7 @@ def _beside(i: int, depth: int, nearest: int = 1) -> list[int]:
     return [j for j in range(depth) if nearest <= abs(i - j) <= 1]
 
 
-def _eliminate(
-    grams: list[Array], shift: Array | float
-) -> Callable[[list[Array]], list[Array]]:
+def _eliminate(grams: list[Array], shift: Array | float) -> Callable[[list[Array]], list[Array]]:
     """The factorised tri-diagonal system, as a function of its right-hand sides."""
     depth, n = len(grams), grams[0].shape[0]
     kept = range(1, depth, 2)
@@ -180,7 +178,7 @@ def solve_in_ranges(
     ]
 
 
-def _has_full_rank(sigma: np.ndarray) -> bool:
+def _is_regular(sigma: np.ndarray) -> bool:
     return bool(np.linalg.matrix_rank(sigma, tol=1e-9) == len(sigma))
 
 

@@ -119,7 +119,10 @@ class LayerWise(Structure):
         if residual.coefficients is None:
             targets = mix(sigma, targets)
         grams = [layer.gram() for layer in signals.layers]
-        duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping))
+        inside = residual.coefficients is not None
+        duals = self._solve_grams(
+            sigma, grams, targets, shift, zero=is_zero(damping), inside=inside
+        )
         return tuple(
             layer.pull_back(dual_direction(layer, index, residual, duals[index], shift))
             for index, layer in enumerate(signals.layers)
@@ -141,7 +144,7 @@ class LayerWise(Structure):
             inside = [pinv_solve(k, b) for k, b in zip(grams, images, strict=True)]
             duals = solve_in_ranges(sigma, grams, inside, 0.0)
             return tuple(map(pull_back_solution, signals.layers, duals))
-        duals = self._solve_grams(sigma, grams, mix(sigma, images), shift, zero=False)
+        duals = self._solve_grams(sigma, grams, mix(sigma, images), shift, zero=False, inside=False)
         return tuple(
             woodbury(layer, g, dual, shift)
             for layer, g, dual in zip(signals.layers, slope, duals, strict=True)
@@ -160,7 +163,7 @@ class LayerWise(Structure):
         grams = [layer.gram() for layer in train.layers]
         targets = [vectors] * len(grams)
         shift = train.num_samples * damping
-        duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping))
+        duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping), inside=True)
         parts = [
             there.gram(here) @ dual
             for there, here, dual in zip(test.layers, train.layers, duals, strict=True)
@@ -180,6 +183,7 @@ class LayerWise(Structure):
         shift: Array | float,
         *,
         zero: bool,
+        inside: bool,
     ) -> list[Array]:
         """u with (s I + (Sigma (x) I) blockdiag(K_l)) u = b; at s = 0 the pseudo-inverse's u.
 
@@ -189,6 +193,7 @@ class LayerWise(Structure):
           targets: b, L arrays (n,) or (n, k); at s = 0 they must all be the same.
           shift: s = N rho.
           zero: s is known to be 0.
+          inside: J_l^T u_l are the updates, and not what (g_l - J_l^T u_l) / s makes of them.
         """
         if zero:
             return solve_undamped(sigma, grams, targets[0])
@@ -301,7 +306,8 @@ class BlockTriDiagonal(LayerWise):
         shift: Array | float,
         *,
         zero: bool,
+        inside: bool,
     ) -> list[Array]:
         if zero:
             return solve_undamped(sigma, grams, targets[0])
-        return solve_tridiagonal(grams, targets, shift)
+        return solve_tridiagonal(grams, targets, shift, refine=not inside)

@@ -130,7 +130,9 @@ def solve(structure: ng.Structure, problem: Problem, rho: float) -> tuple[np.nda
     elif isinstance(structure, ng.KFAC):
         last = len(problem.layers) - 1
         inside = problem.coefficients is not None
-        found = [_kronecker(structure, a, rho, i == last, inside) for i, a in enumerate(problem.layers)]
+        found = [
+            _kronecker(structure, a, rho, i == last, inside) for i, a in enumerate(problem.layers)
+        ]
     else:
         by = {ng.UnitWise: _unit_wise, ng.Diagonal: _diagonal, ng.QuasiDiagonal: _quasi_diagonal}
         inside = problem.coefficients is not None
@@ -153,7 +155,12 @@ def _layer_wise(sigma, problem, rho):
     n = len(problem.layers[0].inputs)
     spectra = [Spectrum.of(a.rows / np.sqrt(n)) for a in problem.layers]
     half = [s.left * s.values for s in spectra]
-    middle = np.block([[c * (a.T @ b) for c, b in zip(row, half, strict=True)] for row, a in zip(sigma, half, strict=True)])
+    middle = np.block(
+        [
+            [c * (a.T @ b) for c, b in zip(row, half, strict=True)]
+            for row, a in zip(sigma, half, strict=True)
+        ]
+    )
     slopes = [a.slope.ravel() for a in problem.layers]
     target = np.concatenate([s.right.T @ g for s, g in zip(spectra, slopes, strict=True)])
     values, vectors = np.linalg.eigh(middle)
@@ -170,7 +177,9 @@ def _layer_wise(sigma, problem, rho):
     size = np.abs(values[keep])
     if rho and sum(len(s.values) for s in spectra) < sum(s.size for s in spectra):
         size = np.append(size, rho)
-    return np.concatenate(steps), size.max(initial=0) / size.min(initial=np.inf) if len(size) else 1.0
+    return np.concatenate(steps), size.max(initial=0) / size.min(initial=np.inf) if len(
+        size
+    ) else 1.0
 
 
 def _kronecker(structure, layer, rho, last, inside):
@@ -216,7 +225,9 @@ def _diagonal(layer, rho, inside):
     entries = np.sum(layer.jacobian**2, axis=(0, 1)) / len(layer.inputs) + rho
     keep = entries > 0
     step = np.where(keep, layer.slope / np.where(keep, entries, 1), 0)
-    return step, entries[keep].max(initial=1e-300) / entries[keep].min(initial=np.inf) if keep.any() else 1.0
+    return step, entries[keep].max(initial=1e-300) / entries[keep].min(
+        initial=np.inf
+    ) if keep.any() else 1.0
 
 
 def _quasi_diagonal(layer, rho, inside):
@@ -231,8 +242,13 @@ def _quasi_diagonal(layer, rho, inside):
     rest = weights - ratio * bias[:, :, None]
     full = np.sum(weights**2, axis=(0, 1)) / n + rho
     remainder = np.sum(rest**2, axis=(0, 1)) / n + rho * (1 + ratio**2)
-    keep = remainder > RANK**2 * full
-    slope = np.einsum("nk,nm->km", *(part.astype(np.longdouble) for part in (layer.inputs, layer.direction))) / n
+    keep = remainder > (RANK**2 * full if rho == 0 else 0)
+    slope = (
+        np.einsum(
+            "nk,nm->km", *(part.astype(np.longdouble) for part in (layer.inputs, layer.direction))
+        )
+        / n
+    )
     first = np.where(corner > 0, slope[-1] / safe, 0)
     kernel = np.where(keep, (slope[:-1] - ratio * slope[-1]) / np.where(keep, remainder, 1), 0)
     step = np.concatenate([kernel, (first - np.sum(ratio * kernel, axis=0))[None]])
@@ -244,6 +260,6 @@ def _quasi_diagonal(layer, rho, inside):
         block = float(corner[unit]) * np.outer(row, row)
         block[np.diag_indices(len(row) - 1)] += (remainder * keep)[:, unit].astype(np.float64)
         values = np.linalg.eigvalsh(block)
-        kept = values[values > RANK * values.max()]
+        kept = values[values > (RANK * values.max() if rho == 0 else 0)]
         blocks.append(kept.max() / kept.min())
     return step.astype(np.float64), max(blocks, default=1.0)

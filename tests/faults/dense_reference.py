@@ -12,6 +12,7 @@ import numpy as np
 
 import natgrad_flax as ng
 
+BIAS_SCALE = 0.5
 
 
 @dataclass
@@ -50,35 +51,43 @@ class Problem:
     rank: float
 
 
-def linearise(model: ng.MLP, x, seeds, residual, coefficients, rank) -> Problem:
-    """A ReLU MLP by a forward and a backward pass in float64.
+def linearise(parameters, x, seeds, residual, coefficients, dtype) -> Problem:
+    """A ReLU network by a forward and a backward pass in float64, its signals rounded to a dtype.
 
     Args:
-      model: its parameters are taken as they are, whatever their dtype.
-      x: inputs (N, ...).
-      seeds: (N, S, C).
-      residual: r, (N, C).
-      coefficients: w, (N, S), or None.
-      rank: singular values below this times the largest count as zero: what the seeds are known to.
+      parameters: kernel (K, M) and bias (M,) of each layer, in NTK parametrisation.
+      x: inputs (N, K).
+      seeds: from the outputs (N, C) to (N, S, C).
+      residual: from the outputs to r, (N, C).
+      coefficients: from the outputs to w with r = R w, (N, S), or None where r is outside.
+      dtype: of the signals.
     """
-    h, inputs, slopes, weights = np.asarray(x, np.float64), [], [], []
-    for layer in model.layers:
-        scale = np.sqrt(model.weight_variance / h.shape[1])
-        kernel = scale * np.asarray(layer.kernel[...], np.float64)
-        bias = np.sqrt(model.bias_variance) * np.asarray(layer.bias[...], np.float64)
-        column = np.full((len(h), 1), np.sqrt(model.bias_variance))
-        inputs.append(np.concatenate([scale * h, column], axis=1))
-        pre = h @ kernel + bias
+    h, inputs, slopes = x, [], []
+    for kernel, bias in parameters:
+        inputs.append(np.concatenate([h * _scale(kernel), np.full((len(h), 1), BIAS_SCALE)], 1))
+        pre = inputs[-1] @ np.concatenate([kernel, bias[None]])
         slopes.append(pre > 0)
-        weights.append(kernel)
         h = np.maximum(pre, 0)
-    out = np.concatenate([seeds, residual[:, None]], axis=1).astype(np.float64)
+    out = np.concatenate([seeds(pre), residual(pre)[:, None]], axis=1)
+    inside = None if coefficients is None else _rounded(coefficients(pre), dtype)
     layers = []
     for index in reversed(range(len(inputs))):
-        layers.insert(0, Layer(inputs[index], out[:, :-1], out[:, -1]))
+        derivatives, direction = _rounded(out[:, :-1], dtype), _rounded(out[:, -1], dtype)
+        if inside is not None:
+            direction = np.einsum("ns,nsm->nm", inside, derivatives)
+        layers.insert(0, Layer(_rounded(inputs[index], dtype), derivatives, direction))
+        kernel = parameters[index][0]
         if index:
-            out = (out @ weights[index].T) * slopes[index - 1][:, None, :]
-    return Problem(layers, coefficients, rank)
+            out = (out @ (_scale(kernel) * kernel).T) * slopes[index - 1][:, None, :]
+    return Problem(layers, inside, 1e-6 if dtype == np.float32 else 1e-10)
+
+
+def _scale(kernel):
+    return np.sqrt(2 / len(kernel))
+
+
+def _rounded(array, dtype):
+    return array.astype(dtype).astype(np.float64)
 
 
 @dataclass
@@ -131,7 +140,8 @@ def solve(structure: ng.Structure, problem: Problem, rho: float) -> tuple[np.nda
         last = len(problem.layers) - 1
         inside = problem.coefficients is not None
         found = [
-            _kronecker(structure, a, rho, i == last, inside, problem.rank) for i, a in enumerate(problem.layers)
+            _kronecker(structure, a, rho, i == last, inside, problem.rank)
+            for i, a in enumerate(problem.layers)
         ]
     else:
         by = {ng.UnitWise: _unit_wise, ng.Diagonal: _diagonal, ng.QuasiDiagonal: _quasi_diagonal}

@@ -154,8 +154,10 @@ def bound(structure, made, dtype, rho, condition):
     least = 1e-3 if dtype == np.float32 else 1e-8
     if condition < 1e5:
         return max(least, (1 if outside else 0.2) * eps * condition)
-    if isinstance(structure, ng.LayerWise) or (rho == 0 and isinstance(structure, ng.EKFAC)):
-        return None  # indefinite systems; eigenvectors that rounding decides
+    if rho == 0 and (isinstance(structure, ng.EKFAC) or 500 * eps * condition > 1):
+        return None  # rounding decides on the eigenvectors, or on the rank
+    if isinstance(structure, ng.LayerWise) and not isinstance(structure, ng.BlockDiagonal):
+        return None  # indefinite systems
     return max(least, 10 * eps * condition)
 
 

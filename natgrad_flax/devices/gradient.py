@@ -30,7 +30,7 @@ from natgrad_flax.devices.placement import (
     on_mesh,
 )
 from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
-from natgrad_flax.fisher import FisherKind, part_signals, sampler
+from natgrad_flax.fisher import FisherKind, in_range, part_signals, sampler
 from natgrad_flax.gradient import (
     Damping,
     as_state,
@@ -40,6 +40,7 @@ from natgrad_flax.gradient import (
     static_damping,
 )
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
+from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.preparation import prepare
 from natgrad_flax.signals import Residual, Signals
@@ -189,14 +190,16 @@ def compute_on_devices(
     over = partial(over_devices, placement=placement)
     given = tuple(array for array in at if array is not None)
     _, (signals, residual) = over(run, given, microbatches)
+    signals, residual = in_range(signals, residual, loss=loss, fisher=fisher, damping=damping)
     right: Residual | tuple[LayerUpdate, ...] = residual
     if fisher_x is not None:
         slope, _ = loss_gradient(
             model, x, y, loss=loss, wrt=wrt, microbatches=microbatches, passes=over
         )
         right = layer_updates(signals.layers, slope)
-    rho = resolve_damping(structure, signals, damping)
-    solved, solution = structure.solve_and_report(signals, right, rho)
+    with full_products():
+        rho = resolve_damping(structure, signals, damping)
+        solved, solution = structure.solve_and_report(signals, right, rho)
     return or_nan(solved, solution), signals, solution
 
 

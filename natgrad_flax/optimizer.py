@@ -93,7 +93,10 @@ def natural_gradient_descent(
 
     Returns:
       An optax transformation with the extra arguments ``module`` (the model, or a copy of it, whose
-      parameters are those of this step), ``x`` (N, ...) and ``y`` (N, C). ``fisher_x`` and
+      parameters are those of this step; or a function that returns it, ``lambda: model``, which
+      ``nnx.Optimizer`` leaves alone while it takes the Variables off a model: needed where weights
+      are tied, or where a module of yours keeps Variables that are no parameters), ``x`` (N, ...)
+      and ``y`` (N, C). ``fisher_x`` and
       ``fisher_y`` are a batch for the Fisher alone, as in ``natural_gradient``.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,7 +32,7 @@ def is_concrete(array: object) -> bool:
 
 def check_real(array: Any, name: str) -> None:
     """Raises TypeError on complex numbers: their imaginary parts would be lost."""
-    if np.issubdtype(array.dtype, np.complexfloating):
+    if jnp.issubdtype(array.dtype, np.complexfloating):
         raise TypeError(
             f"{name} has dtype {array.dtype}, but only real numbers are served here: give real and "
             "imaginary parts side by side"

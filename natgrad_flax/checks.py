@@ -173,10 +173,10 @@ def _sizes_of(model: Any) -> tuple[tuple[int, ...], int] | None:
 
 def check_input_shape(model: nnx.Module, x: Any) -> None:
     """Raises ValueError on inputs that a network of ours does not take; others say so when run."""
-    sizes = _sizes_of(model)
-    if sizes is None or _shapes(x)[1:] == sizes[0]:
+    sizes, shape = _sizes_of(model), _shapes(x)
+    if sizes is None or (hasattr(x, "shape") and shape[1:] == sizes[0]):
         return
-    wanted, shape = sizes[0], _shapes(x)
+    wanted = sizes[0]
     if shape == wanted:
         raise ValueError(f"x must have shape (N, features), got {shape}; for one sample, x[None]")
     raise ValueError(

@@ -45,20 +45,19 @@ def whole_model(
       ValueError: a stripped model without these parameters, or one in which another array may be
         tied to one of them.
     """
-    if isinstance(module, FunctionType):
-        module = module()
-    check_model(module)
-    graphdef, state = nnx.split(module)
+    model: Any = module() if isinstance(module, FunctionType) else module
+    check_model(model)
+    graphdef, state = nnx.split(model)
     flat = {tuple(path): leaf for path, leaf in nnx.to_flat_state(state)}
     if any(isinstance(leaf, nnx.Variable) for leaf in flat.values()):
-        return module, ""
+        return model, ""
     for path in params:
         if path not in flat:
             raise ValueError(
-                f"the updates move {dotted(path)}, which {type(module).__name__} does not have: "
+                f"the updates move {dotted(path)}, which {type(model).__name__} does not have: "
                 "module= must be the model that the optimizer was made for"
             )
-    copy = nnx.merge(graphdef, state, copy=True)
+    copy: Any = nnx.merge(graphdef, state, copy=True)
     moved = {id(flat[path]): path for path in params}
     kind = wrt if isinstance(wrt, type) and issubclass(wrt, nnx.Variable) else nnx.Param
     doubt = ""

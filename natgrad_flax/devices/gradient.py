@@ -100,7 +100,7 @@ def sharded_natural_gradient(
       fisher_x: as in ``natural_gradient``, sharded like x.
       fisher_y: as in ``natural_gradient``.
       microbatches: parts of each device's samples, one after the other.
-      check_samples: as in ``natural_gradient``, by one process on the batch where it lies.
+      check_samples: as in ``natural_gradient``, on one process.
       solver: as in ``Sharded``.
       tolerance: as in ``Sharded``.
       max_iterations: as in ``Sharded``.
@@ -125,10 +125,10 @@ def sharded_natural_gradient(
         raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
     here = local_model(model)
     own = jax.tree.map(local_part, (x, y, fisher_x, fisher_y))
-    seen = check_batch(here, *own[:2], loss)
-    seen = (*seen, *check_fisher_batch(here, fisher, *seen, *own[2:]))
+    seen = check_batch(here, own[0], own[1], loss)
+    seen_by_fisher = check_fisher_batch(here, fisher, *seen, own[2], own[3])
     if jax.process_count() == 1:
-        x, y, fisher_x, fisher_y = seen
+        (x, y), (fisher_x, fisher_y) = seen, seen_by_fisher
     for batch in (x, fisher_x):
         if batch is not None:
             check_divisible(placement, batch_size(batch))
@@ -141,7 +141,7 @@ def sharded_natural_gradient(
     )
     on_devices = nnx.merge(graphdef, moved)
     prepare(sharded, on_devices, inputs, targets, loss, fisher, mc_samples, damping, wrt)
-    if check_samples and jax.process_count() == 1:
+    if check_samples:
         check_samples_alone(on_devices, on_mesh(placement, x, placement.rows))
     static = static_damping(damping)
     updates, solution = _compiled(

@@ -23,6 +23,7 @@ from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.fisher import FisherKind, part_signals, sampler
 from natgrad_flax.gradient import loss_gradient
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates
+from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
 from natgrad_flax.signals import Signals
@@ -246,7 +247,7 @@ class AveragedStep:
                 return self._renew(model, (x, y), True, kept, steps, damping, key)
 
             slope, outputs, kept = self._at(steps, self.average.every, renewed, held)
-            return self.structure.apply(kept.inverse, slope), slope, outputs, kept
+            return self._apply(kept, slope), slope, outputs, kept
 
         def aside() -> Averages:
             batch = fisher_x, fisher_y
@@ -254,7 +255,12 @@ class AveragedStep:
 
         slope, outputs = gradient()
         kept = self._at(steps, self.average.every, aside, lambda: kept)
-        return self.structure.apply(kept.inverse, slope), slope, outputs, kept
+        return self._apply(kept, slope), slope, outputs, kept
+
+    @full_products()
+    def _apply(self, kept: Averages, slope: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g by the inverses that are kept."""
+        return self.structure.apply(kept.inverse, slope)
 
     def _at(self, steps: Array, every: int, due: Callable[[], Any], held: Callable[[], Any]) -> Any:
         """One of two results, by whether this step is a multiple of an interval."""
@@ -291,7 +297,9 @@ class AveragedStep:
                 assert residual is not None
                 slope = gradient_of(signals, residual)
             one_part = self.microbatches == 1
-            return (means(signals), slope), (
+            with full_products():
+                statistics = means(signals)
+            return (statistics, slope), (
                 signals.outputs,
                 signals if one_part else (),
             )
@@ -301,18 +309,21 @@ class AveragedStep:
         count = kept.renewals + 1
         factors = average.mix(kept.moments.factors, new, count)
 
+        turn = full_products()(structure.rotated)
+
         def rotated(basis: Any) -> Any:
             if self.microbatches == 1:
-                return structure.rotated(signals, basis)
+                return turn(signals, basis)
 
             def second_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, tuple[()]]:
                 part, _ = part_signals(model, x, y, first, **settings)
-                return structure.rotated(part, basis), ()
+                return turn(part, basis), ()
 
             return in_parts(second_pass, arrays, self.microbatches)[0]
 
         def fresh() -> tuple[Any, Any, Array]:
-            basis = structure.basis(factors)
+            with full_products():
+                basis = structure.basis(factors)
             return basis, rotated(basis), jnp.ones((), jnp.int32)
 
         def same() -> tuple[Any, Any, Array]:
@@ -331,10 +342,11 @@ class AveragedStep:
             basis, turned, turns = self._at(steps, always, fresh, same)
         moments = Moments(factors, basis, turned)
 
+        @full_products()
         def inverted() -> Any:
             rho = damping
             if isinstance(damping, RelativeDamping):
-                rho = damping.ratio * structure.scale_of(moments, size)
+                rho = damping.times(structure.scale_of(moments, size))
             return structure.invert(moments, rho, size)
 
         always = 1 if structure.cheap_inverse or interval == average.every else interval

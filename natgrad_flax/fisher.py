@@ -17,6 +17,7 @@ from jax import Array
 
 from natgrad_flax.arrays import batch_size
 from natgrad_flax.capture import linearise
+from natgrad_flax.damping import is_zero
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
 from natgrad_flax.signals import Residual, Signals
@@ -112,6 +113,30 @@ def sampler(loss: Loss, key: Array | None, num_samples: int, batch_size: int) ->
         return jax.lax.dynamic_slice_in_dim(drawn, first, len(outputs))
 
     return draw
+
+
+def in_range(
+    signals: Signals,
+    residual: Residual | None,
+    *,
+    loss: Loss,
+    fisher: FisherKind,
+    damping: Any,
+) -> tuple[Signals, Any]:
+    """What a zero damping leaves of an exact Fisher and of its residual; all at a positive one.
+
+    The pseudo-inverse drops the component of the gradient outside of the Fisher's range. A class
+    whose probability is zero to rounding has no Fisher, but the residual of a wrong label.
+    """
+    inside = loss.columns_in_range(signals.outputs)
+    if inside is None or fisher != "exact" or not is_zero(damping):
+        return signals, residual
+    kept = inside.astype(signals.outputs.dtype)
+    signals = signals.reseed(kept[:, :, None] * jnp.eye(kept.shape[1], dtype=kept.dtype))
+    if residual is None:
+        return signals, None
+    assert residual.coefficients is not None
+    return signals, Residual(jnp.where(inside, residual.coefficients, 0), None)
 
 
 def part_signals(

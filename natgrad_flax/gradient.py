@@ -27,9 +27,10 @@ from natgrad_flax.checks import (
 )
 from natgrad_flax.convolution import with_fast_gradients
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
-from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
+from natgrad_flax.fisher import FisherKind, fisher_signals, in_range, population_signals
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
+from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
 from natgrad_flax.parts import Passes, in_parts
@@ -176,22 +177,27 @@ def compute(
         "wrt": wrt,
         "microbatches": microbatches,
     }
+    null: dict[str, Any] = {"loss": loss, "fisher": fisher, "damping": damping}
     if fisher_x is None:
         signals, residual = fisher_signals(model, x, y, **settings)
-        rho = resolve_damping(structure, signals, damping)
-        if momentum is None:
-            solved = structure.solve(signals, residual, rho)
-        else:
-            solved = momentum.solve(structure, signals, residual, rho)
+        signals, residual = in_range(signals, residual, **null)
+        with full_products():
+            rho = resolve_damping(structure, signals, damping)
+            if momentum is None:
+                solved = structure.solve(signals, residual, rho)
+            else:
+                solved = momentum.solve(structure, signals, residual, rho)
         return solved, signals, AtBatch(signals.outputs, lambda: _slope(signals, residual, solved))
     signals = population_signals(model, fisher_x, fisher_y, **settings)
-    rho = resolve_damping(structure, signals, damping)
+    signals, _ = in_range(signals, None, **null)
     found, outputs = loss_gradient(model, x, y, loss=loss, wrt=wrt, microbatches=microbatches)
     slope = layer_updates(signals.layers, found)
-    if momentum is None:
-        solved = structure.precondition(signals, slope, rho)
-    else:
-        solved = momentum.precondition(structure, signals, slope, rho)
+    with full_products():
+        rho = resolve_damping(structure, signals, damping)
+        if momentum is None:
+            solved = structure.precondition(signals, slope, rho)
+        else:
+            solved = momentum.precondition(structure, signals, slope, rho)
     return solved, signals, AtBatch(outputs, lambda: inner_product(slope, solved))
 
 
@@ -246,7 +252,7 @@ def static_damping(damping: Damping) -> float | RelativeDamping | None:
 def resolve_damping(structure: Structure, signals: Signals, damping: Damping) -> Array | float:
     """The damping in the 1/N convention; a relative one is scaled by the structure's Gram."""
     if isinstance(damping, RelativeDamping):
-        return damping.ratio * structure.damping_scale(signals)
+        return damping.times(structure.damping_scale(signals))
     return damping
 
 
@@ -378,8 +384,9 @@ def optimal_learning_rate(
         check_input_shape(model, x)
     if x is not None and num_samples is None:
         signals = jacobian_signals(model, x)
-        rho = resolve_damping(structure, signals, damping)
-        matrix = np.asarray(structure.coefficient(signals, signals, rho))
+        with full_products():
+            rho = resolve_damping(structure, signals, damping)
+            matrix = np.asarray(structure.coefficient(signals, signals, rho))
         return float(1 / np.linalg.eigvals(matrix).real.max())
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}")

@@ -31,7 +31,7 @@ from natgrad_flax.devices.placement import (
     on_mesh,
 )
 from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
-from natgrad_flax.fisher import FisherKind, part_signals, sampler
+from natgrad_flax.fisher import FisherKind, in_range, part_signals, sampler
 from natgrad_flax.gradient import (
     Damping,
     as_state,
@@ -42,6 +42,7 @@ from natgrad_flax.gradient import (
 )
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
+from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
@@ -200,14 +201,16 @@ def compute_on_devices(
     over = partial(over_devices, placement=placement)
     given = tuple(part for part in at if part is not None)
     _, (signals, residual) = over(run, given, microbatches)
+    signals, residual = in_range(signals, residual, loss=loss, fisher=fisher, damping=damping)
     right: Residual | tuple[LayerUpdate, ...] = residual
     if fisher_x is not None:
         slope, _ = loss_gradient(
             model, x, y, loss=loss, wrt=wrt, microbatches=microbatches, passes=over
         )
         right = layer_updates(signals.layers, slope)
-    rho = resolve_damping(structure, signals, damping)
-    solved, solution = structure.solve_and_report(signals, right, rho)
+    with full_products():
+        rho = resolve_damping(structure, signals, damping)
+        solved, solution = structure.solve_and_report(signals, right, rho)
     return or_nan(solved, solution), signals, solution
 
 

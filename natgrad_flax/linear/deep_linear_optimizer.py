@@ -16,6 +16,7 @@ from natgrad_flax.checks import (
     check_number,
 )
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
+from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_forms import (
     chain,
     damped_form,
@@ -61,6 +62,7 @@ def deep_linear_descent(
         a chain of linear layers without biases.
     """
 
+    @full_products()
     def compute(
         module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
     ) -> Step:

@@ -20,7 +20,10 @@ class RelativeDamping:
 
     N rho_l = ratio times the mean diagonal of the Gram blocks that the structure inverts in layer
     l (one common value where the structure couples layers). Invariant to scalings of network and
-    data, which a fixed number is not.
+    data, which a fixed number is not. The mean diagonal counts as at least the rounding unit eps
+    of its dtype (1.2e-7 in float32): at the end of training, or in a dead layer, the Fisher
+    vanishes, and with a damping that vanishes, too, the step would be rounding over rounding. With
+    the floor it tends to zero with the gradient.
 
     Args:
       ratio: positive; 1e-3 to 1e-4 suits the unit-wise Fisher.
@@ -34,6 +37,10 @@ class RelativeDamping:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.ratio) and self.ratio > 0):
             raise ValueError(f"ratio of RelativeDamping must be positive, got {self.ratio}")
+
+    def times(self, scale: Array) -> Array:
+        """rho = ratio times a mean diagonal of Gram blocks over N, but at least ratio times eps."""
+        return self.ratio * jnp.maximum(scale, jnp.finfo(scale.dtype).eps)
 
 
 @dataclass(frozen=True)

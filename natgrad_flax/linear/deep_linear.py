@@ -21,6 +21,7 @@ from jax import Array
 
 from natgrad_flax.checks import check_damping, is_concrete
 from natgrad_flax.damping import is_zero
+from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_bottleneck import bottleneck_natural_gradient
 from natgrad_flax.linear.deep_linear_forms import chain, damped_form, inverse_form, whiten
 from natgrad_flax.linear.deep_linear_moments import (
@@ -62,6 +63,7 @@ def gradient(weights: Weights, data: Moments) -> list[Array]:
 
 
 @jax.jit
+@full_products()
 def _gradient(weights: Weights, data: Moments) -> list[Array]:
     before, after, product = chain(weights)
     seen = (data.cross - data.inputs @ product) @ data.precision
@@ -115,6 +117,7 @@ def natural_gradient(
 
 
 @jax.jit
+@full_products()
 def _inverse(weights: Weights, data: Moments) -> list[Array]:
     product = chain(weights)[2]
     residual = data.cross - data.inputs @ product
@@ -122,6 +125,7 @@ def _inverse(weights: Weights, data: Moments) -> list[Array]:
 
 
 @jax.jit
+@full_products()
 def _pseudo_inverse(weights: Weights, data: Moments) -> list[Array]:
     net = whiten(weights, data)
     return [
@@ -131,6 +135,7 @@ def _pseudo_inverse(weights: Weights, data: Moments) -> list[Array]:
 
 
 @jax.jit
+@full_products()
 def _damped(weights: Weights, data: Moments, damping: Array) -> list[Array]:
     before, after, product = chain(weights)
     seen = (data.cross - data.inputs @ product) @ data.precision

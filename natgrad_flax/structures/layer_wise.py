@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from natgrad_flax.arrays import real_array
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate
 from natgrad_flax.linalg import lu_solve, pinv_solve, solve_psd
@@ -55,6 +56,7 @@ class LayerWise(Structure):
 
     Raises:
       ValueError: sigma is not a finite, symmetric, nonsingular square matrix.
+      TypeError: it is complex, or holds something other than numbers.
     """
 
     sigma: tuple[tuple[float, ...], ...]
@@ -64,7 +66,7 @@ class LayerWise(Structure):
     def __init__(
         self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto"
     ) -> None:
-        matrix = np.asarray(sigma, dtype=np.float64)
+        matrix = real_array(sigma, "sigma")
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
             raise ValueError(f"sigma must be a square matrix (L, L), got shape {matrix.shape}")
         if not np.isfinite(matrix).all():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import batch_size, shapes_of
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import check_integer, check_number
 from natgrad_flax.damping import RelativeDamping
@@ -125,8 +126,8 @@ def check_average(average: object, structure: object, example: object) -> None:
         not isinstance(example, tuple)
         or len(example) != 2
         or not isinstance(example[0], nnx.Module)
-        or not hasattr(example[1], "shape")
-        or not hasattr(example[1], "dtype")
+        or not (leaves := jax.tree.leaves(example[1]))
+        or not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
     ):
         raise TypeError(
             "average= keeps arrays whose shapes the model decides: pass example=(model, x) with "
@@ -147,7 +148,7 @@ def empty_averages(
     Args:
       structure: the Fisher approximation.
       model: of which only shapes are looked at.
-      x: inputs (N, ...), or their shape and dtype.
+      x: inputs (N, ...), a tree of arrays or of their shapes and dtypes.
       wrt: filter of the parameters.
       average: decay and intervals.
       microbatches: parts of a batch.
@@ -155,19 +156,18 @@ def empty_averages(
     graphdef, state = nnx.split(model)
     means = _means(structure, average, microbatches)
 
-    def moments(state: Any, x: Array) -> tuple[Moments, Any]:
+    def moments(state: Any, x: Any) -> tuple[Moments, Any]:
         signals = jacobian_signals(nnx.merge(graphdef, state), x, wrt)
         found = Moments(means(signals))
         if structure.has_basis:
             basis = structure.basis(found.factors)
             found = Moments(found.factors, basis, structure.rotated(signals, basis))
-        return found, structure.invert(found, jnp.ones((), signals.outputs.dtype), len(x))
+        return found, structure.invert(found, jnp.ones((), signals.outputs.dtype), batch_size(x))
 
-    inputs = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    shapes, inverse = jax.eval_shape(moments, state, inputs)
+    kept, inverse = jax.eval_shape(moments, state, shapes_of(x))
 
     def empty() -> Averages:
-        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, inverse))
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (kept, inverse))
         return Averages(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start)
 
     return empty
@@ -206,14 +206,14 @@ class AveragedStep:
     def __call__(
         self,
         model: nnx.Module,
-        x: Array,
+        x: Any,
         y: Array,
         shapes: Signals,
         kept: Averages,
         steps: Array,
         damping: Any,
         key: Array,
-        fisher_x: Array | None,
+        fisher_x: Any,
         fisher_y: Array | None,
     ) -> tuple[tuple[LayerUpdate, ...], tuple[LayerUpdate, ...], Array, Averages]:
         """The natural gradient, the gradient, the outputs at x, and what is kept.
@@ -276,7 +276,7 @@ class AveragedStep:
     def _renew(
         self,
         model: nnx.Module,
-        batch: tuple[Array, Array | None],
+        batch: tuple[Any, Array | None],
         own: bool,
         kept: Averages,
         steps: Array,
@@ -284,13 +284,13 @@ class AveragedStep:
         key: Array,
     ) -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
         """The gradient (if the batch is its own) and the outputs of a batch, and what is kept."""
-        structure, average, size = self.structure, self.average, len(batch[0])
-        arrays = tuple(array for array in batch if array is not None)
+        structure, average, size = self.structure, self.average, batch_size(batch)
+        arrays = tuple(part for part in batch if part is not None)
         draw = sampler(self.loss, key, self.mc_samples, size)
         means = _means(structure, average, self.microbatches)
         settings = {"loss": self.loss, "fisher": self.fisher, "draw": draw, "wrt": self.wrt}
 
-        def first_pass(first: Any, x: Array, y: Array | None = None) -> tuple[Any, Any]:
+        def first_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, Any]:
             signals, residual = part_signals(model, x, y, first, **settings)
             slope: Any = ()
             if own:
@@ -315,7 +315,7 @@ class AveragedStep:
             if self.microbatches == 1:
                 return turn(signals, basis)
 
-            def second_pass(first: Any, x: Array, y: Array | None = None) -> tuple[Any, tuple[()]]:
+            def second_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, tuple[()]]:
                 part, _ = part_signals(model, x, y, first, **settings)
                 return turn(part, basis), ()
 

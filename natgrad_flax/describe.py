@@ -12,14 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from natgrad_flax.capture import linearise
-from natgrad_flax.checks import check_inputs, check_structure
+from natgrad_flax.checks import check_input_shape, check_inputs, check_structure
 from natgrad_flax.costs import Approximation, approximate, gram_by, gram_flops, shared_system
 from natgrad_flax.fisher import FISHER_KINDS, FisherKind
 from natgrad_flax.losses import Loss
@@ -173,7 +172,7 @@ def describe(
 
     Args:
       model: the model, or its shapes from ``nnx.eval_shape``.
-      x: inputs, shape (N, ...), or a ``jax.ShapeDtypeStruct`` of them.
+      x: inputs, an array (N, ...) or a tree of them, or of ``jax.ShapeDtypeStruct``.
       structure: the Fisher approximation; without one the Gram matrices are described. Of one on a
         mesh of devices, what all of them hold and compute together is described.
       loss: for the number of seeds of the exact Fisher, C without it.
@@ -193,12 +192,12 @@ def describe(
         raise ValueError(f"fisher must be one of {', '.join(FISHER_KINDS)}, got {fisher!r}")
     if not isinstance(mc_samples, int) or mc_samples < 1:
         raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        x = check_inputs(x, model)
+    x = check_inputs(x, model)
+    check_input_shape(model, x)
     graphdef, state = nnx.split(model)
     plans: list[LayerPlan] = []
 
-    def run(state: Any, x: Array) -> Signals:
+    def run(state: Any, x: Any) -> Signals:
         traced = nnx.merge(graphdef, state)
         plans.extend(plan_layers(traced, x, wrt)[0])
         outputs, backward = linearise(traced, x, wrt)

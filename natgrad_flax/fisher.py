@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import batch_size
 from natgrad_flax.capture import linearise
 from natgrad_flax.damping import is_zero
 from natgrad_flax.losses import Loss
@@ -27,7 +28,7 @@ FISHER_KINDS: tuple[str, ...] = get_args(FisherKind)
 
 def fisher_signals(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array,
     *,
     loss: Loss,
@@ -41,7 +42,7 @@ def fisher_signals(
 
     Args:
       model: any module; the output of a sample must not depend on the other samples.
-      x: inputs, shape (N, ...).
+      x: inputs, an array (N, ...) or a tree of them.
       y: targets, shape (N, C).
       loss: the loss.
       fisher: "exact" (S = C, or C - 1 for softmax), "mc" (S = num_samples) or "empirical" (S = 1).
@@ -56,9 +57,9 @@ def fisher_signals(
     Raises:
       TypeError, ValueError: as in ``linearise``; outputs that do not have the shape of y.
     """
-    draw = sampler(loss, key, num_samples, len(x))
+    draw = sampler(loss, key, num_samples, batch_size(x))
 
-    def run(first: Array | int, x: Array, y: Array) -> tuple[tuple[()], tuple[Signals, Residual]]:
+    def run(first: Array | int, x: Any, y: Array) -> tuple[tuple[()], tuple[Signals, Residual]]:
         signals, residual = part_signals(
             model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt
         )
@@ -71,7 +72,7 @@ def fisher_signals(
 
 def population_signals(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     *,
     loss: Loss,
@@ -82,9 +83,9 @@ def population_signals(
     microbatches: int = 1,
 ) -> Signals:
     """The signals of ``fisher_signals`` without a residual; targets are for "empirical" only."""
-    draw = sampler(loss, key, num_samples, len(x))
+    draw = sampler(loss, key, num_samples, batch_size(x))
 
-    def run(first: Array | int, x: Array, y: Array | None = None) -> tuple[tuple[()], Signals]:
+    def run(first: Array | int, x: Any, y: Array | None = None) -> tuple[tuple[()], Signals]:
         part = part_signals(model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt)
         return (), part[0]
 
@@ -140,7 +141,7 @@ def in_range(
 
 def part_signals(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     first: Array | int,
     *,

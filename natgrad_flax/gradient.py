@@ -12,12 +12,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.activations import ACTIVATIONS
+from natgrad_flax.activations import active_fraction
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
     check_batch,
     check_damping,
     check_fisher_batch,
+    check_input_shape,
     check_inputs,
     check_microbatches,
     check_settings,
@@ -27,18 +28,20 @@ from natgrad_flax.checks import (
 from natgrad_flax.convolution import with_fast_gradients
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.fisher import FisherKind, fisher_signals, in_range, population_signals
+from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
 from natgrad_flax.parts import Passes, in_parts
-from natgrad_flax.plans import dense_layers
+from natgrad_flax.plans import dense_layers, hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import Geometry, Structure
-from natgrad_flax.taps import Path
+from natgrad_flax.taps import Path, outputs_of
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
+    geometry_at,
     shared_alpha,
     shared_failures,
     traced_geometry,
@@ -49,7 +52,7 @@ Damping = float | Array | RelativeDamping
 
 def natural_gradient(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array,
     *,
     structure: Structure,
@@ -59,18 +62,20 @@ def natural_gradient(
     key: Array | None = None,
     mc_samples: int = 1,
     wrt: Any = nnx.Param,
-    fisher_x: Array | None = None,
+    fisher_x: Any = None,
     fisher_y: Array | None = None,
     microbatches: int = 1,
+    check_samples: bool = True,
 ) -> nnx.State:
     """G^{-1} dL, the natural gradient of the loss (Karakida & Osawa 2020, Eq. 7).
 
     Works eagerly (compiled once a shape) and inside ``jax.jit``, ``nnx.jit`` and ``lax.scan``.
 
     Args:
-      model: any Flax module whose outputs for a sample do not depend on the other samples.
+      model: any nnx module whose outputs for a sample do not depend on the other samples.
         ``ng.describe`` tells which formula serves which of its layers.
-      x: inputs, shape (N, ...).
+      x: inputs, an array (N, ...) of any dtype that the model takes, or a tree (dictionary, tuple,
+        ...) of such arrays, which the model gets as its one argument.
       y: targets, shape (N, C).
       structure: the Fisher approximation.
       loss: the loss; its mean over the N samples is differentiated.
@@ -84,6 +89,9 @@ def natural_gradient(
       fisher_y: targets (N', C) of that batch, for "empirical".
       microbatches: parts, a divisor of N and of N', in which the model runs one after the other.
         Only one part's activations are held; the result is that of the whole batch.
+      check_samples: whether to try, at the first batch of a shape whose values are known, that the
+        model makes of a batch what it makes of its samples one by one. Inside ``jit`` nothing can
+        be tried. Without it the result is that of the samples one by one.
 
     Returns:
       The update with the tree of ``nnx.state(model, wrt)``; theta - eta * update is the step.
@@ -91,6 +99,7 @@ def natural_gradient(
     Raises:
       ValueError, TypeError: bad settings or a bad batch, before any work.
     """
+    wrt = hashable_filter(wrt)
     check_settings(structure, loss, fisher, damping, mc_samples)
     if callable(damping) or isinstance(damping, LevenbergMarquardt):
         raise TypeError(
@@ -103,6 +112,8 @@ def natural_gradient(
     check_microbatches(microbatches, x, fisher_x)
     at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
     prepare(structure, model, *at, loss, fisher, mc_samples, damping, wrt)
+    if check_samples:
+        check_samples_alone(model, x)
     static = static_damping(damping)
     graphdef, state = nnx.split(model)
     updates = _compiled(
@@ -139,7 +150,7 @@ class AtBatch(NamedTuple):
 
 def compute(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array,
     *,
     structure: Structure,
@@ -149,7 +160,7 @@ def compute(
     key: Array | None,
     mc_samples: int,
     wrt: Any = nnx.Param,
-    fisher_x: Array | None = None,
+    fisher_x: Any = None,
     fisher_y: Array | None = None,
     microbatches: int = 1,
     momentum: Momentum | None = None,
@@ -206,7 +217,7 @@ def inner_product(left: tuple[LayerUpdate, ...], right: tuple[LayerUpdate, ...])
 
 def loss_gradient(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array,
     *,
     loss: Loss,
@@ -217,14 +228,14 @@ def loss_gradient(
     """J^T r / N by the paths of the parameters, and the outputs (N, C); plain backpropagation."""
     graphdef, chosen, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]
 
-    def run(first: Array | int, x: Array, y: Array) -> tuple[dict[Path, Array], Array]:
+    def run(first: Array | int, x: Any, y: Array) -> tuple[dict[Path, Array], Array]:
         del first
 
         def forward(state: Any) -> Array:
-            return with_fast_gradients(nnx.merge(graphdef, state, rest))(x)
+            return outputs_of(with_fast_gradients(nnx.merge(graphdef, state, rest)), x)
 
         outputs, backward = jax.vjp(forward, chosen)
-        (gradient,) = backward(loss.residual(outputs, y) / len(x))
+        (gradient,) = backward(loss.residual(outputs, y) / len(y))
         return by_path(gradient), outputs
 
     return passes(run, (x, y), microbatches)
@@ -248,17 +259,16 @@ def resolve_damping(structure: Structure, signals: Signals, damping: Damping) ->
 @partial(
     jax.jit,
     static_argnames=(
-        *("graphdef", "structure", "loss", "fisher", "mc_samples", "static_damping", "wrt"),
-        "microbatches",
+        *("structure", "loss", "fisher", "mc_samples", "static_damping", "wrt", "microbatches"),
     ),
 )
 def _compiled(
     state: Any,
-    x: Array,
+    x: Any,
     y: Array,
     damping: Array | None,
     key: Array | None,
-    fisher_x: Array | None,
+    fisher_x: Any,
     fisher_y: Array | None,
     *,
     graphdef: Any,
@@ -330,9 +340,7 @@ def model_geometry(model: nnx.Module, num_samples: int) -> Geometry:
     for _, layer in sorted(dense_layers(model).items(), key=lambda item: _sort_key(item[0])):
         fan_in, units = layer.kernel.shape  # type: ignore[attr-defined]
         layers.append((fan_in + (layer.bias is not None), units))  # type: ignore[attr-defined]
-    name = getattr(model, "activation", None)
-    fraction = ACTIVATIONS[name].active_fraction if name in ACTIVATIONS else None
-    return Geometry(tuple(layers), num_samples, layers[-1][1], fraction)
+    return Geometry(tuple(layers), num_samples, layers[-1][1], active_fraction(model))
 
 
 def _sort_key(path: Path) -> tuple[tuple[int, int, str], ...]:
@@ -344,7 +352,7 @@ def optimal_learning_rate(
     model: nnx.Module,
     num_samples: int | None = None,
     *,
-    x: Array | None = None,
+    x: Any = None,
     damping: Damping = 0.0,
 ) -> float:
     """1 / alpha, which makes the linearised network converge in one step (Corollary 4.2).
@@ -373,6 +381,7 @@ def optimal_learning_rate(
         raise TypeError("a learning rate needs one damping: a number or an ng.RelativeDamping")
     if x is not None:
         x = check_inputs(x, model)
+        check_input_shape(model, x)
     if x is not None and num_samples is None:
         signals = jacobian_signals(model, x)
         with full_products():
@@ -395,10 +404,10 @@ def optimal_learning_rate(
     return 1 / alpha
 
 
-def _geometry(model: nnx.Module, num_samples: int, x: Array | None) -> Geometry:
+def _geometry(model: nnx.Module, num_samples: int, x: Any) -> Geometry:
     """The sizes of a model, by tracing it where the shape of its inputs is known."""
     if x is not None:
-        return traced_geometry(model, x.shape[1:], x.dtype, num_samples)
+        return geometry_at(model, x, num_samples)
     shape = getattr(model, "input_shape", None)
     if isinstance(shape, tuple):
         return traced_geometry(model, shape, jnp.float32, num_samples)

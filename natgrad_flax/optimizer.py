@@ -28,9 +28,11 @@ from natgrad_flax.checks import (
 )
 from natgrad_flax.fisher import FisherKind
 from natgrad_flax.gradient import AtBatch, as_state, by_path, compute, inner_product
+from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import named_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
+from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.structures import AveragedStructure, Structure
 from natgrad_flax.transformation import (
@@ -56,6 +58,7 @@ def natural_gradient_descent(
     example: tuple[nnx.Module, Any] | None = None,
     momentum: float = 0.0,
     microbatches: int = 1,
+    check_samples: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural-gradient descent: theta <- theta - eta G^{-1} dL (Karakida & Osawa 2020, Eq. 7).
 
@@ -86,15 +89,20 @@ def natural_gradient_descent(
         batch does not determine (SPRING; see ``natgrad_flax.momentum``). 0 is none.
       microbatches: parts, a divisor of N, in which the model runs one after the other, so that only
         one part's activations are held.
+      check_samples: as in ``natural_gradient``; steps inside ``jit`` are not checked.
 
     Returns:
       An optax transformation with the extra arguments ``module`` (the model, or a copy of it, whose
-      parameters are those of this step), ``x`` (N, ...) and ``y`` (N, C). ``fisher_x`` and
+      parameters are those of this step; or a function that returns it, ``lambda: model``, which
+      ``nnx.Optimizer`` leaves alone while it takes the Variables off a model: needed where weights
+      are tied, or where a module of yours keeps Variables that are no parameters), ``x`` (N, ...)
+      and ``y`` (N, C). ``fisher_x`` and
       ``fisher_y`` are a batch for the Fisher alone, as in ``natural_gradient``.
 
     Raises:
       ValueError, TypeError: bad settings here, a bad batch in ``update``.
     """
+    wrt = hashable_filter(wrt)
     check_settings(structure, loss, fisher, damping, mc_samples)
     check_learning_rate(learning_rate)
 
@@ -111,12 +119,12 @@ def natural_gradient_descent(
 
     def step(
         module: nnx.Module,
-        x: Array,
+        x: Any,
         y: Array,
         rho: Any,
         state: NaturalGradientState,
         key: Array,
-        fisher_x: Array | None = None,
+        fisher_x: Any = None,
         fisher_y: Array | None = None,
     ) -> Step:
         fisher_x, fisher_y = check_fisher_batch(module, fisher, x, y, fisher_x, fisher_y)
@@ -124,6 +132,8 @@ def natural_gradient_descent(
         at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
         size = averaged.structure.factor_size if averaged else None
         shapes = prepare(structure, module, *at, loss, fisher, mc_samples, rho, wrt, size)
+        if check_samples:
+            check_samples_alone(module, x)
         if averaged is not None:
             kept: Any
             solved, slope, outputs, kept = averaged(

@@ -21,7 +21,7 @@ from natgrad_flax.structures import Structure
 def prepare(
     structure: Structure,
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     loss: Loss,
     fisher: FisherKind,
@@ -60,10 +60,10 @@ def prepare(
     return signals
 
 
-@partial(jax.jit, static_argnames=("graphdef", "loss", "fisher", "mc_samples", "wrt"))
+@partial(jax.jit, static_argnames=("loss", "fisher", "mc_samples", "wrt"))
 def _signals(
     state: Any,
-    x: Array,
+    x: Any,
     y: Array | None,
     *,
     graphdef: Any,

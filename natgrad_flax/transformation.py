@@ -15,7 +15,8 @@ from natgrad_flax.checks import check_batch
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.gradient import as_state, by_path, leaf_names
 from natgrad_flax.losses import Loss
-from natgrad_flax.taps import Path
+from natgrad_flax.taps import DoesNotRunError, Path, outputs_of
+from natgrad_flax.variables import whole_model
 
 Damping: TypeAlias = float | optax.Schedule | RelativeDamping | LevenbergMarquardt
 
@@ -87,15 +88,15 @@ def transformation(
         state: NaturalGradientState,
         params: optax.Params | None = None,
         *,
-        module: nnx.Module | None = None,
-        x: Array | None = None,
+        module: nnx.Module | Callable[[], nnx.Module] | None = None,
+        x: Any = None,
         y: Array | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, NaturalGradientState]:
         del params
         if module is None or x is None or y is None:
             raise ValueError(f"{name} needs the batch: pass module=model, x=x, y=y to update")
-        module = _with_variables(module, updates, wrt)
+        module, doubt = whole_model(module, by_path(updates), wrt)
         x, y = check_batch(module, x, y, loss)
         rho: Any = damping
         if adaptive:
@@ -104,7 +105,12 @@ def transformation(
             rho = damping(state.steps)
         key, draw = jax.random.split(state.key)
         further = {name: extra[name] for name in accepts if name in extra}
-        found = compute(module, x, y, rho, state, draw, **further)
+        try:
+            found = compute(module, x, y, rho, state, draw, **further)
+        except DoesNotRunError as error:
+            if not doubt:
+                raise
+            raise DoesNotRunError(f"{error}. {doubt}") from error
         rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         step = jax.tree.map(
             lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
@@ -120,37 +126,14 @@ def transformation(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _with_variables(module: nnx.Module, params: Any, wrt: Any) -> nnx.Module:
-    """The module with its parameters as variables, of which ``nnx.Optimizer`` strips its arguments.
-
-    Args:
-      module: with variables, or with bare arrays in their places.
-      params: a tree with the paths of the parameters.
-      wrt: filter of the parameters.
-    """
-    graphdef, state = nnx.split(module)
-    if any(isinstance(leaf, nnx.Variable) for _, leaf in nnx.to_flat_state(state)):
-        return module
-    kind = wrt if isinstance(wrt, type) and issubclass(wrt, nnx.Variable) else nnx.Param
-    copy = nnx.merge(graphdef, state, copy=True)
-    owners = {tuple(path): owner for path, owner in nnx.iter_modules(copy)}
-    for path in by_path(params):
-        owner: Any = owners[path[:-1]]
-        if isinstance(path[-1], str):
-            setattr(owner, path[-1], kind(getattr(owner, path[-1])))
-        else:
-            owner[path[-1]] = kind(owner[path[-1]])
-    return copy
-
-
 def change_of_loss(
-    loss: Loss, module: nnx.Module, x: Array, y: Array, outputs: Array
+    loss: Loss, module: nnx.Module, x: Any, y: Array, outputs: Array
 ) -> Callable[[Array | float, Any], Array]:
     """``Step.change`` by one more forward pass; ``outputs`` are the module's at x."""
 
     def change(rate: Array | float, step: Any) -> Array:
         del rate
-        return loss(_moved(module, step)(x), y) - loss(outputs, y)
+        return loss(outputs_of(_moved(module, step), x), y) - loss(outputs, y)
 
     return change
 

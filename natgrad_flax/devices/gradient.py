@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 
+from natgrad_flax.arrays import batch_size
 from natgrad_flax.checks import (
     check_batch,
     check_fisher_batch,
@@ -39,9 +40,11 @@ from natgrad_flax.gradient import (
     resolve_damping,
     static_damping,
 )
+from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
+from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import Structure
@@ -54,7 +57,7 @@ class UnsolvedError(RuntimeError):
 
 def sharded_natural_gradient(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array,
     *,
     structure: Structure,
@@ -66,9 +69,10 @@ def sharded_natural_gradient(
     key: Array | None = None,
     mc_samples: int = 1,
     wrt: Any = nnx.Param,
-    fisher_x: Array | None = None,
+    fisher_x: Any = None,
     fisher_y: Array | None = None,
     microbatches: int = 1,
+    check_samples: bool = True,
     solver: SolverName = "auto",
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
@@ -97,6 +101,7 @@ def sharded_natural_gradient(
       fisher_x: as in ``natural_gradient``, sharded like x.
       fisher_y: as in ``natural_gradient``.
       microbatches: parts of each device's samples, one after the other.
+      check_samples: as in ``natural_gradient``, on one process.
       solver: as in ``Sharded``.
       tolerance: as in ``Sharded``.
       max_iterations: as in ``Sharded``.
@@ -112,19 +117,23 @@ def sharded_natural_gradient(
     """
     sharded = Sharded(structure, mesh, axis, solver, tolerance, max_iterations)
     placement = sharded.placement
-    check_automatic(x, y)
+    check_automatic(*jax.tree.leaves((x, y)))
+    wrt = hashable_filter(wrt)
     check_settings(structure, loss, fisher, damping, mc_samples)
     if callable(damping) or isinstance(damping, LevenbergMarquardt):
         raise TypeError("a single gradient needs one damping: a number or an ng.RelativeDamping")
     if fisher == "mc" and key is None:
         raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
     here = local_model(model)
-    seen = check_batch(here, local_part(x), local_part(y), loss)
-    check_fisher_batch(here, fisher, *seen, local_part(fisher_x), local_part(fisher_y))
+    own = jax.tree.map(local_part, (x, y, fisher_x, fisher_y))
+    seen = check_batch(here, own[0], own[1], loss)
+    seen_by_fisher = check_fisher_batch(here, fisher, *seen, own[2], own[3])
+    if jax.process_count() == 1:
+        (x, y), (fisher_x, fisher_y) = seen, seen_by_fisher
     for batch in (x, fisher_x):
         if batch is not None:
-            check_divisible(placement, np.shape(batch)[0])
-            check_microbatches(microbatches, jnp.zeros(np.shape(batch)[0] // placement.size))
+            check_divisible(placement, batch_size(batch))
+            check_microbatches(microbatches, jnp.zeros(batch_size(batch) // placement.size))
     graphdef, state = nnx.split(model)
     moved = on_mesh(placement, state, placement.whole)
     at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
@@ -133,6 +142,8 @@ def sharded_natural_gradient(
     )
     on_devices = nnx.merge(graphdef, moved)
     prepare(sharded, on_devices, inputs, targets, loss, fisher, mc_samples, damping, wrt)
+    if check_samples:
+        check_samples_alone(on_devices, on_mesh(placement, x, placement.rows))
     static = static_damping(damping)
     updates, solution = _compiled(
         moved,
@@ -158,7 +169,7 @@ def sharded_natural_gradient(
 
 def compute_on_devices(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array,
     *,
     structure: Sharded,
@@ -168,7 +179,7 @@ def compute_on_devices(
     key: Array | None,
     mc_samples: int,
     wrt: Any,
-    fisher_x: Array | None,
+    fisher_x: Any,
     fisher_y: Array | None,
     microbatches: int,
 ) -> tuple[tuple[LayerUpdate, ...], Signals, Solution | None]:
@@ -182,13 +193,13 @@ def compute_on_devices(
     placement = structure.placement
     passes: dict[str, Any] = {"loss": loss, "fisher": fisher, "wrt": wrt}
     at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
-    draw = sampler(loss, key, mc_samples, len(at[0]))
+    draw = sampler(loss, key, mc_samples, batch_size(at[0]))
 
-    def run(first: Array | int, x: Array, y: Array | None = None) -> tuple[tuple[()], Any]:
+    def run(first: Array | int, x: Any, y: Array | None = None) -> tuple[tuple[()], Any]:
         return (), part_signals(model, x, y, first, draw=draw, **passes)
 
     over = partial(over_devices, placement=placement)
-    given = tuple(array for array in at if array is not None)
+    given = tuple(part for part in at if part is not None)
     _, (signals, residual) = over(run, given, microbatches)
     signals, residual = in_range(signals, residual, loss=loss, fisher=fisher, damping=damping)
     right: Residual | tuple[LayerUpdate, ...] = residual
@@ -206,13 +217,13 @@ def compute_on_devices(
 @partial(
     jax.jit,
     static_argnames=(
-        *("graphdef", "structure", "loss", "fisher", "mc_samples", "static_damping", "wrt"),
+        *("structure", "loss", "fisher", "mc_samples", "static_damping", "wrt"),
         *("microbatches", "shardings"),
     ),
 )
 def _compiled(
     state: Any,
-    batches: tuple[Array, Array, Array | None, Array | None],
+    batches: tuple[Any, Array, Any, Array | None],
     single: tuple[Array | None, Array | None],
     *,
     graphdef: Any,

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.checks import (
+    check_array,
     check_damping,
     check_learning_rate,
     check_number,
@@ -65,7 +66,7 @@ def deep_linear_descent(
     def compute(
         module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
     ) -> Step:
-        layers = linear_layers(module)
+        x, layers = check_array(x), linear_layers(module)
         scales = [getattr(layer, "weight_scale", 1.0) for layer in layers.values()]
         kernels = [layer.kernel[...] for layer in layers.values()]  # type: ignore[attr-defined]
         weights = [scale * kernel for scale, kernel in zip(scales, kernels, strict=True)]

@@ -14,6 +14,7 @@ from natgrad_flax.checks import check_integer
 from natgrad_flax.damping import LevenbergMarquardt, is_zero
 from natgrad_flax.fisher import fisher_signals
 from natgrad_flax.gradient import leaf_names
+from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import matrix_of
 from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
@@ -39,6 +40,7 @@ def online_natural_gradient_descent(
     inverse: InverseMoment | None = None,
     output_variance: float = 1.0,
     seed: int = 0,
+    check_samples: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """The online algorithm of Bernacchia et al. (2018, Section 5), for any network.
 
@@ -58,6 +60,7 @@ def online_natural_gradient_descent(
       inverse: how second moments are inverted; None means DirectInverse().
       output_variance: as in ``deep_linear_descent``.
       seed: of the drawn targets.
+      check_samples: as in ``ng.natural_gradient``.
 
     Returns:
       An optax transformation with the extra arguments ``module``, ``x`` (N, n_0), ``y`` (N, n_L).
@@ -107,13 +110,15 @@ def online_natural_gradient_descent(
         signals, residual = fisher_signals(
             module, x, y, loss=loss, fisher="mc", key=draw, num_samples=mc_samples
         )
+        if check_samples:
+            check_samples_alone(module, x)
         if not all(isinstance(layer, DenseSignals) for layer in signals.layers):
             raise ValueError(
                 "online_natural_gradient_descent needs every layer to be called once, on one "
                 "position a sample; use natural_gradient_descent(structure=ng.KFAC())"
             )
         layers = cast("tuple[DenseSignals, ...]", signals.layers)
-        depth, count = len(layers), len(x)
+        depth, count = len(layers), signals.num_samples
         root = jnp.sqrt(rho).astype(signals.outputs.dtype)
         with full_products():
             down = [

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ SCHEMA = 1
 MANIFEST = "leaderboard.json"
 
 Record = dict[str, Any]
+
+LARGEST = 2**24
+"""Bytes of the largest file that is read; a record with its curve has some ten thousand."""
 
 _PARTS = ("facts", "outcome", "command")
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -116,9 +120,9 @@ class Store:
           StorageError: it cannot be written to.
         """
         store = cls(Path(folder), rules)
-        if store.folder.exists() and not store.folder.is_dir():
+        if os.path.lexists(store.folder) and not store.folder.is_dir():
             raise ValueError(f"{folder} is not a folder; choose another --out")
-        if not (store.folder / MANIFEST).exists():
+        if not os.path.lexists(store.folder / MANIFEST):
             store._write(store.folder / MANIFEST, {"rules": rules, "created": _now()})
         _check_rules(store.folder, rules)
         store._clear()
@@ -234,7 +238,7 @@ class Store:
           StorageError: this folder cannot be written to; what was copied stays.
         """
         source = Store(Path(other), self.rules)
-        if not (source.folder / MANIFEST).is_file():
+        if not os.path.isfile(source.folder / MANIFEST):
             raise ValueError(f"{other} holds no leaderboard: it has no {MANIFEST}")
         if source.folder.resolve() == self.folder.resolve():
             raise ValueError(f"{other} is the folder to merge into; name another one")
@@ -337,11 +341,15 @@ def _read_record(path: Path, rules: str) -> Record:
       FileNotFoundError: there is no such file.
     """
     try:
-        text = path.read_bytes()
-    except (PermissionError, IsADirectoryError) as error:
+        text = _content(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
         raise NotARecordError(f"cannot be read: {error.strerror}") from None
     try:
         record = json.loads(text)
+    except RecursionError:
+        raise NotARecordError("not a record: its JSON is nested too deep") from None
     except ValueError:  # also of an encoding that is not UTF-8
         what = "empty" if not text.strip(b"\0 \n") else "not JSON: half-written or edited"
         raise NotARecordError(f"the file is {what}") from None
@@ -369,11 +377,32 @@ def _read_record(path: Path, rules: str) -> Record:
     return record
 
 
+def _content(path: Path) -> bytes:
+    """The content of a file, unless it is none, or larger than any that a store writes.
+
+    Raises:
+      OSError: it cannot be read; FileNotFoundError where it is not there.
+    """
+    # a named pipe would be waited for
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file")
+        content = bytearray()
+        while len(content) <= LARGEST and (part := os.read(handle, 2**20)):
+            content += part
+    finally:
+        os.close(handle)
+    if len(content) > LARGEST:
+        raise OSError(errno.EFBIG, f"it has more than {LARGEST // 2**20} MiB")
+    return bytes(content)
+
+
 def _check_rules(folder: Path, rules: str) -> None:
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_bytes())["rules"]
-    except (ValueError, KeyError, TypeError):
+        found = json.loads(_content(path))["rules"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"{path} is not the manifest of a leaderboard; choose another --out, or remove the "
             "file if the trials beside it are yours"

@@ -61,10 +61,14 @@ def _folders(entry: Entry) -> list[Path]:
     folders = [cache_folder() / entry.name]
     named = os.environ.get(DATA_VARIABLE)
     if named:
-        root = Path(named).expanduser()
-        if not root.is_dir():
+        root = Path(os.path.expanduser(named))
+        if not os.path.isdir(root):
             raise DatasetError(
                 f"the environment variable {DATA_VARIABLE} names {root}, which is not a folder"
+            )
+        if not os.access(root, os.R_OK | os.X_OK):
+            raise DatasetError(
+                f"the environment variable {DATA_VARIABLE} names {root}, which may not be read"
             )
         folders.insert(0, root / entry.name)
     return folders
@@ -72,7 +76,7 @@ def _folders(entry: Entry) -> list[Path]:
 
 def present(entry: Entry, folder: Path) -> tuple[str, ...]:
     """Names of the files of a data set that are in a folder, unchecked, in official order."""
-    return tuple(file.name for file in entry.files if (folder / file.name).is_file())
+    return tuple(file.name for file in entry.files if os.path.isfile(folder / file.name))
 
 
 def _sufficient(entry: Entry, names: tuple[str, ...]) -> bool:

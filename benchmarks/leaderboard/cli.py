@@ -266,7 +266,7 @@ def list_them() -> None:
         except ValueError as error:
             target = str(error)
         here = workload.missing() or "yes"
-        cells = (name, workload.version, workload.title, target, here)
+        cells = (name, str(workload.version), workload.title, target, here)
         table.add_row(*map(terminal, cells))
     output.print(table)
     table = Table("contestant", "what", "Fisher", "damping", "learning rate")

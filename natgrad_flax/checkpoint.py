@@ -176,10 +176,9 @@ def restore(
             raise ValueError(next(iter(damaged.values())) + others)
     for other, reason in damaged.items():
         aside = _set_aside(other)
+        told = f"; the damaged one is now {aside.name}" if aside else ""
         warnings.warn(
-            f"{reason}; the run goes on from step {chosen}, and {aside.name} can be removed",
-            RuntimeWarning,
-            stacklevel=2,
+            f"{reason}; the run goes on from step {chosen}{told}", RuntimeWarning, stacklevel=2
         )
     state = nnx.state(model)
     count = len(jax.tree.leaves(state))
@@ -331,12 +330,12 @@ def _short(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
 
 
-def _set_aside(place: Path) -> Path:
-    """Renames a damaged checkpoint, where this folder may be written to; says where it is."""
-    aside = place
+def _set_aside(place: Path) -> Path | None:
+    """Renames a damaged checkpoint; says where it is, in the process that did it."""
+    aside = None
     if jax.process_index() == 0:
         names = (place.with_name(f"{place.name}.damaged-{n}") for n in itertools.count(1))
-        with suppress(OSError):
+        with suppress(OSError):  # of a folder that may only be read
             aside = place.rename(next(name for name in names if not name.exists()))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"natgrad checkpoint {place.name}")

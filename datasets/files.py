@@ -26,7 +26,8 @@ def read_file(path: Path) -> bytes:
             than LARGEST bytes.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        # Without the flag, which Windows lacks, a pipe would be waited for.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
@@ -35,7 +36,6 @@ def read_file(path: Path) -> bytes:
                 raise DataFileError(
                     f"{path}: it has {status.st_size} bytes, more than any data file ({LARGEST})"
                 )
-            # One pass: a file that grows meanwhile is not followed.
             with open(handle, "rb", closefd=False) as stream:
                 return stream.read(status.st_size)
         finally:

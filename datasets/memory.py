@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
-import resource
 from pathlib import Path
 
 from .errors import DatasetError
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 _CONTAINER = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -14,12 +19,17 @@ _CONTAINER = (
 )
 
 
-def memory_limit() -> int:
-    """Bytes that this process may have: of the machine, its container or its address space."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if address_space != resource.RLIM_INFINITY:
-        limits.append(address_space)
+def memory_limit() -> float:
+    """Bytes that this process may have: of the machine, its container or its address space.
+
+    Infinite where the system does not say.
+    """
+    limits: list[float] = [math.inf]
+    if resource is not None:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if address_space != resource.RLIM_INFINITY:
+            limits.append(address_space)
     for path in _CONTAINER:
         try:
             limits.append(int(path.read_text()))

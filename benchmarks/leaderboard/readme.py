@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.leaderboard import tables
+from benchmarks.leaderboard.reading import read_file
 from benchmarks.leaderboard.texts import markdown
 from ntk_analysis.files import replace_file
 
@@ -52,10 +53,8 @@ def around(path: Path) -> tuple[str, str, str]:
       OSError: the file cannot be read.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a file; name a Markdown file that has the two markers")
     try:
-        text = path.read_bytes().decode()
+        text = read_file(path).decode()
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text in UTF-8; name a Markdown file") from None
     if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import secrets
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,14 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.leaderboard import locks
+from benchmarks.leaderboard.reading import read_file
 
 SCHEMA = 1
 MANIFEST = "leaderboard.json"
 
 Record = dict[str, Any]
-
-LARGEST = 2**24
-"""Bytes of the largest file that is read; a record with its curve has some ten thousand."""
 
 _PARTS = ("facts", "outcome", "command")
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -341,7 +338,7 @@ def _read_record(path: Path, rules: str) -> Record:
       FileNotFoundError: there is no such file.
     """
     try:
-        text = _content(path)
+        text = read_file(path)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -377,31 +374,10 @@ def _read_record(path: Path, rules: str) -> Record:
     return record
 
 
-def _content(path: Path) -> bytes:
-    """The content of a file, unless it is none, or larger than any that a store writes.
-
-    Raises:
-      OSError: it cannot be read; FileNotFoundError where it is not there.
-    """
-    # a named pipe would be waited for
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file")
-        content = bytearray()
-        while len(content) <= LARGEST and (part := os.read(handle, 2**20)):
-            content += part
-    finally:
-        os.close(handle)
-    if len(content) > LARGEST:
-        raise OSError(errno.EFBIG, f"it has more than {LARGEST // 2**20} MiB")
-    return bytes(content)
-
-
 def _check_rules(folder: Path, rules: str) -> None:
     path = folder / MANIFEST
     try:
-        found = json.loads(_content(path))["rules"]
+        found = json.loads(read_file(path))["rules"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"{path} is not the manifest of a leaderboard; choose another --out, or remove the "

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from boards import board, command, copied, put, record
 from fault_harness import Exits, Refused, over
+from strange_files import holding, link, of_size
 
 from benchmarks.leaderboard import RULES, locks
+from benchmarks.leaderboard.reading import LARGEST
 from benchmarks.leaderboard.runner import run
-from benchmarks.leaderboard.store import LARGEST, MANIFEST, Store
+from benchmarks.leaderboard.store import MANIFEST, Store
 
 LONG = "a" * 300
 ANY = (ValueError, TypeError, OSError)
@@ -39,19 +41,6 @@ def at(name, make):
     return harm
 
 
-def text(content):
-    return lambda path: path.write_bytes(content)
-
-
-def link(target):
-    return lambda path: path.symlink_to(target or path)
-
-
-def large(path):
-    with path.open("wb") as file:
-        file.truncate(LARGEST + 1)
-
-
 HERE = f"trials/aa/aa{'0' * 62}.json"
 LOOP = link(None)
 
@@ -68,31 +57,31 @@ FILES = {
     "a device": (HERE, link("/dev/zero"), scored("it is a folder, a pipe or a device")),
     "a link to itself": (HERE, LOOP, scored("Too many levels of symbolic links")),
     "a link to nowhere": (HERE, link("nowhere"), scored("")),
-    "too large": (HERE, large, scored("more than 16 MiB")),
-    "nested too deep": (HERE, text(DEEP), scored("nested too deep")),
-    "nested objects": (HERE, text(b'{"a":' * 100_000), scored("nested too deep")),
-    "empty": (HERE, text(b""), scored("the file is empty")),
-    "zeros": (HERE, text(b"\0" * 4096), scored("the file is empty")),
-    "binary": (HERE, text(b"\xff\xfe\x00"), scored("not JSON")),
-    "a list": (HERE, text(b"[1]"), scored("its JSON is no object")),
-    "NaN": (HERE, text(b'{"schema": 1, "a": NaN}'), scored("numbers that are not finite")),
-    "of another form": (HERE, text(b'{"schema": "1"}'), scored("of schema '1'")),
-    "a name with markup": ("trials/aa/[red]x[bold].json", text(b"x"), scored("not JSON")),
+    "too large": (HERE, of_size(LARGEST + 1), scored("more than 16 MiB")),
+    "nested too deep": (HERE, holding(DEEP), scored("nested too deep")),
+    "nested objects": (HERE, holding(b'{"a":' * 100_000), scored("nested too deep")),
+    "empty": (HERE, holding(b""), scored("the file is empty")),
+    "zeros": (HERE, holding(b"\0" * 4096), scored("the file is empty")),
+    "binary": (HERE, holding(b"\xff\xfe\x00"), scored("not JSON")),
+    "a list": (HERE, holding(b"[1]"), scored("its JSON is no object")),
+    "NaN": (HERE, holding(b'{"schema": 1, "a": NaN}'), scored("numbers that are not finite")),
+    "of another form": (HERE, holding(b'{"schema": "1"}'), scored("of schema '1'")),
+    "a name with markup": ("trials/aa/[red]x[bold].json", holding(b"x"), scored("not JSON")),
     "a name that clears the screen": (
-        "trials/aa/\x1b[2J.json", text(b"x"), scored("aa/\ufffd\\[2J.json")
+        "trials/aa/\x1b[2J.json", holding(b"x"), scored("aa/\ufffd\\[2J.json")
     ),
-    "no trials but a file": ("trials", text(b"x"), Exits(2, "no trials to score")),
+    "no trials but a file": ("trials", holding(b"x"), Exits(2, "no trials to score")),
     "no trials but a link to itself": ("trials", LOOP, Exits(2, "no trials to score")),
     "a pipe as folder of trials": ("trials/ab", os.mkfifo, scored("")),
-    "a file as quarantine": ("quarantine", text(b"x"), scored("")),
+    "a file as quarantine": ("quarantine", holding(b"x"), scored("")),
     "a lock that is a folder": ("trials/aa/.x.lock", Path.mkdir, scored("")),
     "a pipe as manifest": (MANIFEST, os.mkfifo, Exits(2, "is not the manifest")),
     "a folder as manifest": (MANIFEST, Path.mkdir, Exits(2, "is not the manifest")),
-    "a manifest nested too deep": (MANIFEST, text(DEEP), Exits(2, "is not the manifest")),
-    "an empty manifest": (MANIFEST, text(b""), Exits(2, "is not the manifest")),
-    "a list as manifest": (MANIFEST, text(b"[]"), Exits(2, "is not the manifest")),
+    "a manifest nested too deep": (MANIFEST, holding(DEEP), Exits(2, "is not the manifest")),
+    "an empty manifest": (MANIFEST, holding(b""), Exits(2, "is not the manifest")),
+    "a list as manifest": (MANIFEST, holding(b"[]"), Exits(2, "is not the manifest")),
     "a manifest of other rules": (
-        MANIFEST, text(b'{"rules": ["[/x]"]}'), Exits(2, r"trials of rules \['\[/x\]'\]")
+        MANIFEST, holding(b'{"rules": ["[/x]"]}'), Exits(2, r"trials of rules \['\[/x\]'\]")
     ),
     "a manifest that is a link to itself": (MANIFEST, LOOP, Exits(2, "holds no leaderboard")),
 }  # fmt: skip
@@ -173,14 +162,14 @@ OUT = {
 }
 COMMANDS = {
     "no README": (partial(page, lambda path: None), Exits(2, "README.md: No such file")),
-    "a README that is a folder": (partial(page, Path.mkdir), Exits(2, "README.md is not a file")),
-    "a README that is a pipe": (partial(page, os.mkfifo), Exits(2, "README.md is not a file")),
+    "a README that is a folder": (partial(page, Path.mkdir), Exits(2, "README.md: it is a folder")),
+    "a README that is a pipe": (partial(page, os.mkfifo), Exits(2, "README.md: it is a folder")),
     "a README that is a device": (
-        partial(page, link("/dev/zero")), Exits(2, "README.md is not a file")
+        partial(page, link("/dev/zero")), Exits(2, "README.md: it is a folder")
     ),
     "a README that is a link to itself": (partial(page, LOOP), Exits(2, "README.md: Too many lev")),
-    "a binary README": (partial(page, text(b"\xff\xfe")), Exits(2, "is not a text in UTF-8")),
-    "a README without markers": (partial(page, text(b"x")), Exits(2, "must have one line <!--")),
+    "a binary README": (partial(page, holding(b"\xff\xfe")), Exits(2, "is not a text in UTF-8")),
+    "a README without markers": (partial(page, holding(b"x")), Exits(2, "must have one line <!--")),
     "a README with a name too long": (
         lambda: command("page", "--out", board(), "--readme", LONG), Exits(2, "File name too long")
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +53,39 @@ def check_integer(value: object, name: str, minimum: int) -> int:
     return int(value)
 
 
+def check_number(value: object, name: str) -> float:
+    """Check an argument that is 0 or positive.
+
+    Args:
+        value: What the caller gave.
+        name: What to call it in an error.
+
+    Returns:
+        The number.
+
+    Raises:
+        DatasetError: It is no number, negative, NaN or infinite.
+    """
+    number = math.nan
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # of an integer longer than any float
+            number = float(value)
+    if not 0 <= number < math.inf:
+        raise DatasetError(f"{name} must be 0 or positive and finite, got {value!r}")
+    return number
+
+
+def check_flag(value: object, name: str) -> bool:
+    """Check an argument that is true or false.
+
+    Raises:
+        DatasetError: It is neither; a text such as "no" would count as true.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise DatasetError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """Check a floating-point type.
 
@@ -66,7 +101,7 @@ def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     message = f"dtype must be 'float32' or 'float64', got {dtype!r}"
     try:
         result = np.dtype(dtype)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DatasetError(message) from error
     # NumPy takes None for float64, also in comparisons.
     if dtype is None or result not in (np.dtype(np.float32), np.dtype(np.float64)):

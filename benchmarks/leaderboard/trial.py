@@ -26,6 +26,7 @@ from benchmarks.leaderboard.spectra import structure_outcome
 from benchmarks.leaderboard.targets import reason_of
 from benchmarks.leaderboard.workload import METRICS, Workload, find_workload
 from benchmarks.step import environment as step_environment
+from natgrad_flax.checks import check_number
 from ntk_analysis.results import environment as versions
 from ntk_analysis.results import plain
 
@@ -36,6 +37,8 @@ Outcome = dict[str, Any]
 DIVERGED = 1e3
 # every step at first, then every twentieth part of the steps so far
 DENSE_STEPS = 20
+# one 32-bit word of a JAX key: seeds that differ beyond it would be the same
+SEEDS = 2**32
 
 _SOURCES = (
     "contestant.py", "natural.py", "program.py", "rates.py", "samples.py", "spectra.py",
@@ -58,7 +61,7 @@ def execute(config: Config) -> dict[str, Any]:
     """
     workload = find_workload(config["workload"])
     contestant = find_contestant(config["contestant"])
-    _check(config, workload)
+    _check(config, workload, contestant)
     reason = workload.missing() or contestant.unsuitable(workload)
     if reason:
         outcome: Outcome = {"status": "skipped", "reason": reason}
@@ -98,7 +101,11 @@ def configuration(
       learning_rate: None leaves it to the contestant's rule.
       kind: "timed", or "structure" for isotropy and cost.
       machine: the ``identity`` of the process that will run it, if that is another one.
+
+    Raises:
+      ValueError: a seed or a learning rate out of range, or a learning rate that is not used.
     """
+    _check_numbers(find_contestant(contestant), seed, learning_rate)
     return {
         "rules": RULES,
         "kind": kind,
@@ -113,6 +120,19 @@ def configuration(
         **_packages(contestant),
         **(machine or identity()),
     }
+
+
+def _check_numbers(contestant: Contestant, seed: object, learning_rate: float | None) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
+        raise ValueError(f"seed must be an integer from 0 to {SEEDS - 1}, got {seed!r}")
+    if learning_rate is None:
+        return
+    check_number("learning_rate", learning_rate, positive=True)
+    if contestant.rate_rule != "tuned":
+        raise ValueError(
+            f"{contestant.name} has its learning rate by a rule ({contestant.rate_rule}): leave "
+            "learning_rate out, or name a tuned contestant"
+        )
 
 
 def _packages(contestant: str) -> dict[str, Any]:
@@ -169,7 +189,7 @@ def command(config: Config) -> str:
     return shlex.join(words)
 
 
-def _check(config: Config, workload: Workload) -> None:
+def _check(config: Config, workload: Workload, contestant: Contestant) -> None:
     for what, here in (
         ("rules", RULES),
         ("workload_version", workload.version),
@@ -181,6 +201,9 @@ def _check(config: Config, workload: Workload) -> None:
                 f"the trial is of another {what.replace('_', ' ')}, {str(config[what])[:12]}, than "
                 f"this program, {str(here)[:12]}: run it with the code that planned it"
             )
+    tuned = contestant.rate_rule == "tuned" and config["kind"] == "timed"
+    if tuned and config["learning_rate"] is None:
+        raise ValueError(f"{contestant.name} is tuned: its trials need a learning rate")
 
 
 @lru_cache(maxsize=2)
@@ -223,8 +246,6 @@ def _train(config: Config, contestant: Contestant, workload: Workload) -> Outcom
         started = time.perf_counter()
         rate, note = rule(seed), rule.note
         preparation = time.perf_counter() - started
-    elif contestant.rate_rule == "tuned":
-        raise ValueError(f"{contestant.name} is tuned: its trials need a learning rate")
     else:
         rate, note = 1.0, contestant.rate_rule
 

@@ -34,12 +34,12 @@ from ntk_analysis.prediction import (
 )
 from ntk_analysis.results import (
     FILE_NAME,
+    METHODS,
     content_hash,
     environment,
     now,
+    open_results,
     plain,
-    read_finished,
-    write_json,
 )
 from ntk_analysis.settings import data_arrays, find_dataset
 
@@ -210,9 +210,8 @@ def run_prediction(
     data = settings.load_data()
     versions = environment()
     fingerprint = settings.fingerprint(data, versions)
-    path = out / FILE_NAME
-    finished = {} if fresh else read_finished(path, COMMAND, fingerprint)
-    restarted, records = finished is None, dict(finished or {})
+    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, fresh=fresh)
+    records = results.records
     document = {
         "command": COMMAND,
         "date": now(),
@@ -221,7 +220,6 @@ def run_prediction(
         "environment": versions,
         "data": describe_data(data),
         "loss": "mean squared error, 1/(2N') sum |y - f|^2",
-        "methods": records,
     }
     resumed = tuple(m.name for m in methods if m.name in records)
     report("resuming" if resumed else "preparing", len(resumed))
@@ -231,10 +229,10 @@ def run_prediction(
             continue
         report(method.name, 0)
         records[method.name] = plain(laboratory.run(method))
-        write_json(path, document)
+        results.write(document)
         report(method.name, 1)
-    write_json(path, document)
-    return Experiment(document, tuple(m.name for m in methods), resumed, restarted)
+    results.write(document)
+    return Experiment(document, tuple(m.name for m in methods), resumed, tuple(results.remarks))
 
 
 def kfac_data(data: Dataset, rank_tolerance: float | None = None) -> tuple[Dataset, str]:

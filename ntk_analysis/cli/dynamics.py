@@ -10,7 +10,7 @@ import typer
 from ntk_analysis.cli.app import (
     WithLists,
     app,
-    errors,
+    complain,
     output,
     progress_bar,
     say_resumed,
@@ -120,21 +120,18 @@ def dynamics(
                 fresh=fresh,
                 report=lambda what, done: progress.update(task, description=what, advance=done),
             )
-    say_resumed(experiment, "methods")
-    records = experiment.records
-    output.print(dynamics_table(experiment.document, records))
-    for note in _notes(records):
-        output.print(f"note: {note}", highlight=False)
-    # Matplotlib takes a second to import, which --help and bad arguments need not wait for
-    from ntk_analysis.figures import draw_dynamics
+        say_resumed(experiment, "methods")
+        records = experiment.records
+        output.print(dynamics_table(experiment.document, records))
+        for note in _notes(records):
+            output.print(f"note: {note}")
+        # Matplotlib takes a second to import, which --help and bad arguments need not wait for
+        from ntk_analysis.figures import draw_dynamics
 
-    files = draw_dynamics(experiment.document, records, out)
-    say_written(out, files)
+        files = draw_dynamics(experiment.document, records, out)
+        say_written(out, files)
     if experiment.failures:
-        errors.print(
-            f"[red]error:[/] losses are not finite, against theory: "
-            f"{', '.join(experiment.failures)}"
-        )
+        complain(f"losses are not finite, against theory: {', '.join(experiment.failures)}")
         raise typer.Exit(1)
 
 

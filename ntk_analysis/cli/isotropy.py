@@ -130,16 +130,16 @@ def isotropy(
                 fresh=fresh,
                 report=lambda what, done: progress.update(task, description=what, advance=done),
             )
-    say_resumed(experiment, "rows")
-    rows = experiment.records
-    output.print(isotropy_table(experiment.document, rows))
-    for note in _notes(experiment.document, rows):
-        output.print(f"note: {note}", highlight=False, markup=False)
-    # Matplotlib takes a second to import, which --help and bad arguments need not wait for
-    from ntk_analysis.figures_theory import draw_isotropy
+        say_resumed(experiment, "rows")
+        rows = experiment.records
+        output.print(isotropy_table(experiment.document, rows))
+        for note in _notes(experiment.document, rows):
+            output.print(f"note: {note}")
+        # Matplotlib takes a second to import, which --help and bad arguments need not wait for
+        from ntk_analysis.figures_theory import draw_isotropy
 
-    files = draw_isotropy(experiment.document, rows, out)
-    say_written(out, files)
+        files = draw_isotropy(experiment.document, rows, out)
+        say_written(out, files)
 
 
 def parse_values(variable: Variable, values: list[str]) -> tuple[Any, ...]:

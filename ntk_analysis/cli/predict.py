@@ -151,16 +151,16 @@ def predict(
                 report=lambda what, done: progress.update(task, description=what, advance=done),
                 blocks=lambda done, total: progress.update(pieces, completed=done, total=total),
             )
-    say_resumed(experiment, "structures")
-    records = experiment.records
-    output.print(prediction_table(experiment.document, records))
-    for note in _notes(experiment.document, records):
-        output.print(f"note: {note}", highlight=False, markup=False)
-    # Matplotlib takes a second to import, which --help and bad arguments need not wait for
-    from ntk_analysis.figures_theory import draw_prediction
+        say_resumed(experiment, "structures")
+        records = experiment.records
+        output.print(prediction_table(experiment.document, records))
+        for note in _notes(experiment.document, records):
+            output.print(f"note: {note}")
+        # Matplotlib takes a second to import, which --help and bad arguments need not wait for
+        from ntk_analysis.figures_theory import draw_prediction
 
-    files = draw_prediction(experiment.document, records, out)
-    say_written(out, files)
+        files = draw_prediction(experiment.document, records, out)
+        say_written(out, files)
 
 
 def _notes(document: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:

@@ -152,8 +152,8 @@ def open_store(
     damaged = target.clear_damaged()
     if damaged:
         warnings.warn(
-            f"{place}: {damaged} of {finished} finished blocks of kernels do not have the checksums "
-            "they were written with, and are computed anew",
+            f"{place}: {damaged} of {finished} finished blocks of kernels do not have the "
+            "checksums they were written with, and are computed anew",
             stacklevel=4,
         )
     try:

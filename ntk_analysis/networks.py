@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from flax import nnx
 
 from natgrad_flax import MLP, ConvNet
+from natgrad_flax.checks import check_number
 from ntk_analysis.names import find
 
 NETWORKS = ("mlp", "conv-flatten", "conv-average")
 """Fully connected; convolutional, read at every position, or at the mean over positions."""
 
+_LARGEST_EXPONENT = 38  # of float32
 _WORDS = {"mlp": "network", "conv-flatten": "ConvNet", "conv-average": "ConvNet with mean pooling"}
 
 
@@ -35,6 +38,35 @@ def find_network(name: str, dataset: str) -> str:
 def layout(network: str) -> Literal["flat", "image"]:
     """How ``natgrad_datasets.load`` arranges the inputs of a network."""
     return "flat" if network == "mlp" else "image"
+
+
+def check_variances(weight_variance: float, bias_variance: float, depth: int) -> None:
+    """Raises ValueError where variances are bad, or take the outputs out of the range of float32.
+
+    Args:
+      weight_variance: sigma_w^2.
+      bias_variance: sigma_b^2.
+      depth: L; the squared outputs of L layers are of the size (sigma_w^2 + sigma_b^2)^L.
+    """
+    check_number("weight_variance", weight_variance, positive=True)
+    check_number("bias_variance", bias_variance, positive=False)
+    size = depth * math.log10(max(weight_variance, bias_variance))
+    if abs(size) > _LARGEST_EXPONENT:
+        raise ValueError(
+            f"weight_variance {weight_variance:g} and bias_variance {bias_variance:g} give {depth} "
+            f"layers squared outputs of 1e{size:+.0f}, which float32 cannot hold; choose variances "
+            "nearer to 1"
+        )
+
+
+def check_damping_size(name: str, damping: float, num_samples: int) -> None:
+    """Raises ValueError where a damping is bad, or N times it is not finite in float32."""
+    check_number(name, damping, positive=False)
+    if damping and math.log10(damping) + math.log10(num_samples) > _LARGEST_EXPONENT:
+        raise ValueError(
+            f"{name} {damping:g} is too large: {num_samples} samples times it is not finite in "
+            "float32"
+        )
 
 
 def build_network(

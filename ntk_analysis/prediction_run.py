@@ -15,7 +15,7 @@ from natgrad_datasets import Dataset, DatasetError
 
 from natgrad_flax import KFAC, MLP, Signals, SingularCouplingWarning, Structure
 from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_integer, check_number
+from natgrad_flax.checks import check_integer, check_number, check_seed
 from ntk_analysis.analytic import Progress, analytic_kernels
 from ntk_analysis.analytic_signals import check_limit, needed_parts
 from ntk_analysis.coefficient import Kernels, analytic_signals
@@ -23,6 +23,7 @@ from ntk_analysis.dynamics import squared_losses
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.experiment import Experiment, Report, describe_data
 from ntk_analysis.methods import Method, find_structure, select_methods
+from ntk_analysis.networks import check_damping_size, check_variances
 from ntk_analysis.prediction import (
     Prediction,
     initial_outputs,
@@ -129,17 +130,16 @@ class PredictionSettings:
         check_integer("num_train", self.num_train, 1)
         check_integer("num_test", self.num_test, 1)
         check_integer("initialisations", self.initialisations, 0)
-        check_integer("seed", self.seed, 0)
+        check_seed("seed", self.seed, max(1, int(self.initialisations or 0)))
         if not self.widths:
             raise ValueError("widths must name at least one hidden layer")
         for width in self.widths:
             check_integer("every hidden width", width, 1)
         get_activation(self.activation)
-        check_number("weight_variance", self.weight_variance, positive=True)
-        check_number("bias_variance", self.bias_variance, positive=False)
-        check_number("ridge", self.ridge, positive=False)
+        check_variances(self.weight_variance, self.bias_variance, len(self.widths) + 1)
+        check_damping_size("ridge", self.ridge, 1)
         if self.damping is not None:
-            check_number("damping", self.damping, positive=False)
+            check_damping_size("damping", self.damping, int(self.num_train or 0))
         if self.rank_tolerance is not None:
             check_number("rank_tolerance", self.rank_tolerance, positive=False)
             if self.rank_tolerance >= 1:

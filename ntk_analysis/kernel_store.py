@@ -75,7 +75,7 @@ class _StoredTarget(BlockTarget):
     def _mark(self, values: Sequence[np.ndarray], mirrored: bool) -> int:
         checksum = int(mirrored)
         for value in values:
-            checksum = zlib.crc32(np.ascontiguousarray(value, np.float64), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(value, np.float64).data, checksum)
         return _FINISHED | _MIRRORED * mirrored | checksum
 
     def clear_damaged(self) -> int:

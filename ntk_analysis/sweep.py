@@ -118,10 +118,9 @@ class SweepSettings:
             check(name, getattr(self, name))
         check_integer("num_outputs", self.num_outputs, 1)
         for value in self.values:
-            point = {"depth": self.depth, "damping": self.damping, "num_samples": self.num_samples}
-            point |= {self.variable: value}
-            check_variances(self.weight_variance, self.bias_variance, point["depth"])
-            check_damping_size("damping", point["damping"], point["num_samples"])
+            here = {name: getattr(self, name) for name in _CHECKS} | {self.variable: value}
+            check_variances(self.weight_variance, self.bias_variance, here["depth"])
+            check_damping_size("damping", here["damping"], here["num_samples"])
         self._check_data()
 
     def _check_data(self) -> None:

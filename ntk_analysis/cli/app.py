@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,6 +17,17 @@ from typer.core import TyperCommand
 
 from ntk_analysis.files import own_folder
 from ntk_analysis.results import FILE_NAME
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ntk_analysis.experiment import Experiment
+    from ntk_analysis.reproduce.runner import Reproduction
+
+Document = dict[str, Any]
+Present = Callable[[Document, Sequence[Document]], "Table"]
+Notes = Callable[[Document, Sequence[Document]], Iterable[str]]
+Draw = Callable[[Document, Sequence[Document], Path], Iterable[Path]]
 
 _STANDARD_OUTPUT = "standard output"
 
@@ -30,17 +41,18 @@ app = typer.Typer(
 )
 
 
-class _Terminal(Console):
-    """A console that takes text as it is: a name of the user's is no markup."""
+# text is taken as it is: a name of the user's is no markup
+_AS_IT_IS: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+class _Output(Console):
+    """Standard output, whose errors name it."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As ``Console.print``; what cannot be written is an error that names the stream.
+        """As ``Console.print``.
 
         Raises:
-          OSError: standard output cannot be written to, as where it is a file on a full disk.
+          OSError: it cannot be written to, as where it is a file on a full disk.
         """
         try:
             super().print(*objects, **options)
@@ -48,8 +60,8 @@ class _Terminal(Console):
             raise OSError(error.errno, error.strerror, _STANDARD_OUTPUT) from error
 
 
-output = _Terminal()
-errors = _Terminal(stderr=True)
+output = _Output(**_AS_IT_IS)
+errors = Console(stderr=True, **_AS_IT_IS)
 
 
 class WithLists(TyperCommand):
@@ -137,15 +149,31 @@ def _give_up_output() -> None:
     os.close(nowhere)
 
 
-def say_resumed(experiment: Any, what: str) -> None:
+def show(
+    experiment: Experiment, what: str, table: Present, notes: Notes, draw: Draw, out: Path
+) -> None:
+    """Prints what a run found and draws its figures.
+
+    Args:
+      experiment: what was found.
+      what: its records are called, in plural.
+      table: of a document and the records to show.
+      notes: sentences on them.
+      draw: writes figures of them into a folder.
+      out: the folder.
+    """
+    say_resumed(experiment, what)
+    document, records = experiment.document, experiment.records
+    output.print(table(document, records))
+    for note in notes(document, records):
+        output.print(f"note: {note}")
+    names = [FILE_NAME, *(file.name for file in draw(document, records, out))]
+    output.print(f"wrote {', '.join(names)} to {out}")
+
+
+def say_resumed(experiment: Experiment | Reproduction, what: str) -> None:
     """Says which part of an earlier run was replaced or kept."""
     for remark in experiment.remarks:
         output.print(remark)
     if experiment.resumed:
         output.print(f"{len(experiment.resumed)} {what} were finished already (--fresh reruns)")
-
-
-def say_written(out: Path, files: Iterable[Path]) -> None:
-    """Names the files of a finished run."""
-    names = [FILE_NAME, *(file.name for file in files)]
-    output.print(f"wrote {', '.join(names)} to {out}")

@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from rich.console import Console
 from run_records import COMMANDS, by_hand, finished, natgrad
 
 from ntk_analysis.cli import app, main
-from ntk_analysis.cli.app import progress_bar
+from ntk_analysis.cli.app import progress_bar, work
 from ntk_analysis.files import keep_copy, own_folder, replace_file
 from ntk_analysis.results import write_json
 from ntk_analysis.tables import dataset_table
@@ -301,6 +302,13 @@ def test_names_are_no_markup(name, tmp_path):
 
 def status(name: str) -> DatasetStatus:
     return DatasetStatus(name, 1, 1, (1,), 2, 0, f"/data/{name}", name, name, usable=True)
+
+
+def test_warnings_are_sentences(capsys):
+    with work(None, ""):
+        warnings.simplefilter("always")
+        warnings.warn("[/x] was damaged", stacklevel=1)
+    assert capsys.readouterr().err == "warning: [/x] was damaged\n"
 
 
 def test_failed_checks_are_named_as_they_are(tmp_path):

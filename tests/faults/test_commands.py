@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fault_harness import Exits, over
 from run_records import COMMANDS, again, finished, records_of
+
+from ntk_analysis.report.comparison import read_sources
 
 Document = dict[str, Any]
 BOTH = ("exact", "gd")
@@ -242,4 +245,53 @@ CASES = {
 
 @over(CASES)
 def test_results_are_taken_over_only_as_they_were_written(run, answer):
+    answer.check(run)
+
+
+# ----- documents of other runs, which a report shows
+
+
+def found_in(damage: Callable[[Path], None]) -> Callable[[], tuple[int, str]]:
+    """How many records a report takes from a damaged document, and what it says."""
+
+    def run() -> tuple[int, str]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "gpu.json"
+            path.write_text(finished("reproduce"), encoding="utf-8")
+            damage(path)
+            sources, notes = read_sources(Path(folder))
+            return sum(len(source.checks) for source in sources), "; ".join(notes)
+
+    return run
+
+
+UNSOUND = r"gpu.json: {} of 2 records \(.*\) do not have the digest they were written with"
+NO_DOCUMENT = "gpu.json is not a document of this project and was left out"
+SOURCES = {
+    "whole": (found_in(edit(lambda d: None)), Exits(2, "^$")),
+    "a time": (found_in(put("seconds", value=0.0)), Exits(1, UNSOUND.format(1))),
+    "a verdict that is a list": (found_in(put("verdict", value=[])), Exits(1, UNSOUND.format(1))),
+    "measurements that are text": (
+        found_in(put("measurements", value="x")), Exits(1, UNSOUND.format(1)),
+    ),
+    "a record that is null": (found_in(record(None)), Exits(1, UNSOUND.format(1))),
+    "another device": (
+        found_in(edit(lambda d: d["environment"].update(device="gpu: H200"))),
+        Exits(0, UNSOUND.format(2)),
+    ),
+    "no environment": (found_in(without("environment")), Exits(0, UNSOUND.format(2))),
+    "no digests": (found_in(without("digests")), Exits(0, "gpu.json: its records have no digests")),
+    "checks that are null": (found_in(top("checks", None)), Exits(0, "checks is no object")),
+    "another command": (found_in(top("command", "natgrad predict")), Exits(0, "^$")),
+    "a command that is a list": (found_in(top("command", [])), Exits(0, "^$")),
+    **{
+        name: (found_in(FILES[name]), Exits(0, NO_DOCUMENT))
+        for name in ("empty", "half of it", "a list", "nested too deep", "a folder", "a pipe",
+                     "a link to nothing", "a link to itself", "a device without an end")
+    },
+}  # fmt: skip
+
+
+@over(SOURCES)
+def test_a_report_shows_only_what_was_written(run, answer):
     answer.check(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -11,6 +10,11 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,9 +88,9 @@ def keep_copy(path: Path) -> Path:
 def own_folder(folder: Path) -> Iterator[None]:
     """Makes a folder and owns it: no other run owns it before the context or the process ends.
 
-    The folder itself is locked (flock(2)), so that nothing of the lock can be left behind; a file
-    system that cannot lock folders, as NFS, keeps nobody out. A folder that was made here and is
-    empty in the end is removed.
+    The folder itself is locked (flock(2)), so that nothing of the lock can be left behind; a system
+    that cannot lock folders, as Windows and NFS, keeps nobody out. A folder that was made here and
+    is empty in the end is removed.
 
     Raises:
       ValueError: another run owns it.
@@ -97,25 +101,31 @@ def own_folder(folder: Path) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            _lock(handle, folder)
+        with _lock(folder):
             yield
-        finally:
-            os.close(handle)
     finally:
         for place in made:
             with suppress(OSError):  # not empty
                 place.rmdir()
 
 
-def _lock(handle: int, folder: Path) -> None:
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another run is writing to {folder}; wait until it has ended, or choose another --out"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is writing to {folder}; wait until it has ended, or choose another "
+                "--out"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        yield
+    finally:
+        os.close(handle)

@@ -59,13 +59,14 @@ def check_variances(weight_variance: float, bias_variance: float, depth: int) ->
         )
 
 
-def check_damping_size(name: str, damping: float, num_samples: int) -> None:
-    """Raises ValueError where a damping is bad, or N times it is not finite in float32."""
+def check_damping_size(name: str, damping: float, num_samples: int = 1) -> None:
+    """Raises ValueError where a damping is bad, or float32 cannot hold N times it; 0 is right."""
     check_number(name, damping, positive=False)
-    if damping and math.log10(damping) + math.log10(num_samples) > _LARGEST_EXPONENT:
+    if damping and abs(math.log10(damping) + math.log10(num_samples)) > _LARGEST_EXPONENT:
+        times = f" times {num_samples} samples" if num_samples > 1 else ""
         raise ValueError(
-            f"{name} {damping:g} is too large: {num_samples} samples times it is not finite in "
-            "float32"
+            f"{name} {damping!r}{times} is beyond what float32 can hold; choose one nearer to 1, "
+            "or 0"
         )
 
 

@@ -126,7 +126,8 @@ def sound_records(document: Mapping[str, Any], form: Form) -> tuple[dict[str, Re
     if not isinstance(stated, dict):
         return {}, "its records have no digests: edited, or of an older version"
     try:
-        found = digests(document, form)
+        # JSON knows no NaN, but Python reads it
+        records, found = plain(records), digests(document, form)
     except RecursionError:
         return {}, "its records are nested too deep: damaged or edited"
     sound = {name: record for name, record in records.items() if stated.get(name) == found[name]}

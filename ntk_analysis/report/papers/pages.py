@@ -142,8 +142,8 @@ def _is_whole(svg: Path, print_: str) -> bool:
     """Whether a figure of this print is there to its end."""
     if not svg.is_file():
         return False
-    text = svg.read_text(encoding="utf-8")
-    return print_ in text and text.rstrip().endswith("</svg>")
+    content = svg.read_bytes()
+    return print_.encode() in content and content.rstrip().endswith(b"</svg>")
 
 
 def _entry(identifier: str, record: dict[str, Any] | None, check: Check | None) -> dict[str, Any]:

@@ -40,33 +40,25 @@ def layout(network: str) -> Literal["flat", "image"]:
     return "flat" if network == "mlp" else "image"
 
 
-def check_variances(weight_variance: float, bias_variance: float, depth: int) -> None:
-    """Raises ValueError where variances are bad, or take the outputs out of the range of float32.
-
-    Args:
-      weight_variance: sigma_w^2.
-      bias_variance: sigma_b^2.
-      depth: L; the squared outputs of L layers are of the size (sigma_w^2 + sigma_b^2)^L.
-    """
+def check_variances(weight_variance: float, bias_variance: float) -> None:
+    """Raises ValueError where variances are bad, or float32 cannot hold their squares."""
     check_number("weight_variance", weight_variance, positive=True)
     check_number("bias_variance", bias_variance, positive=False)
-    size = depth * math.log10(max(weight_variance, bias_variance))
-    if abs(size) > _LARGEST_EXPONENT:
-        raise ValueError(
-            f"weight_variance {weight_variance:g} and bias_variance {bias_variance:g} give {depth} "
-            f"layers squared outputs of 1e{size:+.0f}, which float32 cannot hold; choose variances "
-            "nearer to 1"
-        )
+    _check_held("weight_variance", weight_variance, power=2)
+    _check_held("bias_variance", bias_variance, power=2)
 
 
 def check_damping_size(name: str, damping: float, num_samples: int = 1) -> None:
     """Raises ValueError where a damping is bad, or float32 cannot hold N times it; 0 is right."""
     check_number(name, damping, positive=False)
-    if damping and abs(math.log10(damping) + math.log10(num_samples)) > _LARGEST_EXPONENT:
-        times = f" times {num_samples} samples" if num_samples > 1 else ""
+    _check_held(name, damping, times=num_samples)
+
+
+def _check_held(name: str, value: float, *, times: int = 1, power: int = 1) -> None:
+    if value and abs(power * math.log10(value) + math.log10(times)) > _LARGEST_EXPONENT:
+        factor = f" times {times} samples" if times > 1 else ""
         raise ValueError(
-            f"{name} {damping!r}{times} is beyond what float32 can hold; choose one nearer to 1, "
-            "or 0"
+            f"{name} {value!r}{factor} is beyond what float32 can hold; choose one nearer to 1"
         )
 
 

@@ -136,7 +136,7 @@ class PredictionSettings:
         for width in self.widths:
             check_integer("every hidden width", width, 1)
         get_activation(self.activation)
-        check_variances(self.weight_variance, self.bias_variance, len(self.widths) + 1)
+        check_variances(self.weight_variance, self.bias_variance)
         check_damping_size("ridge", self.ridge)
         if self.damping is not None:
             check_damping_size("damping", self.damping, int(self.num_train or 0))

@@ -90,7 +90,7 @@ class DynamicsSettings:
         for width in self.widths:
             check_integer("every hidden width", width, 1)
         get_activation(self.activation)
-        check_variances(self.weight_variance, self.bias_variance, len(self.widths) + 1)
+        check_variances(self.weight_variance, self.bias_variance)
         check_number("scale", self.scale, positive=True)
         if self.damping is not None and self.relative_damping is not None:
             raise ValueError("give damping or relative_damping, not both")

@@ -117,9 +117,9 @@ class SweepSettings:
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
         check_integer("num_outputs", self.num_outputs, 1)
+        check_variances(self.weight_variance, self.bias_variance)
         for value in self.values:
             here = {name: getattr(self, name) for name in _CHECKS} | {self.variable: value}
-            check_variances(self.weight_variance, self.bias_variance, here["depth"])
             check_damping_size("damping", here["damping"], here["num_samples"])
         self._check_data()
 

@@ -27,6 +27,7 @@ from ntk_analysis.cli import app, main
 from ntk_analysis.cli.app import progress_bar, work
 from ntk_analysis.files import keep_copy, own_folder, replace_file
 from ntk_analysis.results import write_json
+from ntk_analysis.sweep import SweepSettings
 from ntk_analysis.tables import dataset_table
 
 WRITERS = ("dynamics", "predict", "isotropy", "reproduce", "datasets")
@@ -83,7 +84,7 @@ def drawing(command: str, problem: BaseException) -> Callable[[], tuple[int, str
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
-TOO_LARGE = "weight_variance .* give 2 layers squared outputs of .* float32 cannot hold"
+BEYOND = "_variance .* is beyond what float32 can hold; choose one nearer to 1"
 PLACES = {
     **{
         f"{command}: another run": (while_owned(command), Exits(2, "another run is writing to"))
@@ -123,7 +124,7 @@ NUMBERS = {
         ("dynamics", "--seed", "99999999999999999999", "seed must be at most 4294967295, got 9999"),
         ("dynamics", "--seed", "4294967296", "seed must be at most 4294967295"),
         ("dynamics", "--damping", "1e308", "damping 1e.308 times 6 samples is beyond"),
-        ("dynamics", "--damping", "1e-320", "damping 1e-320 times .* choose one nearer to 1, or 0"),
+        ("dynamics", "--damping", "1e-320", "damping 1e-320 times 6 samples is beyond"),
         ("predict", "--ridge", "1e-320", "ridge 1e-320 is beyond"),
         ("dynamics", "--damping", "inf", "damping must be 0 or positive and finite"),
         (
@@ -132,28 +133,24 @@ NUMBERS = {
             "1e300",
             "relative_damping 1e.300 times 6 samples",
         ),
-        ("dynamics", "--weight-variance", "1e300", TOO_LARGE),
-        ("dynamics", "--weight-variance", "1e-300", TOO_LARGE),
-        ("dynamics", "--weight-variance", "1e20", TOO_LARGE),
-        ("dynamics", "--bias-variance", "1e200", TOO_LARGE),
+        ("dynamics", "--weight-variance", "1e300", BEYOND),
+        ("dynamics", "--weight-variance", "1e-300", BEYOND),
+        ("dynamics", "--weight-variance", "1e20", BEYOND),
+        ("dynamics", "--bias-variance", "1e200", BEYOND),
         ("dynamics", "--bias-variance", "nan", "bias_variance must be 0 or positive and finite"),
         ("predict", "--seed", "99999999999999999999", "seed must be at most 4294967295"),
         ("predict", "--damping", "1e308", "damping 1e.308 times 6 samples is beyond"),
         ("predict", "--ridge", "1e200", "ridge 1e.200 is beyond"),
-        ("predict", "--weight-variance", "1e300", TOO_LARGE),
+        ("predict", "--weight-variance", "1e300", BEYOND),
         ("isotropy", "--seeds", "99999999999999999999", "every seed must be at most 4294967295"),
         ("isotropy", "--damping", "1e308", "damping 1e.308 times 3 samples is beyond"),
-        ("isotropy", "--weight-variance", "1e300", "give 3 layers squared outputs"),
-        ("isotropy", "--bias-variance", "1e300", "give 3 layers squared outputs"),
+        ("isotropy", "--weight-variance", "1e300", BEYOND),
+        ("isotropy", "--bias-variance", "1e300", BEYOND),
     )
 } | {
     "predict, seeds of initialisations": (
         call("predict", "--initialisations", 10, "--seed", 2**32 - 5),
         Exits(2, "seed must be at most 4294967286"),
-    ),
-    "isotropy, a depth that overflows": (
-        call("isotropy", "--vary", "depth", "--values", 2, 400),
-        Exits(2, "give 400 layers squared outputs"),
     ),
     "isotropy, dampings": (
         call("isotropy", "--vary", "damping", "--values", 0, "1e38"),
@@ -206,6 +203,15 @@ def test_numbers(run, answer):
 @over({f"NATGRAD_DATA {name}": case for name, case in DATA.items()})
 def test_data_folders(run, answer):
     answer.check(run)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"depth": 300}, {"weight_variance": 1e15, "bias_variance": 1e-15}, {"damping": 1e-30}],
+    ids=str,
+)
+def test_numbers_that_float32_holds_are_taken(sizes):
+    SweepSettings("num_samples", (3,), **sizes)
 
 
 def test_data_without_permission(monkeypatch, tmp_path):

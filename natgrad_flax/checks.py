@@ -361,6 +361,16 @@ def check_integer(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
 
 
+def check_seed(name: str, value: object, draws: int = 1) -> None:
+    """Raises ValueError unless a seed, and as many after it as are drawn, are below 2^32.
+
+    JAX takes larger ones modulo 2^32 where 64-bit mode is off, so that they would be other seeds.
+    """
+    check_integer(name, value, 0)
+    if not isinstance(value, int) or value + draws > 2**32:
+        raise ValueError(f"{name} must be at most {2**32 - draws}, got {value}")
+
+
 def check_number(name: str, value: object, *, positive: bool) -> None:
     """Raises ValueError unless a finite number, at least 0 or above it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, Signals, Structure
-from natgrad_flax.checks import check_fits, check_integer, check_number
+from natgrad_flax.checks import check_fits, check_integer, check_number, check_seed
 from natgrad_flax.damping import is_zero
 from natgrad_flax.gradient import resolve_damping
 from ntk_analysis.analytic import Progress, analytic_inputs, analytic_kernels
@@ -152,7 +152,7 @@ def predict(
     if covariance not in get_args(Covariance):
         raise ValueError(f"covariance must be none, variance or full, got {covariance!r}")
     check_integer("initialisations", initialisations, 0)
-    check_integer("seed", seed, 0)
+    check_seed("seed", seed, max(1, initialisations))
     if kernels == "empirical":
         if covariance != "none" or initialisations:
             raise ValueError(

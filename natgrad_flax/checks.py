@@ -171,29 +171,35 @@ def _sizes_of(model: Any) -> tuple[tuple[int, ...], int] | None:
     return None
 
 
-def check_input_shape(model: nnx.Module, x: Any) -> None:
+def check_input_shape(model: nnx.Module, x: Any, name: str = "x") -> None:
     """Raises ValueError on inputs that a network of ours does not take; others say so when run."""
-    sizes, shape = _sizes_of(model), _shapes(x)
-    if sizes is None or (hasattr(x, "shape") and shape[1:] == sizes[0]):
+    sizes = _sizes_of(model)
+    if sizes is None:
         return
-    wanted = sizes[0]
+    if not hasattr(x, "shape"):
+        raise ValueError(f"the model takes one array, got {name} as a {type(x).__name__} of arrays")
+    wanted, shape = sizes[0], tuple(x.shape)
+    if shape[1:] == wanted:
+        return
     if shape == wanted:
-        raise ValueError(f"x must have shape (N, features), got {shape}; for one sample, x[None]")
+        raise ValueError(
+            f"{name} must have shape (N, features), got {shape}; for one sample, {name}[None]"
+        )
     raise ValueError(
         f"the model takes {'inputs' if len(wanted) == 1 else 'images'} of shape "
-        f"(N, {', '.join(map(str, wanted))}), got x of {shape}"
+        f"(N, {', '.join(map(str, wanted))}), got {name} of {shape}"
     )
 
 
-def check_model_inputs(model: nnx.Module, x: Any) -> Any:
+def check_model_inputs(model: nnx.Module, x: Any, name: str = "x") -> Any:
     """Inputs that a model takes, and its parameters, after every check that needs no forward pass.
 
     Raises:
       ValueError: as ``check_inputs``; a shape that does not fit, NaN or infinity in parameters.
       TypeError: as ``check_inputs``.
     """
-    x = check_inputs(x, model)
-    check_input_shape(model, x)
+    x = check_inputs(x, model, name)
+    check_input_shape(model, x, name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
         where = "the parameters at " + jax.tree_util.keystr(path)
         if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.activations import active_fraction
+from natgrad_flax.arrays import check_concrete
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
     check_batch,
@@ -21,6 +22,7 @@ from natgrad_flax.checks import (
     check_input_shape,
     check_inputs,
     check_microbatches,
+    check_model_inputs,
     check_settings,
     check_structure,
     is_concrete,
@@ -37,6 +39,7 @@ from natgrad_flax.parts import Passes, in_parts
 from natgrad_flax.plans import dense_layers, hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.spectrum import largest_eigenvalue, rate_of_alpha, rate_of_largest
 from natgrad_flax.structures import Geometry, Structure
 from natgrad_flax.taps import Path, outputs_of
 from natgrad_flax.weight_sharing import (
@@ -371,8 +374,8 @@ def optimal_learning_rate(
       damping: for the coefficient matrix at x.
 
     Raises:
-      ValueError: the sizes violate the conditions of the theory (which one, and where), or the
-        structure has no alpha.
+      ValueError: the sizes violate the conditions of the theory (which one, and where), the
+        structure has no alpha, or no step moves the outputs (all inputs 0, dead units).
       TypeError: layers that are not fully connected, and no shape of the inputs.
     """
     check_structure(structure)
@@ -383,11 +386,13 @@ def optimal_learning_rate(
         x = check_inputs(x, model)
         check_input_shape(model, x)
     if x is not None and num_samples is None:
+        x = check_model_inputs(model, x)
+        check_concrete((x, nnx.state(model, nnx.Param)), "x and the parameters")
         signals = jacobian_signals(model, x)
         with full_products():
             rho = resolve_damping(structure, signals, damping)
             matrix = np.asarray(structure.coefficient(signals, signals, rho))
-        return float(1 / np.linalg.eigvals(matrix).real.max())
+        return rate_of_largest(largest_eigenvalue(matrix, structure.name), structure.name)
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}")
     geometry = _geometry(model, num_samples, x)
@@ -401,7 +406,7 @@ def optimal_learning_rate(
             + "; ".join(failures)
             + ". Use wider layers or fewer samples, or pass inputs as x= without num_samples="
         )
-    return 1 / alpha
+    return rate_of_alpha(alpha, structure.name)
 
 
 def _geometry(model: nnx.Module, num_samples: int, x: Any) -> Geometry:

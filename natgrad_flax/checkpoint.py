@@ -19,8 +19,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.checks import check_integer, check_structure
+from natgrad_flax.checks import check_structure
 from natgrad_flax.devices.structure import Sharded
+from natgrad_flax.scalars import check_integer
 from natgrad_flax.structures import Structure
 
 FORMAT = 1
@@ -58,8 +59,7 @@ def save(
       TypeError: the structure is none, or a leaf is not an array.
       ValueError: step or keep is out of range, or the folder has a checkpoint of this step.
     """
-    check_integer("step", step, 0)
-    check_integer("keep", keep, 1)
+    step, keep = check_integer("step", step, 0), check_integer("keep", keep, 1)
     leaves = _leaves(model, optimizer)
     description = {
         "format": FORMAT,
@@ -114,7 +114,7 @@ def restore(
     wanted = _describe(structure, settings)
     leaves = _leaves(model, optimizer)
     if step is not None:
-        check_integer("step", step, 0)
+        step = check_integer("step", step, 0)
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is not there, so no run can go on from it")
     with _manager(folder, None) as manager:

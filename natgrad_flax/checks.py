@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -12,9 +11,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
-from natgrad_flax.fisher import FISHER_KINDS
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
+from natgrad_flax.fisher import check_kind
 from natgrad_flax.losses import Loss
+from natgrad_flax.scalars import as_number, check_integer, check_number, is_real, shown
 from natgrad_flax.structures import BlockDiagonal, Exact, Structure
 
 HOST_SIZE = 2**18
@@ -33,21 +33,16 @@ def check_structure(structure: object) -> None:
         )
 
 
-def check_settings(
-    structure: object, loss: object, fisher: object, damping: object, num_samples: object
-) -> None:
+def check_settings(structure: object, loss: object, fisher: object, damping: object) -> None:
     """Raises TypeError or ValueError on settings that do not fit together."""
     check_structure(structure)
     if not isinstance(loss, Loss):
         raise TypeError(
             f"loss must be ng.MeanSquaredError() or ng.SoftmaxCrossEntropy(), got {loss!r}"
         )
-    if fisher not in FISHER_KINDS:
-        raise ValueError(f"fisher must be one of {', '.join(FISHER_KINDS)}, got {fisher!r}")
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"mc_samples must be a positive integer, got {num_samples!r}")
+    check_kind(fisher)
     check_damping(damping)
-    if fisher == "mc" and isinstance(damping, (int, float)) and damping == 0:
+    if fisher == "mc" and is_zero(damping):
         raise ValueError(
             "a Monte-Carlo Fisher needs a positive damping: the gradient does not lie in the range "
             "of the sampled Fisher"
@@ -55,20 +50,40 @@ def check_settings(
 
 
 def check_damping(damping: object) -> None:
-    """Raises ValueError on a concrete damping that is negative or not finite."""
+    """Refuses a damping that is no damping, or negative or not finite where it is known.
+
+    Raises:
+      ValueError: a number or an entry that is negative or not finite, or no entries.
+      TypeError: neither a real number or array, nor a relative or adaptive damping or a schedule.
+    """
     if isinstance(damping, (RelativeDamping, LevenbergMarquardt)) or callable(damping):
         return
-    if isinstance(damping, jax.core.Tracer):
-        return
-    try:
-        values = np.asarray(damping, dtype=np.float64)
-    except (TypeError, ValueError):
+    number = as_number(damping)
+    if number is None and not (isinstance(damping, (np.ndarray, Array)) and is_real(damping)):
         raise TypeError(
             "damping must be a number, an ng.RelativeDamping, or in the optimizer a schedule or an "
-            f"ng.LevenbergMarquardt, got {damping!r}"
-        ) from None
-    if not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError(f"damping must be 0 or positive and finite, got {damping!r}")
+            f"ng.LevenbergMarquardt, got {shown(damping)}"
+        )
+    if not is_concrete(damping):
+        return
+    values = np.asarray(damping, np.float64)
+    if not values.size or not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"damping must be 0 or positive and finite, got {shown(damping)}")
+    check_normal(damping, np.float64)
+
+
+def check_normal(damping: object, dtype: Any) -> None:
+    """Raises ValueError on a positive damping that the arithmetic of a dtype takes for 0."""
+    if isinstance(damping, RelativeDamping) or not is_concrete(damping):
+        return
+    # what float16 cannot hold is computed in float32
+    smallest = float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).tiny)
+    values = np.asarray(damping, np.float64)
+    if ((values > 0) & (values < smallest)).any():
+        raise ValueError(
+            f"damping {shown(damping)} is below {smallest:.2g}, the smallest normal number here, "
+            "and would count as 0: pass 0 for the pseudo-inverse, or a larger damping"
+        )
 
 
 def is_concrete(array: object) -> bool:
@@ -76,28 +91,70 @@ def is_concrete(array: object) -> bool:
     return not isinstance(array, jax.core.Tracer)
 
 
-def check_inputs(x: Any, model: nnx.Module | None = None) -> Array:
+def as_array(value: Any, name: str) -> Array:
+    """What a caller gave for an array, as one of JAX.
+
+    Raises:
+      TypeError: it is none, or holds something other than numbers.
+    """
+    if isinstance(value, np.ndarray):
+        # JAX takes the byte order of this machine alone
+        value = value.astype(value.dtype.newbyteorder("="), copy=False)
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be an array of numbers, got {kind} {value!r:.60}") from None
+
+
+def check_inputs(x: Any, model: nnx.Module | None = None, name: str = "x") -> Array:
     """Inputs (N, ...) as an array: floating, or integers where the model has an nnx.Embed.
 
     Raises:
       ValueError: an empty batch, no feature axis, NaN or infinite values.
       TypeError: the dtype is another one.
     """
-    x = jnp.asarray(x)
+    x = as_array(x, name)
     embeds = model is not None and any(isinstance(m, nnx.Embed) for _, m in nnx.iter_modules(model))
     if not (
         jnp.issubdtype(x.dtype, jnp.floating) or (embeds and jnp.issubdtype(x.dtype, jnp.integer))
     ):
         numbers = "" if model is None or embeds else "; integers are for models with an nnx.Embed"
         raise TypeError(
-            f"x must be a floating array, got dtype {x.dtype}; convert it first{numbers}"
+            f"{name} must be a floating array, got dtype {x.dtype}; convert it first{numbers}"
         )
     if x.ndim < 2:
-        raise ValueError(f"x must have shape (N, features), got {x.shape}; for one sample, x[None]")
+        raise ValueError(
+            f"{name} must have shape (N, features), got {x.shape}; for one sample, {name}[None]"
+        )
     if x.shape[0] == 0:
-        raise ValueError(f"the batch is empty: x has shape {x.shape}")
-    check_finite(x, "x")
+        raise ValueError(f"the batch is empty: {name} has shape {x.shape}")
+    check_finite(x, name)
     return x
+
+
+def check_model_inputs(model: nnx.Module, x: Any) -> Array:
+    """Inputs that a model takes, and its parameters, after every check that needs no forward pass.
+
+    Raises:
+      ValueError: a shape that does not fit, an empty batch, NaN or infinity.
+      TypeError: as ``check_inputs``.
+    """
+    x = check_inputs(x, model)
+    check_input_shape(model, x)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
+        check_finite(leaf, "the parameters at " + jax.tree_util.keystr(path))
+    return x
+
+
+def check_input_shape(model: nnx.Module, x: Any) -> None:
+    """Raises ValueError where a model says which inputs it takes, and these are not."""
+    widths, shape = getattr(model, "widths", None), getattr(model, "input_shape", None)
+    if widths is not None and (x.ndim != 2 or x.shape[1] != widths[0]):
+        raise ValueError(f"the model takes inputs of shape (N, {widths[0]}), got x of {x.shape}")
+    if isinstance(shape, tuple) and x.shape[1:] != shape:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"the model takes images of shape (N, {wanted}), got x of {x.shape}")
 
 
 def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, Array]:
@@ -108,8 +165,8 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, A
         targets of the wrong form.
       TypeError: inputs or targets that are not floating, or a layer without signals.
     """
-    x = check_inputs(x, model)
-    y = jnp.asarray(y)
+    x = check_model_inputs(model, x)
+    y = as_array(y, "y")
     if y.ndim != 2 or y.shape[0] != x.shape[0]:
         raise ValueError(
             f"y must have shape (N, C) with N = {x.shape[0]}, got {y.shape}; class numbers become "
@@ -121,25 +178,30 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, A
             "become targets by jax.nn.one_hot"
         )
     widths = getattr(model, "widths", None)
-    if widths is not None and (x.ndim != 2 or x.shape[1] != widths[0]):
-        raise ValueError(f"the model takes inputs of shape (N, {widths[0]}), got x of {x.shape}")
     outputs = getattr(model, "outputs", None) if widths is None else widths[-1]
     if isinstance(outputs, int) and y.shape[1] != outputs:
         raise ValueError(f"the model has {outputs} outputs, but y has shape {y.shape}")
-    shape = getattr(model, "input_shape", None)
-    if isinstance(shape, tuple) and x.shape[1:] != shape:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"the model takes images of shape (N, {wanted}), got x of {x.shape}")
     check_finite(y, "y")
     if is_concrete(y):
         loss.check_targets(np.asarray(y))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
-        check_finite(leaf, "the parameters at " + jax.tree_util.keystr(path))
     return x, y
 
 
+def check_needed_batch(
+    model: nnx.Module, x: Any, y: Any, loss: Loss, needed: bool
+) -> tuple[Array, Array | None]:
+    """As ``check_batch``; targets that are not needed are not looked at, and None comes of them.
+
+    Raises:
+      ValueError, TypeError: as ``check_batch``.
+    """
+    if needed:
+        return check_batch(model, x, y, loss)
+    return check_model_inputs(model, x), None
+
+
 def check_fisher_batch(
-    model: nnx.Module, fisher: str, x: Array, y: Array, fisher_x: Any, fisher_y: Any
+    model: nnx.Module, fisher: str, x: Array, y: Array | None, fisher_x: Any, fisher_y: Any
 ) -> tuple[Array | None, Array | None]:
     """The batch of the Fisher as floating arrays, or None and None where it is that of the loss.
 
@@ -152,7 +214,7 @@ def check_fisher_batch(
         if fisher_y is not None:
             raise ValueError("fisher_y belongs to a fisher_x: pass both, or neither")
         return None, None
-    fisher_x = check_inputs(fisher_x, model)
+    fisher_x = check_inputs(fisher_x, model, "fisher_x")
     if fisher_x.shape[1:] != x.shape[1:]:
         raise ValueError(
             f"fisher_x must have shape (N', ...) like x of {x.shape}, got {fisher_x.shape}"
@@ -166,8 +228,8 @@ def check_fisher_batch(
         return fisher_x, None
     if fisher_y is None:
         raise ValueError('fisher="empirical" is made of targets: pass fisher_y with fisher_x')
-    fisher_y = jnp.asarray(fisher_y)
-    wanted = (len(fisher_x), *y.shape[1:])
+    fisher_y = as_array(fisher_y, "fisher_y")
+    wanted = (len(fisher_x), *(fisher_y if y is None else y).shape[1:2])
     if fisher_y.shape != wanted or not jnp.issubdtype(fisher_y.dtype, jnp.floating):
         raise ValueError(
             f"fisher_y must be floating targets of shape {wanted}, got {fisher_y.dtype} of "
@@ -177,31 +239,30 @@ def check_fisher_batch(
     return fisher_x, fisher_y
 
 
-def check_microbatches(microbatches: object, *batches: Array | None) -> None:
-    """Raises ValueError unless a positive integer that divides the size of every batch."""
-    check_integer("microbatches", microbatches, 1)
-    assert isinstance(microbatches, int)
+def check_microbatches(microbatches: object, *batches: Array | None) -> int:
+    """The number of parts; raises ValueError unless positive and a divisor of every batch."""
+    parts = check_integer("microbatches", microbatches, 1)
     for batch in batches:
-        if batch is not None and len(batch) % microbatches:
-            near = [d for d in range(microbatches, 0, -1) if len(batch) % d == 0]
+        if batch is not None and len(batch) % parts:
+            near = next(d for d in range(min(parts, len(batch)), 0, -1) if len(batch) % d == 0)
             raise ValueError(
-                f"a batch of {len(batch)} samples has no {microbatches} equal parts; use "
-                f"microbatches={near[0]} or another batch size"
+                f"a batch of {len(batch)} samples has no {parts} equal parts; use "
+                f"microbatches={near} or another batch size"
             )
+    return parts
 
 
-def check_momentum(momentum: object, structure: Structure, damping: object) -> None:
-    """Raises ValueError or TypeError where projected momentum does not serve.
+def check_momentum(momentum: object, structure: Structure, damping: object) -> float:
+    """mu as a Python number; raises ValueError or TypeError where projected momentum is no use.
 
     The structure must solve blocks of the Fisher itself, with a damping that is positive and does
     not adapt.
     """
-    check_number("momentum", momentum, positive=False)
-    assert isinstance(momentum, (int, float))
-    if momentum >= 1:
+    decay = check_number("momentum", momentum, positive=False)
+    if decay >= 1:
         raise ValueError(f"momentum must be below 1, got {momentum!r}")
-    if momentum == 0:
-        return
+    if decay == 0:
+        return 0.0
     if not isinstance(structure.plain, (Exact, BlockDiagonal)):
         raise TypeError(
             "momentum= projects the previous step by blocks of the Fisher itself, which "
@@ -213,8 +274,9 @@ def check_momentum(momentum: object, structure: Structure, damping: object) -> N
             "ng.LevenbergMarquardt predicts the loss of a step without momentum: give momentum= a "
             "number, a schedule or an ng.RelativeDamping as damping"
         )
-    if isinstance(damping, (int, float)) and damping == 0:
+    if is_zero(damping):
         raise ValueError("momentum= needs a positive damping, which weighs the previous step")
+    return decay
 
 
 def check_finite(array: Any, name: str) -> None:
@@ -260,26 +322,3 @@ def check_fits(side: int, itemsize: int, what: str) -> None:
             f"{needed / 2**30:,.1f} GiB and the device has {free / 2**30:,.1f} GiB; use a smaller "
             'batch, fisher="mc", or a structure with smaller blocks'
         )
-
-
-def check_integer(name: str, value: object, minimum: int) -> None:
-    """Raises ValueError unless an integer of at least a minimum."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-
-
-def check_number(name: str, value: object, *, positive: bool) -> None:
-    """Raises ValueError unless a finite number, at least 0 or above it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        wanted = "positive" if positive else "0 or positive"
-        raise ValueError(f"{name} must be {wanted} and finite, got {value!r}")
-
-
-def check_learning_rate(learning_rate: object) -> None:
-    """Raises ValueError on a concrete learning rate that is not positive and finite."""
-    if isinstance(learning_rate, (int, float)) and not (
-        math.isfinite(learning_rate) and learning_rate > 0
-    ):
-        raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")

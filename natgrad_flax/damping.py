@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+
+from natgrad_flax.scalars import as_number
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class LevenbergMarquardt:
 
 def is_zero(damping: object) -> bool:
     """Whether the damping is the number 0, known before tracing."""
-    return isinstance(damping, (int, float, np.number)) and bool(damping == 0)
+    return as_number(damping) == 0
 
 
 def per_layer(damping: Array | float, num_layers: int) -> list[Array | float]:

@@ -19,6 +19,7 @@ from natgrad_flax import Loss, Residual, Signals, SoftmaxCrossEntropy, Structure
 from natgrad_flax.checks import check_fits
 from natgrad_flax.gradient import resolve_damping
 from natgrad_flax.layer_signals import LayerSignals
+from natgrad_flax.scalars import as_values, check_number
 from natgrad_flax.shared_signals import ExplicitSignals
 from ntk_analysis.coefficient import Damping, check_theory_arguments
 from ntk_analysis.dynamics import check_targets
@@ -122,8 +123,9 @@ def predict_flow(
         )
     if metric not in get_args(Metric):
         raise ValueError(f'metric must be "initial" or "current", got {metric!r}')
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol and atol must be positive, got {rtol} and {atol}")
+    rtol, atol = (
+        check_number(name, value, positive=True) for name, value in (("rtol", rtol), ("atol", atol))
+    )
     check_theory_arguments(structure, damping, "empirical")
     moments = _times(times)
     initial = initial_signals(model, x, x_test)
@@ -290,8 +292,8 @@ def _integrate(
 
 
 def _times(times: Sequence[float] | Matrix) -> Matrix:
-    values = np.asarray(times, np.float64)
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+    values = as_values("times", times)
+    if not np.isfinite(values).all():
         raise ValueError(f"times must be a sequence of finite numbers, got {times!r}")
     if values[0] < 0 or (np.diff(values) <= 0).any() or values[-1] <= 0:
         raise ValueError(

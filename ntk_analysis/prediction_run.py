@@ -15,7 +15,7 @@ from natgrad_datasets import Dataset, DatasetError
 
 from natgrad_flax import KFAC, MLP, Signals, SingularCouplingWarning, Structure
 from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_integer, check_number
+from natgrad_flax.scalars import check_integer, check_number
 from ntk_analysis.analytic import Progress, analytic_kernels
 from ntk_analysis.analytic_signals import check_limit, needed_parts
 from ntk_analysis.coefficient import Kernels, analytic_signals

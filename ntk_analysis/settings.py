@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from natgrad_flax import RelativeDamping
 from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_integer, check_number
+from natgrad_flax.scalars import check_integer, check_number
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.methods import Method, find_structure, select_methods
 from ntk_analysis.networks import find_network, layout

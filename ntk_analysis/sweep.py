@@ -13,7 +13,8 @@ import numpy as np
 
 from natgrad_flax import MLP, ConvNet, RelativeDamping, SingularCouplingWarning, Structure
 from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_integer, check_number, check_structure
+from natgrad_flax.checks import check_structure
+from natgrad_flax.scalars import check_integer, check_number
 from natgrad_flax.structures import Geometry
 from natgrad_flax.weight_sharing import signals_geometry
 from ntk_analysis.coefficient import Damping
@@ -296,7 +297,7 @@ def _check_activation(name: str, value: object) -> None:
     get_activation(value)
 
 
-_CHECKS: dict[str, Callable[[str, object], None]] = {
+_CHECKS: dict[str, Callable[[str, object], object]] = {
     "width": lambda name, value: check_integer(name, value, 1),
     "depth": lambda name, value: check_integer(name, value, 1),
     "num_samples": lambda name, value: check_integer(name, value, 1),

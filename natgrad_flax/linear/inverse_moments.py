@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.checks import check_integer
 from natgrad_flax.linalg import add_diagonal, solve_psd
+from natgrad_flax.scalars import check_integer
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from natgrad_flax.gradient import fisher_targets, loss_gradient
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
-from natgrad_flax.scalars import check_integer, check_number
+from natgrad_flax.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.signals import Signals
 from natgrad_flax.structures import AveragedStructure, Moments
 from natgrad_flax.structures.base import gradient as gradient_of
@@ -58,6 +58,7 @@ class MovingAverage:
     inverse_every: int | None = None
 
     def __post_init__(self) -> None:
+        keep_plain(self)
         check_number("decay", self.decay, positive=False)
         if self.decay >= 1:
             raise ValueError(f"decay must be below 1, got {self.decay!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -48,9 +49,9 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
     return found
 
 
-def check_seed(seed: object) -> int:
+def check_seed(seed: object, name: str = "seed") -> int:
     """The seed of random keys; raises ValueError unless an integer from 0 to 2^63 - 1."""
-    return check_integer("seed", seed, 0, 2**63 - 1)
+    return check_integer(name, seed, 0, 2**63 - 1)
 
 
 def check_steps(steps: object, name: str = "steps", minimum: int = 0) -> int:
@@ -110,6 +111,22 @@ def as_values(name: str, values: Any) -> np.ndarray:
     if found.ndim != 1 or not found.size or not is_real(found):
         raise ValueError(f"{name} must be a sequence of numbers, got {shown(values)}")
     return found.astype(np.float64)
+
+
+def keep_plain(settings: Any) -> None:
+    """Makes Python numbers of the numbers of a frozen dataclass, also in tuples.
+
+    So they can be written, compared and hashed, whichever library they came from.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple) and type(value) is tuple:
+            return tuple(map(plain, value))
+        number = as_number(value)
+        return value if number is None else number
+
+    for field in dataclasses.fields(settings):
+        object.__setattr__(settings, field.name, plain(getattr(settings, field.name)))
 
 
 def at_step(schedule: Any, steps: Array, name: str) -> Any:

@@ -109,6 +109,7 @@ def transformation(
         chosen = moved_by(module, updates, wrt)
         x, y = check_needed_batch(module, x, y, loss, needs_targets)
         rho: Any = state.damping if adaptive else at_step(damping, state.steps, "damping")
+        rate = at_step(learning_rate, state.steps, "learning_rate")
         key, draw = jax.random.split(state.key)
         given = {**extra, "wrt": chosen, "incoming": leaves}
         further = {name: given[name] for name in accepts if name in given}
@@ -118,7 +119,6 @@ def transformation(
                 "of updates: let it see all of them, outside of optax.masked and optax.partition"
             )
         found = compute(module, x, y, rho, state, draw, **further)
-        rate = at_step(learning_rate, state.steps, "learning_rate")
         step = jax.tree.map(
             lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
         )

@@ -14,7 +14,7 @@ import numpy as np
 from natgrad_flax import MLP, ConvNet, RelativeDamping, SingularCouplingWarning, Structure
 from natgrad_flax.activations import get_activation
 from natgrad_flax.checks import check_structure
-from natgrad_flax.scalars import check_integer, check_number
+from natgrad_flax.scalars import check_integer, check_number, check_seed, keep_plain
 from natgrad_flax.structures import Geometry
 from natgrad_flax.weight_sharing import signals_geometry
 from ntk_analysis.coefficient import Damping
@@ -106,7 +106,7 @@ class SweepSettings:
             if len(set(entries)) < len(entries):
                 raise ValueError(f"{name} must not repeat an entry, got {entries}")
         for seed in self.seeds:
-            check_integer("every seed", seed, 0)
+            check_seed(seed, "every seed")
         for value in self.values:
             _CHECKS[self.variable](f"every {self.variable} in values", value)
         for name, check in _CHECKS.items():
@@ -115,6 +115,7 @@ class SweepSettings:
         check_number("weight_variance", self.weight_variance, positive=True)
         check_number("bias_variance", self.bias_variance, positive=False)
         self._check_data()
+        keep_plain(self)
 
     def _check_data(self) -> None:
         import natgrad_datasets

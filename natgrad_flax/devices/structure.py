@@ -26,7 +26,7 @@ from natgrad_flax.devices.placement import Placement, check_divisible, device_me
 from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
 from natgrad_flax.devices.units import deal_out_units
 from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.scalars import check_integer, check_number
+from natgrad_flax.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import (
     EKFAC,
@@ -94,10 +94,9 @@ class Sharded(Structure):
             raise ValueError(
                 f"solver must be one of {', '.join(get_args(SolverName))}, got {self.solver!r}"
             )
-        tolerance = check_number("tolerance", self.tolerance, positive=True)
-        object.__setattr__(self, "tolerance", tolerance)
-        iterations = check_integer("max_iterations", self.max_iterations, 1)
-        object.__setattr__(self, "max_iterations", iterations)
+        check_number("tolerance", self.tolerance, positive=True)
+        check_integer("max_iterations", self.max_iterations, 1)
+        keep_plain(self)
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,20 +16,19 @@ from natgrad_flax.activations import active_fraction
 from natgrad_flax.arrays import check_concrete
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
-    check_batch,
     check_damping,
     check_fisher_batch,
     check_input_shape,
     check_inputs,
     check_microbatches,
     check_model_inputs,
+    check_needed_batch,
     check_settings,
     check_structure,
-    is_concrete,
 )
 from natgrad_flax.convolution import with_fast_gradients
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
-from natgrad_flax.fisher import FisherKind, fisher_signals, in_range, population_signals
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
+from natgrad_flax.fisher import FisherKind, check_key, fisher_signals, in_range, population_signals
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.linalg import full_products
@@ -38,10 +37,12 @@ from natgrad_flax.momentum import Momentum
 from natgrad_flax.parts import Passes, in_parts
 from natgrad_flax.plans import dense_layers, hashable_filter
 from natgrad_flax.preparation import prepare
+from natgrad_flax.scalars import check_integer
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.spectrum import largest_eigenvalue, rate_of_alpha, rate_of_largest
 from natgrad_flax.structures import Geometry, Structure
 from natgrad_flax.taps import Path, outputs_of
+from natgrad_flax.trees import as_state, by_path, moved_by_gradient
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
     geometry_at,
@@ -56,7 +57,7 @@ Damping = float | Array | RelativeDamping
 def natural_gradient(
     model: nnx.Module,
     x: Any,
-    y: Array,
+    y: Array | None,
     *,
     structure: Structure,
     loss: Loss,
@@ -69,6 +70,7 @@ def natural_gradient(
     fisher_y: Array | None = None,
     microbatches: int = 1,
     check_samples: bool = True,
+    gradient: Any = None,
 ) -> nnx.State:
     """G^{-1} dL, the natural gradient of the loss (Karakida & Osawa 2020, Eq. 7).
 
@@ -95,25 +97,33 @@ def natural_gradient(
       check_samples: whether to try, at the first batch of a shape whose values are known, that the
         model makes of a batch what it makes of its samples one by one. Inside ``jit`` nothing can
         be tried. Without it the result is that of the samples one by one.
+      gradient: g, a tree like ``nnx.state(model, wrt)``, for G^{-1} g: the gradient of a loss of
+        your own, with penalties, masks, dropout or batch statistics in it. ``loss`` then says which
+        Fisher, and y may be None where that is not the empirical one. With damping 0 what of g lies
+        outside of the range of G is lost.
 
     Returns:
-      The update with the tree of ``nnx.state(model, wrt)``; theta - eta * update is the step.
+      The update with the tree of ``nnx.state(model, wrt)``, or of the gradient where there is one;
+      theta - eta * update is the step.
 
     Raises:
       ValueError, TypeError: bad settings or a bad batch, before any work.
     """
     wrt = hashable_filter(wrt)
-    check_settings(structure, loss, fisher, damping, mc_samples)
+    check_settings(structure, loss, fisher, damping)
+    mc_samples = check_integer("mc_samples", mc_samples, 1)
     if callable(damping) or isinstance(damping, LevenbergMarquardt):
         raise TypeError(
             "schedules and adaptive damping need the step count: use natural_gradient_descent"
         )
-    if fisher == "mc" and key is None:
-        raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
-    x, y = check_batch(model, x, y, loss)
+    check_key(fisher, key)
+    needed = gradient is None or (fisher == "empirical" and fisher_x is None)
+    x, y = check_needed_batch(model, x, y, loss, needed)
     fisher_x, fisher_y = check_fisher_batch(model, fisher, x, y, fisher_x, fisher_y)
-    check_microbatches(microbatches, x, fisher_x)
+    microbatches = check_microbatches(microbatches, x, fisher_x)
     at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
+    if gradient is not None:
+        wrt = moved_by_gradient(model, gradient, wrt)
     prepare(structure, model, *at, loss, fisher, mc_samples, damping, wrt)
     if check_samples:
         check_samples_alone(model, x)
@@ -127,6 +137,7 @@ def natural_gradient(
         key,
         fisher_x,
         fisher_y,
+        gradient,
         graphdef=graphdef,
         structure=structure,
         loss=loss,
@@ -136,25 +147,25 @@ def natural_gradient(
         wrt=wrt,
         microbatches=microbatches,
     )
-    return as_state(nnx.state(model, wrt), updates)
+    return as_state(nnx.state(model, wrt) if gradient is None else gradient, updates)
 
 
 class AtBatch(NamedTuple):
     """What adaptive damping asks of the batch.
 
     Attributes:
-      outputs: f, shape (N, C).
+      outputs: f, shape (N, C); None where the gradient came from elsewhere.
       inner: the product of the gradient of the loss with the step that was found.
     """
 
-    outputs: Array
+    outputs: Array | None
     inner: Callable[[], Array]
 
 
 def compute(
     model: nnx.Module,
     x: Any,
-    y: Array,
+    y: Array | None,
     *,
     structure: Structure,
     loss: Loss,
@@ -167,10 +178,12 @@ def compute(
     fisher_y: Array | None = None,
     microbatches: int = 1,
     momentum: Momentum | None = None,
+    gradient: dict[Path, Array] | None = None,
 ) -> tuple[tuple[LayerUpdate, ...], Signals, AtBatch]:
     """The natural gradient layer by layer, without checks; to be traced.
 
-    The arguments are those of ``natural_gradient``, and the momentum, where there is one.
+    The arguments are those of ``natural_gradient``, and the momentum, where there is one; the
+    gradient is by the paths of the parameters.
     """
     settings: dict[str, Any] = {
         "loss": loss,
@@ -181,7 +194,8 @@ def compute(
         "microbatches": microbatches,
     }
     null: dict[str, Any] = {"loss": loss, "fisher": fisher, "damping": damping}
-    if fisher_x is None:
+    if fisher_x is None and gradient is None:
+        assert y is not None
         signals, residual = fisher_signals(model, x, y, **settings)
         signals, residual = in_range(signals, residual, **null)
         with full_products():
@@ -191,10 +205,16 @@ def compute(
             else:
                 solved = momentum.solve(structure, signals, residual, rho)
         return solved, signals, AtBatch(signals.outputs, lambda: _slope(signals, residual, solved))
-    signals = population_signals(model, fisher_x, fisher_y, **settings)
+    at = fisher_targets(fisher, x, y, fisher_x, fisher_y)
+    signals = population_signals(model, *at, **settings)
     signals, _ = in_range(signals, None, **null)
-    found, outputs = loss_gradient(model, x, y, loss=loss, wrt=wrt, microbatches=microbatches)
-    slope = layer_updates(signals.layers, found)
+    outputs = signals.outputs
+    if gradient is None:
+        assert y is not None
+        gradient, outputs = loss_gradient(
+            model, x, y, loss=loss, wrt=wrt, microbatches=microbatches
+        )
+    slope = layer_updates(signals.layers, gradient)
     with full_products():
         rho = resolve_damping(structure, signals, damping)
         if momentum is None:
@@ -202,6 +222,15 @@ def compute(
         else:
             solved = momentum.precondition(structure, signals, slope, rho)
     return solved, signals, AtBatch(outputs, lambda: inner_product(slope, solved))
+
+
+def fisher_targets(
+    fisher: FisherKind, x: Array, y: Array | None, fisher_x: Array | None, fisher_y: Array | None
+) -> tuple[Array, Array | None]:
+    """The batch of a Fisher without a residual: targets for the empirical one alone."""
+    if fisher_x is not None:
+        return fisher_x, fisher_y
+    return x, y if fisher == "empirical" else None
 
 
 def _slope(signals: Signals, residual: Residual, solved: tuple[LayerUpdate, ...]) -> Array:
@@ -248,8 +277,7 @@ def static_damping(damping: Damping) -> float | RelativeDamping | None:
     """What of a damping decides how a step is compiled; None for a number that is an argument."""
     if isinstance(damping, RelativeDamping):
         return damping
-    zero = is_concrete(damping) and np.ndim(damping) == 0 and damping == 0
-    return 0.0 if zero else None
+    return 0.0 if is_zero(damping) else None
 
 
 def resolve_damping(structure: Structure, signals: Signals, damping: Damping) -> Array | float:
@@ -268,11 +296,12 @@ def resolve_damping(structure: Structure, signals: Signals, damping: Damping) ->
 def _compiled(
     state: Any,
     x: Any,
-    y: Array,
+    y: Array | None,
     damping: Array | None,
     key: Array | None,
     fisher_x: Any,
     fisher_y: Array | None,
+    gradient: Any,
     *,
     graphdef: Any,
     structure: Structure,
@@ -299,36 +328,9 @@ def _compiled(
         fisher_x=fisher_x,
         fisher_y=fisher_y,
         microbatches=microbatches,
+        gradient=None if gradient is None else by_path(gradient),
     )
     return named_updates(signals.layers, solved)
-
-
-def as_state(params: Any, updates: Mapping[Path, Mapping[str, Array]]) -> Any:
-    """Updates by path and name in the tree of the parameters, with their dtypes."""
-    flat = {(*path, name): leaf for path, layer in updates.items() for name, leaf in layer.items()}
-
-    def pick(path: tuple[Any, ...], leaf: Any) -> Any:
-        return flat[leaf_names(path)].astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(pick, params)
-
-
-def by_path(tree: Any) -> dict[Path, Array]:
-    """The leaves of a pytree of parameters by their paths."""
-    return {leaf_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def leaf_names(path: tuple[Any, ...]) -> Path:
-    """The path of a parameter in a pytree, whether its leaves are Variables or plain arrays."""
-    names: list[str | int] = []
-    for entry in path:
-        if isinstance(entry, jax.tree_util.DictKey | jax.tree_util.FlattenedIndexKey):
-            names.append(entry.key)
-        elif isinstance(entry, jax.tree_util.SequenceKey):
-            names.append(entry.idx)
-        elif entry.name != "value":
-            names.append(entry.name)
-    return tuple(names)
 
 
 def model_geometry(model: nnx.Module, num_samples: int) -> Geometry:
@@ -393,8 +395,7 @@ def optimal_learning_rate(
             rho = resolve_damping(structure, signals, damping)
             matrix = np.asarray(structure.coefficient(signals, signals, rho))
         return rate_of_largest(largest_eigenvalue(matrix, structure.name), structure.name)
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}")
+    num_samples = check_integer("num_samples", num_samples, 1)
     geometry = _geometry(model, num_samples, x)
     if isinstance(geometry, SharedGeometry):
         alpha, failures = shared_alpha(structure, geometry), shared_failures(structure, geometry)

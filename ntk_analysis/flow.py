@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from natgrad_flax import Loss, Residual, Signals, SoftmaxCrossEntropy, Structure
 from natgrad_flax.checks import check_fits
 from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.scalars import as_values, check_number
 from ntk_analysis.coefficient import Damping, check_theory_arguments
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
@@ -119,8 +120,9 @@ def predict_flow(
         )
     if metric not in get_args(Metric):
         raise ValueError(f'metric must be "initial" or "current", got {metric!r}')
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol and atol must be positive, got {rtol} and {atol}")
+    rtol, atol = (
+        check_number(name, value, positive=True) for name, value in (("rtol", rtol), ("atol", atol))
+    )
     check_theory_arguments(structure, damping, "empirical")
     moments = _times(times)
     initial = initial_signals(model, x, x_test)
@@ -276,8 +278,8 @@ def _integrate(
 
 
 def _times(times: Sequence[float] | Matrix) -> Matrix:
-    values = np.asarray(times, np.float64)
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+    values = as_values("times", times)
+    if not np.isfinite(values).all():
         raise ValueError(f"times must be a sequence of finite numbers, got {times!r}")
     if values[0] < 0 or (np.diff(values) <= 0).any() or values[-1] <= 0:
         raise ValueError(

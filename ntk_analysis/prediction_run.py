@@ -15,7 +15,7 @@ from natgrad_datasets import Dataset, DatasetError
 
 from natgrad_flax import KFAC, MLP, Signals, SingularCouplingWarning, Structure
 from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_integer, check_number, check_seed
+from natgrad_flax.scalars import check_integer, check_number, check_seed, keep_plain
 from ntk_analysis.analytic import Progress, analytic_kernels
 from ntk_analysis.analytic_signals import check_limit, needed_parts
 from ntk_analysis.coefficient import Kernels, analytic_signals
@@ -130,7 +130,7 @@ class PredictionSettings:
         check_integer("num_train", self.num_train, 1)
         check_integer("num_test", self.num_test, 1)
         check_integer("initialisations", self.initialisations, 0)
-        check_seed("seed", self.seed, max(1, int(self.initialisations or 0)))
+        check_seed(self.seed, draws=max(1, int(self.initialisations or 0)))
         if not self.widths:
             raise ValueError("widths must name at least one hidden layer")
         for width in self.widths:
@@ -144,6 +144,7 @@ class PredictionSettings:
             check_number("rank_tolerance", self.rank_tolerance, positive=False)
             if self.rank_tolerance >= 1:
                 raise ValueError(f"rank_tolerance must be below 1, got {self.rank_tolerance!r}")
+        keep_plain(self)
         for method in self.methods():
             if analytic:
                 check_limit(method.structure, True, method.damping)

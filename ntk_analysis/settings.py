@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from natgrad_flax import RelativeDamping
 from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_integer, check_number, check_seed
+from natgrad_flax.scalars import check_integer, check_number, check_seed, check_steps, keep_plain
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.methods import Method, find_structure, select_methods
 from ntk_analysis.networks import check_damping_size, check_variances, find_network, layout
@@ -80,9 +80,10 @@ class DynamicsSettings:
         self._set("classes", classes)
         self._set("num_train", samples[0] if self.num_train is None else self.num_train)
         self._set("num_test", samples[1] if self.num_test is None else self.num_test)
-        for name in ("num_train", "num_test", "steps"):
+        for name in ("num_train", "num_test"):
             check_integer(name, getattr(self, name), 1)
-        check_seed("seed", self.seed)
+        check_steps(self.steps, minimum=1)
+        check_seed(self.seed)
         if self.widths is None:
             self._set("widths", _WIDTHS.get(self.network, _CHANNELS))
         if not self.widths:
@@ -106,6 +107,7 @@ class DynamicsSettings:
                 raise ValueError("structures must name at least one")
             names = tuple(dict.fromkeys(find_structure(name) for name in self.structures))
             self._set("structures", names)
+        keep_plain(self)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

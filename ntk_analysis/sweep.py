@@ -13,7 +13,8 @@ import numpy as np
 
 from natgrad_flax import MLP, ConvNet, RelativeDamping, SingularCouplingWarning, Structure
 from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_integer, check_number, check_seed, check_structure
+from natgrad_flax.checks import check_structure
+from natgrad_flax.scalars import check_integer, check_number, check_seed, keep_plain
 from natgrad_flax.structures import Geometry
 from natgrad_flax.weight_sharing import signals_geometry
 from ntk_analysis.coefficient import Damping
@@ -111,7 +112,7 @@ class SweepSettings:
             if len(set(entries)) < len(entries):
                 raise ValueError(f"{name} must not repeat an entry, got {entries}")
         for seed in self.seeds:
-            check_seed("every seed", seed)
+            check_seed(seed, "every seed")
         for value in self.values:
             _CHECKS[self.variable](f"every {self.variable} in values", value)
         for name, check in _CHECKS.items():
@@ -122,6 +123,7 @@ class SweepSettings:
             here = {name: getattr(self, name) for name in _CHECKS} | {self.variable: value}
             check_damping_size("damping", here["damping"], here["num_samples"])
         self._check_data()
+        keep_plain(self)
 
     def _check_data(self) -> None:
         import natgrad_datasets
@@ -304,7 +306,7 @@ def _check_activation(name: str, value: object) -> None:
     get_activation(value)
 
 
-_CHECKS: dict[str, Callable[[str, object], None]] = {
+_CHECKS: dict[str, Callable[[str, object], object]] = {
     "width": lambda name, value: check_integer(name, value, 1),
     "depth": lambda name, value: check_integer(name, value, 1),
     "num_samples": lambda name, value: check_integer(name, value, 1),

@@ -10,10 +10,9 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.checks import check_integer
+from natgrad_flax.checks import check_normal
 from natgrad_flax.damping import LevenbergMarquardt, is_zero
 from natgrad_flax.fisher import fisher_signals
-from natgrad_flax.gradient import leaf_names
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import matrix_of
 from natgrad_flax.linalg import full_products
@@ -22,6 +21,7 @@ from natgrad_flax.linear.deep_linear_optimizer import check_settings
 from natgrad_flax.linear.inverse_moments import DirectInverse, InverseMoment
 from natgrad_flax.losses import Loss, MeanSquaredError
 from natgrad_flax.plans import dense_layers
+from natgrad_flax.scalars import check_integer, check_seed
 from natgrad_flax.signals import DenseSignals
 from natgrad_flax.transformation import (
     NaturalGradientState,
@@ -29,6 +29,7 @@ from natgrad_flax.transformation import (
     change_of_loss,
     transformation,
 )
+from natgrad_flax.trees import leaf_names
 
 
 def online_natural_gradient_descent(
@@ -81,9 +82,8 @@ def online_natural_gradient_descent(
             "inverse must be DirectInverse(), MovingInverse() or RandomisedSVD(rank), got "
             f"{inverse!r}"
         )
-    check_integer("mc_samples", mc_samples, 1)
-    check_integer("seed", seed, 0)
-    check_settings(learning_rate, damping, output_variance)
+    mc_samples, seed = check_integer("mc_samples", mc_samples, 1), check_seed(seed)
+    learning_rate = check_settings(learning_rate, damping, output_variance)
     if is_zero(damping):
         raise ValueError(
             "sampled second moments need a positive damping: the gradient does not lie in their "
@@ -106,6 +106,7 @@ def online_natural_gradient_descent(
     def compute(
         module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
     ) -> Step:
+        check_normal(rho, x.dtype)
         draw, *keys = jax.random.split(key, 1 + 2 * len(dense_layers(module)))
         signals, residual = fisher_signals(
             module, x, y, loss=loss, fisher="mc", key=draw, num_samples=mc_samples

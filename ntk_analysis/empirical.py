@@ -7,7 +7,6 @@ that calls it is left as it is. Results are NumPy arrays, which are float64 outs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -100,7 +99,7 @@ def initial_signals(
     return InitialSignals(signals, batch_size(parts[0]))
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def _signals(graphdef: Any, state: Any, inputs: Any) -> tuple[Signals, Array]:
     # one program; op by op every new shape would compile dozens
     signals = jacobian_signals(nnx.merge(graphdef, state), inputs)

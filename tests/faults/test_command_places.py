@@ -121,8 +121,13 @@ PLACES = {
 NUMBERS = {
     f"{command} {option} {value}": (call(command, option, value), Exits(2, says))
     for command, option, value, says in (
-        ("dynamics", "--seed", "99999999999999999999", "seed must be at most 4294967295, got 9999"),
-        ("dynamics", "--seed", "4294967296", "seed must be at most 4294967295"),
+        (
+            "dynamics",
+            "--seed",
+            "99999999999999999999",
+            "seed must be an integer of 0 to 4294967295, got 9999",
+        ),
+        ("dynamics", "--seed", "4294967296", "seed must be an integer of 0 to 4294967295"),
         ("dynamics", "--damping", "1e308", "damping 1e.308 times 6 samples is beyond"),
         ("dynamics", "--damping", "1e-320", "damping 1e-320 times 6 samples is beyond"),
         ("predict", "--ridge", "1e-320", "ridge 1e-320 is beyond"),
@@ -138,11 +143,16 @@ NUMBERS = {
         ("dynamics", "--weight-variance", "1e20", BEYOND),
         ("dynamics", "--bias-variance", "1e200", BEYOND),
         ("dynamics", "--bias-variance", "nan", "bias_variance must be 0 or positive and finite"),
-        ("predict", "--seed", "99999999999999999999", "seed must be at most 4294967295"),
+        ("predict", "--seed", "99999999999999999999", "seed must be an integer of 0 to 4294967295"),
         ("predict", "--damping", "1e308", "damping 1e.308 times 6 samples is beyond"),
         ("predict", "--ridge", "1e200", "ridge 1e.200 is beyond"),
         ("predict", "--weight-variance", "1e300", BEYOND),
-        ("isotropy", "--seeds", "99999999999999999999", "every seed must be at most 4294967295"),
+        (
+            "isotropy",
+            "--seeds",
+            "99999999999999999999",
+            "every seed must be an integer of 0 to 4294967295",
+        ),
         ("isotropy", "--damping", "1e308", "damping 1e.308 times 3 samples is beyond"),
         ("isotropy", "--weight-variance", "1e300", BEYOND),
         ("isotropy", "--bias-variance", "1e300", BEYOND),
@@ -150,7 +160,7 @@ NUMBERS = {
 } | {
     "predict, seeds of initialisations": (
         call("predict", "--initialisations", 10, "--seed", 2**32 - 5),
-        Exits(2, "seed must be at most 4294967286"),
+        Exits(2, "seed must be an integer of 0 to 4294967286"),
     ),
     "isotropy, dampings": (
         call("isotropy", "--vary", "damping", "--values", 0, "1e38"),
@@ -158,7 +168,7 @@ NUMBERS = {
     ),
     "report, a seed": (
         lambda: natgrad("report", "--dataset", "digits", "--seed", 2**32 - 1, "--out", "/dev/x"),
-        Exits(2, "seed must be at most 4294967295, got 4294967296"),
+        Exits(2, "seed must be an integer of 0 to 4294967295, got 4294967296"),
     ),
 }
 

@@ -69,10 +69,10 @@ def natural_gradient_descent(
     through ``nnx.Optimizer``: ``optimizer.update(model, grads, module=model, x=x, y=y)``. With
     ``gradient="batch"`` the natural gradient is a function of the batch, not of the incoming
     updates; these are taken only for their tree (inside ``jit`` computing them costs nothing, XLA
-    drops it). With ``gradient="incoming"`` it is G^{-1} of the incoming updates. Either way this
-    transformation stands first in an ``optax.chain``; clipping, momentum and weight decay that
-    follow act on the natural-gradient step. An ``optax.MultiSteps`` around it would average
-    natural gradients.
+    drops it), so this transformation stands first in an ``optax.chain``. With
+    ``gradient="incoming"`` it is G^{-1} of the incoming updates, and what stands before it acts on
+    the gradient. Clipping, momentum and weight decay that follow act on the natural-gradient step.
+    An ``optax.MultiSteps`` around it would average natural gradients.
 
     What ``optax.masked`` and ``optax.partition`` hold back of the tree is held, too: the step is
     that of the Fisher of the parameters that are left. ``optax.flatten`` hides the names of the

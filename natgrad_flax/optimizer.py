@@ -102,10 +102,9 @@ def natural_gradient_descent(
       gradient: "batch", the gradient of the loss on x and y, every layer as ``module`` holds it; or
         "incoming", the updates that come in: the gradient of any loss, of a training pass with
         dropout and batch statistics, with penalties, masks or weights. ``module`` is then the model
-        that the Fisher is taken of, as ``nnx.view(model, deterministic=True,
-        use_running_average=True)`` gives it, ``loss`` says which Fisher, and y is looked at for
-        fisher="empirical" only. Damp it: at 0 what of the gradient lies outside of the range of G
-        is lost.
+        that the Fisher is taken of, with dropout off and statistics held (``nnx.view``), ``loss``
+        says which Fisher, and y is looked at for fisher="empirical" only. Damp it: at 0 what of the
+        gradient lies outside of the range of G is lost.
 
     Returns:
       An optax transformation with the extra arguments ``module`` (the model, or a copy of it, whose

@@ -72,10 +72,10 @@ def natural_gradient_descent(
     through ``nnx.Optimizer``: ``optimizer.update(model, grads, module=model, x=x, y=y)``. With
     ``gradient="batch"`` the natural gradient is a function of the batch, not of the incoming
     updates; these are taken only for their tree (inside ``jit`` computing them costs nothing, XLA
-    drops it). With ``gradient="incoming"`` it is G^{-1} of the incoming updates. Either way this
-    transformation stands first in an ``optax.chain``; clipping, momentum and weight decay that
-    follow act on the natural-gradient step. An ``optax.MultiSteps`` around it would average
-    natural gradients.
+    drops it), so this transformation stands first in an ``optax.chain``. With
+    ``gradient="incoming"`` it is G^{-1} of the incoming updates, and what stands before it acts on
+    the gradient. Clipping, momentum and weight decay that follow act on the natural-gradient step.
+    An ``optax.MultiSteps`` around it would average natural gradients.
 
     What ``optax.masked`` and ``optax.partition`` hold back of the tree is held, too: the step is
     that of the Fisher of the parameters that are left. ``optax.flatten`` hides the names of the
@@ -106,10 +106,9 @@ def natural_gradient_descent(
       gradient: "batch", the gradient of the loss on x and y, every layer as ``module`` holds it; or
         "incoming", the updates that come in: the gradient of any loss, of a training pass with
         dropout and batch statistics, with penalties, masks or weights. ``module`` is then the model
-        that the Fisher is taken of, as ``nnx.view(model, deterministic=True,
-        use_running_average=True)`` gives it, ``loss`` says which Fisher, and y is looked at for
-        fisher="empirical" only. Damp it: at 0 what of the gradient lies outside of the range of G
-        is lost.
+        that the Fisher is taken of, with dropout off and statistics held (``nnx.view``), ``loss``
+        says which Fisher, and y is looked at for fisher="empirical" only. Damp it: at 0 what of the
+        gradient lies outside of the range of G is lost.
 
     Returns:
       An optax transformation with the extra arguments ``module`` (the model, or a copy of it, whose

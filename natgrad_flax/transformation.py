@@ -71,8 +71,8 @@ def transformation(
       compute: from module, x, y, the damping of this step, the state and a key to the step.
       init_kept: from parameters to what is kept before the first step.
       accepts: names of extra arguments of ``update`` that ``compute`` takes, too; "wrt", the filter
-        of the parameters that this tree of updates moves, without which all of them must be in it,
-        and "incoming", the updates by the paths of the parameters.
+        of the parameters that this tree of updates moves, and "incoming", the updates by the paths
+        of the parameters. The tree must have all parameters of the step.
       wrt: filter of the parameters.
       needs_targets: whether ``compute`` looks at y.
     """
@@ -114,17 +114,17 @@ def transformation(
         key, draw = jax.random.split(state.key)
         given = {**extra, "wrt": chosen, "incoming": leaves}
         further = {name: given[name] for name in accepts if name in given}
-        if chosen is not wrt and "wrt" not in accepts:
-            raise ValueError(
-                f"{name} moves all parameters of the model together, and some are not in the tree "
-                "of updates: let it see all of them, outside of optax.masked and optax.partition"
-            )
         try:
             found = compute(module, x, y, rho, state, draw, **further)
         except DoesNotRunError as error:
             if not doubt:
                 raise
             raise DoesNotRunError(f"{error}. {doubt}") from error
+        if sum(map(len, found.direction.values())) > len(leaves):
+            raise ValueError(
+                f"{name} moves all parameters of the model together, and some are not in the tree "
+                "of updates: let it see all of them, outside of optax.masked and optax.partition"
+            )
         step = jax.tree.map(
             lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
         )

@@ -124,6 +124,7 @@ def sharded_natural_gradient(
     wrt = hashable_filter(wrt)
     check_settings(structure, loss, fisher, damping)
     mc_samples = check_integer("mc_samples", mc_samples, 1)
+    microbatches = check_integer("microbatches", microbatches, 1)
     if callable(damping) or isinstance(damping, LevenbergMarquardt):
         raise TypeError("a single gradient needs one damping: a number or an ng.RelativeDamping")
     check_key(fisher, key)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.checks import available_memory, check_finite
+from natgrad_flax.checks import as_array, available_memory, check_finite
 from natgrad_flax.scalars import check_integer, check_number, check_steps
 
 Integrator = Literal["euler", "rk4"]
@@ -146,7 +146,7 @@ def as_floating(array: Any, name: str, shape: tuple[int | None, ...], meaning: s
       ValueError: another shape, an empty axis, NaN or infinity.
       TypeError: not a floating array.
     """
-    array = jnp.asarray(array)
+    array = as_array(array, name)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be a floating array, got dtype {array.dtype}")
     fits = array.ndim == len(shape) and all(

@@ -50,7 +50,7 @@ def online_natural_gradient_descent(
     batch, and Lambda~_i of errors back-propagated from ``mc_samples`` targets a sample that are
     drawn from the model. For linear networks it estimates the exact natural gradient; for others
     it is the paper's extension. Biases are one more row of W_i. ``update`` needs the batch:
-    ``module=model, x=x, y=y``.
+    ``module=model, x=x, y=y``. L counts the layers that move: those that the tree of updates has.
 
     Args:
       learning_rate: alpha, a number or a schedule over steps.
@@ -104,12 +104,18 @@ def online_natural_gradient_descent(
         return inverses
 
     def compute(
-        module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
+        module: nnx.Module,
+        x: Array,
+        y: Array,
+        rho: Any,
+        state: NaturalGradientState,
+        key: Array,
+        wrt: Any,
     ) -> Step:
         check_normal(rho, x.dtype)
         draw, *keys = jax.random.split(key, 1 + 2 * len(dense_layers(module)))
         signals, residual = fisher_signals(
-            module, x, y, loss=loss, fisher="mc", key=draw, num_samples=mc_samples
+            module, x, y, loss=loss, fisher="mc", key=draw, num_samples=mc_samples, wrt=wrt
         )
         if check_samples:
             check_samples_alone(module, x)
@@ -166,7 +172,14 @@ def online_natural_gradient_descent(
         return Step(direction, lambda: slope, change, inverses)
 
     return transformation(
-        "online_natural_gradient_descent", learning_rate, damping, loss, seed, compute, init
+        "online_natural_gradient_descent",
+        learning_rate,
+        damping,
+        loss,
+        seed,
+        compute,
+        init,
+        accepts=("wrt",),
     )
 
 

@@ -56,6 +56,10 @@ def of_the_head(structure):
     return negative(found)
 
 
+def online():
+    return linear.online_natural_gradient_descent(damping=0.1, mc_samples=2)
+
+
 def masked(structure, **settings):
     return one(optax.masked(descent(structure, **settings), IN_HEAD))["layers"][1]
 
@@ -98,6 +102,7 @@ def coupled():
     return negative(nnx.as_pure(ng.natural_gradient(DEEP, X, Y, **settings)))
 
 
+LATER = layers(nnx.as_pure(nnx.state(LINEAR, nnx.Param)), 1)
 AVERAGED = {"average": ng.MovingAverage(), "example": (MODEL, X)}
 UNKNOWN = Refused("does not fit the module: no parameter of MLP .* is called layers.2.kernel")
 SHAPE = Refused(r"layers.0.kernel has shape \(3, 4\) in them and \(3, 3\) in MLP")
@@ -177,9 +182,16 @@ TREES = {
         ),
         Refused("deep_linear_descent moves all parameters of the model together"),
     ),
+    "some layers, deep linear, in nnx.Optimizer": (
+        lambda: nnx.Optimizer(
+            LINEAR, optax.masked(linear.deep_linear_descent(), LATER), wrt=nnx.Param
+        ).update(LINEAR, nnx.state(LINEAR, nnx.Param), module=LINEAR, x=X, y=X),
+        Refused("deep_linear_descent moves all parameters of the model together"),
+    ),
     "some layers, online": (
-        lambda: one(linear.online_natural_gradient_descent(), part(PARAMS)),
-        Refused("online_natural_gradient_descent moves all parameters"),
+        lambda: one(online(), part(PARAMS))["layers"][1],
+        # of two layers that move a step has half of the size
+        Right(lambda: jax.tree.map(lambda leaf: 2 * leaf, one(online())["layers"][1])),
     ),
     "averages of another model": (
         lambda: one(descent(ng.KFAC(), average=ng.MovingAverage(), example=(NARROW, X))),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -17,6 +19,10 @@ from natgrad_flax.scalars import as_number, check_number, keep_plain
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
 """What adaptive damping, which is kept in float32, can be at least without counting as 0."""
+
+
+class SmallDampingWarning(UserWarning):
+    """A damping is lost in the rounding of the Fisher."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,51 @@ def per_layer(damping: Array | float, num_layers: int) -> list[Array | float]:
     if jnp.ndim(damping) == 0:
         return [damping] * num_layers
     values = jnp.asarray(damping)
+    if len(values) != num_layers:
+        raise ValueError(
+            f"a damping of shape {values.shape} has no entry for each of {num_layers} layers"
+        )
     return [values[index] for index in range(num_layers)]
+
+
+def check_damping_shape(damping: object, scale: tuple[int, ...], name: str, depth: int) -> None:
+    """Raises ValueError on an array that is not one number and has not the shape of the scale.
+
+    Args:
+      damping: an array.
+      scale: the shape of the structure's ``damping_scale``, of which the first axis may do.
+      name: of the structure.
+      depth: the number of layers.
+    """
+    shape = np.shape(damping)  # type: ignore[arg-type]
+    if shape in [scale[:axes] for axes in range(len(scale) + 1)]:
+        return
+    wanted = ["one number", f"({depth},), one a layer", f"{scale}, one a factor"]
+    raise ValueError(
+        f"the damping of {name} must be {' or '.join(wanted[: len(scale) + 1])}, got an array of "
+        f"shape {shape}"
+    )
+
+
+def warn_of_rounding(damping: object, dtype: jnp.dtype) -> None:
+    """Warns of a concrete positive damping that is below the rounding of a precision.
+
+    Warns:
+      SmallDampingWarning: with what of a step may be rounding.
+    """
+    if isinstance(damping, jax.core.Tracer):
+        return
+    values = np.asarray(damping, np.float64)
+    least = float(values[values > 0].min(initial=np.inf))
+    roundoff = float(jnp.finfo(dtype).eps) / 2
+    if least < roundoff:
+        warnings.warn(
+            f"a damping of {least:.2g} is below the rounding of {dtype}: beside an eigenvalue "
+            f"lambda of the Fisher, {roundoff / least:.0e} lambda of the step may be rounding; use "
+            "a larger one, ng.RelativeDamping, the number 0 for the pseudo-inverse, or float64",
+            SmallDampingWarning,
+            stacklevel=4,
+        )
 
 
 def of_block(damping: Array | float) -> Array | float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,11 @@ class LevenbergMarquardt:
 def is_zero(damping: object) -> bool:
     """Whether the damping is the number 0, known before tracing."""
     return isinstance(damping, (int, float, np.number)) and bool(damping == 0)
+
+
+def damping_as(damping: Array | float, dtype: Any) -> Array | float:
+    """A damping for arrays of a dtype; numbers of Python fit all."""
+    return damping if type(damping) in (int, float) else jnp.asarray(damping, dtype)
 
 
 def per_layer(damping: Array | float, num_layers: int) -> list[Array | float]:

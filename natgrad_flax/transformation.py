@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import own_promotion
 from natgrad_flax.checks import check_batch
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.gradient import as_state, by_path, leaf_names
@@ -73,6 +74,7 @@ def transformation(
     """
     adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
 
+    @own_promotion()
     def init(params: optax.Params) -> NaturalGradientState:
         fixed = damping if isinstance(damping, (int, float)) else 0.0
         start = adaptive.initial if adaptive else fixed
@@ -83,6 +85,7 @@ def transformation(
             init_kept(params),
         )
 
+    @own_promotion()
     def update(
         updates: optax.Updates,
         state: NaturalGradientState,
@@ -133,7 +136,9 @@ def change_of_loss(
 
     def change(rate: Array | float, step: Any) -> Array:
         del rate
-        return loss(outputs_of(_moved(module, step), x), y) - loss(outputs, y)
+        following = outputs_of(_moved(module, step), x).astype(outputs.dtype)
+        targets = y.astype(outputs.dtype)
+        return loss(following, targets) - loss(outputs, targets)
 
     return change
 

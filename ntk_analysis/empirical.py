@@ -141,7 +141,11 @@ def _in_float64(model: nnx.Module) -> nnx.Module:
         return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(cast, state))
+    copy = nnx.merge(graphdef, jax.tree.map(cast, state))
+    for _, module in nnx.iter_modules(copy):
+        if getattr(module, "dtype", None) is not None:  # what Flax's layers compute in
+            module.dtype = jnp.float64
+    return copy
 
 
 def _float64_inputs(x: ArrayLike, name: str) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -28,6 +30,21 @@ def described(x: Any) -> str:
 def is_concrete(array: object) -> bool:
     """Whether the values of an array can be looked at."""
     return not isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def solve_dtype(*dtypes: Any) -> Any:
+    """In which precision systems are solved: float32, or float64 where one of the dtypes is."""
+    return jnp.float64 if max(jnp.finfo(dtype).bits for dtype in dtypes) > 32 else jnp.float32
+
+
+@contextmanager
+def own_promotion() -> Iterator[None]:
+    """Where ``jax_numpy_dtype_promotion`` and ``jax_numpy_rank_promotion`` are JAX's defaults.
+
+    A caller sets them stricter for code of his own.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def check_real(array: Any, name: str) -> None:

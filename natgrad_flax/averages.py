@@ -19,7 +19,7 @@ from jax import Array
 
 from natgrad_flax.arrays import batch_size, shapes_of
 from natgrad_flax.capture import jacobian_signals
-from natgrad_flax.damping import RelativeDamping
+from natgrad_flax.damping import RelativeDamping, damping_as
 from natgrad_flax.fisher import FisherKind, part_signals, sampler
 from natgrad_flax.gradient import fisher_targets, loss_gradient
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates
@@ -373,6 +373,7 @@ class AveragedStep:
             rho = damping
             if isinstance(damping, RelativeDamping):
                 rho = damping.times(structure.scale_of(moments, size))
+            rho = damping_as(rho, jax.tree.leaves(moments)[0].dtype)
             return structure.invert(moments, rho, size)
 
         always = 1 if structure.cheap_inverse or interval == average.every else interval

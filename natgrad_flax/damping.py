@@ -10,9 +10,11 @@ import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from natgrad_flax.scalars import as_number, check_number, keep_plain
@@ -117,6 +119,11 @@ class LevenbergMarquardt:
 def is_zero(damping: object) -> bool:
     """Whether the damping is the number 0, known before tracing."""
     return as_number(damping) == 0
+
+
+def damping_as(damping: Array | float, dtype: Any) -> Array | float:
+    """A damping for arrays of a dtype; numbers of Python fit all."""
+    return damping if type(damping) in (int, float) else jnp.asarray(damping, dtype)
 
 
 def per_layer(damping: Array | float, num_layers: int) -> list[Array | float]:

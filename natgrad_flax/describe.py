@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from natgrad_flax.arrays import own_promotion
 from natgrad_flax.capture import linearise
 from natgrad_flax.checks import check_input_shape, check_inputs, check_structure
 from natgrad_flax.costs import Approximation, approximate, gram_by, gram_flops, shared_system
@@ -157,6 +158,7 @@ class Description:
         return lines
 
 
+@own_promotion()
 def describe(
     model: nnx.Module,
     x: Any,

@@ -176,6 +176,7 @@ def part_signals(
     outputs, backward = linearise(model, x, wrt)
     if y is not None and outputs.shape != y.shape:
         raise ValueError(f"the model returns {outputs.shape}, but y has shape {y.shape}")
+    y = None if y is None else y.astype(outputs.dtype)
     if fisher == "exact":
         signals = backward(jnp.swapaxes(loss.factor(outputs), 1, 2))
         return signals, None if y is None else Residual(loss.coefficients(outputs, y), None)

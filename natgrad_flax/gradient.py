@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.activations import active_fraction
-from natgrad_flax.arrays import check_concrete
+from natgrad_flax.arrays import check_concrete, own_promotion, solve_dtype
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
     check_damping,
@@ -27,7 +27,7 @@ from natgrad_flax.checks import (
     check_structure,
 )
 from natgrad_flax.convolution import with_fast_gradients
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, damping_as, is_zero
 from natgrad_flax.fisher import FisherKind, check_key, fisher_signals, in_range, population_signals
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
@@ -54,6 +54,7 @@ from natgrad_flax.weight_sharing import (
 Damping = float | Array | RelativeDamping
 
 
+@own_promotion()
 def natural_gradient(
     model: nnx.Module,
     x: Any,
@@ -266,9 +267,13 @@ def loss_gradient(
         def forward(state: Any) -> Array:
             return outputs_of(with_fast_gradients(nnx.merge(graphdef, state, rest)), x)
 
-        outputs, backward = jax.vjp(forward, chosen)
-        (gradient,) = backward(loss.residual(outputs, y) / len(y))
-        return by_path(gradient), outputs
+        computed, backward = jax.vjp(forward, chosen)
+        leaves = jax.tree.leaves(chosen)
+        dtype = solve_dtype(computed.dtype, *(leaf.dtype for leaf in leaves))
+        outputs = computed.astype(dtype)
+        residual = loss.residual(outputs, y.astype(dtype)) / len(y)
+        (gradient,) = backward(residual.astype(computed.dtype))
+        return by_path(jax.tree.map(lambda leaf: leaf.astype(dtype), gradient)), outputs
 
     return passes(run, (x, y), microbatches)
 
@@ -283,8 +288,8 @@ def static_damping(damping: Damping) -> float | RelativeDamping | None:
 def resolve_damping(structure: Structure, signals: Signals, damping: Damping) -> Array | float:
     """The damping in the 1/N convention; a relative one is scaled by the structure's Gram."""
     if isinstance(damping, RelativeDamping):
-        return damping.times(structure.damping_scale(signals))
-    return damping
+        damping = damping.times(structure.damping_scale(signals))
+    return damping_as(damping, signals.outputs.dtype)
 
 
 @partial(
@@ -352,6 +357,7 @@ def _sort_key(path: Path) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, p, "") if isinstance(p, int) else (1, 0, p) for p in path)
 
 
+@own_promotion()
 def optimal_learning_rate(
     structure: Structure,
     model: nnx.Module,

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import own_promotion
 from natgrad_flax.checks import check_needed_batch
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.losses import Loss
@@ -78,6 +79,7 @@ def transformation(
     """
     adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
 
+    @own_promotion()
     def init(params: optax.Params) -> NaturalGradientState:
         fixed = damping if as_number(damping) is not None or is_traced_number(damping) else 0.0
         start = adaptive.initial if adaptive else fixed
@@ -88,6 +90,7 @@ def transformation(
             init_kept(params),
         )
 
+    @own_promotion()
     def update(
         updates: optax.Updates,
         state: NaturalGradientState,
@@ -148,7 +151,9 @@ def change_of_loss(
         del rate
         assert y is not None
         assert outputs is not None
-        return loss(outputs_of(_moved(module, step), x), y) - loss(outputs, y)
+        following = outputs_of(_moved(module, step), x).astype(outputs.dtype)
+        targets = y.astype(outputs.dtype)
+        return loss(following, targets) - loss(outputs, targets)
 
     return change
 

@@ -158,7 +158,11 @@ def _samples(signals: Signals, chosen: slice) -> Signals:
 
 def _in_float64(model: nnx.Module) -> nnx.Module:
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(_float64, state))
+    copy = nnx.merge(graphdef, jax.tree.map(_float64, state))
+    for _, module in nnx.iter_modules(copy):
+        if getattr(module, "dtype", None) is not None:  # what Flax's layers compute in
+            module.dtype = jnp.float64
+    return copy
 
 
 def _float64(leaf: Any) -> Any:

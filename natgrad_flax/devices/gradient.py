@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 
-from natgrad_flax.arrays import batch_size
+from natgrad_flax.arrays import batch_size, own_promotion
 from natgrad_flax.checks import (
     check_fisher_batch,
     check_microbatches,
@@ -56,6 +56,7 @@ class UnsolvedError(RuntimeError):
     """A system with sharded rows was not solved: not definite, or the tolerance not reached."""
 
 
+@own_promotion()
 def sharded_natural_gradient(
     model: nnx.Module,
     x: Any,

@@ -89,7 +89,7 @@ DAMPINGS = {
     ),
     "an entry a sample": (
         lambda: gradient(jnp.full(4, 0.1)),
-        Refused(r"got an array of shape \(4,\)"),
+        Refused(r"array of shape \(4,\)"),
     ),
     "an entry a layer, one too many": (
         lambda: gradient(jnp.full(3, 0.1), ng.BlockDiagonal()),

@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -93,19 +94,29 @@ def own_folder(folder: Path) -> Iterator[None]:
 
     Raises:
       ValueError: another run owns it.
-      OSError: it cannot be made, or is a file.
+      OSError: it cannot be made or written to, or is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise OSError(errno.ENOTDIR, "it is not a folder; choose another --out", str(folder))
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _check_writable(folder)
         with _lock(folder):
             yield
     finally:
         for place in made:
             with suppress(OSError):  # not empty
                 place.rmdir()
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises OSError before any work where nothing could be kept of it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 @contextmanager

@@ -40,13 +40,16 @@ DRAWINGS = {
 
 
 def call(command: str, *options: object, out: str | None = None) -> Callable[[], tuple[int, str]]:
-    """A command, in a folder that must not be there afterwards if the command is refused."""
+    """A command that is refused before any work, and leaves no folder."""
 
     def run() -> tuple[int, str]:
-        with tempfile.TemporaryDirectory() as folder, by_hand([]):
+        ran: list[str] = []
+        with tempfile.TemporaryDirectory() as folder, by_hand(ran):
             place = Path(folder) / "deep" / "out"
             code, text = natgrad(*COMMANDS[command], *options, "--out", out or place)
-            assert code != 2 or list(Path(folder).iterdir()) == []
+            assert code == 2
+            assert ran == []
+            assert list(Path(folder).iterdir()) == []
             return code, text
 
     return run
@@ -99,6 +102,7 @@ PLACES = {
             ("a file", __file__, "it is not a folder; choose another --out"),
             ("below a file", f"{__file__}/a/b", "Not a directory"),
             ("/proc", "/proc/natgrad", "No such file or directory"),
+            ("a folder of the system", "/proc/self/task", "No such file or directory"),
             ("a name that is too long", "/tmp/" + "x" * 300, "File name too long"),
         )
     },

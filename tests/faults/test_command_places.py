@@ -295,6 +295,19 @@ def test_every_earlier_file_is_kept(tmp_path):
     assert scales == [1, 2, 1, 3]
 
 
+def test_an_interrupted_run_has_said_what_it_replaced(tmp_path):
+    path = tmp_path / "results.json"
+    other = json.loads(finished("reproduce"))
+    other["environment"]["jax"] = "0.0.1"
+    path.write_text(json.dumps(other), encoding="utf-8")
+    with by_hand([]), patch("run_records.below", side_effect=KeyboardInterrupt):
+        code, text = natgrad(*COMMANDS["reproduce"], "--out", tmp_path)
+    assert code == 130
+    assert "the earlier file is kept as results.1.json" in " ".join(text.split())
+    assert json.loads((tmp_path / "results.1.json").read_text(encoding="utf-8")) == other
+    assert json.loads(path.read_text(encoding="utf-8"))["checks"] == {}
+
+
 # ----- names that are markup
 
 

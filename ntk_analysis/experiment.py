@@ -22,7 +22,7 @@ from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.methods import Method, spectrum, theoretical_learning_rate
 from ntk_analysis.networks import build_network
 from ntk_analysis.resonance import ResonanceWarning, warn_of_resonance
-from ntk_analysis.results import FILE_NAME, METHODS, environment, now, open_results, plain
+from ntk_analysis.results import FILE_NAME, METHODS, Say, environment, now, open_results, plain
 from ntk_analysis.settings import DynamicsSettings
 from ntk_analysis.training import Trainer
 
@@ -39,13 +39,11 @@ class Experiment:
       document: what results.json holds.
       selected: identifiers of the methods that this run was asked for, in order.
       resumed: those of them that an earlier run had finished.
-      remarks: sentences on what became of results that an earlier run left.
     """
 
     document: dict[str, Any]
     selected: tuple[str, ...]
     resumed: tuple[str, ...]
-    remarks: tuple[str, ...]
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -69,6 +67,7 @@ def run_dynamics(
     *,
     fresh: bool = False,
     report: Report = lambda what, done: None,
+    say: Say = lambda sentence: None,
 ) -> Experiment:
     """Runs every method and writes results.json after each.
 
@@ -77,6 +76,7 @@ def run_dynamics(
       out: folder of results.json; methods that it holds for the same settings are not run again.
       fresh: run them again all the same.
       report: told about the progress.
+      say: told what becomes of earlier results that are not taken over.
 
     Returns:
       The results; figures and tables are made from them.
@@ -89,7 +89,7 @@ def run_dynamics(
     data = settings.load_data()
     versions = environment()
     fingerprint = settings.fingerprint(data, versions)
-    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, fresh=fresh)
+    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, say, fresh=fresh)
     records = results.records
     document = {
         "command": COMMAND,
@@ -110,8 +110,7 @@ def run_dynamics(
             records[method.identifier] = plain(laboratory.run(method, report))
             results.write(document)
     results.write(document)
-    selected = tuple(m.identifier for m in methods)
-    return Experiment(document, selected, resumed, tuple(results.remarks))
+    return Experiment(document, tuple(m.identifier for m in methods), resumed)
 
 
 class _Laboratory:

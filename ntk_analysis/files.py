@@ -5,16 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,13 +94,14 @@ def own_folder(folder: Path) -> Iterator[None]:
 
     Raises:
       ValueError: another run owns it.
-      OSError: it cannot be made, or is a file.
+      OSError: it cannot be made or written to, or is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise OSError(errno.ENOTDIR, "it is not a folder; choose another --out", str(folder))
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _check_writable(folder)
         with _lock(folder):
             yield
     finally:
@@ -109,9 +110,18 @@ def own_folder(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
+def _check_writable(folder: Path) -> None:
+    """Raises OSError before any work where nothing could be kept of it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    if fcntl is None:
+    if sys.platform == "win32":
         yield
         return
     handle = os.open(folder, os.O_RDONLY)

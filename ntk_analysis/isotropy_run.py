@@ -23,6 +23,7 @@ from ntk_analysis.methods import STRUCTURES, find_structure
 from ntk_analysis.results import (
     FILE_NAME,
     METHODS,
+    Say,
     content_hash,
     environment,
     now,
@@ -108,6 +109,7 @@ def run_isotropy(
     *,
     fresh: bool = False,
     report: Report = lambda what, done: None,
+    say: Say = lambda sentence: None,
 ) -> Experiment:
     """Measures every row and writes results.json after each network.
 
@@ -116,6 +118,7 @@ def run_isotropy(
       out: folder of results.json; rows that it holds for the same settings are not run again.
       fresh: run them again all the same.
       report: told about finished rows.
+      say: told what becomes of earlier results that are not taken over.
 
     Raises:
       ValueError: data that are not to be had.
@@ -124,7 +127,7 @@ def run_isotropy(
     report("loading data", 0)
     versions = environment()
     fingerprint = settings.fingerprint(versions)
-    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, fresh=fresh)
+    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, say, fresh=fresh)
     records = results.records
     document = {
         "command": COMMAND,
@@ -158,7 +161,7 @@ def run_isotropy(
                 records[key] = plain(row)
             results.write(document)
     results.write(document)
-    return Experiment(document, tuple(wanted), resumed, tuple(results.remarks))
+    return Experiment(document, tuple(wanted), resumed)
 
 
 def _is_done(

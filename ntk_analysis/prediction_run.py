@@ -36,6 +36,7 @@ from ntk_analysis.prediction import (
 from ntk_analysis.results import (
     FILE_NAME,
     METHODS,
+    Say,
     content_hash,
     environment,
     now,
@@ -191,6 +192,7 @@ def run_prediction(
     fresh: bool = False,
     store: Path | None = None,
     report: Report = lambda what, done: None,
+    say: Say = lambda sentence: None,
     blocks: Progress | None = None,
 ) -> Experiment:
     """Predicts with every structure and writes results.json after each.
@@ -201,6 +203,7 @@ def run_prediction(
       fresh: run them again all the same.
       store: see ``analytic_kernels``.
       report: told about finished structures.
+      say: told what becomes of earlier results that are not taken over.
       blocks: told about finished blocks of kernels.
 
     Raises:
@@ -211,7 +214,7 @@ def run_prediction(
     data = settings.load_data()
     versions = environment()
     fingerprint = settings.fingerprint(data, versions)
-    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, fresh=fresh)
+    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, say, fresh=fresh)
     records = results.records
     document = {
         "command": COMMAND,
@@ -233,7 +236,7 @@ def run_prediction(
         results.write(document)
         report(method.name, 1)
     results.write(document)
-    return Experiment(document, tuple(m.name for m in methods), resumed, tuple(results.remarks))
+    return Experiment(document, tuple(m.name for m in methods), resumed)
 
 
 def kfac_data(data: Dataset, rank_tolerance: float | None = None) -> tuple[Dataset, str]:

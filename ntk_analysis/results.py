@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,8 @@ DIGESTS = "digests"
 _NAMES_SHOWN = 3
 
 Record = dict[str, Any]
+Say = Callable[[str], object]
+"""Called with a sentence that a user should read."""
 
 
 class Form(NamedTuple):
@@ -59,13 +61,13 @@ class Results:
       path: of the file.
       form: where its records are.
       records: by name; those of earlier runs that can be trusted.
-      remarks: a sentence for what became of other earlier results, said once it has happened.
+      say: told in a sentence what became of other earlier results, once it has happened.
     """
 
     path: Path
     form: Form
     records: dict[str, Record]
-    remarks: list[str] = field(default_factory=list)
+    say: Say
     _replaced: str = ""
 
     def write(self, document: dict[str, Any]) -> None:
@@ -80,13 +82,13 @@ class Results:
         document[DIGESTS] = digests(document, self.form)
         if self._replaced:
             copy = keep_copy(self.path)
-            self.remarks.append(f"{self._replaced}; the earlier file is kept as {copy.name}")
+            self.say(f"{self._replaced}; the earlier file is kept as {copy.name}")
             self._replaced = ""
         write_json(self.path, document)
 
 
 def open_results(
-    path: Path, command: str, form: Form, context: object, *, fresh: bool = False
+    path: Path, command: str, form: Form, context: object, say: Say, *, fresh: bool = False
 ) -> Results:
     """Reads what earlier runs of a command finished; nothing is written before ``Results.write``.
 
@@ -95,6 +97,7 @@ def open_results(
       command: whose results they must be.
       form: where the document has its records.
       context: what decides this run's records, as JSON has it; others are not taken over.
+      say: see ``Results``.
       fresh: take over nothing.
 
     Raises:
@@ -102,16 +105,14 @@ def open_results(
     """
     document = read_document(path, command)
     if document is None:
-        return Results(path, form, {})
+        return Results(path, form, {}, say)
     if fresh:
-        return Results(path, form, {}, _replaced="earlier results were replaced")
+        return Results(path, form, {}, say, "earlier results were replaced")
     if document.get(form.context) != context:
-        return Results(
-            path, form, {}, _replaced=f"the folder held results of other {form.change}, which were "
-            "replaced",
-        )  # fmt: skip
+        replaced = f"the folder held results of other {form.change}, which were replaced"
+        return Results(path, form, {}, say, replaced)
     records, unsound = sound_records(document, form)
-    return Results(path, form, records, _replaced=unsound and f"{path.name}: {unsound}")
+    return Results(path, form, records, say, unsound and f"{path.name}: {unsound}")
 
 
 def sound_records(document: Mapping[str, Any], form: Form) -> tuple[dict[str, Record], str]:

@@ -86,9 +86,19 @@ class WithLists(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
-def progress_bar() -> Progress:
+class _Bar(Progress):
     """A bar on standard error that leaves nothing behind."""
-    return Progress(
+
+    def say(self, sentence: str) -> None:
+        """Prints a sentence to standard output, where the bar is not in its way."""
+        self.stop()
+        output.print(sentence)
+        self.start()
+
+
+def progress_bar() -> _Bar:
+    """The bar of a command."""
+    return _Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -172,8 +182,6 @@ def show(
 
 
 def say_resumed(experiment: Experiment | Reproduction, what: str) -> None:
-    """Says which part of an earlier run was replaced or kept."""
-    for remark in experiment.remarks:
-        output.print(remark)
+    """Says which part of an earlier run was kept."""
     if experiment.resumed:
         output.print(f"{len(experiment.resumed)} {what} were finished already (--fresh reruns)")

@@ -122,6 +122,7 @@ def isotropy(
                 out,
                 fresh=fresh,
                 report=lambda what, done: progress.update(task, description=what, advance=done),
+                say=progress.say,
             )
         # Matplotlib takes a second to import, which --help and bad arguments need not wait for
         from ntk_analysis.figures_theory import draw_isotropy

@@ -142,6 +142,7 @@ def predict(
                 fresh=fresh,
                 store=store,
                 report=lambda what, done: progress.update(task, description=what, advance=done),
+                say=progress.say,
                 blocks=lambda done, total: progress.update(pieces, completed=done, total=total),
             )
         # Matplotlib takes a second to import, which --help and bad arguments need not wait for

@@ -60,9 +60,8 @@ def report(
                 results=results,
                 fresh=fresh,
                 report=lambda what, done: progress.update(task, description=what, advance=done),
+                say=progress.say,
             )
-        for remark in built.remarks:
-            output.print(remark)
         if built.resumed:
             output.print(f"finished already: {', '.join(built.resumed)} (--fresh reruns)")
         output.print(built.document["answer"])

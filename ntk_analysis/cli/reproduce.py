@@ -69,6 +69,7 @@ def reproduce(
                 out,
                 fresh,
                 lambda what, done: progress.update(task, description=what, advance=done),
+                progress.say,
             )
             progress.update(task, description="writing the pages of the papers")
             records = merge_checks(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ntk_analysis.experiment import Experiment, run_dynamics, work_units
+from ntk_analysis.experiment import run_dynamics, work_units
 from ntk_analysis.files import replace_file
 from ntk_analysis.isotropy_run import IsotropySettings, run_isotropy
 from ntk_analysis.prediction_run import PredictionSettings, run_prediction
@@ -24,10 +24,11 @@ from ntk_analysis.report.papers.pages import write_papers
 from ntk_analysis.report.settings import ReportSettings
 from ntk_analysis.report.verdict import answer, sentences, summary_rows
 from ntk_analysis.reproduce import Check, find_checks, load_checks
-from ntk_analysis.reproduce.runner import Reproduction, run_checks
+from ntk_analysis.reproduce.runner import run_checks
 from ntk_analysis.results import (
     DIGESTS,
     FILE_NAME,
+    Say,
     environment,
     now,
     plain,
@@ -50,13 +51,11 @@ class Built:
       page: the HTML file.
       document: what results.json holds.
       resumed: parts of which an earlier run had finished something.
-      remarks: sentences on what became of results that an earlier run left, with their part.
     """
 
     page: Path
     document: dict[str, Any]
     resumed: tuple[str, ...]
-    remarks: tuple[str, ...] = ()
 
     @property
     def failures(self) -> list[str]:
@@ -100,6 +99,7 @@ def build_report(
     results: Path | None = None,
     fresh: bool = False,
     report: Report = lambda what, done: None,
+    say: Say = lambda sentence: None,
 ) -> Built:
     """Runs what is missing and writes report.html, results.json, figures, and one page a paper.
 
@@ -112,6 +112,7 @@ def build_report(
       results: folder with documents of ``natgrad reproduce`` from other runs and devices, or None.
       fresh: run everything again all the same.
       report: told about the progress.
+      say: told what becomes of earlier results that are not taken over, with their part.
 
     Raises:
       ValueError: data that are not to be had, an unknown check, or a folder that holds something
@@ -122,37 +123,36 @@ def build_report(
     read_document(out / FILE_NAME, COMMAND)
     checks = selected_checks(settings)
     resumed: list[str] = []
-    remarks: list[str] = []
 
-    def note(part: str, found: Experiment | Reproduction) -> None:
-        if found.resumed:
+    def note(part: str, names: tuple[str, ...]) -> None:
+        if names:
             resumed.append(part)
-        remarks.extend(f"{part}: {remark}" for remark in found.remarks)
 
-    def tell(part: str) -> Report:
-        return lambda what, done: report(f"{part}: {what}", done)
+    def tell(part: str) -> dict[str, Any]:
+        return {
+            "report": lambda what, done: report(f"{part}: {what}", done),
+            "say": lambda sentence: say(f"{part}: {sentence}"),
+        }
 
-    trained = run_dynamics(
-        settings.training, out / "training", fresh=fresh, report=tell("training")
-    )
-    note("training", trained)
+    trained = run_dynamics(settings.training, out / "training", fresh=fresh, **tell("training"))
+    note("training", trained.resumed)
 
     def measure(name: str, part: IsotropySettings) -> dict[str, Any]:
-        found = run_isotropy(part, out / name, fresh=fresh, report=tell(name))
-        note(name, found)
+        found = run_isotropy(part, out / name, fresh=fresh, **tell(name))
+        note(name, found.resumed)
         return _only(found.document, found.selected)
 
     def predict(name: str, part: PredictionSettings) -> dict[str, Any]:
-        found = run_prediction(part, out / name, fresh=fresh, report=tell(name))
-        note(name, found)
+        found = run_prediction(part, out / name, fresh=fresh, **tell(name))
+        note(name, found.resumed)
         return _only(found.document, found.selected)
 
     network = measure("network", settings.network)
     sweep = measure("isotropy", settings.sweep)
     limit = predict("accuracy", settings.limit)
     finite = [predict(f"accuracy-seed-{part.seed}", part) for part in settings.finite]
-    checked = run_checks(checks, out / "checks", fresh, tell("checks"))
-    note("checks", checked)
+    checked = run_checks(checks, out / "checks", fresh, **tell("checks"))
+    note("checks", checked.resumed)
 
     report("drawing and writing", 0)
     training = _only(trained.document, tuple(r["label"] for r in trained.records))
@@ -198,7 +198,7 @@ def build_report(
     write_json(out / FILE_NAME, document)
     replace_file(page, render(document, settings, figures).encode())
     write_papers(merged, catalogue, out)
-    return Built(page, document, tuple(resumed), tuple(remarks))
+    return Built(page, document, tuple(resumed))
 
 
 def _only(document: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

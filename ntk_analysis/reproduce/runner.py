@@ -20,7 +20,7 @@ import numpy as np
 import natgrad_flax
 import ntk_analysis
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError
-from ntk_analysis.results import CHECKS, FILE_NAME, environment, now, open_results, plain
+from ntk_analysis.results import CHECKS, FILE_NAME, Say, environment, now, open_results, plain
 
 COMMAND = "natgrad reproduce"
 FINISHED = ("passed", "failed")
@@ -38,13 +38,11 @@ class Reproduction:
       document: what results.json holds.
       selected: identifiers of the checks that this run was asked for, in order.
       resumed: those of them that an earlier run had finished.
-      remarks: sentences on what became of results that an earlier run left.
     """
 
     document: dict[str, Any]
     selected: tuple[str, ...]
     resumed: tuple[str, ...]
-    remarks: tuple[str, ...]
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:
@@ -61,6 +59,7 @@ def run_checks(
     out: Path,
     fresh: bool = False,
     report: Report = lambda what, done: None,
+    say: Say = lambda sentence: None,
 ) -> Reproduction:
     """Runs checks and writes results.json before the first and after each.
 
@@ -73,6 +72,7 @@ def run_checks(
       out: folder of results.json.
       fresh: run finished checks again all the same.
       report: told about the progress.
+      say: told what becomes of earlier results that are not taken over.
 
     Returns:
       The results. A check that raises does not stop the others.
@@ -83,7 +83,7 @@ def run_checks(
       KeyboardInterrupt: as it came; finished checks are kept.
     """
     versions = environment()
-    results = open_results(out / FILE_NAME, COMMAND, CHECKS, versions)
+    results = open_results(out / FILE_NAME, COMMAND, CHECKS, versions, say)
     records = results.records
     prints = {check.identifier: fingerprint(check, versions) for check in checks}
     resumed = tuple(
@@ -105,7 +105,7 @@ def run_checks(
         report(check.identifier, 1)
         # compiled programs of one check are of no use to the next
         jax.clear_caches()
-    return Reproduction(document, tuple(prints), resumed, tuple(results.remarks))
+    return Reproduction(document, tuple(prints), resumed)
 
 
 def fingerprint(check: Check, versions: dict[str, str]) -> str:

@@ -40,13 +40,16 @@ DRAWINGS = {
 
 
 def call(command: str, *options: object, out: str | None = None) -> Callable[[], tuple[int, str]]:
-    """A command, in a folder that must not be there afterwards if the command is refused."""
+    """A command that is refused before any work, and leaves no folder."""
 
     def run() -> tuple[int, str]:
-        with tempfile.TemporaryDirectory() as folder, by_hand([]):
+        ran: list[str] = []
+        with tempfile.TemporaryDirectory() as folder, by_hand(ran):
             place = Path(folder) / "deep" / "out"
             code, text = natgrad(*COMMANDS[command], *options, "--out", out or place)
-            assert code != 2 or list(Path(folder).iterdir()) == []
+            assert code == 2
+            assert ran == []
+            assert list(Path(folder).iterdir()) == []
             return code, text
 
     return run
@@ -99,6 +102,7 @@ PLACES = {
             ("a file", __file__, "it is not a folder; choose another --out"),
             ("below a file", f"{__file__}/a/b", "Not a directory"),
             ("/proc", "/proc/natgrad", "No such file or directory"),
+            ("a folder of the system", "/proc/self/task", "No such file or directory"),
             ("a name that is too long", "/tmp/" + "x" * 300, "File name too long"),
         )
     },
@@ -299,6 +303,19 @@ def test_every_earlier_file_is_kept(tmp_path):
         for number in (".1", ".2", ".3", "")
     ]
     assert scales == [1, 2, 1, 3]
+
+
+def test_an_interrupted_run_has_said_what_it_replaced(tmp_path):
+    path = tmp_path / "results.json"
+    other = json.loads(finished("reproduce"))
+    other["environment"]["jax"] = "0.0.1"
+    path.write_text(json.dumps(other), encoding="utf-8")
+    with by_hand([]), patch("run_records.below", side_effect=KeyboardInterrupt):
+        code, text = natgrad(*COMMANDS["reproduce"], "--out", tmp_path)
+    assert code == 130
+    assert "the earlier file is kept as results.1.json" in " ".join(text.split())
+    assert json.loads((tmp_path / "results.1.json").read_text(encoding="utf-8")) == other
+    assert json.loads(path.read_text(encoding="utf-8"))["checks"] == {}
 
 
 # ----- names that are markup

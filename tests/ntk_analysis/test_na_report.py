@@ -332,4 +332,4 @@ def test_divergence_against_theory_is_a_failure(tmp_path):
     methods = {"kfac": {"label": "kfac", "unexpected_divergence": True}}
     found = {"checks": {}, "parts": {"training": {"methods": methods}}}
     assert ntk_analysis.report.build.Built(tmp_path, found, ()).failures == ["kfac"]
-    assert Experiment({"methods": methods}, ("kfac",), (), ()).failures == ["kfac"]
+    assert Experiment({"methods": methods}, ("kfac",), ()).failures == ["kfac"]

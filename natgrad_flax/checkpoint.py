@@ -30,9 +30,10 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from natgrad_flax import stored_arrays
-from natgrad_flax.checks import check_integer, check_structure
+from natgrad_flax.checks import check_structure
 from natgrad_flax.devices.processes import LostPeerError, lost_peers
 from natgrad_flax.devices.structure import Sharded
+from natgrad_flax.scalars import check_integer
 from natgrad_flax.structures import Structure
 
 FORMAT = 2
@@ -79,9 +80,7 @@ def save(
       ValueError: step or keep is out of range, or the folder has a checkpoint of this step.
       OSError: the checkpoint cannot be written; those before it are kept.
     """
-    check_integer("step", step, 0)
-    check_integer("keep", keep, 1)
-    step = int(step)
+    step, keep = check_integer("step", step, 0), check_integer("keep", keep, 1)
     place = _path(folder).absolute() / str(step)
     described = _describe(structure, settings)
     leaves = _leaves(model, optimizer)
@@ -154,7 +153,7 @@ def restore(
     wanted = _describe(structure, settings)
     leaves = _leaves(model, optimizer)
     if step is not None:
-        check_integer("step", step, 0)
+        step = check_integer("step", step, 0)
     if not _path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is not there, so no run can go on from it")
     damaged: dict[Path, str] = {}

@@ -6,12 +6,17 @@ unnormalised Gram matrix (Karakida & Osawa 2020, Eq. 8).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+
+from natgrad_flax.scalars import as_number, check_number, keep_plain
+
+TINY = float(jnp.finfo(jnp.float32).tiny)
+"""What adaptive damping, which is kept in float32, can be at least without counting as 0."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,10 @@ class RelativeDamping:
 
     N rho_l = ratio times the mean diagonal of the Gram blocks that the structure inverts in layer
     l (one common value where the structure couples layers). Invariant to scalings of network and
-    data, which a fixed number is not.
+    data, which a fixed number is not. The mean diagonal counts as at least the rounding unit eps
+    of its dtype (1.2e-7 in float32): at the end of training, or in a dead layer, the Fisher
+    vanishes, and with a damping that vanishes, too, the step would be rounding over rounding. With
+    the floor it tends to zero with the gradient.
 
     Args:
       ratio: positive; 1e-3 to 1e-4 suits the unit-wise Fisher.
@@ -34,6 +42,10 @@ class RelativeDamping:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.ratio) and self.ratio > 0):
             raise ValueError(f"ratio of RelativeDamping must be positive, got {self.ratio}")
+
+    def times(self, scale: Array) -> Array:
+        """rho = ratio times a mean diagonal of Gram blocks over N, but at least ratio times eps."""
+        return self.ratio * jnp.maximum(scale, jnp.finfo(scale.dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -66,12 +78,17 @@ class LevenbergMarquardt:
     maximum: float = 1e6
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_number(
+                f"{field.name} of LevenbergMarquardt", getattr(self, field.name), positive=True
+            )
+        keep_plain(self)
         ordered = 0 < self.decrease < 1 < self.increase and 0 < self.lower < self.upper
-        within = 0 < self.minimum <= self.initial <= self.maximum < math.inf
+        within = TINY <= self.minimum <= self.initial <= self.maximum < math.inf
         if not (ordered and within):
             raise ValueError(
                 "LevenbergMarquardt needs 0 < decrease < 1 < increase, 0 < lower < upper and "
-                f"0 < minimum <= initial <= maximum, finite, got {self}"
+                f"{TINY:.2g} <= minimum <= initial <= maximum, finite, got {self}"
             )
 
     def adapt(self, damping: Array, actual: Array, predicted: Array) -> Array:
@@ -93,7 +110,7 @@ class LevenbergMarquardt:
 
 def is_zero(damping: object) -> bool:
     """Whether the damping is the number 0, known before tracing."""
-    return isinstance(damping, (int, float, np.number)) and bool(damping == 0)
+    return as_number(damping) == 0
 
 
 def per_layer(damping: Array | float, num_layers: int) -> list[Array | float]:

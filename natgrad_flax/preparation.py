@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.checks import check_fits
+from natgrad_flax.checks import check_fits, check_normal
+from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
 from natgrad_flax.losses import Loss
 from natgrad_flax.signals import Signals
@@ -21,7 +23,7 @@ from natgrad_flax.structures import Structure
 def prepare(
     structure: Structure,
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     loss: Loss,
     fisher: FisherKind,
@@ -39,8 +41,8 @@ def prepare(
       The shapes of the signals.
 
     Raises:
-      ValueError: the largest array or the signals do not fit, or the structure does not suit the
-        network.
+      ValueError: the largest array or the signals do not fit, the structure does not suit the
+        network, or the damping has another shape than the structure takes.
     """
     graphdef, state = nnx.split(model)
     # through jit, so that only the first call of a shape is traced
@@ -56,14 +58,27 @@ def prepare(
     check_fits(side, signals.outputs.dtype.itemsize, f"the system that {structure.name} solves")
     if size is None:
         check_signals_fit(structure, signals)
+    _check_damping_size(structure, signals, damping)
     structure.check(signals, damping)
     return signals
 
 
-@partial(jax.jit, static_argnames=("graphdef", "loss", "fisher", "mc_samples", "wrt"))
+def _check_damping_size(structure: Structure, signals: Signals, damping: Any) -> None:
+    """A number, or an array with one entry where the structure adds a damping of its own."""
+    check_normal(damping, signals.outputs.dtype)
+    shape = () if isinstance(damping, RelativeDamping) else np.shape(damping)
+    if shape == ():
+        return
+    wanted = jax.eval_shape(structure.damping_scale, signals).shape
+    if shape != wanted:
+        many = f", or an array of shape {wanted} for these layers" if wanted else ""
+        raise ValueError(f"{structure.name} takes one number as damping{many}, got shape {shape}")
+
+
+@partial(jax.jit, static_argnames=("loss", "fisher", "mc_samples", "wrt"))
 def _signals(
     state: Any,
-    x: Array,
+    x: Any,
     y: Array | None,
     *,
     graphdef: Any,

@@ -22,7 +22,7 @@ from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.methods import Method, spectrum, theoretical_learning_rate
 from ntk_analysis.networks import build_network
 from ntk_analysis.resonance import ResonanceWarning, warn_of_resonance
-from ntk_analysis.results import FILE_NAME, environment, now, plain, read_finished, write_json
+from ntk_analysis.results import FILE_NAME, METHODS, environment, now, open_results, plain
 from ntk_analysis.settings import DynamicsSettings
 from ntk_analysis.training import Trainer
 
@@ -39,13 +39,13 @@ class Experiment:
       document: what results.json holds.
       selected: identifiers of the methods that this run was asked for, in order.
       resumed: those of them that an earlier run had finished.
-      restarted: whether results of other settings were replaced.
+      remarks: sentences on what became of results that an earlier run left.
     """
 
     document: dict[str, Any]
     selected: tuple[str, ...]
     resumed: tuple[str, ...]
-    restarted: bool
+    remarks: tuple[str, ...]
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -89,9 +89,8 @@ def run_dynamics(
     data = settings.load_data()
     versions = environment()
     fingerprint = settings.fingerprint(data, versions)
-    path = out / FILE_NAME
-    finished = {} if fresh else read_finished(path, COMMAND, fingerprint)
-    restarted, records = finished is None, dict(finished or {})
+    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, fresh=fresh)
+    records = results.records
     document = {
         "command": COMMAND,
         "date": now(),
@@ -100,7 +99,6 @@ def run_dynamics(
         "environment": versions,
         "data": describe_data(data),
         "loss": "mean squared error, 1/(2N) sum |y - f|^2",
-        "methods": records,
     }
     resumed = tuple(m.identifier for m in methods if m.identifier in records)
     report("resuming" if resumed else "preparing", len(resumed) * (settings.steps + 1))
@@ -110,9 +108,10 @@ def run_dynamics(
         laboratory.check(todo)
         for method in todo:
             records[method.identifier] = plain(laboratory.run(method, report))
-            write_json(path, document)
-    write_json(path, document)
-    return Experiment(document, tuple(m.identifier for m in methods), resumed, restarted)
+            results.write(document)
+    results.write(document)
+    selected = tuple(m.identifier for m in methods)
+    return Experiment(document, selected, resumed, tuple(results.remarks))
 
 
 class _Laboratory:

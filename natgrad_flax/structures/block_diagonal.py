@@ -98,6 +98,7 @@ class BlockDiagonal(LayerWise):
         shift: Array | float,
         *,
         zero: bool,
+        inside: bool,
     ) -> list[Array]:
         return [
             solve_psd(add_diagonal(gram, s), target, shifted=not zero)

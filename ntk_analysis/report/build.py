@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ntk_analysis.experiment import run_dynamics, work_units
+from ntk_analysis.experiment import Experiment, run_dynamics, work_units
+from ntk_analysis.files import replace_file
 from ntk_analysis.isotropy_run import IsotropySettings, run_isotropy
 from ntk_analysis.prediction_run import PredictionSettings, run_prediction
 from ntk_analysis.report.comparison import (
@@ -23,8 +24,16 @@ from ntk_analysis.report.papers.pages import write_papers
 from ntk_analysis.report.settings import ReportSettings
 from ntk_analysis.report.verdict import answer, sentences, summary_rows
 from ntk_analysis.reproduce import Check, find_checks, load_checks
-from ntk_analysis.reproduce.runner import run_checks
-from ntk_analysis.results import FILE_NAME, environment, now, plain, read_document, write_json
+from ntk_analysis.reproduce.runner import Reproduction, run_checks
+from ntk_analysis.results import (
+    DIGESTS,
+    FILE_NAME,
+    environment,
+    now,
+    plain,
+    read_document,
+    write_json,
+)
 
 COMMAND = "natgrad report"
 OWN = "this report"
@@ -41,11 +50,13 @@ class Built:
       page: the HTML file.
       document: what results.json holds.
       resumed: parts of which an earlier run had finished something.
+      remarks: sentences on what became of results that an earlier run left, with their part.
     """
 
     page: Path
     document: dict[str, Any]
     resumed: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def failures(self) -> list[str]:
@@ -111,10 +122,12 @@ def build_report(
     read_document(out / FILE_NAME, COMMAND)
     checks = selected_checks(settings)
     resumed: list[str] = []
+    remarks: list[str] = []
 
-    def note(part: str, names: tuple[str, ...]) -> None:
-        if names:
+    def note(part: str, found: Experiment | Reproduction) -> None:
+        if found.resumed:
             resumed.append(part)
+        remarks.extend(f"{part}: {remark}" for remark in found.remarks)
 
     def tell(part: str) -> Report:
         return lambda what, done: report(f"{part}: {what}", done)
@@ -122,16 +135,16 @@ def build_report(
     trained = run_dynamics(
         settings.training, out / "training", fresh=fresh, report=tell("training")
     )
-    note("training", trained.resumed)
+    note("training", trained)
 
     def measure(name: str, part: IsotropySettings) -> dict[str, Any]:
         found = run_isotropy(part, out / name, fresh=fresh, report=tell(name))
-        note(name, found.resumed)
+        note(name, found)
         return _only(found.document, found.selected)
 
     def predict(name: str, part: PredictionSettings) -> dict[str, Any]:
         found = run_prediction(part, out / name, fresh=fresh, report=tell(name))
-        note(name, found.resumed)
+        note(name, found)
         return _only(found.document, found.selected)
 
     network = measure("network", settings.network)
@@ -139,7 +152,7 @@ def build_report(
     limit = predict("accuracy", settings.limit)
     finite = [predict(f"accuracy-seed-{part.seed}", part) for part in settings.finite]
     checked = run_checks(checks, out / "checks", fresh, tell("checks"))
-    note("checks", checked.resumed)
+    note("checks", checked)
 
     report("drawing and writing", 0)
     training = _only(trained.document, tuple(r["label"] for r in trained.records))
@@ -183,11 +196,12 @@ def build_report(
     figures = draw_figures(document, out / "figures")
     page = out / PAGE_NAME
     write_json(out / FILE_NAME, document)
-    page.write_text(render(document, settings, figures), encoding="utf-8")
+    replace_file(page, render(document, settings, figures).encode())
     write_papers(merged, catalogue, out)
-    return Built(page, document, tuple(resumed))
+    return Built(page, document, tuple(resumed), tuple(remarks))
 
 
 def _only(document: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """A document with the records of this run only; its file may hold others."""
-    return {**document, "methods": {name: document["methods"][name] for name in names}}
+    kept = {key: value for key, value in document.items() if key != DIGESTS}
+    return {**kept, "methods": {name: document["methods"][name] for name in names}}

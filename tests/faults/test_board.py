@@ -225,7 +225,7 @@ COMMANDS = {
     **{
         f"trial of seed {seed}": (
             partial(command, "trial", "digits-fit", "exact", "--seed", seed),
-            Exits(2, "seed must be an integer from 0 to 4294967295"),
+            Exits(2, "seed must be an integer of 0 to 4294967295"),
         )
         for seed in ("-1", "4294967296", "99999999999999999999")
     },

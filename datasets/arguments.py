@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,13 @@ def check_integer(value: object, name: str, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise DatasetError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     return int(value)
+
+
+def is_sequence(value: object) -> bool:
+    """Whether an argument is a sequence of entries, and no text."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def check_number(value: object, name: str) -> float:
@@ -100,8 +108,10 @@ def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """
     message = f"dtype must be 'float32' or 'float64', got {dtype!r}"
     try:
-        result = np.dtype(dtype)
-    except (TypeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of names that NumPy gives up
+            result = np.dtype(dtype)
+    except (TypeError, ValueError, Warning) as error:
         raise DatasetError(message) from error
     # NumPy takes None for float64, also in comparisons.
     if dtype is None or result not in (np.dtype(np.float32), np.dtype(np.float64)):
@@ -125,7 +135,7 @@ def check_classes(entry: Entry, classes: Sequence[int] | None) -> tuple[int, ...
     if classes is None:
         return tuple(range(entry.num_classes))
     known = f"0...{entry.num_classes - 1}"
-    if isinstance(classes, str | bytes) or not isinstance(classes, Sequence | np.ndarray):
+    if not is_sequence(classes):
         raise DatasetError(f"classes must be a sequence of class ids in {known}, got {classes!r}")
     chosen = tuple(check_integer(c, "every class", 0) for c in classes)
     if any(c >= entry.num_classes for c in chosen):

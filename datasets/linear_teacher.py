@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import check_integer, check_number
+from .arguments import check_integer, check_number, is_sequence
 from .errors import DatasetError
 from .memory import check_fits
 
@@ -173,7 +173,7 @@ def random_linear_network(widths: Sequence[int], seed: int) -> list[NDArray[np.f
 
 
 def _checked(widths: Sequence[int]) -> list[int]:
-    if not isinstance(widths, Sequence | np.ndarray):
+    if not is_sequence(widths):
         raise DatasetError(f"widths must be a sequence of positive integers, got {widths!r}")
     if len(widths) < 2:
         raise DatasetError(f"widths needs two entries at least, got {tuple(widths)}")

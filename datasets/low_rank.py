@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import check_integer
+from .arguments import check_integer, is_sequence
 from .errors import DatasetError
 from .memory import check_fits
 
@@ -57,7 +55,7 @@ def observed_mask(shape: tuple[int, int], num_observed: int, seed: int) -> NDArr
         DatasetError: A number is out of range, there are not so many entries, or they would not
             fit into memory.
     """
-    if not isinstance(shape, Sequence | np.ndarray) or len(shape) != 2:
+    if not is_sequence(shape) or len(shape) != 2:
         raise DatasetError(f"shape must be (rows, columns), got {shape!r}")
     rows, columns = (check_integer(side, "every side of the shape", 1) for side in shape)
     num_observed = check_integer(num_observed, "num_observed", 1)

@@ -163,7 +163,7 @@ def restore(
             found = f"only of steps {sorted(steps)}" if steps else "none at all"
             which = "" if step is None else f" of step {step}"
             raise FileNotFoundError(f"{folder} has no checkpoint{which}, {found}")
-        for chosen in steps if step is None else [int(step)]:
+        for chosen in steps if step is None else [step]:
             place = Path(folder) / str(chosen)
             try:
                 restored = _read(manager, chosen, place, wanted, leaves)

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.leaderboard.board import MEASURES, STATUSES
 
 Record = Mapping[str, Any]
+_ABSENT = object()
 _Kind = tuple[str, Callable[[Any], bool]]
 
 
@@ -23,6 +24,11 @@ def _are_texts(value: Any) -> bool:
 
 def _or_null(kind: _Kind) -> _Kind:
     return f"{kind[0]} or null", lambda value: value is None or kind[1](value)
+
+
+def _if_there(kind: _Kind) -> _Kind:
+    name, fits = _or_null(kind)
+    return name, lambda value: value is _ABSENT or fits(value)
 
 
 _TEXT: _Kind = ("a text", lambda value: isinstance(value, str))
@@ -49,14 +55,14 @@ _ALWAYS = {
     **_named("config.environment", _TEXT, "device", "jax"),
     **_named("facts", _TEXT, "title", "family", "structure", "fisher", "damping", "rate_rule"),
     **_named("facts", _TEXT, "workload_title", "metric"),
-    **_named("facts", _or_null(_TEXT), "question", "why_target"),
+    **_named("facts", _if_there(_TEXT), "question", "why_target"),
     "outcome.status": _STATUS,
     "outcome.reason": _TEXT,
-    "outcome.rate_note": _or_null(_TEXT),
-    **_named("outcome", _or_null(_NUMBER), "steps_to_target", "final", "best", "learning_rate"),
-    **_named("outcome", _or_null(_AMOUNT), "compile_seconds", "preparation_seconds"),
-    **_named("outcome", _or_null(_AMOUNT), "wall_seconds", "harness_seconds"),
-    **_named("outcome", _or_null(_NUMBER), *MEASURES),
+    "outcome.rate_note": _if_there(_TEXT),
+    **_named("outcome", _if_there(_NUMBER), "steps_to_target", "final", "best", "learning_rate"),
+    **_named("outcome", _if_there(_AMOUNT), "compile_seconds", "preparation_seconds"),
+    **_named("outcome", _if_there(_AMOUNT), "wall_seconds", "harness_seconds"),
+    **_named("outcome", _if_there(_NUMBER), *MEASURES),
 }
 _REACHED = {
     **_named("outcome", _AMOUNT, "seconds_to_target", "steps_to_target"),
@@ -67,6 +73,8 @@ _REACHED = {
 def misfit(record: Record) -> str:
     """Why a record cannot be scored, or ""."""
     wanted, curve = dict(_ALWAYS), _at(record, "outcome.curve")
+    if curve is _ABSENT:
+        curve = None
     if _at(record, "outcome.status") == "reached":
         wanted |= _REACHED
     if curve:
@@ -89,8 +97,8 @@ def _bend(curve: Mapping[str, list[Any]]) -> str:
 
 
 def _at(record: Record, place: str) -> Any:
-    """An entry by its names; None where there is none."""
+    """An entry by its names, or _ABSENT."""
     value: Any = record
     for name in place.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
+        value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
     return value

@@ -26,7 +26,7 @@ from benchmarks.leaderboard.spectra import structure_outcome
 from benchmarks.leaderboard.targets import reason_of
 from benchmarks.leaderboard.workload import METRICS, Workload, find_workload
 from benchmarks.step import environment as step_environment
-from natgrad_flax.checks import check_number
+from natgrad_flax.scalars import check_number, check_seed
 from ntk_analysis.results import environment as versions
 from ntk_analysis.results import plain
 
@@ -37,8 +37,6 @@ Outcome = dict[str, Any]
 DIVERGED = 1e3
 # every step at first, then every twentieth part of the steps so far
 DENSE_STEPS = 20
-# one 32-bit word of a JAX key: seeds that differ beyond it would be the same
-SEEDS = 2**32
 
 _SOURCES = (
     "contestant.py", "natural.py", "program.py", "rates.py", "samples.py", "spectra.py",
@@ -105,7 +103,14 @@ def configuration(
     Raises:
       ValueError: a seed or a learning rate out of range, or a learning rate that is not used.
     """
-    _check_numbers(find_contestant(contestant), seed, learning_rate)
+    if learning_rate is not None:
+        learning_rate = check_number("learning_rate", learning_rate, positive=True)
+        rule = find_contestant(contestant).rate_rule
+        if rule != "tuned":
+            raise ValueError(
+                f"{contestant} has its learning rate by a rule ({rule}): leave learning_rate out, "
+                "or name a tuned contestant"
+            )
     return {
         "rules": RULES,
         "kind": kind,
@@ -116,23 +121,10 @@ def configuration(
         "target": target,
         "contestant": contestant,
         "learning_rate": learning_rate,
-        "seed": seed,
+        "seed": check_seed(seed),
         **_packages(contestant),
         **(machine or identity()),
     }
-
-
-def _check_numbers(contestant: Contestant, seed: object, learning_rate: float | None) -> None:
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
-        raise ValueError(f"seed must be an integer from 0 to {SEEDS - 1}, got {seed!r}")
-    if learning_rate is None:
-        return
-    check_number("learning_rate", learning_rate, positive=True)
-    if contestant.rate_rule != "tuned":
-        raise ValueError(
-            f"{contestant.name} has its learning rate by a rule ({contestant.rate_rule}): leave "
-            "learning_rate out, or name a tuned contestant"
-        )
 
 
 def _packages(contestant: str) -> dict[str, Any]:

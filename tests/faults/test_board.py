@@ -94,21 +94,30 @@ def test_files_among_the_trials(run, answer):
     answer.check(run)
 
 
-def signed(part="", name="", value=None, **options):
-    """A record with a right digest and one entry that is not what it should be."""
+ABSENT = object()
+
+
+def signed(part, name, value):
+    """A record with a right digest and one entry that is not what it should be, or not there."""
 
     def harm(folder):
-        entry = record("adam", "digits-mse", **options)
+        entry = record("adam", "digits-mse")
         place = entry
         for step in filter(None, part.split(".")):
             place = place[step]
         place[name] = value
+        if value is ABSENT:
+            del place[name]
         put(folder, entry)
 
     return harm
 
 
 SHAPES = {
+    "no rate": ("config", "learning_rate", ABSENT, "config.learning_rate is not a number or null"),
+    "no target": ("config", "target", ABSENT, "config.target is not a number or null"),
+    "no facts": ("", "facts", {}, "facts.title is not a text"),
+    "no status": ("outcome", "status", ABSENT, "outcome.status is not one of reached"),
     "a rate as text": ("config", "learning_rate", "fast", "config.learning_rate is not a number"),
     "a target as text": ("config", "target", "low", "config.target is not a number"),
     "a seed as list": ("config", "seed", [1], "config.seed is not a number"),
@@ -216,7 +225,7 @@ COMMANDS = {
     **{
         f"trial of seed {seed}": (
             partial(command, "trial", "digits-fit", "exact", "--seed", seed),
-            Exits(2, "seed must be an integer from 0 to 4294967295"),
+            Exits(2, "seed must be an integer of 0 to 4294967295"),
         )
         for seed in ("-1", "4294967296", "99999999999999999999")
     },

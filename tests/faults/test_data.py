@@ -66,6 +66,7 @@ FEW = {word: BAD_COUNTS[word] for word in ("-1", "1.5", "NaN", "a text", "True")
 NO_NUMBERS = {word: BAD_COUNTS[word] for word in ("-1", "NaN", "inf", "a text", "True")}
 SEEDS = FEW | {"None": None, "a generator": RNG}
 HUGE = {"10^14": 10**14, "10^30": 10**30, "a NumPy integer": np.int64(2**62)}
+NO_SEQUENCE = {"3": 3, "None": None, "a set": {3, 2}, "a text": "32", "an array": np.array(3)}
 COUNTS = {
     **varied(load, "num_train", {k: v for k, v in BAD_COUNTS.items() if v is not None}, INTEGER),
     **varied(load, "input_dim", FEW, INTEGER),
@@ -80,10 +81,10 @@ COUNTS = {
     **varied(mask, "num_observed", FEW, INTEGER),
     **varied(teacher, "noise_variance", NO_NUMBERS | {"1j": 1j, "10^400": 10**400}, NUMBER),
     **varied(teacher, "decay", NO_NUMBERS | {"None": None}, NUMBER),
-    **varied(teacher, "widths", {"3": 3, "none": None, "a set": {3, 2}}, Refused("a sequence of")),
-    **varied(network, "widths", {"a text": "32", "floats": (3.0, 2.0)}, INTEGER),
+    **varied(teacher, "widths", NO_SEQUENCE, Refused("widths must be a sequence of")),
+    **varied(network, "widths", {"floats": (3.0, 2.0), "texts": ("3", "2")}, INTEGER),
     **varied(network, "widths", {"one": (3,), "no": ()}, Refused("needs two entries at least")),
-    **varied(mask, "shape", {"3": 3, "3 sides": (1, 2, 3), "None": None}, Refused("rows, columns")),
+    **varied(mask, "shape", NO_SEQUENCE | {"3 sides": (1, 2, 3)}, Refused("rows, columns")),
     **varied(drawn, "num_train", HUGE, FITS),
     **varied(load, "input_dim", HUGE, FITS),
     **varied(teacher, "num_test", HUGE, FITS),
@@ -263,7 +264,19 @@ OPTIONS = {
     "classes of gaussian": (partial(load, classes=[0, 1]), Refused("has no classes to choose")),
     **{
         f"classes {classes!r}": (partial(nd.load, classes=classes), Refused("class"))
-        for classes in ((), (1,), (1, 1), (0, 10), (-1, 2), "01", {0, 1}, 3, (0.0, 1.0), (0, None))
+        for classes in (
+            (),
+            (1,),
+            (1, 1),
+            (0, 10),
+            (-1, 2),
+            "01",
+            {0, 1},
+            3,
+            (0.0, 1.0),
+            (0, None),
+            np.array(3),
+        )
     },
     "more than there are": (
         partial(nd.load, num_train=1438),

@@ -138,7 +138,7 @@ def per_layer(damping: Array | float, num_layers: int) -> list[Array | float]:
     return [values[index] for index in range(num_layers)]
 
 
-def check_damping_shape(damping: object, scale: tuple[int, ...], name: str, depth: int) -> None:
+def check_damping_shape(damping: Any, scale: tuple[int, ...], name: str, depth: int) -> None:
     """Raises ValueError on an array that is not one number and has not the shape of the scale.
 
     Args:
@@ -147,7 +147,7 @@ def check_damping_shape(damping: object, scale: tuple[int, ...], name: str, dept
       name: of the structure.
       depth: the number of layers.
     """
-    shape = np.shape(damping)  # type: ignore[arg-type]
+    shape = np.shape(damping)
     if shape in [scale[:axes] for axes in range(len(scale) + 1)]:
         return
     wanted = ["one number", f"({depth},), one a layer", f"{scale}, one a factor"]

@@ -159,9 +159,10 @@ def _samples(signals: Signals, chosen: slice) -> Signals:
 def _in_float64(model: nnx.Module) -> nnx.Module:
     graphdef, state = nnx.split(model)
     copy = nnx.merge(graphdef, jax.tree.map(_float64, state))
-    for _, module in nnx.iter_modules(copy):
-        if getattr(module, "dtype", None) is not None:  # what Flax's layers compute in
-            module.dtype = jnp.float64
+    layer: Any
+    for _, layer in nnx.iter_modules(copy):
+        if getattr(layer, "dtype", None) is not None:  # what Flax's layers compute in
+            layer.dtype = jnp.float64
     return copy
 
 

@@ -139,8 +139,8 @@ def isotropy(
     if structure.infinite_width == "train":
         matrix = coefficient_matrix(structure, model, x, damping=damping, kernels=kernels)
         return _report(structure, matrix, _limit_geometry(require_limit(model), np.shape(x)[0]), ())
-    signals, _ = analytic_signals(structure, model, x, None)
-    return limit_isotropy(structure, model, signals, damping)
+    limits, _ = analytic_signals(structure, model, x, None)
+    return limit_isotropy(structure, model, limits, damping)
 
 
 def isotropy_of(

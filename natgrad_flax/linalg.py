@@ -8,6 +8,8 @@ and the derivatives are rules of products with inverses: any mode, any order, ba
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,19 @@ from jax.lax import linalg as lax_linalg
 
 # called outside of any program, a cond would be compiled anew each time; inside one it is inlined
 _compiled_once = partial(jax.jit, static_argnames="shifted", inline=True)
+
+
+@contextmanager
+def full_products() -> Iterator[None]:
+    """What is traced within it multiplies float32 in all of its bits; also a decorator.
+
+    By default GPUs since Ampere multiply float32 in TF32 and TPUs in bfloat16. That suits the
+    passes through a model, whose precision stays the user's; a Gram matrix, an inverse or a
+    difference that is divided by a small damping would lose all digits by it. On a CPU it changes
+    nothing.
+    """
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def _cholesky_solve(factor: Array, rhs: Array) -> Array:
@@ -76,6 +91,7 @@ def is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
     return jnp.all(pivots > threshold * jnp.diagonal(matrix)) & ~near
 
 
+@partial(jax.jit, inline=True)
 def has_full_rank(matrix: Array) -> Array:
     """Whether ``solve_psd`` solves with an undamped (n, n) matrix by its Cholesky factor."""
 

@@ -12,12 +12,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.checks import check_fits
+from natgrad_flax.checks import check_fits, check_normal
 from natgrad_flax.damping import (
     LevenbergMarquardt,
     RelativeDamping,
-    check_damping_holds,
     check_damping_shape,
+    warn_of_rounding,
 )
 from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
 from natgrad_flax.losses import Loss
@@ -29,7 +29,7 @@ from natgrad_flax.structures import Structure
 def prepare(
     structure: Structure,
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     loss: Loss,
     fisher: FisherKind,
@@ -47,8 +47,8 @@ def prepare(
       The shapes of the signals.
 
     Raises:
-      ValueError: the largest array or the signals do not fit, the damping has another shape than
-        the structure's, or the structure does not suit the network.
+      ValueError: the largest array or the signals do not fit, the structure does not suit the
+        network, or the damping has another shape than the structure takes.
     """
     graphdef, state = nnx.split(model)
     # through jit, so that only the first call of a shape is traced
@@ -77,13 +77,15 @@ def _check_damping(structure: Structure, signals: Signals, damping: Any) -> None
         scale = jax.eval_shape(structure.damping_scale, signals).shape
         check_damping_shape(damping, scale, structure.name, len(signals.layers))
     # solves of lower precision run in float32
-    check_damping_holds(damping, jnp.promote_types(signals.outputs.dtype, jnp.float32))
+    dtype = jnp.promote_types(signals.outputs.dtype, jnp.float32)
+    check_normal(damping, dtype)
+    warn_of_rounding(damping, dtype)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "loss", "fisher", "mc_samples", "wrt"))
+@partial(jax.jit, static_argnames=("loss", "fisher", "mc_samples", "wrt"))
 def _signals(
     state: Any,
-    x: Array,
+    x: Any,
     y: Array | None,
     *,
     graphdef: Any,

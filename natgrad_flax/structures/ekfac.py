@@ -265,7 +265,7 @@ def _is_thin(basis: Array) -> bool:
     return basis.shape[2] < basis.shape[1]
 
 
-def _solve_units(entry: dict[str, Any], half: Array, seen: Array | None = None) -> Array:
+def _solve_units(entry: dict[str, Any], half: Array, seen: Array | float | None = None) -> Array:
     """G^{-1} g of what has been turned into the basis of the inputs, (G, r, M/G), and stays there.
 
     Args:

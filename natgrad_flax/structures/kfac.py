@@ -13,7 +13,13 @@ from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
-from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd, symmetric_product
+from natgrad_flax.linalg import (
+    add_diagonal,
+    has_full_rank,
+    inverse_psd,
+    solve_psd,
+    symmetric_product,
+)
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Residual, Signals, expand_samples
 from natgrad_flax.structures.base import (
@@ -261,11 +267,18 @@ class KFAC(KroneckerAverage):
         return total
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
-        """N a hidden layer; leverages of samples in the first, of outputs in the last."""
+        """N a hidden layer; leverages of samples in the first, of outputs in the last.
+
+        None where the inputs of another layer lack rank N, or derivatives rank N S.
+        """
         if has_shared_layers(train):
             return None
+        layers = list(map(dense_layer, train.layers))
+        grams = [*(a.input_gram() for a in layers[1:]), *(a.derivative_gram() for a in layers[:-1])]
+        if not all(has_full_rank(gram) for gram in grams):
+            return None
         total = jnp.zeros(train.size, train.outputs.dtype)
-        for index, layer in enumerate(map(dense_layer, train.layers)):
+        for index, layer in enumerate(layers):
             over_a, over_b = self.divisors(train, index)
             inputs = jnp.full(layer.num_samples, over_a, total.dtype)
             units = jnp.full(train.size, over_b, total.dtype)

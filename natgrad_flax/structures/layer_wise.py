@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from natgrad_flax.arrays import real_array
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.linalg import lu_solve, pinv_solve
+from natgrad_flax.linalg import has_full_rank, lu_solve, pinv_solve
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
@@ -56,6 +57,7 @@ class LayerWise(Structure):
 
     Raises:
       ValueError: sigma is not a finite, symmetric, nonsingular square matrix.
+      TypeError: it is complex, or holds something other than numbers.
     """
 
     sigma: tuple[tuple[float, ...], ...]
@@ -65,7 +67,7 @@ class LayerWise(Structure):
     def __init__(
         self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto"
     ) -> None:
-        matrix = np.asarray(sigma, dtype=np.float64)
+        matrix = real_array(sigma, "sigma")
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
             raise ValueError(f"sigma must be a square matrix (L, L), got shape {matrix.shape}")
         if not np.isfinite(matrix).all():
@@ -170,8 +172,10 @@ class LayerWise(Structure):
         ]
         return sum(parts[1:], start=parts[0])
 
-    def undamped_diagonal(self, train: Signals) -> Array:
-        """alpha for every output."""
+    def undamped_diagonal(self, train: Signals) -> Array | None:
+        """alpha for every output; None where a layer's Jacobian lacks full row rank."""
+        if not all(has_full_rank(layer.gram()) for layer in train.layers):
+            return None
         alpha = self.weights(len(train.layers)).sum()
         return jnp.full(train.size, alpha, train.outputs.dtype)
 

@@ -259,7 +259,9 @@ def _undamped(layer: DenseSignals, direction: Array) -> Array:
 
     def masked() -> Array:
         mask = active.astype(gram.dtype)
-        return solve_scaled_gram(gram, mask, 1 - mask, targets)
+        # where both branches run (under vmap), no NaN of this one may reach a derivative
+        regular = jnp.where(full_rank, gram, jnp.eye(len(gram), dtype=gram.dtype))
+        return solve_scaled_gram(regular, mask, 1 - mask, targets)
 
     def deficient() -> Array:
         def unit(columns: tuple[Array, Array]) -> Array:

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import batch_size, shapes_of
 from natgrad_flax.capture import jacobian_signals
-from natgrad_flax.damping import RelativeDamping
+from natgrad_flax.damping import RelativeDamping, damping_as
 from natgrad_flax.fisher import FisherKind, part_signals, sampler
 from natgrad_flax.gradient import fisher_targets, loss_gradient
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates
+from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
 from natgrad_flax.scalars import check_integer, check_number, keep_plain
@@ -128,8 +130,8 @@ def check_average(average: object, structure: object, example: object) -> None:
         not isinstance(example, tuple)
         or len(example) != 2
         or not isinstance(example[0], nnx.Module)
-        or not hasattr(example[1], "shape")
-        or not hasattr(example[1], "dtype")
+        or not (leaves := jax.tree.leaves(example[1]))
+        or not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
     ):
         raise TypeError(
             "average= keeps arrays whose shapes the model decides: pass example=(model, x) with "
@@ -152,7 +154,7 @@ def empty_averages(
     Args:
       structure: the Fisher approximation.
       model: of which only shapes are looked at.
-      x: inputs (N, ...), or their shape and dtype.
+      x: inputs (N, ...), a tree of arrays or of their shapes and dtypes.
       wrt: filter of the parameters.
       average: decay and intervals.
       microbatches: parts of a batch.
@@ -164,16 +166,16 @@ def empty_averages(
     graphdef, arrays = nnx.split(model)
     # shapes alone, so that the parameters of now are not kept
     state = jax.eval_shape(lambda: arrays)
-    inputs = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    inputs = shapes_of(x)
     means = _means(structure, average, microbatches)
 
-    def moments(wrt: Any, state: Any, x: Array) -> tuple[Moments, Any]:
+    def moments(wrt: Any, state: Any, x: Any) -> tuple[Moments, Any]:
         signals = jacobian_signals(nnx.merge(graphdef, state), x, wrt)
         found = Moments(means(signals))
         if structure.has_basis:
             basis = structure.basis(found.factors)
             found = Moments(found.factors, basis, structure.rotated(signals, basis))
-        return found, structure.invert(found, jnp.ones((), signals.outputs.dtype), len(x))
+        return found, structure.invert(found, jnp.ones((), signals.outputs.dtype), batch_size(x))
 
     whole = jax.eval_shape(partial(moments, wrt), state, inputs)
 
@@ -221,14 +223,14 @@ class AveragedStep:
     def __call__(
         self,
         model: nnx.Module,
-        x: Array,
+        x: Any,
         y: Array | None,
         shapes: Signals,
         kept: Averages,
         steps: Array,
         damping: Any,
         key: Array,
-        fisher_x: Array | None,
+        fisher_x: Any,
         fisher_y: Array | None,
         incoming: dict[Path, Array] | None,
     ) -> tuple[tuple[LayerUpdate, ...], tuple[LayerUpdate, ...], Array | None, Averages]:
@@ -275,11 +277,16 @@ class AveragedStep:
                 return self._renew(model, (x, y), True, kept, steps, damping, key)
 
             slope, outputs, kept = self._at(steps, self.average.every, renewed, held)
-            return self.structure.apply(kept.inverse, slope), slope, outputs, kept
+            return self._apply(kept, slope), slope, outputs, kept
 
         slope, outputs = gradient()
         kept = self._at(steps, self.average.every, aside, lambda: kept)
-        return self.structure.apply(kept.inverse, slope), slope, outputs, kept
+        return self._apply(kept, slope), slope, outputs, kept
+
+    @full_products()
+    def _apply(self, kept: Averages, slope: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g by the inverses that are kept."""
+        return self.structure.apply(kept.inverse, slope)
 
     def _at(self, steps: Array, every: int, due: Callable[[], Any], held: Callable[[], Any]) -> Any:
         """One of two results, by whether this step is a multiple of an interval."""
@@ -295,7 +302,7 @@ class AveragedStep:
     def _renew(
         self,
         model: nnx.Module,
-        batch: tuple[Array, Array | None],
+        batch: tuple[Any, Array | None],
         own: bool,
         kept: Averages,
         steps: Array,
@@ -303,20 +310,22 @@ class AveragedStep:
         key: Array,
     ) -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
         """The gradient (if the batch is its own) and the outputs of a batch, and what is kept."""
-        structure, average, size = self.structure, self.average, len(batch[0])
-        arrays = tuple(array for array in batch if array is not None)
+        structure, average, size = self.structure, self.average, batch_size(batch)
+        arrays = tuple(part for part in batch if part is not None)
         draw = sampler(self.loss, key, self.mc_samples, size)
         means = _means(structure, average, self.microbatches)
         settings = {"loss": self.loss, "fisher": self.fisher, "draw": draw, "wrt": self.wrt}
 
-        def first_pass(first: Any, x: Array, y: Array | None = None) -> tuple[Any, Any]:
+        def first_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, Any]:
             signals, residual = part_signals(model, x, y, first, **settings)
             slope: Any = ()
             if own:
                 assert residual is not None
                 slope = gradient_of(signals, residual)
             one_part = self.microbatches == 1
-            return (means(signals), slope), (
+            with full_products():
+                statistics = means(signals)
+            return (statistics, slope), (
                 signals.outputs,
                 signals if one_part else (),
             )
@@ -326,18 +335,21 @@ class AveragedStep:
         count = kept.renewals + 1
         factors = average.mix(kept.moments.factors, new, count)
 
+        turn = full_products()(structure.rotated)
+
         def rotated(basis: Any) -> Any:
             if self.microbatches == 1:
-                return structure.rotated(signals, basis)
+                return turn(signals, basis)
 
-            def second_pass(first: Any, x: Array, y: Array | None = None) -> tuple[Any, tuple[()]]:
+            def second_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, tuple[()]]:
                 part, _ = part_signals(model, x, y, first, **settings)
-                return structure.rotated(part, basis), ()
+                return turn(part, basis), ()
 
             return in_parts(second_pass, arrays, self.microbatches)[0]
 
         def fresh() -> tuple[Any, Any, Array]:
-            basis = structure.basis(factors)
+            with full_products():
+                basis = structure.basis(factors)
             return basis, rotated(basis), jnp.ones((), jnp.int32)
 
         def same() -> tuple[Any, Any, Array]:
@@ -356,10 +368,12 @@ class AveragedStep:
             basis, turned, turns = self._at(steps, always, fresh, same)
         moments = Moments(factors, basis, turned)
 
+        @full_products()
         def inverted() -> Any:
             rho = damping
             if isinstance(damping, RelativeDamping):
-                rho = damping.ratio * structure.scale_of(moments, size)
+                rho = damping.times(structure.scale_of(moments, size))
+            rho = damping_as(rho, jax.tree.leaves(moments)[0].dtype)
             return structure.invert(moments, rho, size)
 
         always = 1 if structure.cheap_inverse or interval == average.every else interval

@@ -1,7 +1,7 @@
 """From a model and a batch to signals: one forward and one batched backward pass.
 
 The model runs sample by sample under ``vmap``, so whatever it does with its inputs, the first axis
-of all that is recorded counts samples. Every supported layer of a copy of the model sows its
+of all that is recorded counts samples. Every supported layer of a copy of the model tells its
 inputs and perturbs its outputs; the derivative with respect to the perturbations is D. A parameter
 that is used in any other way too gets its explicit Jacobian. The user's own model object is left
 as it was.
@@ -9,7 +9,6 @@ as it was.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,73 +17,85 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import batch_size, own_promotion, solve_dtype
+from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.plans import LayerPlan, parameter_paths, plan_layers
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Signals
-from natgrad_flax.taps import Path, Tape, captured_pass, put, tap
+from natgrad_flax.taps import Call, Path, Tape, put, recorded_pass, tap
 
 
 def linearise(
-    model: nnx.Module, x: Array, wrt: Any = nnx.Param
+    model: nnx.Module, x: Any, wrt: Any = nnx.Param
 ) -> tuple[Array, Callable[[Array], Signals]]:
     """One forward pass, and the function that runs the batched backward pass.
 
     Args:
       model: any module; the output of a sample must not depend on the other samples.
-      x: inputs, shape (N, ...).
+      x: inputs, an array (N, ...) or a tree of them.
       wrt: filter of the parameters, as ``nnx.Optimizer`` takes it; the others are held.
 
     Returns:
       The outputs (N, C), and a function from seeds (N, S, C), the cotangents to carry back for
-      each sample, to the signals of the S seeded outputs.
+      each sample, to the signals of the S seeded outputs. All of it has ``solve_dtype`` of the
+      outputs and parameters, whatever the layers compute in.
 
     Raises:
-      ValueError: as in ``plan_layers``.
+      ValueError, TypeError: as in ``plan_layers``.
     """
-    plans, _ = plan_layers(model, x, wrt)
+    plans, calls = plan_layers(model, x, wrt)
     graphdef, state = nnx.split(model)
     chosen = parameter_paths(model, wrt)
     loose = [(*p.path, p.kernel.name) for p in plans if p.kind == "parameter"]
 
-    def forward(perturbations: Any, free: dict[Path, Array], sample: Array) -> Any:
+    def forward(perturbations: list[Array], free: dict[Path, Array], sample: Any) -> Any:
         copy = nnx.merge(graphdef, state, copy=True)
         names = tap(copy)
         put(copy, free)
-        outputs, used, sown = captured_pass(copy, sample, perturbations, Tape(names, {}, {}))
-        return outputs[0], (used, sown)
+        tape = Tape(names, {}, {}, perturbations)
+        outputs = recorded_pass(copy, sample, tape)
+        return outputs[0], tape.inputs
 
-    start = {path: chosen[path][...] for path in loose}
-    sample = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    _, (perturbed, _) = jax.eval_shape(forward, None, start, sample)
-    n = x.shape[0]
-    zeros = jax.tree.map(lambda leaf: jnp.zeros((n, *leaf.shape), leaf.dtype), perturbed)
-    free = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), start)
+    n = batch_size(x)
+    zeros = [jnp.zeros((n, *call.outputs.shape), call.outputs.dtype) for call in calls]
+    free = {path: jnp.broadcast_to(value := chosen[path][...], (n, *value.shape)) for path in loose}
 
-    def batch(perturbations: Any, free: dict[Path, Array]) -> Any:
+    def batch(perturbations: list[Array], free: dict[Path, Array]) -> Any:
         return jax.vmap(forward)(perturbations, free, x)
 
-    outputs, backward, (_, sown) = jax.vjp(batch, zeros, free, has_aux=True)
+    computed, backward, inputs = jax.vjp(batch, zeros, free, has_aux=True)
+    dtype = solve_dtype(computed.dtype, *(chosen[path].dtype for path in chosen))
+    outputs = computed.astype(dtype)
 
     def signals(seeds: Array) -> Signals:
-        carried, blocks = jax.vmap(backward, in_axes=1, out_axes=1)(seeds)
-        layers = tuple(_signals(plan, sown, carried, blocks) for plan in plans)
+        found = jax.vmap(backward, in_axes=1, out_axes=1)(seeds.astype(computed.dtype))
+        recorded, carried, blocks = jax.tree.map(lambda leaf: _cast(leaf, dtype), (inputs, *found))
+        layers = tuple(_signals(plan, calls, recorded, carried, blocks) for plan in plans)
         return Signals(layers, outputs)
 
     return outputs, signals
 
 
-def _signals(plan: LayerPlan, sown: Any, carried: Any, blocks: dict[Path, Array]) -> LayerSignals:
+def _cast(array: Array, dtype: Any) -> Array:
+    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def _signals(
+    plan: LayerPlan,
+    calls: list[Call],
+    recorded: list[Array],
+    carried: list[Array],
+    blocks: dict[Path, Array],
+) -> LayerSignals:
     """The signals of one layer from what was recorded."""
     if plan.kind == "parameter":
         block = blocks[(*plan.path, plan.kernel.name)]
         shape = (*block.shape[:2], *plan.kernel.split)
         return ExplicitSignals(block.reshape(shape), None, plan.path, plan.kernel, None)
-    inputs = _dig(sown, plan.path)["inputs"]
-    # a variable holds the tuple of all calls
-    inputs = inputs.get_value() if isinstance(inputs, nnx.Variable) else inputs
-    slopes = _dig(carried, plan.path)
-    derivatives = [slopes[f"outputs{number}"][...] for number in range(len(inputs))]
+    own = [number for number, call in enumerate(calls) if call.path == plan.path]
+    inputs = [recorded[number] for number in own]
+    derivatives = [carried[number] for number in own]
     if plan.is_norm:
         rows = []
         for name in [form.name for form in (plan.kernel, plan.bias) if form]:
@@ -98,6 +109,7 @@ def _signals(plan: LayerPlan, sown: Any, carried: Any, blocks: dict[Path, Array]
     arranged = [form.inputs(a) for form, a in zip(plan.affine, inputs, strict=True)]
     turned = [form.derivatives(d) for form, d in zip(plan.affine, derivatives, strict=True)]
     a, d = jnp.concatenate(arranged, axis=1), jnp.concatenate(turned, axis=2)
+    a = a.astype(d.dtype)  # numbers of pixels, masks, rows of an embedding
     first = plan.affine[0]
     a = jnp.asarray(first.weight_scale, a.dtype) * a if first.weight_scale != 1 else a
     scale = None if plan.bias is None else first.bias_scale
@@ -116,26 +128,28 @@ def _over_positions(derivatives: Array, inputs: Array | None) -> Array:
     return jnp.einsum("nsti,nti->nsi", flat, inputs.reshape(n, -1, features))
 
 
-def _dig(state: Any, path: Path) -> Any:
-    return functools.reduce(lambda node, key: node[key], path, state)
-
-
 def output_seeds(outputs: Array) -> Array:
     """The seeds (N, C, C) that give derivatives of the plain outputs: the identity."""
     n, c = outputs.shape
     return jnp.broadcast_to(jnp.eye(c, dtype=outputs.dtype), (n, c, c))
 
 
-def jacobian_signals(model: nnx.Module, x: Array, wrt: Any = nnx.Param) -> Signals:
+@own_promotion()
+def jacobian_signals(
+    model: nnx.Module, x: Any, wrt: Any = nnx.Param, *, check_samples: bool = True
+) -> Signals:
     """Signals of the plain outputs: S = C, J = df/dtheta.
 
     Args:
       model: any module; the output of a sample must not depend on the other samples.
-      x: inputs, shape (N, ...).
+      x: inputs, an array (N, ...) or a tree of them.
       wrt: filter of the parameters.
+      check_samples: as in ``natural_gradient``.
 
     Raises:
-      ValueError: as in ``linearise``.
+      ValueError, TypeError: as in ``linearise``; outputs that depend on other samples.
     """
     outputs, backward = linearise(model, x, wrt)
+    if check_samples:
+        check_samples_alone(model, x)
     return backward(output_seeds(outputs))

@@ -11,9 +11,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import batch_size, check_real, is_concrete
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.fisher import check_kind
 from natgrad_flax.losses import Loss
+from natgrad_flax.models import MLP, NETWORKS, Autoencoder
+from natgrad_flax.plans import check_model
 from natgrad_flax.scalars import as_number, check_integer, check_number, is_real, shown
 from natgrad_flax.structures import BlockDiagonal, Exact, Structure
 
@@ -86,90 +89,153 @@ def check_normal(damping: object, dtype: Any) -> None:
         )
 
 
-def is_concrete(array: object) -> bool:
-    """Whether the values of an array can be looked at."""
-    return not isinstance(array, jax.core.Tracer)
-
-
 def as_array(value: Any, name: str) -> Array:
     """What a caller gave for an array, as one of JAX.
 
     Raises:
       TypeError: it is none, or holds something other than numbers.
+      ValueError: integers that are too large for those of JAX.
     """
     if isinstance(value, np.ndarray):
         # JAX takes the byte order of this machine alone
         value = value.astype(value.dtype.newbyteorder("="), copy=False)
     try:
-        return jnp.asarray(value)
+        array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
         kind = type(value).__name__
         raise TypeError(f"{name} must be an array of numbers, got {kind} {value!r:.60}") from None
+    narrowed = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
+    if narrowed and array.dtype != value.dtype and (np.asarray(array) != value).any():
+        raise ValueError(
+            f"{name} has integers that {array.dtype} cannot hold: number them from 0, or switch on "
+            "jax_enable_x64"
+        )
+    return array
 
 
-def check_inputs(x: Any, model: nnx.Module | None = None, name: str = "x") -> Array:
-    """Inputs (N, ...) as an array: floating, or integers where the model has an nnx.Embed.
+def check_inputs(x: Any, model: nnx.Module | None = None, name: str = "x") -> Any:
+    """Inputs as arrays (N, ...): one, or a tree (dictionary, tuple, ...) of them.
+
+    Arrays of any dtype: what it takes decides the model. Lists of numbers are one array. Shapes
+    (``jax.ShapeDtypeStruct``) stay as they are.
 
     Raises:
-      ValueError: an empty batch, no feature axis, NaN or infinite values.
-      TypeError: the dtype is another one.
+      ValueError: no samples, arrays without an axis of samples or with different numbers of them,
+        NaN or infinite values.
+      TypeError: something else than real numbers, or a model that is none.
     """
-    x = as_array(x, name)
-    embeds = model is not None and any(isinstance(m, nnx.Embed) for _, m in nnx.iter_modules(model))
-    if not (
-        jnp.issubdtype(x.dtype, jnp.floating) or (embeds and jnp.issubdtype(x.dtype, jnp.integer))
-    ):
-        numbers = "" if model is None or embeds else "; integers are for models with an nnx.Embed"
-        raise TypeError(
-            f"{name} must be a floating array, got dtype {x.dtype}; convert it first{numbers}"
+    if model is not None:
+        check_model(model)
+    numbers = (bool, int, float, complex, np.generic)
+    if all(isinstance(leaf, numbers) for leaf in jax.tree.leaves(x)):
+        x = as_array(x, name)
+
+    def convert(path: Any, leaf: Any) -> Any:
+        where = name + jax.tree_util.keystr(path)
+        array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else as_array(leaf, where)
+        if not array.shape:
+            raise ValueError(f"{where} must have an axis of N samples first, got a single number")
+        check_real(array, where)
+        check_finite(array, where)
+        return array
+
+    x = jax.tree_util.tree_map_with_path(convert, x)
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(x)}
+    if sizes == {0}:
+        raise ValueError(f"the batch is empty: {name} has shape {_shapes(x)}")
+    if len(sizes) > 1:
+        raise ValueError(
+            f"all arrays of {name} must have the same number of samples along their first axes, "
+            f"got shapes {_shapes(x)}"
         )
+    return x
+
+
+def check_array(x: Any, name: str = "x") -> Array:
+    """Inputs of a theory that has no model, or whose model takes one real array (N, ...).
+
+    Raises:
+      ValueError: as ``check_inputs``; no feature axis.
+      TypeError: not one array of floating numbers.
+    """
+    x = check_inputs(x, name=name)
+    if not hasattr(x, "ndim"):
+        raise TypeError(f"{name} must be one array (N, features), got a {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating array, got dtype {x.dtype}; convert it first")
     if x.ndim < 2:
         raise ValueError(
             f"{name} must have shape (N, features), got {x.shape}; for one sample, {name}[None]"
         )
-    if x.shape[0] == 0:
-        raise ValueError(f"the batch is empty: {name} has shape {x.shape}")
-    check_finite(x, name)
     return x
 
 
-def check_model_inputs(model: nnx.Module, x: Any) -> Array:
+def _shapes(x: Any, skip: int = 0) -> Any:
+    return jax.tree.map(lambda leaf: tuple(leaf.shape[skip:]), x)
+
+
+def _sizes_of(model: Any) -> tuple[tuple[int, ...], int] | None:
+    """The shape of a sample and the number of outputs of a network of ours, None of others.
+
+    A user's attributes may have the same names and mean something else.
+    """
+    if type(model) in (MLP, Autoencoder):
+        return model.widths[:1], model.widths[-1]
+    if type(model) in NETWORKS:
+        return model.input_shape, model.outputs
+    return None
+
+
+def check_input_shape(model: nnx.Module, x: Any, name: str = "x") -> None:
+    """Raises ValueError on inputs that a network of ours does not take; others say so when run."""
+    sizes = _sizes_of(model)
+    if sizes is None:
+        return
+    if not hasattr(x, "shape"):
+        raise ValueError(f"the model takes one array, got {name} as a {type(x).__name__} of arrays")
+    wanted, shape = sizes[0], tuple(x.shape)
+    if shape[1:] == wanted:
+        return
+    if shape == wanted:
+        raise ValueError(
+            f"{name} must have shape (N, features), got {shape}; for one sample, {name}[None]"
+        )
+    raise ValueError(
+        f"the model takes {'inputs' if len(wanted) == 1 else 'images'} of shape "
+        f"(N, {', '.join(map(str, wanted))}), got {name} of {shape}"
+    )
+
+
+def check_model_inputs(model: nnx.Module, x: Any, name: str = "x") -> Any:
     """Inputs that a model takes, and its parameters, after every check that needs no forward pass.
 
     Raises:
-      ValueError: a shape that does not fit, an empty batch, NaN or infinity.
+      ValueError: as ``check_inputs``; a shape that does not fit, NaN or infinity in parameters.
       TypeError: as ``check_inputs``.
     """
-    x = check_inputs(x, model)
-    check_input_shape(model, x)
+    x = check_inputs(x, model, name)
+    check_input_shape(model, x, name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
-        check_finite(leaf, "the parameters at " + jax.tree_util.keystr(path))
+        where = "the parameters at " + jax.tree_util.keystr(path)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"{where} are a shape without values, as nnx.eval_shape makes them")
+        check_finite(leaf, where)
     return x
 
 
-def check_input_shape(model: nnx.Module, x: Any) -> None:
-    """Raises ValueError where a model says which inputs it takes, and these are not."""
-    widths, shape = getattr(model, "widths", None), getattr(model, "input_shape", None)
-    if widths is not None and (x.ndim != 2 or x.shape[1] != widths[0]):
-        raise ValueError(f"the model takes inputs of shape (N, {widths[0]}), got x of {x.shape}")
-    if isinstance(shape, tuple) and x.shape[1:] != shape:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"the model takes images of shape (N, {wanted}), got x of {x.shape}")
-
-
-def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, Array]:
-    """The batch as floating arrays, after every check that needs no forward pass.
+def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Any, Array]:
+    """The batch as arrays, after every check that needs no forward pass.
 
     Raises:
       ValueError: shapes that do not fit, an empty batch, NaN or infinity in data or parameters,
         targets of the wrong form.
-      TypeError: inputs or targets that are not floating, or a layer without signals.
+      TypeError: inputs that are no numbers, targets that are not floating, or no model.
     """
-    x = check_model_inputs(model, x)
-    y = as_array(y, "y")
-    if y.ndim != 2 or y.shape[0] != x.shape[0]:
+    x, y = check_model_inputs(model, x), as_array(y, "y")
+    n = batch_size(x)
+    if y.ndim != 2 or y.shape[0] != n:
         raise ValueError(
-            f"y must have shape (N, C) with N = {x.shape[0]}, got {y.shape}; class numbers become "
+            f"y must have shape (N, C) with N = {n}, got {y.shape}; class numbers become "
             "targets by one-hot encoding, a vector of targets by y[:, None]"
         )
     if not jnp.issubdtype(y.dtype, jnp.floating):
@@ -177,10 +243,9 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Array, A
             f"y must be floating targets of shape (N, C), got dtype {y.dtype}; class numbers "
             "become targets by jax.nn.one_hot"
         )
-    widths = getattr(model, "widths", None)
-    outputs = getattr(model, "outputs", None) if widths is None else widths[-1]
-    if isinstance(outputs, int) and y.shape[1] != outputs:
-        raise ValueError(f"the model has {outputs} outputs, but y has shape {y.shape}")
+    sizes = _sizes_of(model)
+    if sizes is not None and y.shape[1] != sizes[1]:
+        raise ValueError(f"the model has {sizes[1]} outputs, but y has shape {y.shape}")
     check_finite(y, "y")
     if is_concrete(y):
         loss.check_targets(np.asarray(y))
@@ -201,23 +266,23 @@ def check_needed_batch(
 
 
 def check_fisher_batch(
-    model: nnx.Module, fisher: str, x: Array, y: Array | None, fisher_x: Any, fisher_y: Any
-) -> tuple[Array | None, Array | None]:
-    """The batch of the Fisher as floating arrays, or None and None where it is that of the loss.
+    model: nnx.Module, fisher: str, x: Any, y: Array | None, fisher_x: Any, fisher_y: Any
+) -> tuple[Any, Array | None]:
+    """The batch of the Fisher as arrays, or None and None where it is that of the loss.
 
     Raises:
       ValueError: targets where none are needed, or none where they are; shapes that do not fit;
         NaN or infinity.
-      TypeError: inputs or targets that are not floating.
+      TypeError: inputs that are no numbers, or targets that are not floating.
     """
     if fisher_x is None:
         if fisher_y is not None:
             raise ValueError("fisher_y belongs to a fisher_x: pass both, or neither")
         return None, None
-    fisher_x = check_inputs(fisher_x, model, "fisher_x")
-    if fisher_x.shape[1:] != x.shape[1:]:
+    fisher_x = check_inputs(fisher_x, name="fisher_x")
+    if _shapes(fisher_x, 1) != _shapes(x, 1):
         raise ValueError(
-            f"fisher_x must have shape (N', ...) like x of {x.shape}, got {fisher_x.shape}"
+            f"fisher_x must have shape (N', ...) like x of {_shapes(x)}, got {_shapes(fisher_x)}"
         )
     if fisher != "empirical":
         if fisher_y is not None:
@@ -229,7 +294,7 @@ def check_fisher_batch(
     if fisher_y is None:
         raise ValueError('fisher="empirical" is made of targets: pass fisher_y with fisher_x')
     fisher_y = as_array(fisher_y, "fisher_y")
-    wanted = (len(fisher_x), *(fisher_y if y is None else y).shape[1:2])
+    wanted = (batch_size(fisher_x), *(fisher_y if y is None else y).shape[1:2])
     if fisher_y.shape != wanted or not jnp.issubdtype(fisher_y.dtype, jnp.floating):
         raise ValueError(
             f"fisher_y must be floating targets of shape {wanted}, got {fisher_y.dtype} of "
@@ -239,14 +304,14 @@ def check_fisher_batch(
     return fisher_x, fisher_y
 
 
-def check_microbatches(microbatches: object, *batches: Array | None) -> int:
+def check_microbatches(microbatches: object, *batches: Any) -> int:
     """The number of parts; raises ValueError unless positive and a divisor of every batch."""
     parts = check_integer("microbatches", microbatches, 1)
-    for batch in batches:
-        if batch is not None and len(batch) % parts:
-            near = next(d for d in range(min(parts, len(batch)), 0, -1) if len(batch) % d == 0)
+    for size in (batch_size(batch) for batch in batches if batch is not None):
+        if size % parts:
+            near = next(d for d in range(min(parts, size), 0, -1) if size % d == 0)
             raise ValueError(
-                f"a batch of {len(batch)} samples has no {parts} equal parts; use "
+                f"a batch of {size} samples has no {parts} equal parts; use "
                 f"microbatches={near} or another batch size"
             )
     return parts
@@ -281,7 +346,7 @@ def check_momentum(momentum: object, structure: Structure, damping: object) -> f
 
 def check_finite(array: Any, name: str) -> None:
     """Raises ValueError on a concrete array with NaN or infinite entries."""
-    if not is_concrete(array):
+    if not is_concrete(array) or not jnp.issubdtype(array.dtype, jnp.inexact):
         return
     # small arrays without a compilation for every shape
     xp: Any = np if array.size <= HOST_SIZE else jnp

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from natgrad_flax.arrays import own_promotion
 from natgrad_flax.capture import linearise
 from natgrad_flax.checks import check_input_shape, check_inputs, check_structure
 from natgrad_flax.costs import Approximation, approximate, gram_by, gram_flops, shared_system
@@ -158,6 +158,7 @@ class Description:
         return lines
 
 
+@own_promotion()
 def describe(
     model: nnx.Module,
     x: Any,
@@ -174,7 +175,7 @@ def describe(
 
     Args:
       model: the model, or its shapes from ``nnx.eval_shape``.
-      x: inputs, shape (N, ...), or a ``jax.ShapeDtypeStruct`` of them.
+      x: inputs, an array (N, ...) or a tree of them, or of ``jax.ShapeDtypeStruct``.
       structure: the Fisher approximation; without one the Gram matrices are described. Of one on a
         mesh of devices, what all of them hold and compute together is described.
       loss: for the number of seeds of the exact Fisher, C without it.
@@ -192,13 +193,12 @@ def describe(
         raise TypeError(f"loss must be an ng.Loss, got {loss!r}")
     check_kind(fisher)
     mc_samples = check_integer("mc_samples", mc_samples, 1)
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        x = check_inputs(x, model)
+    x = check_inputs(x, model)
     check_input_shape(model, x)
     graphdef, state = nnx.split(model)
     plans: list[LayerPlan] = []
 
-    def run(state: Any, x: Array) -> Signals:
+    def run(state: Any, x: Any) -> Signals:
         traced = nnx.merge(graphdef, state)
         plans.extend(plan_layers(traced, x, wrt)[0])
         outputs, backward = linearise(traced, x, wrt)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import batch_size
 from natgrad_flax.capture import linearise
+from natgrad_flax.damping import is_zero
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
 from natgrad_flax.scalars import check_integer
@@ -45,7 +47,7 @@ def check_key(fisher: FisherKind, key: object) -> None:
 
 def fisher_signals(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array,
     *,
     loss: Loss,
@@ -59,7 +61,7 @@ def fisher_signals(
 
     Args:
       model: any module; the output of a sample must not depend on the other samples.
-      x: inputs, shape (N, ...).
+      x: inputs, an array (N, ...) or a tree of them.
       y: targets, shape (N, C).
       loss: the loss.
       fisher: "exact" (S = C, or C - 1 for softmax), "mc" (S = num_samples) or "empirical" (S = 1).
@@ -77,9 +79,9 @@ def fisher_signals(
     """
     check_kind(fisher)
     check_key(fisher, key)
-    draw = sampler(loss, key, check_integer("num_samples", num_samples, 1), len(x))
+    draw = sampler(loss, key, check_integer("num_samples", num_samples, 1), batch_size(x))
 
-    def run(first: Array | int, x: Array, y: Array) -> tuple[tuple[()], tuple[Signals, Residual]]:
+    def run(first: Array | int, x: Any, y: Array) -> tuple[tuple[()], tuple[Signals, Residual]]:
         signals, residual = part_signals(
             model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt
         )
@@ -92,7 +94,7 @@ def fisher_signals(
 
 def population_signals(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     *,
     loss: Loss,
@@ -103,9 +105,9 @@ def population_signals(
     microbatches: int = 1,
 ) -> Signals:
     """The signals of ``fisher_signals`` without a residual; targets are for "empirical" only."""
-    draw = sampler(loss, key, num_samples, len(x))
+    draw = sampler(loss, key, num_samples, batch_size(x))
 
-    def run(first: Array | int, x: Array, y: Array | None = None) -> tuple[tuple[()], Signals]:
+    def run(first: Array | int, x: Any, y: Array | None = None) -> tuple[tuple[()], Signals]:
         part = part_signals(model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt)
         return (), part[0]
 
@@ -135,9 +137,33 @@ def sampler(loss: Loss, key: Array | None, num_samples: int, batch_size: int) ->
     return draw
 
 
+def in_range(
+    signals: Signals,
+    residual: Residual | None,
+    *,
+    loss: Loss,
+    fisher: FisherKind,
+    damping: Any,
+) -> tuple[Signals, Any]:
+    """What a zero damping leaves of an exact Fisher and of its residual; all at a positive one.
+
+    The pseudo-inverse drops the component of the gradient outside of the Fisher's range. A class
+    whose probability is zero to rounding has no Fisher, but the residual of a wrong label.
+    """
+    inside = loss.columns_in_range(signals.outputs)
+    if inside is None or fisher != "exact" or not is_zero(damping):
+        return signals, residual
+    kept = inside.astype(signals.outputs.dtype)
+    signals = signals.reseed(kept[:, :, None] * jnp.eye(kept.shape[1], dtype=kept.dtype))
+    if residual is None:
+        return signals, None
+    assert residual.coefficients is not None
+    return signals, Residual(jnp.where(inside, residual.coefficients, 0), None)
+
+
 def part_signals(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     first: Array | int,
     *,
@@ -150,6 +176,7 @@ def part_signals(
     outputs, backward = linearise(model, x, wrt)
     if y is not None and outputs.shape != y.shape:
         raise ValueError(f"the model returns {outputs.shape}, but y has shape {y.shape}")
+    y = None if y is None else y.astype(outputs.dtype)
     if fisher == "exact":
         signals = backward(jnp.swapaxes(loss.factor(outputs), 1, 2))
         return signals, None if y is None else Residual(loss.coefficients(outputs, y), None)

@@ -12,33 +12,40 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.activations import ACTIVATIONS
+from natgrad_flax.activations import active_fraction
+from natgrad_flax.arrays import check_concrete, own_promotion, solve_dtype
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
     check_damping,
     check_fisher_batch,
+    check_input_shape,
     check_inputs,
     check_microbatches,
+    check_model_inputs,
     check_needed_batch,
     check_settings,
     check_structure,
 )
 from natgrad_flax.convolution import with_fast_gradients
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
-from natgrad_flax.fisher import FisherKind, check_key, fisher_signals, population_signals
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, damping_as, is_zero
+from natgrad_flax.fisher import FisherKind, check_key, fisher_signals, in_range, population_signals
+from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
+from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
 from natgrad_flax.parts import Passes, in_parts
-from natgrad_flax.plans import dense_layers
+from natgrad_flax.plans import dense_layers, hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.scalars import check_integer
 from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.spectrum import largest_eigenvalue, rate_of_alpha, rate_of_largest
 from natgrad_flax.structures import Geometry, Structure
-from natgrad_flax.taps import Path
+from natgrad_flax.taps import Path, outputs_of
 from natgrad_flax.trees import as_state, by_path, moved_by_gradient
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
+    geometry_at,
     shared_alpha,
     shared_failures,
     traced_geometry,
@@ -47,9 +54,10 @@ from natgrad_flax.weight_sharing import (
 Damping = float | Array | RelativeDamping
 
 
+@own_promotion()
 def natural_gradient(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     *,
     structure: Structure,
@@ -59,9 +67,10 @@ def natural_gradient(
     key: Array | None = None,
     mc_samples: int = 1,
     wrt: Any = nnx.Param,
-    fisher_x: Array | None = None,
+    fisher_x: Any = None,
     fisher_y: Array | None = None,
     microbatches: int = 1,
+    check_samples: bool = True,
     gradient: Any = None,
 ) -> nnx.State:
     """G^{-1} dL, the natural gradient of the loss (Karakida & Osawa 2020, Eq. 7).
@@ -69,9 +78,10 @@ def natural_gradient(
     Works eagerly (compiled once a shape) and inside ``jax.jit``, ``nnx.jit`` and ``lax.scan``.
 
     Args:
-      model: any Flax module whose outputs for a sample do not depend on the other samples.
+      model: any nnx module whose outputs for a sample do not depend on the other samples.
         ``ng.describe`` tells which formula serves which of its layers.
-      x: inputs, shape (N, ...).
+      x: inputs, an array (N, ...) of any dtype that the model takes, or a tree (dictionary, tuple,
+        ...) of such arrays, which the model gets as its one argument.
       y: targets, shape (N, C).
       structure: the Fisher approximation.
       loss: the loss; its mean over the N samples is differentiated.
@@ -85,6 +95,9 @@ def natural_gradient(
       fisher_y: targets (N', C) of that batch, for "empirical".
       microbatches: parts, a divisor of N and of N', in which the model runs one after the other.
         Only one part's activations are held; the result is that of the whole batch.
+      check_samples: whether to try, at the first batch of a shape whose values are known, that the
+        model makes of a batch what it makes of its samples one by one. Inside ``jit`` nothing can
+        be tried. Without it the result is that of the samples one by one.
       gradient: g, a tree like ``nnx.state(model, wrt)``, for G^{-1} g: the gradient of a loss of
         your own, with penalties, masks, dropout or batch statistics in it. ``loss`` then says which
         Fisher, and y may be None where that is not the empirical one. With damping 0 what of g lies
@@ -97,6 +110,7 @@ def natural_gradient(
     Raises:
       ValueError, TypeError: bad settings or a bad batch, before any work.
     """
+    wrt = hashable_filter(wrt)
     check_settings(structure, loss, fisher, damping)
     mc_samples = check_integer("mc_samples", mc_samples, 1)
     if callable(damping) or isinstance(damping, LevenbergMarquardt):
@@ -112,6 +126,8 @@ def natural_gradient(
     if gradient is not None:
         wrt = moved_by_gradient(model, gradient, wrt)
     prepare(structure, model, *at, loss, fisher, mc_samples, damping, wrt)
+    if check_samples:
+        check_samples_alone(model, x)
     static = static_damping(damping)
     graphdef, state = nnx.split(model)
     updates = _compiled(
@@ -149,7 +165,7 @@ class AtBatch(NamedTuple):
 
 def compute(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     *,
     structure: Structure,
@@ -159,7 +175,7 @@ def compute(
     key: Array | None,
     mc_samples: int,
     wrt: Any = nnx.Param,
-    fisher_x: Array | None = None,
+    fisher_x: Any = None,
     fisher_y: Array | None = None,
     microbatches: int = 1,
     momentum: Momentum | None = None,
@@ -178,18 +194,21 @@ def compute(
         "wrt": wrt,
         "microbatches": microbatches,
     }
+    null: dict[str, Any] = {"loss": loss, "fisher": fisher, "damping": damping}
     if fisher_x is None and gradient is None:
         assert y is not None
         signals, residual = fisher_signals(model, x, y, **settings)
-        rho = resolve_damping(structure, signals, damping)
-        if momentum is None:
-            solved = structure.solve(signals, residual, rho)
-        else:
-            solved = momentum.solve(structure, signals, residual, rho)
+        signals, residual = in_range(signals, residual, **null)
+        with full_products():
+            rho = resolve_damping(structure, signals, damping)
+            if momentum is None:
+                solved = structure.solve(signals, residual, rho)
+            else:
+                solved = momentum.solve(structure, signals, residual, rho)
         return solved, signals, AtBatch(signals.outputs, lambda: _slope(signals, residual, solved))
     at = fisher_targets(fisher, x, y, fisher_x, fisher_y)
     signals = population_signals(model, *at, **settings)
-    rho = resolve_damping(structure, signals, damping)
+    signals, _ = in_range(signals, None, **null)
     outputs = signals.outputs
     if gradient is None:
         assert y is not None
@@ -197,10 +216,12 @@ def compute(
             model, x, y, loss=loss, wrt=wrt, microbatches=microbatches
         )
     slope = layer_updates(signals.layers, gradient)
-    if momentum is None:
-        solved = structure.precondition(signals, slope, rho)
-    else:
-        solved = momentum.precondition(structure, signals, slope, rho)
+    with full_products():
+        rho = resolve_damping(structure, signals, damping)
+        if momentum is None:
+            solved = structure.precondition(signals, slope, rho)
+        else:
+            solved = momentum.precondition(structure, signals, slope, rho)
     return solved, signals, AtBatch(outputs, lambda: inner_product(slope, solved))
 
 
@@ -229,7 +250,7 @@ def inner_product(left: tuple[LayerUpdate, ...], right: tuple[LayerUpdate, ...])
 
 def loss_gradient(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array,
     *,
     loss: Loss,
@@ -240,15 +261,19 @@ def loss_gradient(
     """J^T r / N by the paths of the parameters, and the outputs (N, C); plain backpropagation."""
     graphdef, chosen, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]
 
-    def run(first: Array | int, x: Array, y: Array) -> tuple[dict[Path, Array], Array]:
+    def run(first: Array | int, x: Any, y: Array) -> tuple[dict[Path, Array], Array]:
         del first
 
         def forward(state: Any) -> Array:
-            return with_fast_gradients(nnx.merge(graphdef, state, rest))(x)
+            return outputs_of(with_fast_gradients(nnx.merge(graphdef, state, rest)), x)
 
-        outputs, backward = jax.vjp(forward, chosen)
-        (gradient,) = backward(loss.residual(outputs, y) / len(x))
-        return by_path(gradient), outputs
+        computed, backward = jax.vjp(forward, chosen)
+        leaves = jax.tree.leaves(chosen)
+        dtype = solve_dtype(computed.dtype, *(leaf.dtype for leaf in leaves))
+        outputs = computed.astype(dtype)
+        residual = loss.residual(outputs, y.astype(dtype)) / len(y)
+        (gradient,) = backward(residual.astype(computed.dtype))
+        return by_path(jax.tree.map(lambda leaf: leaf.astype(dtype), gradient)), outputs
 
     return passes(run, (x, y), microbatches)
 
@@ -263,24 +288,23 @@ def static_damping(damping: Damping) -> float | RelativeDamping | None:
 def resolve_damping(structure: Structure, signals: Signals, damping: Damping) -> Array | float:
     """The damping in the 1/N convention; a relative one is scaled by the structure's Gram."""
     if isinstance(damping, RelativeDamping):
-        return damping.ratio * structure.damping_scale(signals)
-    return damping
+        damping = damping.times(structure.damping_scale(signals))
+    return damping_as(damping, signals.outputs.dtype)
 
 
 @partial(
     jax.jit,
     static_argnames=(
-        *("graphdef", "structure", "loss", "fisher", "mc_samples", "static_damping", "wrt"),
-        "microbatches",
+        *("structure", "loss", "fisher", "mc_samples", "static_damping", "wrt", "microbatches"),
     ),
 )
 def _compiled(
     state: Any,
-    x: Array,
+    x: Any,
     y: Array | None,
     damping: Array | None,
     key: Array | None,
-    fisher_x: Array | None,
+    fisher_x: Any,
     fisher_y: Array | None,
     gradient: Any,
     *,
@@ -326,21 +350,20 @@ def model_geometry(model: nnx.Module, num_samples: int) -> Geometry:
     for _, layer in sorted(dense_layers(model).items(), key=lambda item: _sort_key(item[0])):
         fan_in, units = layer.kernel.shape  # type: ignore[attr-defined]
         layers.append((fan_in + (layer.bias is not None), units))  # type: ignore[attr-defined]
-    name = getattr(model, "activation", None)
-    fraction = ACTIVATIONS[name].active_fraction if name in ACTIVATIONS else None
-    return Geometry(tuple(layers), num_samples, layers[-1][1], fraction)
+    return Geometry(tuple(layers), num_samples, layers[-1][1], active_fraction(model))
 
 
 def _sort_key(path: Path) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, p, "") if isinstance(p, int) else (1, 0, p) for p in path)
 
 
+@own_promotion()
 def optimal_learning_rate(
     structure: Structure,
     model: nnx.Module,
     num_samples: int | None = None,
     *,
-    x: Array | None = None,
+    x: Any = None,
     damping: Damping = 0.0,
 ) -> float:
     """1 / alpha, which makes the linearised network converge in one step (Corollary 4.2).
@@ -359,8 +382,8 @@ def optimal_learning_rate(
       damping: for the coefficient matrix at x.
 
     Raises:
-      ValueError: the sizes violate the conditions of the theory (which one, and where), or the
-        structure has no alpha.
+      ValueError: the sizes violate the conditions of the theory (which one, and where), the
+        structure has no alpha, or no step moves the outputs (all inputs 0, dead units).
       TypeError: layers that are not fully connected, and no shape of the inputs.
     """
     check_structure(structure)
@@ -369,11 +392,15 @@ def optimal_learning_rate(
         raise TypeError("a learning rate needs one damping: a number or an ng.RelativeDamping")
     if x is not None:
         x = check_inputs(x, model)
+        check_input_shape(model, x)
     if x is not None and num_samples is None:
+        x = check_model_inputs(model, x)
+        check_concrete((x, nnx.state(model, nnx.Param)), "x and the parameters")
         signals = jacobian_signals(model, x)
-        rho = resolve_damping(structure, signals, damping)
-        matrix = np.asarray(structure.coefficient(signals, signals, rho))
-        return float(1 / np.linalg.eigvals(matrix).real.max())
+        with full_products():
+            rho = resolve_damping(structure, signals, damping)
+            matrix = np.asarray(structure.coefficient(signals, signals, rho))
+        return rate_of_largest(largest_eigenvalue(matrix, structure.name), structure.name)
     num_samples = check_integer("num_samples", num_samples, 1)
     geometry = _geometry(model, num_samples, x)
     if isinstance(geometry, SharedGeometry):
@@ -386,13 +413,13 @@ def optimal_learning_rate(
             + "; ".join(failures)
             + ". Use wider layers or fewer samples, or pass inputs as x= without num_samples="
         )
-    return 1 / alpha
+    return rate_of_alpha(alpha, structure.name)
 
 
-def _geometry(model: nnx.Module, num_samples: int, x: Array | None) -> Geometry:
+def _geometry(model: nnx.Module, num_samples: int, x: Any) -> Geometry:
     """The sizes of a model, by tracing it where the shape of its inputs is known."""
     if x is not None:
-        return traced_geometry(model, x.shape[1:], x.dtype, num_samples)
+        return geometry_at(model, x, num_samples)
     shape = getattr(model, "input_shape", None)
     if isinstance(shape, tuple):
         return traced_geometry(model, shape, jnp.float32, num_samples)

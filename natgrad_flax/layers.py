@@ -21,6 +21,11 @@ from natgrad_flax.sizes import (
 )
 
 
+def _along_last(bias: Array, u: Array) -> Array:
+    """A bias with as many axes as u, which ``jax_numpy_rank_promotion`` may ask for."""
+    return bias.reshape((1,) * (u.ndim - 1) + bias.shape)
+
+
 class Dense(nnx.Module):
     """An affine layer in NTK parametrisation (Karakida & Osawa 2020, Eq. 1).
 
@@ -83,7 +88,7 @@ class Dense(nnx.Module):
         """Maps inputs of shape (..., in_features) to pre-activations (..., out_features)."""
         u = (self.weight_scale * x) @ self.kernel[...]
         if self.bias is not None:
-            u = u + math.sqrt(self.bias_variance) * self.bias[...]
+            u = u + _along_last(math.sqrt(self.bias_variance) * self.bias[...], u)
         return u
 
 
@@ -254,7 +259,7 @@ class Conv(nnx.Module):
             feature_group_count=self.feature_group_count,
         )
         if self.bias is not None:
-            u = u + math.sqrt(self.bias_variance) * self.bias[...]
+            u = u + _along_last(math.sqrt(self.bias_variance) * self.bias[...], u)
         return u
 
     @property

@@ -28,9 +28,11 @@ from natgrad_flax.checks import (
 from natgrad_flax.damping import LevenbergMarquardt
 from natgrad_flax.fisher import FisherKind
 from natgrad_flax.gradient import AtBatch, compute, inner_product
+from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import named_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
+from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.scalars import check_integer, check_learning_rate, check_seed
 from natgrad_flax.structures import AveragedStructure, Structure
@@ -61,6 +63,7 @@ def natural_gradient_descent(
     example: tuple[nnx.Module, Any] | None = None,
     momentum: float = 0.0,
     microbatches: int = 1,
+    check_samples: bool = True,
     gradient: GradientSource = "batch",
 ) -> optax.GradientTransformationExtraArgs:
     """Natural-gradient descent: theta <- theta - eta G^{-1} dL (Karakida & Osawa 2020, Eq. 7).
@@ -99,6 +102,7 @@ def natural_gradient_descent(
         batch does not determine (SPRING; see ``natgrad_flax.momentum``). 0 is none.
       microbatches: parts, a divisor of N, in which the model runs one after the other, so that only
         one part's activations are held.
+      check_samples: as in ``natural_gradient``; steps inside ``jit`` are not checked.
       gradient: "batch", the gradient of the loss on x and y, every layer as ``module`` holds it; or
         "incoming", the updates that come in: the gradient of any loss, of a training pass with
         dropout and batch statistics, with penalties, masks or weights. ``module`` is then the model
@@ -108,12 +112,16 @@ def natural_gradient_descent(
 
     Returns:
       An optax transformation with the extra arguments ``module`` (the model, or a copy of it, whose
-      parameters are those of this step), ``x`` (N, ...) and ``y`` (N, C). ``fisher_x`` and
+      parameters are those of this step; or a function that returns it, ``lambda: model``, which
+      ``nnx.Optimizer`` leaves alone while it takes the Variables off a model: needed where weights
+      are tied, or where a module of yours keeps Variables that are no parameters), ``x`` (N, ...)
+      and ``y`` (N, C). ``fisher_x`` and
       ``fisher_y`` are a batch for the Fisher alone, as in ``natural_gradient``.
 
     Raises:
       ValueError, TypeError: bad settings here, a bad batch in ``update``.
     """
+    wrt = hashable_filter(wrt)
     check_settings(structure, loss, fisher, damping)
     learning_rate = check_learning_rate(learning_rate, schedule=True)
     mc_samples, seed = check_integer("mc_samples", mc_samples, 1), check_seed(seed)
@@ -131,12 +139,12 @@ def natural_gradient_descent(
 
     def step(
         module: nnx.Module,
-        x: Array,
+        x: Any,
         y: Array,
         rho: Any,
         state: NaturalGradientState,
         key: Array,
-        fisher_x: Array | None = None,
+        fisher_x: Any = None,
         fisher_y: Array | None = None,
         *,
         wrt: Any,
@@ -148,6 +156,8 @@ def natural_gradient_descent(
         given = incoming if gradient == "incoming" else None
         size = averaged.structure.factor_size if averaged else None
         shapes = prepare(structure, module, *at, loss, fisher, mc_samples, rho, wrt, size)
+        if check_samples:
+            check_samples_alone(module, x)
         if averaged is not None:
             kept: Any
             solved, slope, outputs, kept = replace(averaged, wrt=wrt)(

@@ -7,21 +7,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+
+from natgrad_flax.arrays import batch_size
 
 Run = Callable[..., tuple[Any, Any]]
 """From the number of the first sample of a part, and its arrays, to means over the samples of the
 part and to arrays whose first axis counts them."""
-Passes = Callable[[Run, tuple[Array, ...], int], tuple[Any, Any]]
+Passes = Callable[[Run, tuple[Any, ...], int], tuple[Any, Any]]
 """``in_parts``, or what gives the same on several devices."""
 
 
-def in_parts(run: Run, arrays: tuple[Array, ...], parts: int) -> tuple[Any, Any]:
+def in_parts(run: Run, arrays: tuple[Any, ...], parts: int) -> tuple[Any, Any]:
     """What ``run`` gives for a whole batch.
 
     Args:
       run: of one part.
-      arrays: of the batch, the first axis counts N samples.
+      arrays: of the batch, or trees of them; the first axis counts N samples.
       parts: how many parts, a divisor of N.
 
     Returns:
@@ -29,13 +30,13 @@ def in_parts(run: Run, arrays: tuple[Array, ...], parts: int) -> tuple[Any, Any]
     """
     if parts == 1:
         return run(0, *arrays)
-    size = len(arrays[0]) // parts
-    split = tuple(array.reshape(parts, size, *array.shape[1:]) for array in arrays)
+    size = batch_size(arrays) // parts
+    split = jax.tree.map(lambda array: array.reshape(parts, size, *array.shape[1:]), arrays)
     firsts = size * jnp.arange(parts)
-    shapes, _ = jax.eval_shape(run, firsts[0], *(array[0] for array in split))
+    shapes, _ = jax.eval_shape(run, firsts[0], *jax.tree.map(lambda array: array[0], split))
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def add(total: Any, part: tuple[Array, ...]) -> tuple[Any, Any]:
+    def add(total: Any, part: tuple[Any, ...]) -> tuple[Any, Any]:
         means, rows = run(*part)
         return jax.tree.map(lambda a, b: a + b / parts, total, means), rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.layer_kinds import LAYER_KINDS, NORM_KINDS, Affine, Shape, by_features, multiplies
+from natgrad_flax.arrays import check_real, shapes_of
+from natgrad_flax.layer_kinds import LAYER_KINDS, NORM_KINDS, Affine, by_features, multiplies
 from natgrad_flax.layer_signals import ParameterForm
 from natgrad_flax.layers import Dense
-from natgrad_flax.taps import Path, Tape, captured_pass, dotted, put, tap
+from natgrad_flax.taps import Call, Path, Tape, dotted, put, recorded_pass, tap
 from natgrad_flax.usage import used_inputs
 
 
@@ -44,12 +45,44 @@ class LayerPlan:
         return not self.affine and self.kind != "parameter"
 
 
+def check_model(model: object) -> None:
+    """Raises TypeError unless given a module of Flax nnx."""
+    if isinstance(model, nnx.Module):
+        return
+    kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    raise TypeError(
+        f"model must be a flax.nnx.Module, got {kind}: make an instance of a class; a linen module "
+        "becomes one by nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x), a function by an "
+        "nnx.Module that holds its parameters as nnx.Param and calls it"
+    )
+
+
+def hashable_filter(wrt: Any) -> Any:
+    """A filter of Flax in a form by which a compiled program is found again.
+
+    Raises:
+      TypeError: it is no filter.
+    """
+    if isinstance(wrt, list | tuple):
+        return tuple(map(hashable_filter, wrt))
+    if not isinstance(wrt, Hashable):
+        raise _no_filter(wrt)
+    return wrt
+
+
+def _no_filter(wrt: object) -> TypeError:
+    return TypeError(
+        f"wrt must be a filter of flax, such as nnx.Param or nnx.PathContains(name), got {wrt!r}"
+    )
+
+
 def dense_layers(model: nnx.Module) -> dict[Path, nnx.Module]:
     """The layers of a model that has no other layers with parameters than affine ones, by path.
 
     Raises:
       TypeError: a module of another type owns parameters or batch statistics.
     """
+    check_model(model)
     found: dict[Path, nnx.Module] = {}
     for path, module in nnx.iter_modules(model):
         if type(module) in (Dense, nnx.Linear):
@@ -71,15 +104,13 @@ def parameter_paths(model: nnx.Module, wrt: Any = nnx.Param) -> dict[Path, Any]:
 
     Raises:
       ValueError: the filter chooses none.
-      TypeError: it is no filter, or chooses something that is not floating.
+      TypeError: no model, no filter, or one that chooses something that is not floating.
     """
+    check_model(model)
     try:
         state = nnx.state(model, wrt)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"wrt must be a filter of flax, such as nnx.Param or nnx.PathContains(name), got "
-            f"{wrt!r}"
-        ) from None
+        raise _no_filter(wrt) from None
     found = {tuple(path): leaf for path, leaf in nnx.to_flat_state(state)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no parameters for wrt={wrt!r}")
@@ -92,24 +123,28 @@ def parameter_paths(model: nnx.Module, wrt: Any = nnx.Param) -> dict[Path, Any]:
     return found
 
 
-def plan_layers(model: nnx.Module, x: Any, wrt: Any = nnx.Param) -> tuple[list[LayerPlan], Any]:
+def plan_layers(
+    model: nnx.Module, x: Any, wrt: Any = nnx.Param
+) -> tuple[list[LayerPlan], list[Call]]:
     """Which formula serves which parameter; the model is traced once, nothing is computed.
 
     Args:
       model: the model.
-      x: inputs, shape (N, ...), or their shape and dtype.
+      x: inputs, a tree of arrays (N, ...), or of their shapes and dtypes.
       wrt: filter of the parameters.
 
     Returns:
-      The layers in the order of their first call, parameters without a formula last; and the shape
-      of the outputs of one sample.
+      The layers in the order of their first call, parameters without a formula last; and all calls
+      of layers that a tape records.
 
     Raises:
       ValueError: a parameter that the outputs do not depend on; outputs that depend on random
         numbers or on batch statistics, or those of a sample that are not (C,).
-      TypeError: as in ``parameter_paths``.
+      TypeError: as in ``parameter_paths``; complex inputs, or outputs that are not floating.
     """
     chosen = parameter_paths(model, wrt)
+    for place, leaf in jax.tree_util.tree_leaves_with_path(x):
+        check_real(leaf, "x" + jax.tree_util.keystr(place))
     modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
     graphdef, state = nnx.split(model)
     values = {path: leaf[...] for path, leaf in chosen.items()}
@@ -118,26 +153,28 @@ def plan_layers(model: nnx.Module, x: Any, wrt: Any = nnx.Param) -> tuple[list[L
     }
     tapes: list[Tape] = []
 
-    def forward(free: dict[Path, Array], keys: dict[Path, Array], sample: Array) -> Array:
+    def forward(
+        free: dict[Path, Array], held: dict[Path, Array], keys: dict[Path, Array], sample: Any
+    ) -> Array:
         copy = nnx.merge(graphdef, state, copy=True)
         names = tap(copy)
         put(copy, free | keys)
-        tape = Tape(names, free, values)
-        tapes.append(tape)
-        outputs, *_ = captured_pass(copy, sample, None, tape)
-        return outputs
+        tapes.append(Tape(names, free, held))
+        return recorded_pass(copy, sample, tapes[-1])
 
-    sample = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    jaxpr, shape = jax.make_jaxpr(forward, return_shape=True)(values, keys, sample)
-    if len(shape.shape) != 2 or shape.shape[0] != 1:
+    jaxpr = jax.make_jaxpr(forward)(values, values, keys, shapes_of(x, skip=1)).jaxpr
+    reached = used_inputs(jaxpr, by_derivative=True)
+    if not any(reached[: 2 * len(values)]):
         raise ValueError(
-            f"for one sample the model returns shape {shape.shape}; it must return (N, C) with "
-            "N = 1: one row of outputs a sample"
+            f"the outputs of {type(model).__name__} have no derivative with respect to any "
+            f"parameter of wrt={wrt!r}: they are constant, or all under jax.lax.stop_gradient"
         )
-    order = [*sorted(values), *sorted(keys)]  # as jax flattens dictionaries
-    used = dict(zip(order, used_inputs(jaxpr.jaxpr), strict=False))
+    found_used = used_inputs(jaxpr)
+    # jax flattens dictionaries in the order of their keys
+    used = dict(zip(sorted(values), found_used, strict=False))
+    random = dict(zip(sorted(keys), found_used[2 * len(values) :], strict=False))
     for path in keys:
-        if used[path]:
+        if random[path]:
             raise ValueError(
                 f"the outputs depend on the random numbers of {dotted(path[:-2])}: a random "
                 "network has another Fisher at every call. Call model.eval(), or pass "
@@ -173,7 +210,7 @@ def plan_layers(model: nnx.Module, x: Any, wrt: Any = nnx.Param) -> tuple[list[L
         form = ParameterForm(name, leaf.shape, (leaf.size // units, units), (0, 1))
         reason = _reason(path, modules.get(path[:-1]), path[:-1] in plans, chosen, outside)
         found.append(LayerPlan(path[:-1], "parameter", (), form, None, reason))
-    return found, jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype)
+    return found, tape.calls
 
 
 def _reason(
@@ -201,8 +238,8 @@ def _reason(
 def _plan(
     module: nnx.Module,
     path: Path,
-    inputs: Shape,
-    outputs: Shape,
+    inputs: Any,
+    outputs: Any,
     chosen: dict[Path, Any],
     outside: Mapping[Path, str],
 ) -> LayerPlan | None:
@@ -218,10 +255,12 @@ def _plan(
             for name in ("scale", "bias")
             if usable(name)
         ]
-        if not forms or not by_features(module, len(outputs)):
+        if not forms or not by_features(module, outputs.ndim):
             return None
         return LayerPlan(path, kind, (), forms[0], forms[1] if forms[1:] else None)
-    affine = LAYER_KINDS[type(module)](module, inputs, outputs) if multiplies(module) else None
+    if not multiplies(module):
+        return None
+    affine = LAYER_KINDS[type(module)](module, inputs.shape, outputs.shape)
     if affine is None or not usable(affine.kernel.name):
         return None
     if chosen[(*path, affine.kernel.name)].shape != affine.kernel.shape:

@@ -7,12 +7,18 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
 from natgrad_flax.checks import check_fits, check_normal
-from natgrad_flax.damping import RelativeDamping
+from natgrad_flax.damping import (
+    LevenbergMarquardt,
+    RelativeDamping,
+    check_damping_shape,
+    warn_of_rounding,
+)
 from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
 from natgrad_flax.losses import Loss
 from natgrad_flax.signals import Signals
@@ -23,7 +29,7 @@ from natgrad_flax.structures import Structure
 def prepare(
     structure: Structure,
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     loss: Loss,
     fisher: FisherKind,
@@ -58,27 +64,28 @@ def prepare(
     check_fits(side, signals.outputs.dtype.itemsize, f"the system that {structure.name} solves")
     if size is None:
         check_signals_fit(structure, signals)
-    _check_damping_size(structure, signals, damping)
+    _check_damping(structure, signals, damping)
     structure.check(signals, damping)
     return signals
 
 
-def _check_damping_size(structure: Structure, signals: Signals, damping: Any) -> None:
-    """A number, or an array with one entry where the structure adds a damping of its own."""
-    check_normal(damping, signals.outputs.dtype)
-    shape = () if isinstance(damping, RelativeDamping) else np.shape(damping)
-    if shape == ():
+def _check_damping(structure: Structure, signals: Signals, damping: Any) -> None:
+    """Its shape beside that of the structure's own scale, and its size beside the rounding."""
+    if callable(damping) or isinstance(damping, (RelativeDamping, LevenbergMarquardt)):
         return
-    wanted = jax.eval_shape(structure.damping_scale, signals).shape
-    if shape != wanted:
-        many = f", or an array of shape {wanted} for these layers" if wanted else ""
-        raise ValueError(f"{structure.name} takes one number as damping{many}, got shape {shape}")
+    if np.ndim(damping):
+        scale = jax.eval_shape(structure.damping_scale, signals).shape
+        check_damping_shape(damping, scale, structure.name, len(signals.layers))
+    # solves of lower precision run in float32
+    dtype = jnp.promote_types(signals.outputs.dtype, jnp.float32)
+    check_normal(damping, dtype)
+    warn_of_rounding(damping, dtype)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "loss", "fisher", "mc_samples", "wrt"))
+@partial(jax.jit, static_argnames=("loss", "fisher", "mc_samples", "wrt"))
 def _signals(
     state: Any,
-    x: Array,
+    x: Any,
     y: Array | None,
     *,
     graphdef: Any,

@@ -49,9 +49,15 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
     return found
 
 
-def check_seed(seed: object, name: str = "seed") -> int:
-    """The seed of random keys; raises ValueError unless an integer from 0 to 2^63 - 1."""
-    return check_integer(name, seed, 0, 2**63 - 1)
+def check_seed(seed: object, name: str = "seed", draws: int = 1) -> int:
+    """The seed of random keys, which as many after it as are drawn must follow below 2^32.
+
+    JAX takes larger ones modulo 2^32 where 64-bit mode is off, so that they would be other seeds.
+
+    Raises:
+      ValueError: not an integer, negative, or too large.
+    """
+    return check_integer(name, seed, 0, 2**32 - draws)
 
 
 def check_steps(steps: object, name: str = "steps", minimum: int = 0) -> int:

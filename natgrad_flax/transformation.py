@@ -11,12 +11,14 @@ import optax
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import own_promotion
 from natgrad_flax.checks import check_needed_batch
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.losses import Loss
 from natgrad_flax.scalars import as_number, at_step, is_traced_number
-from natgrad_flax.taps import Path
-from natgrad_flax.trees import as_state, by_path, leaf_names, misfit, moved_by
+from natgrad_flax.taps import DoesNotRunError, Path, outputs_of
+from natgrad_flax.trees import as_state, by_path, leaf_names, moved_by
+from natgrad_flax.variables import whole_model
 
 Damping: TypeAlias = float | optax.Schedule | RelativeDamping | LevenbergMarquardt
 
@@ -77,6 +79,7 @@ def transformation(
     """
     adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
 
+    @own_promotion()
     def init(params: optax.Params) -> NaturalGradientState:
         fixed = damping if as_number(damping) is not None or is_traced_number(damping) else 0.0
         start = adaptive.initial if adaptive else fixed
@@ -87,13 +90,14 @@ def transformation(
             init_kept(params),
         )
 
+    @own_promotion()
     def update(
         updates: optax.Updates,
         state: NaturalGradientState,
         params: optax.Params | None = None,
         *,
-        module: nnx.Module | None = None,
-        x: Array | None = None,
+        module: nnx.Module | Callable[[], nnx.Module] | None = None,
+        x: Any = None,
         y: Array | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, NaturalGradientState]:
@@ -105,7 +109,7 @@ def transformation(
         if not leaves:
             # all is held back, as by optax.partition for a label that no parameter has
             return updates, state
-        module = _with_variables(module, leaves, wrt)
+        module, doubt = whole_model(module, leaves, wrt)
         chosen = moved_by(module, updates, wrt)
         x, y = check_needed_batch(module, x, y, loss, needs_targets)
         rho: Any = state.damping if adaptive else at_step(damping, state.steps, "damping")
@@ -113,7 +117,12 @@ def transformation(
         key, draw = jax.random.split(state.key)
         given = {**extra, "wrt": chosen, "incoming": leaves}
         further = {name: given[name] for name in accepts if name in given}
-        found = compute(module, x, y, rho, state, draw, **further)
+        try:
+            found = compute(module, x, y, rho, state, draw, **further)
+        except DoesNotRunError as error:
+            if not doubt:
+                raise
+            raise DoesNotRunError(f"{error}. {doubt}") from error
         if sum(map(len, found.direction.values())) > len(leaves):
             raise ValueError(
                 f"{name} moves all parameters of the model together, and some are not in the tree "
@@ -133,37 +142,8 @@ def transformation(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _with_variables(module: nnx.Module, params: Mapping[Path, Any], wrt: Any) -> nnx.Module:
-    """The module with its parameters as variables, of which ``nnx.Optimizer`` strips its arguments.
-
-    Args:
-      module: with variables, or with bare arrays in their places.
-      params: arrays by the paths of the parameters.
-      wrt: filter of the parameters.
-
-    Raises:
-      ValueError: the module has no such parameters.
-    """
-    graphdef, state = nnx.split(module)
-    known = {tuple(path): leaf for path, leaf in nnx.to_flat_state(state)}
-    if any(isinstance(leaf, nnx.Variable) for leaf in known.values()):
-        return module
-    kind = wrt if isinstance(wrt, type) and issubclass(wrt, nnx.Variable) else nnx.Param
-    copy = nnx.merge(graphdef, state, copy=True)
-    owners = {tuple(path): owner for path, owner in nnx.iter_modules(copy)}
-    for path in params:
-        if path not in known:
-            raise misfit(module, path)
-        owner: Any = owners[path[:-1]]
-        if isinstance(path[-1], str):
-            setattr(owner, path[-1], kind(getattr(owner, path[-1])))
-        else:
-            owner[path[-1]] = kind(owner[path[-1]])
-    return copy
-
-
 def change_of_loss(
-    loss: Loss, module: nnx.Module, x: Array, y: Array | None, outputs: Array | None
+    loss: Loss, module: nnx.Module, x: Any, y: Array | None, outputs: Array | None
 ) -> Callable[[Array | float, Any], Array]:
     """``Step.change`` by one more forward pass; ``outputs`` are the module's at x."""
 
@@ -171,7 +151,9 @@ def change_of_loss(
         del rate
         assert y is not None
         assert outputs is not None
-        return loss(_moved(module, step)(x), y) - loss(outputs, y)
+        following = outputs_of(_moved(module, step), x).astype(outputs.dtype)
+        targets = y.astype(outputs.dtype)
+        return loss(following, targets) - loss(outputs, targets)
 
     return change
 

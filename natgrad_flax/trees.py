@@ -39,7 +39,7 @@ def leaf_names(path: tuple[Any, ...]) -> Path:
             names.append(entry.key)
         elif isinstance(entry, jax.tree_util.SequenceKey):
             names.append(entry.idx)
-        elif entry.name != "value":
+        elif entry is not path[-1] or entry.name != "value":
             names.append(entry.name)
     return tuple(names)
 

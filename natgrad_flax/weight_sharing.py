@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from natgrad_flax.activations import ACTIVATIONS
+from natgrad_flax.activations import active_fraction
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import Signals
@@ -67,9 +67,7 @@ def signals_geometry(model: nnx.Module, signals: Signals) -> Geometry:
     """
     shapes = tuple((layer.fan_in, layer.num_units) for layer in signals.layers)
     positions = tuple(_positions(layer) for layer in signals.layers)
-    name = getattr(model, "activation", None)
-    fraction = ACTIVATIONS[name].active_fraction if name in ACTIVATIONS else None
-    sizes = (shapes, signals.num_samples, signals.num_seeds, fraction)
+    sizes = (shapes, signals.num_samples, signals.num_seeds, active_fraction(model))
     if set(positions) == {1}:
         return Geometry(*sizes)
     return SharedGeometry(*sizes, positions=positions)
@@ -90,8 +88,13 @@ def traced_geometry(
       ValueError, TypeError: the model has no signals, as in ``jacobian_signals``, or does not run
         on such samples.
     """
+    return geometry_at(model, jax.ShapeDtypeStruct((1, *sample_shape), dtype), num_samples)
+
+
+def geometry_at(model: nnx.Module, x: Any, num_samples: int) -> Geometry:
+    """As ``traced_geometry``, for samples like those of a tree of inputs (N', ...)."""
     # sizes of a sample do not depend on N
-    x = jax.ShapeDtypeStruct((1, *sample_shape), dtype)
+    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), x)
     graphdef, state = nnx.split(model)
     signals = jax.eval_shape(lambda s, x: jacobian_signals(nnx.merge(graphdef, s), x), state, x)
     return replace(signals_geometry(model, signals), num_samples=num_samples)

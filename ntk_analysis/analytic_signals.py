@@ -162,7 +162,9 @@ def limit_signals(
 
 
 def needed_parts(structure: Structure) -> tuple[str, ...]:
-    """The parts of ``analytic_kernels`` that the coefficient matrix of a structure is made of."""
+    """The parts of ``analytic_kernels`` that the theory of a structure is made of."""
+    if isinstance(structure, UnitWise):
+        return ("inputs",)
     return ("inputs", "derivatives") if isinstance(structure, KFAC) else ("tangent",)
 
 

@@ -15,6 +15,7 @@ from natgrad_flax import RelativeDamping, Signals, Structure
 from natgrad_flax.checks import check_damping, check_fits, check_structure
 from natgrad_flax.gradient import model_geometry, resolve_damping
 from natgrad_flax.scalars import as_number
+from natgrad_flax.spectrum import check_coefficient, check_symmetric
 from ntk_analysis.analytic import analytic_inputs, analytic_kernels
 from ntk_analysis.analytic_signals import (
     check_limit,
@@ -23,6 +24,7 @@ from ntk_analysis.analytic_signals import (
     needed_parts,
 )
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.limit_conditions import limit_failures
 from ntk_analysis.twin import num_outputs, require_limit
 
 Damping = float | RelativeDamping
@@ -82,7 +84,8 @@ def coefficient_pair(
       Float64 arrays (N C, N C) and (N' C, N C).
 
     Raises:
-      ValueError: the structure does not suit the network, or an array cannot fit in memory.
+      ValueError: the structure does not suit the network, an array cannot fit in memory, or a
+        matrix that is not finite or lost in rounding.
     """
     with jax.enable_x64(True):
         train = signals.train
@@ -90,6 +93,8 @@ def coefficient_pair(
         structure.check(train, damping)
         rho = resolve_damping(structure, train, damping)
         both = np.asarray(structure.coefficient(signals.everything, train, rho))
+    check_coefficient(both, structure.name)
+    check_symmetric(both[: train.size], structure.name)
     return both[: train.size], both[train.size :]
 
 
@@ -121,9 +126,14 @@ def analytic_coefficients(
     check_shared_weights(structure, model)
     outputs = num_outputs(require_limit(model))
     if structure.infinite_width == "train":
-        num_samples = len(analytic_inputs(x_train, model, "x_train"))
-        geometry = model_geometry(model, num_samples)
-        yield structure.alpha(geometry) * np.eye(num_samples * outputs)
+        signals, _ = analytic_signals(structure, model, x_train, None)
+        geometry = model_geometry(model, signals.num_samples)
+        if failures := limit_failures(structure, geometry, signals):
+            raise ValueError(
+                f"{structure.name} has an infinite-width kernel only where the inputs of every "
+                f"layer have full rank (Theorem 5.1). {'; '.join(failures)}"
+            )
+        yield structure.alpha(geometry) * np.eye(geometry.num_samples * outputs)
         return
     train, test = analytic_signals(structure, model, x_train, x_test)
     yield from limit_coefficients(structure, train, test, outputs, damping)
@@ -152,6 +162,9 @@ def limit_coefficients(
     for rows in (train,) if test is None else (test, train):
         with jax.enable_x64(True):
             one = np.asarray(structure.coefficient(rows, train, rho))
+        check_coefficient(one, structure.name)
+        if rows is train:
+            check_symmetric(one, structure.name)
         size = one.shape[0] * one.shape[1] * outputs**2
         check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs")
         yield np.kron(one, np.eye(outputs))

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, MeanSquaredError, Structure
+from natgrad_flax.arrays import check_concrete, real_array
 from natgrad_flax.linear.descent import check_memory
 from natgrad_flax.scalars import check_learning_rate, check_steps
 from ntk_analysis.coefficient import (
@@ -175,8 +176,10 @@ def check_targets(y: ArrayLike, shape: tuple[int, int]) -> Matrix:
 
     Raises:
       ValueError: another shape, NaN or infinite entries.
+      TypeError: no real numbers.
     """
-    targets = np.asarray(y, np.float64)
+    check_concrete(y, "y")
+    targets = real_array(y, "y")
     if targets.shape != shape:
         raise ValueError(f"y must have shape (N, C) = {shape}, got {targets.shape}")
     if not np.isfinite(targets).all():

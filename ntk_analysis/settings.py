@@ -15,7 +15,7 @@ from natgrad_flax.activations import get_activation
 from natgrad_flax.scalars import check_integer, check_number, check_seed, check_steps, keep_plain
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.methods import Method, find_structure, select_methods
-from ntk_analysis.networks import find_network, layout
+from ntk_analysis.networks import check_damping_size, check_variances, find_network, layout
 from ntk_analysis.results import content_hash
 
 # 40 digits: their 64 pixels have rank 50 or so, and K-FAC and the unit-wise Fisher invert the
@@ -91,15 +91,15 @@ class DynamicsSettings:
         for width in self.widths:
             check_integer("every hidden width", width, 1)
         get_activation(self.activation)
-        check_number("weight_variance", self.weight_variance, positive=True)
-        check_number("bias_variance", self.bias_variance, positive=False)
+        check_variances(self.weight_variance, self.bias_variance)
         check_number("scale", self.scale, positive=True)
         if self.damping is not None and self.relative_damping is not None:
             raise ValueError("give damping or relative_damping, not both")
         if self.damping is not None:
-            check_number("damping", self.damping, positive=False)
+            check_damping_size("damping", self.damping, int(self.num_train or 0))
         if self.relative_damping is not None:
             check_number("relative_damping", self.relative_damping, positive=True)
+            check_damping_size("relative_damping", self.relative_damping, int(self.num_train or 0))
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}")
         if self.structures is not None:

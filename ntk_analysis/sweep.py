@@ -22,7 +22,13 @@ from ntk_analysis.conditions import NetworkRanks, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.isotropy import IsotropyReport, isotropy_of
-from ntk_analysis.networks import build_network, find_network, layout
+from ntk_analysis.networks import (
+    build_network,
+    check_damping_size,
+    check_variances,
+    find_network,
+    layout,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,8 +118,10 @@ class SweepSettings:
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
         check_integer("num_outputs", self.num_outputs, 1)
-        check_number("weight_variance", self.weight_variance, positive=True)
-        check_number("bias_variance", self.bias_variance, positive=False)
+        check_variances(self.weight_variance, self.bias_variance)
+        for value in self.values:
+            here = {name: getattr(self, name) for name in _CHECKS} | {self.variable: value}
+            check_damping_size("damping", here["damping"], here["num_samples"])
         self._check_data()
         keep_plain(self)
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 
+from natgrad_flax.arrays import batch_size, own_promotion
 from natgrad_flax.checks import (
     check_fisher_batch,
     check_microbatches,
@@ -30,7 +31,7 @@ from natgrad_flax.devices.placement import (
     on_mesh,
 )
 from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
-from natgrad_flax.fisher import FisherKind, check_key, part_signals, sampler
+from natgrad_flax.fisher import FisherKind, check_key, in_range, part_signals, sampler
 from natgrad_flax.gradient import (
     Damping,
     fisher_targets,
@@ -38,8 +39,11 @@ from natgrad_flax.gradient import (
     resolve_damping,
     static_damping,
 )
+from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
+from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
+from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.scalars import check_integer
 from natgrad_flax.signals import Residual, Signals
@@ -52,9 +56,10 @@ class UnsolvedError(RuntimeError):
     """A system with sharded rows was not solved: not definite, or the tolerance not reached."""
 
 
+@own_promotion()
 def sharded_natural_gradient(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     *,
     structure: Structure,
@@ -66,9 +71,10 @@ def sharded_natural_gradient(
     key: Array | None = None,
     mc_samples: int = 1,
     wrt: Any = nnx.Param,
-    fisher_x: Array | None = None,
+    fisher_x: Any = None,
     fisher_y: Array | None = None,
     microbatches: int = 1,
+    check_samples: bool = True,
     gradient: Any = None,
     solver: SolverName = "auto",
     tolerance: float = 1e-6,
@@ -98,6 +104,7 @@ def sharded_natural_gradient(
       fisher_x: as in ``natural_gradient``, sharded like x.
       fisher_y: as in ``natural_gradient``.
       microbatches: parts of each device's samples, one after the other.
+      check_samples: as in ``natural_gradient``, on one process.
       gradient: as in ``natural_gradient``: already the mean over the samples of all devices.
       solver: as in ``Sharded``.
       tolerance: as in ``Sharded``.
@@ -114,7 +121,8 @@ def sharded_natural_gradient(
     """
     sharded = Sharded(structure, mesh, axis, solver, tolerance, max_iterations)
     placement = sharded.placement
-    check_automatic(x, y)
+    check_automatic(*jax.tree.leaves((x, y)))
+    wrt = hashable_filter(wrt)
     check_settings(structure, loss, fisher, damping)
     mc_samples = check_integer("mc_samples", mc_samples, 1)
     microbatches = check_integer("microbatches", microbatches, 1)
@@ -123,14 +131,17 @@ def sharded_natural_gradient(
     check_key(fisher, key)
     here = local_model(model)
     needed = gradient is None or (fisher == "empirical" and fisher_x is None)
-    seen = check_needed_batch(here, local_part(x), local_part(y), loss, needed)
+    own = jax.tree.map(local_part, (x, y, fisher_x, fisher_y))
+    seen = check_needed_batch(here, own[0], own[1], loss, needed)
     if gradient is not None:
         wrt = moved_by_gradient(model, gradient, wrt)
-    check_fisher_batch(here, fisher, *seen, local_part(fisher_x), local_part(fisher_y))
+    seen_by_fisher = check_fisher_batch(here, fisher, *seen, own[2], own[3])
+    if jax.process_count() == 1:
+        (x, y), (fisher_x, fisher_y) = seen, seen_by_fisher
     for batch in (x, fisher_x):
         if batch is not None:
-            check_divisible(placement, np.shape(batch)[0])
-            check_microbatches(microbatches, jnp.zeros(np.shape(batch)[0] // placement.size))
+            check_divisible(placement, batch_size(batch))
+            check_microbatches(microbatches, jnp.zeros(batch_size(batch) // placement.size))
     graphdef, state = nnx.split(model)
     moved = on_mesh(placement, state, placement.whole)
     y = y if needed else None
@@ -140,6 +151,8 @@ def sharded_natural_gradient(
     )
     on_devices = nnx.merge(graphdef, moved)
     prepare(sharded, on_devices, inputs, targets, loss, fisher, mc_samples, damping, wrt)
+    if check_samples:
+        check_samples_alone(on_devices, on_mesh(placement, x, placement.rows))
     static = static_damping(damping)
     updates, solution = _compiled(
         moved,
@@ -167,7 +180,7 @@ def sharded_natural_gradient(
 
 def compute_on_devices(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     y: Array | None,
     *,
     structure: Sharded,
@@ -177,7 +190,7 @@ def compute_on_devices(
     key: Array | None,
     mc_samples: int,
     wrt: Any,
-    fisher_x: Array | None,
+    fisher_x: Any,
     fisher_y: Array | None,
     microbatches: int,
     gradient: dict[Path, Array] | None = None,
@@ -193,14 +206,15 @@ def compute_on_devices(
     passes: dict[str, Any] = {"loss": loss, "fisher": fisher, "wrt": wrt}
     given = gradient is not None or fisher_x is not None
     at = fisher_targets(fisher, x, y, fisher_x, fisher_y) if given else (x, y)
-    draw = sampler(loss, key, mc_samples, len(at[0]))
+    draw = sampler(loss, key, mc_samples, batch_size(at[0]))
 
-    def run(first: Array | int, x: Array, y: Array | None = None) -> tuple[tuple[()], Any]:
+    def run(first: Array | int, x: Any, y: Array | None = None) -> tuple[tuple[()], Any]:
         return (), part_signals(model, x, y, first, draw=draw, **passes)
 
     over = partial(over_devices, placement=placement)
-    arrays = tuple(array for array in at if array is not None)
+    arrays = tuple(part for part in at if part is not None)
     _, (signals, residual) = over(run, arrays, microbatches)
+    signals, residual = in_range(signals, residual, loss=loss, fisher=fisher, damping=damping)
     right: Residual | tuple[LayerUpdate, ...] = residual
     if given:
         if gradient is None:
@@ -209,21 +223,22 @@ def compute_on_devices(
                 model, x, y, loss=loss, wrt=wrt, microbatches=microbatches, passes=over
             )
         right = layer_updates(signals.layers, gradient)
-    rho = resolve_damping(structure, signals, damping)
-    solved, solution = structure.solve_and_report(signals, right, rho)
+    with full_products():
+        rho = resolve_damping(structure, signals, damping)
+        solved, solution = structure.solve_and_report(signals, right, rho)
     return or_nan(solved, solution), signals, solution
 
 
 @partial(
     jax.jit,
     static_argnames=(
-        *("graphdef", "structure", "loss", "fisher", "mc_samples", "static_damping", "wrt"),
+        *("structure", "loss", "fisher", "mc_samples", "static_damping", "wrt"),
         *("microbatches", "shardings"),
     ),
 )
 def _compiled(
     state: Any,
-    batches: tuple[Array, Array | None, Array | None, Array | None],
+    batches: tuple[Any, Array | None, Any, Array | None],
     single: tuple[Array | None, Array | None, Any],
     *,
     graphdef: Any,

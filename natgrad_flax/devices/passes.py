@@ -12,18 +12,19 @@ import jax
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from natgrad_flax.arrays import batch_size
 from natgrad_flax.devices.placement import Placement
 from natgrad_flax.parts import Run, in_parts
 
 
 def over_devices(
-    run: Run, arrays: tuple[Array, ...], parts: int, placement: Placement
+    run: Run, arrays: tuple[Any, ...], parts: int, placement: Placement
 ) -> tuple[Any, Any]:
     """What ``in_parts`` gives, from the parts of all devices at once.
 
     Args:
       run: of one part; as in ``in_parts``.
-      arrays: of the batch, the first axis counts N samples and is sharded.
+      arrays: of the batch, or trees of them; the first axis counts N samples and is sharded.
       parts: how many parts, one after the other, on every device; a divisor of N / k.
       placement: the devices. Parameters that ``run`` closes over may be sharded over other axes of
         the mesh, which are left to XLA.
@@ -33,10 +34,10 @@ def over_devices(
     """
     axis = placement.axis
 
-    def local(*own: Array) -> tuple[Any, Any]:
-        start = lax.axis_index(axis) * len(own[0])
+    def local(*own: Any) -> tuple[Any, Any]:
+        start = lax.axis_index(axis) * batch_size(own)
 
-        def from_start(first: Array | int, *part: Array) -> tuple[Any, Any]:
+        def from_start(first: Array | int, *part: Any) -> tuple[Any, Any]:
             return run(start + first, *part)
 
         means, rows = in_parts(from_start, own, parts)

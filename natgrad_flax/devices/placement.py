@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,13 +99,13 @@ def check_automatic(*arrays: Any) -> None:
             )
 
 
-def shard_batch(mesh: Mesh, *arrays: Any, axis: str = "data") -> tuple[Array, ...]:
+def shard_batch(mesh: Mesh, *arrays: Any, axis: str = "data") -> tuple[Any, ...]:
     """Puts the arrays of a batch onto a mesh, samples sharded over one axis.
 
     Args:
       mesh: the devices.
-      *arrays: with samples along their first axis. On one process the whole batch; on several
-        each process gives its own part, and all parts have the same size.
+      *arrays: with samples along their first axis, or trees of such arrays. On one process the
+        whole batch; on several each process gives its own part, and all parts have the same size.
       axis: the mesh axis of the samples.
 
     Raises:
@@ -112,16 +113,16 @@ def shard_batch(mesh: Mesh, *arrays: Any, axis: str = "data") -> tuple[Array, ..
         out.
     """
     placement = place(mesh, axis)
-    placed = []
-    for array in arrays:
-        if np.ndim(array) == 0:
-            raise ValueError("an array of a batch needs an axis of samples, got a scalar")
-        check_divisible(placement, np.shape(array)[0] * jax.process_count())
-        if jax.process_count() == 1:
-            placed.append(jax.device_put(array, placement.rows))
-        else:
-            placed.append(jax.make_array_from_process_local_data(placement.rows, np.asarray(array)))
-    return tuple(placed)
+    return tuple(jax.tree.map(partial(_deal_out, placement), array) for array in arrays)
+
+
+def _deal_out(placement: Placement, array: Any) -> Array:
+    if np.ndim(array) == 0:
+        raise ValueError("an array of a batch needs an axis of samples, got a scalar")
+    check_divisible(placement, np.shape(array)[0] * jax.process_count())
+    if jax.process_count() == 1:
+        return jax.device_put(array, placement.rows)
+    return jax.make_array_from_process_local_data(placement.rows, np.asarray(array))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:

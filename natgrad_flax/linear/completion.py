@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from natgrad_flax.arrays import real_array
 from natgrad_flax.linear.matrix_factorization import (
     Factors,
     check_observations,
@@ -162,7 +163,7 @@ def effective_rank(matrix: Any) -> float:
     Raises:
       ValueError: not a finite matrix, or zero.
     """
-    matrix = np.asarray(matrix, np.float64)
+    matrix = real_array(matrix, "matrix")
     if matrix.ndim != 2 or not np.isfinite(matrix).all() or not matrix.any():
         raise ValueError("the effective rank is that of a finite matrix other than zero")
     values = np.linalg.svd(matrix, compute_uv=False)

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.checks import check_damping, check_normal, is_concrete
+from natgrad_flax.arrays import is_concrete
+from natgrad_flax.checks import check_damping, check_normal
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
+from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_bottleneck import bottleneck_natural_gradient
 from natgrad_flax.linear.deep_linear_forms import chain, damped_form, inverse_form, whiten
 from natgrad_flax.linear.deep_linear_moments import (
@@ -70,6 +72,7 @@ def gradient(weights: Weights, data: Moments) -> list[Array]:
 
 
 @jax.jit
+@full_products()
 def _gradient(weights: Weights, data: Moments) -> list[Array]:
     before, after, product = chain(weights)
     seen = (data.cross - data.inputs @ product) @ data.precision
@@ -126,6 +129,7 @@ def natural_gradient(
 
 
 @jax.jit
+@full_products()
 def _inverse(weights: Weights, data: Moments) -> list[Array]:
     product = chain(weights)[2]
     residual = data.cross - data.inputs @ product
@@ -133,6 +137,7 @@ def _inverse(weights: Weights, data: Moments) -> list[Array]:
 
 
 @jax.jit
+@full_products()
 def _pseudo_inverse(weights: Weights, data: Moments) -> list[Array]:
     net = whiten(weights, data)
     return [
@@ -142,6 +147,7 @@ def _pseudo_inverse(weights: Weights, data: Moments) -> list[Array]:
 
 
 @jax.jit
+@full_products()
 def _damped(weights: Weights, data: Moments, damping: Array) -> list[Array]:
     before, after, product = chain(weights)
     seen = (data.cross - data.inputs @ product) @ data.precision

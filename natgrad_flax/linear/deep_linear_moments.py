@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.checks import check_inputs, is_concrete
+from natgrad_flax.arrays import check_real, is_concrete
+from natgrad_flax.checks import as_array, check_array
 from natgrad_flax.linalg import solve_psd
 
 Weights = Sequence[Array]
@@ -44,7 +45,7 @@ def moments(x: Array, y: Array, output_covariance: Array | None = None) -> Momen
         symmetric positive definite.
       TypeError: x or y is not floating.
     """
-    x, y = check_inputs(x), check_inputs(y)
+    x, y = check_array(x), check_array(y, "y")
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(
             f"x must be (N, inputs) and y (N, outputs) with one N, got {x.shape} and {y.shape}"
@@ -53,7 +54,9 @@ def moments(x: Array, y: Array, output_covariance: Array | None = None) -> Momen
     if output_covariance is None:
         covariance = jnp.eye(outputs, dtype=x.dtype)
     else:
-        covariance = jnp.asarray(output_covariance, x.dtype)
+        covariance = as_array(output_covariance, "output_covariance")
+        check_real(covariance, "output_covariance")
+        covariance = covariance.astype(x.dtype)
         if covariance.shape != (outputs, outputs):
             raise ValueError(
                 f"output_covariance must be {outputs} x {outputs}, got shape {covariance.shape}"
@@ -93,6 +96,7 @@ def check_weights(weights: Weights, data: Moments) -> None:
                 f"W_{number} takes {factor.shape[0]} inputs but W_{number - 1} gives "
                 f"{weights[number - 2].shape[1]}; factors have the shape (n_(i-1), n_i)"
             )
+        check_real(factor, f"W_{number}")
         if is_concrete(factor) and not np.isfinite(np.asarray(factor)).all():
             raise ValueError(f"W_{number} has NaN or infinite entries")
     first, last = weights[0].shape[0], weights[-1].shape[1]

@@ -10,8 +10,9 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.checks import check_damping, check_normal
+from natgrad_flax.checks import check_array, check_damping, check_normal
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
+from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_forms import (
     chain,
     damped_form,
@@ -58,11 +59,12 @@ def deep_linear_descent(
         a chain of linear layers without biases.
     """
 
+    @full_products()
     def compute(
         module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
     ) -> Step:
+        x, layers = check_array(x), linear_layers(module)
         check_normal(rho, x.dtype)
-        layers = linear_layers(module)
         scales = [getattr(layer, "weight_scale", 1.0) for layer in layers.values()]
         kernels = [layer.kernel[...] for layer in layers.values()]  # type: ignore[attr-defined]
         weights = [scale * kernel for scale, kernel in zip(scales, kernels, strict=True)]

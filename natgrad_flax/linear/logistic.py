@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from natgrad_flax.checks import check_inputs, is_concrete
+from natgrad_flax.checks import check_array, is_concrete
 from natgrad_flax.linalg import inverse_psd, solve_psd, symmetric_product
 from natgrad_flax.linear.descent import as_floating, check_memory
 
@@ -38,7 +38,7 @@ def signed_inputs(x: Any, y: Any) -> Array:
       ValueError: shapes that do not fit, labels other than -1 and +1, NaN or infinity.
       TypeError: x is not a floating array.
     """
-    x = check_inputs(x)
+    x = check_array(x)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (N, D), got {x.shape}")
     y = jnp.asarray(y)
@@ -90,7 +90,7 @@ def fisher(x: Any, coefficients: Array) -> Array:
     Raises:
       ValueError: bad inputs, or a matrix beyond the memory of the device.
     """
-    x = check_inputs(x)
+    x = check_array(x)
     check_memory((x.shape[1],) * 2, x.dtype, "the Fisher", _ADVICE)
     return symmetric_product((x * jnp.exp(_log_variance(x @ coefficients) / 2)[:, None]).T)
 

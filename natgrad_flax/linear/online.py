@@ -13,7 +13,9 @@ from jax import Array
 from natgrad_flax.checks import check_normal
 from natgrad_flax.damping import LevenbergMarquardt, is_zero
 from natgrad_flax.fisher import fisher_signals
+from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import matrix_of
+from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
 from natgrad_flax.linear.deep_linear_optimizer import check_settings
 from natgrad_flax.linear.inverse_moments import DirectInverse, InverseMoment
@@ -39,6 +41,7 @@ def online_natural_gradient_descent(
     inverse: InverseMoment | None = None,
     output_variance: float = 1.0,
     seed: int = 0,
+    check_samples: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """The online algorithm of Bernacchia et al. (2018, Section 5), for any network.
 
@@ -58,6 +61,7 @@ def online_natural_gradient_descent(
       inverse: how second moments are inverted; None means DirectInverse().
       output_variance: as in ``deep_linear_descent``.
       seed: of the drawn targets.
+      check_samples: as in ``ng.natural_gradient``.
 
     Returns:
       An optax transformation with the extra arguments ``module``, ``x`` (N, n_0), ``y`` (N, n_L).
@@ -113,46 +117,51 @@ def online_natural_gradient_descent(
         signals, residual = fisher_signals(
             module, x, y, loss=loss, fisher="mc", key=draw, num_samples=mc_samples, wrt=wrt
         )
+        if check_samples:
+            check_samples_alone(module, x)
         if not all(isinstance(layer, DenseSignals) for layer in signals.layers):
             raise ValueError(
                 "online_natural_gradient_descent needs every layer to be called once, on one "
                 "position a sample; use natural_gradient_descent(structure=ng.KFAC())"
             )
         layers = cast("tuple[DenseSignals, ...]", signals.layers)
-        depth, count = len(layers), len(x)
+        depth, count = len(layers), signals.num_samples
         root = jnp.sqrt(rho).astype(signals.outputs.dtype)
-        down = [
-            -matrix_of(layer.pull_back(residual.direction(layer, index))) / count
-            for index, layer in enumerate(layers)
-        ]
-        inverses = {}
-        if isinstance(inverse, DirectInverse):
-            moves = map_by_shape(
-                lambda item: sandwich(*item, root, output_variance * root),
-                [
-                    (
-                        layer.augmented_inputs().T @ layer.augmented_inputs() / count,
-                        middle,
-                        layer.flat_derivatives().T @ layer.flat_derivatives() / count,
-                    )
-                    for layer, middle in zip(layers, down, strict=True)
-                ],
-            )
-            inverses = state.kept
-        else:
-            moves = []
-            first = state.steps == 0
-            for index, (layer, middle) in enumerate(zip(layers, down, strict=True)):
-                kept_in, kept_out = state.kept[_key(layer.path)]
-                rows = layer.augmented_inputs() / count**0.5
-                half, kept_in = inverse.solve(kept_in, rows, middle, root, keys[2 * index], first)
-                rows = layer.flat_derivatives() / count**0.5
-                shift = output_variance * root
-                move, kept_out = inverse.solve(
-                    kept_out, rows, half.T, shift, keys[2 * index + 1], first
+        with full_products():
+            down = [
+                -matrix_of(layer.pull_back(residual.direction(layer, index))) / count
+                for index, layer in enumerate(layers)
+            ]
+            inverses = {}
+            if isinstance(inverse, DirectInverse):
+                moves = map_by_shape(
+                    lambda item: sandwich(*item, root, output_variance * root),
+                    [
+                        (
+                            layer.augmented_inputs().T @ layer.augmented_inputs() / count,
+                            middle,
+                            layer.flat_derivatives().T @ layer.flat_derivatives() / count,
+                        )
+                        for layer, middle in zip(layers, down, strict=True)
+                    ],
                 )
-                moves.append(move.T)
-                inverses[_key(layer.path)] = (kept_in, kept_out)
+                inverses = state.kept
+            else:
+                moves = []
+                first = state.steps == 0
+                for index, (layer, middle) in enumerate(zip(layers, down, strict=True)):
+                    kept_in, kept_out = state.kept[_key(layer.path)]
+                    rows = layer.augmented_inputs() / count**0.5
+                    half, kept_in = inverse.solve(
+                        kept_in, rows, middle, root, keys[2 * index], first
+                    )
+                    rows = layer.flat_derivatives() / count**0.5
+                    shift = output_variance * root
+                    move, kept_out = inverse.solve(
+                        kept_out, rows, half.T, shift, keys[2 * index + 1], first
+                    )
+                    moves.append(move.T)
+                    inverses[_key(layer.path)] = (kept_in, kept_out)
         steps = [move / depth for move in moves]
         slope = sum((jnp.sum(a * b) for a, b in zip(steps, down, strict=True)), jnp.zeros(()))
         direction = {

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog, nnls
 from scipy.special import expit
 
+from natgrad_flax.arrays import real_array
 from natgrad_flax.linear.descent import check_memory
 from natgrad_flax.linear.logistic import check_full_rank, signed_inputs
 from natgrad_flax.linear.matrix_factorization import check_observations
@@ -256,7 +257,7 @@ def natural_gradient_limit(x: Any, y: Any, start: Any = None) -> Vector:
     """
     z = _signed(x, y)
     num, dim = z.shape
-    start = np.zeros(dim) if start is None else np.asarray(start, np.float64)
+    start = np.zeros(dim) if start is None else real_array(start, "start")
     if start.shape != (dim,) or not np.isfinite(start).all():
         raise ValueError(f"start must be finite and have shape (D,) = ({dim},), got {start.shape}")
     if num <= dim:
@@ -290,7 +291,7 @@ def gaussian_accuracy(coefficients: Any, truth: Any) -> float:
     Raises:
       ValueError: vectors of different shapes, or of norm 0 or not finite.
     """
-    b, truth = np.asarray(coefficients, np.float64), np.asarray(truth, np.float64)
+    b, truth = real_array(coefficients, "coefficients"), real_array(truth, "truth")
     norms = np.linalg.norm(b) * np.linalg.norm(truth)
     if b.ndim != 1 or b.shape != truth.shape or not (np.isfinite(norms) and norms > 0):
         raise ValueError("coefficients and truth must be two vectors of one size and norm above 0")

@@ -7,3 +7,6 @@ from natgrad_flax.models.residual import ResidualNet
 from natgrad_flax.models.transformer import VisionTransformer
 
 __all__ = ["MLP", "Autoencoder", "ConvNet", "ResidualNet", "VisionTransformer"]
+
+NETWORKS = (MLP, Autoencoder, ConvNet, ResidualNet, VisionTransformer)
+"""All networks: each says what it takes and returns, and treats every sample alone."""

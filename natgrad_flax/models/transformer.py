@@ -163,7 +163,7 @@ class VisionTransformer(nnx.Module):
         """
         check_images(x, self.input_shape)
         tokens = self.embedding(x)
-        tokens = tokens.reshape(len(x), -1, self.width) + self.position[...]
+        tokens = tokens.reshape(len(x), -1, self.width) + self.position[...][None]
         for block in self.blocks:
             tokens = block(tokens)
         return self.readout(self.norm(tokens).mean(1))

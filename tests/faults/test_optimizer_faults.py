@@ -167,7 +167,7 @@ TREES = {
         lambda: nnx.Optimizer(DEEP, descent(), wrt=nnx.Param).update(
             DEEP, nnx.state(DEEP, nnx.Param), **BATCH
         ),
-        Refused("does not fit the module"),
+        Refused("which MLP does not have: module= must be the model"),
     ),
     "of another model, deep linear": (
         lambda: one(linear.deep_linear_descent(), module=LINEAR, y=X),

@@ -87,22 +87,25 @@ DAMPINGS = {
         lambda: gradient(jnp.zeros(())),
         Right(lambda: gradient(0.0), 0),
     ),
-    "an entry a sample": (lambda: gradient(jnp.full(4, 0.1)), Refused(r"got shape \(4,\)")),
+    "an entry a sample": (
+        lambda: gradient(jnp.full(4, 0.1)),
+        Refused(r"array of shape \(4,\)"),
+    ),
     "an entry a layer, one too many": (
         lambda: gradient(jnp.full(3, 0.1), ng.BlockDiagonal()),
-        Refused(r"BlockDiagonal takes one number .* shape \(2,\) .*got shape \(3,\)"),
+        Refused(r"of BlockDiagonal must be one number or \(2,\), one a layer, .* shape \(3,\)"),
     ),
     "a matrix": (
         lambda: gradient(jnp.full((2, 3), 0.1), ng.KFAC()),
-        Refused(r"KFAC takes one number as damping, or an array of shape \(2, 2\) .* \(2, 3\)"),
+        Refused(r"one number or \(2,\), one a layer or \(2, 2\), one a factor, .* \(2, 3\)"),
     ),
     "one entry in an array, on a mesh": (
         lambda: sharded(np.full((1,), 0.1)),
-        Refused(r"KFAC takes .* got shape \(1,\)"),
+        Refused(r"damping of KFAC must be .* shape \(1,\)"),
     ),
     "a traced entry a sample": (
         lambda: traced(np.full(4, 0.1), gradient),
-        Refused(r"Exact takes one number as damping, got shape \(4,\)"),
+        Refused(r"Exact must be one number, got an array of shape \(4,\)"),
     ),
     "an entry a layer": (
         lambda: gradient(jnp.full(2, 0.1), ng.BlockDiagonal()),

@@ -23,7 +23,6 @@ CASES = {
     "inputs of another width": ({"x": X[:, :4]}, ValueError, r"inputs of shape \(N, 5\)"),
     "one sample without its axis": ({"x": X[0]}, ValueError, r"\(N, features\)"),
     "empty batch": ({"x": X[:0], "y": Y[:0]}, ValueError, "batch is empty"),
-    "integer inputs": ({"x": jnp.ones((4, 5), int)}, TypeError, "floating"),
     "NaN in the inputs": ({"x": X.at[1, 2].set(jnp.nan)}, ValueError, "x has 1 NaN or infinite"),
     "infinity in the targets": ({"y": Y.at[0, 0].set(jnp.inf)}, ValueError, "y has 1 NaN"),
     "NaN in the parameters": ({"model": BROKEN}, ValueError, "parameters at .*kernel.* has 1 NaN"),

@@ -157,7 +157,7 @@ def test_a_damped_tri_diagonal_metric_can_be_indefinite(x64):
     np.testing.assert_allclose(found.condition_number, sizes.max() / sizes.min(), rtol=1e-6)
 
 
-def test_infinite_width_measures_no_conditions():
+def test_narrow_layers_fail_nothing_at_infinite_width():
     model, x = make_model((INPUTS, 24, 2, 1), bias=0.0), make_inputs()
     assert conditions(ng.BlockDiagonal(), model, x) != ()
     found = isotropy(ng.BlockDiagonal(), model, x, kernels="analytic")

@@ -1,0 +1,79 @@
+"""Arrays as callers give them, and trees of arrays whose first axes all count samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+
+def batch_size(x: Any) -> int:
+    """N, the samples of a batch."""
+    return int(np.shape(jax.tree.leaves(x)[0])[0])
+
+
+def shapes_of(x: Any, *, skip: int = 0) -> Any:
+    """Shapes and dtypes of the arrays of a tree, without their first ``skip`` axes."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[skip:], leaf.dtype), x)
+
+
+def described(x: Any) -> str:
+    """Dtypes and shapes of a tree in words."""
+    return str(jax.tree.map(lambda leaf: f"{leaf.dtype} {tuple(leaf.shape)}", x))
+
+
+def is_concrete(array: object) -> bool:
+    """Whether the values of an array can be looked at."""
+    return not isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def solve_dtype(*dtypes: Any) -> Any:
+    """In which precision systems are solved: float32, or float64 where one of the dtypes is."""
+    return jnp.float64 if max(jnp.finfo(dtype).bits for dtype in dtypes) > 32 else jnp.float32
+
+
+@contextmanager
+def own_promotion() -> Iterator[None]:
+    """Where ``jax_numpy_dtype_promotion`` and ``jax_numpy_rank_promotion`` are JAX's defaults.
+
+    A caller sets them stricter for code of his own.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def check_real(array: Any, name: str) -> None:
+    """Raises TypeError on complex numbers: their imaginary parts would be lost."""
+    if jnp.issubdtype(array.dtype, np.complexfloating):
+        raise TypeError(
+            f"{name} has dtype {array.dtype}, but only real numbers are served here: give real and "
+            "imaginary parts side by side"
+        )
+
+
+def real_array(value: Any, name: str) -> NDArray[np.float64]:
+    """Numbers in float64 for NumPy.
+
+    Raises:
+      TypeError: no numbers, or complex ones.
+    """
+    array = np.asarray(value)
+    check_real(array, name)
+    try:
+        return array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array of numbers, got {value!r:.60}") from None
+
+
+def check_concrete(tree: Any, name: str) -> None:
+    """Raises TypeError on arrays whose values nobody knows: traced ones, and shapes alone."""
+    if not all(map(is_concrete, jax.tree.leaves(tree))):
+        raise TypeError(
+            f"{name} must be known numbers: this is computed outside of jax.jit, grad, vmap and "
+            "eval_shape; call it outside of them, with concrete arrays"
+        )

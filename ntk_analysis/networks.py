@@ -9,7 +9,7 @@ from typing import Any, Literal
 from flax import nnx
 
 from natgrad_flax import MLP, ConvNet
-from natgrad_flax.checks import check_number
+from natgrad_flax.scalars import check_number
 from ntk_analysis.names import find
 
 NETWORKS = ("mlp", "conv-flatten", "conv-average")

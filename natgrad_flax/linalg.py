@@ -83,6 +83,7 @@ def is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
     return jnp.all(jnp.diagonal(factor) ** 2 > threshold * jnp.diagonal(matrix))
 
 
+@partial(jax.jit, inline=True)
 def has_full_rank(matrix: Array) -> Array:
     """Whether ``solve_psd`` solves with an undamped (n, n) matrix by its Cholesky factor."""
 

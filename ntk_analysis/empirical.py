@@ -143,8 +143,9 @@ def _in_float64(model: nnx.Module) -> nnx.Module:
     graphdef, state = nnx.split(model)
     copy = nnx.merge(graphdef, jax.tree.map(cast, state))
     for _, module in nnx.iter_modules(copy):
-        if getattr(module, "dtype", None) is not None:  # what Flax's layers compute in
-            module.dtype = jnp.float64
+        # what Flax's layers compute in
+        if getattr(module, "dtype", None) is not None:
+            module.dtype = jnp.float64  # type: ignore[attr-defined]
     return copy
 
 

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 from natgrad_flax import KFAC, LayerWise, RelativeDamping, Signals, Structure, UnitWise
 from natgrad_flax.checks import check_damping, check_structure
-from natgrad_flax.gradient import model_geometry, resolve_damping
+from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.learning_rate import model_geometry
 from natgrad_flax.memory import check_fits
 from natgrad_flax.scalars import as_number
 from natgrad_flax.spectrum import check_coefficient, check_symmetric

@@ -49,6 +49,7 @@ class Line:
       targets: for each structure the ratio to reach.
       damping: the ratio of ``ng.RelativeDamping`` wherever there is one.
       network: key of NETWORKS, "" for the fully connected one of ``widths``.
+      closed: the batch is a constant of the steps, as where a jitted function closes over it.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Line:
     targets: Mapping[str, float] = field(default_factory=dict)
     damping: float = 1e-3
     network: str = ""
+    closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,16 @@ LINES: dict[str, Line] = {
         False,
         {"exact": 6, "K-FAC": 3},
         network="transformer",
+    ),
+    "mse-4096-closed": Line(
+        "784-4096-4096-1 ReLU, N=100, MSE, the batch closed over",
+        (784, 4096, 4096, 1),
+        100,
+        ng.MeanSquaredError(),
+        "exact",
+        True,
+        _targets(1.2, 1.2, 1.2, 1.4, 2, 2, 2.5, 3),
+        closed=True,
     ),
 }
 

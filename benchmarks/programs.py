@@ -15,8 +15,9 @@ from jax import Array
 
 import natgrad_flax as ng
 from benchmarks.problems import Entry, Line, Problem, make_problem
-from natgrad_flax.gradient import as_state, compute
+from natgrad_flax.gradient import compute
 from natgrad_flax.layer_signals import named_updates
+from natgrad_flax.trees import as_state
 
 LEARNING_RATE = 0.1
 SGD_PER_ROUND = 3
@@ -98,6 +99,13 @@ def unchecked_step(line: Line, entry: Entry, graphdef: Any) -> jax.stages.Wrappe
     return step
 
 
+def _with_batch(line: Line, step: jax.stages.Wrapped, *batch: Array) -> jax.stages.Wrapped:
+    """A jitted step, with its batch as constants of the program where the line asks for that."""
+    if not line.closed:
+        return step
+    return jax.jit(lambda state, *_: step(state, *batch))
+
+
 def damping(line: Line, entry: Entry) -> float | ng.RelativeDamping:
     """The damping at which a structure is measured on a line."""
     if line.undamped and entry.undamped:
@@ -116,6 +124,7 @@ def compile_natural(
     graphdef, state = nnx.split(problem.model)
     start = time.perf_counter()
     step = natural_step(line, entry, graphdef)
+    step = _with_batch(line, step, problem.x, problem.y, problem.key)
     compiled = step.lower(state, problem.x, problem.y, problem.key).compile()
     return compiled, time.perf_counter() - start
 
@@ -125,7 +134,7 @@ def prepare(line: Line, entry: Entry) -> Steps:
     problem = make_problem(line, entry)
     graphdef, state = nnx.split(problem.model)
     natural, seconds = compile_natural(line, entry, problem)
-    sgd = sgd_step(line, graphdef)
+    sgd = _with_batch(line, sgd_step(line, graphdef), problem.x, problem.y)
     return Steps(
         state,
         lambda: sgd(state, problem.x, problem.y)[0],

@@ -45,8 +45,9 @@ ACTIVATIONS: dict[str, Activation] = {
 def active_fraction(model: object) -> float | None:
     """gamma of a model that names its activation as these functions are named, None of others."""
     name = getattr(model, "activation", None)
-    known = isinstance(name, str) and name in ACTIVATIONS
-    return ACTIVATIONS[name].active_fraction if known else None
+    if isinstance(name, str) and name in ACTIVATIONS:
+        return ACTIVATIONS[name].active_fraction
+    return None
 
 
 def get_activation(name: str) -> Activation:

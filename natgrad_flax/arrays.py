@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,9 +32,24 @@ def is_concrete(array: object) -> bool:
     return not isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
+def solve_dtype(*dtypes: Any) -> Any:
+    """In which precision systems are solved: float32, or float64 where one of the dtypes is."""
+    return jnp.float64 if max(jnp.finfo(dtype).bits for dtype in dtypes) > 32 else jnp.float32
+
+
+@contextmanager
+def own_promotion() -> Iterator[None]:
+    """Where ``jax_numpy_dtype_promotion`` and ``jax_numpy_rank_promotion`` are JAX's defaults.
+
+    A caller sets them stricter for code of his own.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def check_real(array: Any, name: str) -> None:
     """Raises TypeError on complex numbers: their imaginary parts would be lost."""
-    if np.issubdtype(array.dtype, np.complexfloating):
+    if jnp.issubdtype(array.dtype, np.complexfloating):
         raise TypeError(
             f"{name} has dtype {array.dtype}, but only real numbers are served here: give real and "
             "imaginary parts side by side"

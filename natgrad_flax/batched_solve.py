@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import sequential_vmap
 
 _LANES = 64  # units on the minor axis: enough for XLA CPU to vectorise, not to unroll
 _MAX_BLOCKS = 8  # column blocks per matrix: bounds the size of the compiled program
@@ -27,7 +28,8 @@ def solve_scaled_gram(
 
     Cost: about ``M N^3 / 3`` flops plus ``O(M N^2 K)`` for column blocks of K ~ max(10, N / 8);
     memory ``chunk_size N^2`` numbers plus copies of the inputs. On CPU the program is unrolled:
-    compile time grows with N (meant for N <= 200); do not vmap over ``gram`` there (slow).
+    compile time grows with N (meant for N <= 200). Under ``vmap`` it runs one by one; derivatives
+    solve with the same matrices.
 
     Args:
         gram: Symmetric positive semi-definite matrix A, (N, N).
@@ -40,12 +42,25 @@ def solve_scaled_gram(
     Returns:
         v, (N, M). NaN for units whose matrix is not numerically positive definite.
     """
-    n, m = rhs.shape
     dtype = jnp.result_type(gram, scale, shift, rhs)
     if 0 in rhs.shape:
         return rhs.astype(dtype)
     gram, rhs = gram.astype(dtype), rhs.astype(dtype)
     scale, shift = (jnp.broadcast_to(x, rhs.shape).astype(dtype) for x in (scale, shift))
+    solve = sequential_vmap(partial(_solve_in_chunks, chunk_size=chunk_size))
+    return lax.custom_linear_solve(
+        lambda v: scale * (gram @ (scale * v)) + shift * v,
+        rhs,
+        lambda _, b: solve(gram, scale, shift, b),
+        symmetric=True,
+    )
+
+
+def _solve_in_chunks(
+    gram: Array, scale: Array, shift: Array, rhs: Array, *, chunk_size: int | None
+) -> Array:
+    """The solve itself, of arguments of one dtype and full shape, one chunk after the other."""
+    n, m = rhs.shape
     shape: tuple[int, ...]
     if jax.default_backend() != "cpu":
         size = min(chunk_size or 1024, m)
@@ -81,7 +96,8 @@ def _solve_chunk_cpu(gram: Array, scale: Array, shift: Array, rhs: Array) -> Arr
     """Solve one chunk (C, N, W) by left-looking blocked Cholesky, units on axes 0 and -1."""
     (c, n, w), dtype = rhs.shape, rhs.dtype
     k = n // min(_MAX_BLOCKS, -(-n // _MIN_BLOCK))
-    go = jnp.isfinite(gram[0, 0])  # known at run time only, so that XLA keeps the branches
+    # known at run time only, even if gram is a constant, so that XLA keeps the branches
+    go = jnp.isfinite(lax.optimization_barrier(gram[0, 0]))
 
     def kernel(fun: Callable[..., Array], *args: Any) -> Array:  # XLA fuses nothing across a cond
         out = jax.eval_shape(fun, *args)

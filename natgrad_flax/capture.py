@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.arrays import batch_size
+from natgrad_flax.arrays import batch_size, own_promotion, solve_dtype
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.plans import LayerPlan, parameter_paths, plan_layers
@@ -38,7 +38,8 @@ def linearise(
 
     Returns:
       The outputs (N, C), and a function from seeds (N, S, C), the cotangents to carry back for
-      each sample, to the signals of the S seeded outputs.
+      each sample, to the signals of the S seeded outputs. All of it has ``solve_dtype`` of the
+      outputs and parameters, whatever the layers compute in.
 
     Raises:
       ValueError, TypeError: as in ``plan_layers``.
@@ -63,14 +64,21 @@ def linearise(
     def batch(perturbations: list[Array], free: dict[Path, Array]) -> Any:
         return jax.vmap(forward)(perturbations, free, x)
 
-    outputs, backward, inputs = jax.vjp(batch, zeros, free, has_aux=True)
+    computed, backward, inputs = jax.vjp(batch, zeros, free, has_aux=True)
+    dtype = solve_dtype(computed.dtype, *(chosen[path].dtype for path in chosen))
+    outputs = computed.astype(dtype)
 
     def signals(seeds: Array) -> Signals:
-        carried, blocks = jax.vmap(backward, in_axes=1, out_axes=1)(seeds)
-        layers = tuple(_signals(plan, calls, inputs, carried, blocks) for plan in plans)
+        found = jax.vmap(backward, in_axes=1, out_axes=1)(seeds.astype(computed.dtype))
+        recorded, carried, blocks = jax.tree.map(lambda leaf: _cast(leaf, dtype), (inputs, *found))
+        layers = tuple(_signals(plan, calls, recorded, carried, blocks) for plan in plans)
         return Signals(layers, outputs)
 
     return outputs, signals
+
+
+def _cast(array: Array, dtype: Any) -> Array:
+    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
 def _signals(
@@ -101,8 +109,7 @@ def _signals(
     arranged = [form.inputs(a) for form, a in zip(plan.affine, inputs, strict=True)]
     turned = [form.derivatives(d) for form, d in zip(plan.affine, derivatives, strict=True)]
     a, d = jnp.concatenate(arranged, axis=1), jnp.concatenate(turned, axis=2)
-    if not jnp.issubdtype(a.dtype, jnp.floating):
-        a = a.astype(d.dtype)  # numbers of pixels, masks
+    a = a.astype(d.dtype)  # numbers of pixels, masks, rows of an embedding
     first = plan.affine[0]
     a = jnp.asarray(first.weight_scale, a.dtype) * a if first.weight_scale != 1 else a
     scale = None if plan.bias is None else first.bias_scale
@@ -127,6 +134,7 @@ def output_seeds(outputs: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(c, dtype=outputs.dtype), (n, c, c))
 
 
+@own_promotion()
 def jacobian_signals(
     model: nnx.Module, x: Any, wrt: Any = nnx.Param, *, check_samples: bool = True
 ) -> Signals:

@@ -17,12 +17,32 @@ from jax import Array
 
 from natgrad_flax.arrays import batch_size
 from natgrad_flax.capture import linearise
+from natgrad_flax.damping import is_zero
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
+from natgrad_flax.scalars import check_integer
 from natgrad_flax.signals import Residual, Signals
 
 FisherKind = Literal["exact", "mc", "empirical"]
 FISHER_KINDS: tuple[str, ...] = get_args(FisherKind)
+
+
+def check_kind(fisher: object) -> None:
+    """Raises ValueError on an unknown kind of Fisher."""
+    if not (isinstance(fisher, str) and fisher in FISHER_KINDS):
+        raise ValueError(f"fisher must be one of {', '.join(FISHER_KINDS)}, got {fisher!r}")
+
+
+def check_key(fisher: FisherKind, key: object) -> None:
+    """Raises ValueError or TypeError where a Monte-Carlo Fisher has no key to draw by."""
+    if fisher != "mc":
+        return
+    if key is None:
+        raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed else dtype == jnp.uint32 and shape != ()):
+        raise TypeError(f"key must be one key of jax.random, jax.random.key(seed), got {key!r:.60}")
 
 
 def fisher_signals(
@@ -54,9 +74,12 @@ def fisher_signals(
       Signals with F = J^T J / N, J the seeded Jacobian; and the residual.
 
     Raises:
-      TypeError, ValueError: as in ``linearise``; outputs that do not have the shape of y.
+      TypeError, ValueError: as in ``linearise``; outputs that do not have the shape of y; an
+        unknown Fisher, or "mc" without a key.
     """
-    draw = sampler(loss, key, num_samples, batch_size(x))
+    check_kind(fisher)
+    check_key(fisher, key)
+    draw = sampler(loss, key, check_integer("num_samples", num_samples, 1), batch_size(x))
 
     def run(first: Array | int, x: Any, y: Array) -> tuple[tuple[()], tuple[Signals, Residual]]:
         signals, residual = part_signals(
@@ -114,6 +137,30 @@ def sampler(loss: Loss, key: Array | None, num_samples: int, batch_size: int) ->
     return draw
 
 
+def in_range(
+    signals: Signals,
+    residual: Residual | None,
+    *,
+    loss: Loss,
+    fisher: FisherKind,
+    damping: Any,
+) -> tuple[Signals, Any]:
+    """What a zero damping leaves of an exact Fisher and of its residual; all at a positive one.
+
+    The pseudo-inverse drops the component of the gradient outside of the Fisher's range. A class
+    whose probability is zero to rounding has no Fisher, but the residual of a wrong label.
+    """
+    inside = loss.columns_in_range(signals.outputs)
+    if inside is None or fisher != "exact" or not is_zero(damping):
+        return signals, residual
+    kept = inside.astype(signals.outputs.dtype)
+    signals = signals.reseed(kept[:, :, None] * jnp.eye(kept.shape[1], dtype=kept.dtype))
+    if residual is None:
+        return signals, None
+    assert residual.coefficients is not None
+    return signals, Residual(jnp.where(inside, residual.coefficients, 0), None)
+
+
 def part_signals(
     model: nnx.Module,
     x: Any,
@@ -129,6 +176,7 @@ def part_signals(
     outputs, backward = linearise(model, x, wrt)
     if y is not None and outputs.shape != y.shape:
         raise ValueError(f"the model returns {outputs.shape}, but y has shape {y.shape}")
+    y = None if y is None else y.astype(outputs.dtype)
     if fisher == "exact":
         signals = backward(jnp.swapaxes(loss.factor(outputs), 1, 2))
         return signals, None if y is None else Residual(loss.coefficients(outputs, y), None)

@@ -26,7 +26,8 @@ def check_samples_alone(model: nnx.Module, x: Any) -> None:
 
     Both are run once for a model and the shapes of a batch, at the first batch whose values are
     known; parameters that are all zero are given others, behind which a coupling would hide. The
-    networks of ``natgrad_flax.models``, a model that is traced, and a batch of one sample pass.
+    networks of ``natgrad_flax.models``, a model that is traced, a batch that lies with several
+    processes, and one of a single sample pass.
 
     Args:
       model: the model, all else about it checked.
@@ -38,9 +39,9 @@ def check_samples_alone(model: nnx.Module, x: Any) -> None:
     """
     if type(model) in NETWORKS or batch_size(x) == 1:
         return
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     leaves, tree = jax.tree.flatten((graphdef, params, rest, x))
-    if not all(map(is_concrete, leaves)):
+    if not all(is_concrete(a) and getattr(a, "is_fully_addressable", True) for a in leaves):
         return
     key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     if key in _checked:

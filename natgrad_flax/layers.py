@@ -21,6 +21,11 @@ from natgrad_flax.sizes import (
 )
 
 
+def _along_last(bias: Array, u: Array) -> Array:
+    """A bias with as many axes as u, which ``jax_numpy_rank_promotion`` may ask for."""
+    return bias.reshape((1,) * (u.ndim - 1) + bias.shape)
+
+
 class Dense(nnx.Module):
     """An affine layer in NTK parametrisation (Karakida & Osawa 2020, Eq. 1).
 
@@ -58,8 +63,8 @@ class Dense(nnx.Module):
                 f"a layer needs sizes of at least 1, got {in_features} -> {out_features}"
             )
         check_variances(weight_variance, bias_variance)
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features = int(in_features)
+        self.out_features = int(out_features)
         self.weight_variance = float(weight_variance)
         self.bias_variance = float(bias_variance)
         key = rngs.params()
@@ -83,7 +88,7 @@ class Dense(nnx.Module):
         """Maps inputs of shape (..., in_features) to pre-activations (..., out_features)."""
         u = (self.weight_scale * x) @ self.kernel[...]
         if self.bias is not None:
-            u = u + math.sqrt(self.bias_variance) * self.bias[...]
+            u = u + _along_last(math.sqrt(self.bias_variance) * self.bias[...], u)
         return u
 
 
@@ -164,10 +169,10 @@ class Conv(nnx.Module):
                 f"{in_features} and out_features = {out_features}"
             )
         check_variances(weight_variance, bias_variance)
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features = int(in_features)
+        self.out_features = int(out_features)
         self.padding = padding
-        self.feature_group_count = feature_group_count
+        self.feature_group_count = int(feature_group_count)
         self.weight_variance = float(weight_variance)
         self.bias_variance = float(bias_variance)
         self.conv_general_dilated = conv_general_dilated
@@ -254,7 +259,7 @@ class Conv(nnx.Module):
             feature_group_count=self.feature_group_count,
         )
         if self.bias is not None:
-            u = u + math.sqrt(self.bias_variance) * self.bias[...]
+            u = u + _along_last(math.sqrt(self.bias_variance) * self.bias[...], u)
         return u
 
     @property

@@ -1,21 +1,40 @@
 """Small dense solves with a rank decision.
 
-All of these are unbatched on purpose. From JAX 0.10 on, LAPACK calls with a batch dimension wait
-for XLA's CPU thread pool from inside that pool, and two independent ones can block each other for
-ever on a machine with two cores.
+Under ``vmap`` all of these run one by one. From JAX 0.10 on, LAPACK calls with a batch dimension
+wait for XLA's CPU thread pool from inside that pool, and two independent ones can block each other
+for ever. So LAPACK stands inside of ``sequential_vmap``, which JAX cannot differentiate backwards,
+and the derivatives are rules of products with inverses: any mode, any order, batched or not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.custom_batching import sequential_vmap
 from jax.lax import linalg as lax_linalg
 
 # called outside of any program, a cond would be compiled anew each time; inside one it is inlined
 _compiled_once = partial(jax.jit, static_argnames="shifted", inline=True)
+
+
+@contextmanager
+def full_products() -> Iterator[None]:
+    """What is traced within it multiplies float32 in all of its bits; also a decorator.
+
+    By default GPUs since Ampere multiply float32 in TF32 and TPUs in bfloat16. That suits the
+    passes through a model, whose precision stays the user's; a Gram matrix, an inverse or a
+    difference that is divided by a small damping would lose all digits by it. On a CPU it changes
+    nothing.
+    """
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def _cholesky_solve(factor: Array, rhs: Array) -> Array:
@@ -28,14 +47,9 @@ def _cholesky_solve(factor: Array, rhs: Array) -> Array:
 def pinv_solve(matrix: Array, rhs: Array) -> Array:
     """The pseudo-inverse of a symmetric matrix (n, n) times rhs (n,) or (n, k).
 
-    Eigenvalues below max(n, 32) eps |lambda|_max count as zero: the rounding of the matrix itself
-    is several eps, however small n is.
+    Eigenvalues below ``rank_cutoff`` times the largest count as zero.
     """
-    values, vectors = jnp.linalg.eigh(matrix)
-    size = jnp.abs(values)
-    cutoff = max(matrix.shape[0], 32) * jnp.finfo(matrix.dtype).eps * jnp.max(size)
-    inverse = jnp.where(size > cutoff, 1 / jnp.where(size > cutoff, values, 1), 0)
-    return vectors @ (inverse.reshape((-1,) + (1,) * (rhs.ndim - 1)) * (vectors.T @ rhs))
+    return _solve(matrix, rhs, None)
 
 
 @_compiled_once
@@ -52,41 +66,160 @@ def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
     Returns:
       matrix^{-1} rhs, or matrix^+ rhs (n^3 x 10 flops more) where it has no full rank.
     """
-    factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
-    return jax.lax.cond(
-        is_full_rank(matrix, factor, shifted),
-        lambda: _cholesky_solve(factor, rhs),
-        lambda: pinv_solve(matrix, rhs),
-    )
-
-
-def is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
-    """Whether a Cholesky factor is that of a regular matrix, as ``solve_psd`` decides it."""
-    # elimination magnifies the rounding of a zero pivot by the condition of those before it, so
-    # the limit is generous: eigenvalues decide what it refuses, at a price in time alone
-    eps = float(jnp.finfo(matrix.dtype).eps)
-    threshold = 0.0 if shifted else max(matrix.shape[0] * eps, eps**0.75)
-    return jnp.all(jnp.diagonal(factor) ** 2 > threshold * jnp.diagonal(matrix))
-
-
-@jax.jit
-def regular_factor(matrix: Array) -> tuple[Array, Array]:
-    """The Cholesky factor of an (n, n) matrix, and whether it is that of a regular one."""
-    factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
-    return factor, is_full_rank(matrix, factor, shifted=False)
+    return _solve(matrix, rhs, shifted)
 
 
 @_compiled_once
 def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
     """The inverse, or pseudo-inverse, of an (n, n) matrix; the arguments are ``solve_psd``'s."""
-    factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
-    eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    return _inverse(matrix, shifted)
 
-    return jax.lax.cond(
-        is_full_rank(matrix, factor, shifted),
-        lambda: _inverse_from_factor(factor),
-        lambda: pinv_solve(matrix, eye),
-    )
+
+def is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
+    """Whether a Cholesky factor is that of a regular matrix, as ``solve_psd`` decides it."""
+    pivots, n = jnp.diagonal(factor) ** 2, matrix.shape[0]
+    if shifted:
+        return jnp.all(pivots > 0)
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    threshold = max(n * eps, eps**0.75)
+    # elimination magnifies the rounding of a zero pivot by the condition of those before it, but
+    # the solution for any vector still tells an eigenvalue near to zero. Both limits are generous:
+    # eigenvalues decide what they refuse, at a price in time alone
+    probe = jnp.asarray(np.random.default_rng(0).standard_normal(n), matrix.dtype)
+    length, most = jnp.linalg.norm(_cholesky_solve(factor, probe)), jnp.linalg.norm(probe)
+    near = n**0.5 * rank_cutoff(n, matrix.dtype) * jnp.linalg.norm(matrix) * length > most
+    return jnp.all(pivots > threshold * jnp.diagonal(matrix)) & ~near
+
+
+@partial(jax.jit, inline=True)
+def has_full_rank(matrix: Array) -> Array:
+    """Whether ``solve_psd`` solves with an undamped (n, n) matrix by its Cholesky factor."""
+
+    def decide(matrix: Array) -> Array:
+        factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
+        return is_full_rank(matrix, factor, shifted=False)
+
+    return sequential_vmap(decide)(jax.lax.stop_gradient(matrix))
+
+
+def rank_cutoff(size: int, dtype: jnp.dtype) -> float:
+    """What of the largest eigenvalue, or singular value, counts as zero: max(n^(1/2), 32) eps.
+
+    The rounding of the matrix itself is several eps, however small n is, and grows slower than n:
+    3.4 eps were measured for float32 Gram matrices of n = 800.
+    """
+    return max(size**0.5, 32) * float(jnp.finfo(dtype).eps)
+
+
+def above_rounding(values: Array) -> Array:
+    """Eigenvalues or singular values (n,), with 0 for those that are rounding."""
+    size = jnp.abs(values)
+    return jnp.where(size > rank_cutoff(len(values), values.dtype) * jnp.max(size), values, 0)
+
+
+def reciprocal(values: Array) -> Array:
+    """1 / values, and 0 where they are 0."""
+    return jnp.where(values != 0, 1 / jnp.where(values != 0, values, 1), 0)
+
+
+def _spectrum(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues of the pseudo-inverse of a symmetric matrix, and its eigenvectors."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    return reciprocal(above_rounding(values)), vectors
+
+
+def _solve_by_eigenvalues(matrix: Array, rhs: Array) -> Array:
+    inverse, vectors = _spectrum(matrix)
+    return vectors @ (inverse.reshape((-1,) + (1,) * (rhs.ndim - 1)) * (vectors.T @ rhs))
+
+
+# in what follows shifted is that of solve_psd, or None: eigenvalues decide
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _solve(matrix: Array, rhs: Array, shifted: bool | None) -> Array:
+    """matrix^{-1} rhs or matrix^+ rhs."""
+
+    def solve(matrix: Array, rhs: Array) -> Array:
+        if shifted is None:
+            return _solve_by_eigenvalues(matrix, rhs)
+        factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
+        return jax.lax.cond(
+            is_full_rank(matrix, factor, shifted),
+            lambda: _cholesky_solve(factor, rhs),
+            lambda: _solve_by_eigenvalues(matrix, rhs),
+        )
+
+    return sequential_vmap(solve)(matrix, rhs)
+
+
+@_solve.defjvp
+def _solve_jvp(
+    shifted: bool | None, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """The derivative of A^+ b along matrices of the same rank (Golub & Pereyra 1973, Eq. 4.12)."""
+    (matrix, rhs), (d_matrix, d_rhs) = primals, tangents
+    found = _solve(matrix, rhs, shifted)
+    inverse, null = _inverse_and_null(matrix, shifted)
+    change = inverse @ (d_rhs - d_matrix @ found)
+    change = change + inverse @ (inverse @ (d_matrix @ (null @ rhs)))
+    return found, change + null @ (d_matrix @ (inverse @ found))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _inverse(matrix: Array, shifted: bool) -> Array:
+    """matrix^{-1} or matrix^+."""
+
+    def invert(matrix: Array) -> Array:
+        factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
+        eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+        return jax.lax.cond(
+            is_full_rank(matrix, factor, shifted),
+            lambda: _inverse_from_factor(factor),
+            lambda: _solve_by_eigenvalues(matrix, eye),
+        )
+
+    return sequential_vmap(invert)(matrix)
+
+
+@_inverse.defjvp
+def _inverse_jvp(
+    shifted: bool, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    return jax.jvp(lambda matrix: _inverse_and_null(matrix, shifted)[0], primals, tangents)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _inverse_and_null(matrix: Array, shifted: bool | None) -> tuple[Array, Array]:
+    """A^+, and the projection on the null space of A: exactly zero where Cholesky serves."""
+
+    def decompose(matrix: Array) -> tuple[Array, Array]:
+        def by_eigenvalues() -> tuple[Array, Array]:
+            inverse, vectors = _spectrum(matrix)
+            return (vectors * inverse) @ vectors.T, (vectors * (inverse == 0)) @ vectors.T
+
+        if shifted is None:
+            return by_eigenvalues()
+        factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
+        return jax.lax.cond(
+            is_full_rank(matrix, factor, shifted),
+            lambda: (_inverse_from_factor(factor), jnp.zeros_like(matrix)),
+            by_eigenvalues,
+        )
+
+    return sequential_vmap(decompose)(matrix)
+
+
+@_inverse_and_null.defjvp
+def _inverse_and_null_jvp(
+    shifted: bool | None, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    (matrix,), (change,) = primals, tangents
+    inverse, null = _inverse_and_null(matrix, shifted)
+    across = inverse @ change @ null  # of the two, the one that turns null vectors
+    square = inverse @ across
+    d_inverse = square + square.T - inverse @ change @ inverse
+    return (inverse, null), (d_inverse, -(across + across.T))
 
 
 def _inverse_from_factor(factor: Array) -> Array:
@@ -131,7 +264,51 @@ def add_diagonal(matrix: Array, value: Array | float) -> Array:
 
 def lu_solve(matrix: Array, rhs: Array) -> Array:
     """Solves a general (n, n) system with rhs (n,) or (n, k) by LU with partial pivoting."""
-    return jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(matrix), rhs)
+
+    @sequential_vmap
+    def solve(matrix: Array, rhs: Array) -> Array:
+        return jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(matrix), rhs)
+
+    return jax.lax.custom_linear_solve(
+        lambda v: matrix @ v,
+        rhs,
+        lambda _, b: solve(matrix, b),
+        lambda _, b: solve(matrix.T, b),
+    )
+
+
+@jax.custom_jvp
+def eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors of a symmetric (n, n) matrix.
+
+    Eigenvectors of equal eigenvalues have no derivative: it is not finite.
+    """
+    return sequential_vmap(lambda matrix: tuple(jnp.linalg.eigh(matrix)))(matrix)
+
+
+@eigh.defjvp
+def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    values, vectors = eigh(*primals)
+    eye = jnp.eye(len(values), dtype=values.dtype)
+    turned = vectors.T @ tangents[0] @ vectors
+    between = 1 / (values[None, :] - values[:, None] + eye) - eye
+    return (values, vectors), (jnp.diagonal(turned), vectors @ (between * turned))
+
+
+@jax.custom_jvp
+def qr(matrix: Array) -> tuple[Array, Array]:
+    """Q (n, m) and R (m, m) of a matrix (n, m) with n >= m."""
+    return sequential_vmap(lambda matrix: tuple(jnp.linalg.qr(matrix)))(matrix)
+
+
+@qr.defjvp
+def _qr_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    span, triangle = qr(*primals)
+    change = lu_solve(triangle.T, tangents[0].T).T
+    inner = span.T @ change
+    lower = jnp.tril(inner, -1)
+    rest = inner - lower + lower.T
+    return (span, triangle), (change - span @ rest, rest @ triangle)
 
 
 def symmetric_product(x: Array, halvings: int = 2) -> Array:

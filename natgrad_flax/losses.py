@@ -40,6 +40,14 @@ class Loss(abc.ABC):
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """w with R w = r, shape (N, S)."""
 
+    def columns_in_range(self, outputs: Array) -> Array | None:
+        """Which columns of R are not zero to rounding beside the largest of the batch, (N, S).
+
+        The others count as zero at zero damping, where a pseudo-inverse would divide by them. None
+        where all are in range whatever the outputs.
+        """
+        return None
+
     @abc.abstractmethod
     def sample(self, key: Array, outputs: Array, num_samples: int) -> Array:
         """Residuals of targets drawn from the model, shape (N, C, num_samples).
@@ -120,60 +128,85 @@ class SoftmaxCrossEntropy(Loss):
         return -jnp.sum(targets * jax.nn.log_softmax(outputs)) / outputs.shape[0]
 
     def residual(self, outputs: Array, targets: Array) -> Array:
-        """p - y, shape (N, C)."""
-        return jax.nn.softmax(outputs) - targets
+        """p sum(y) - y, which is p - y, shape (N, C); its rows sum to 0."""
+        return _residual(_probabilities(outputs), _winner(outputs), targets)
 
     def fisher(self, outputs: Array) -> Array:
         """diag(p) - p p^T + output_damping I, shape (N, C, C)."""
-        p = jax.nn.softmax(outputs)
-        eye = jnp.eye(p.shape[1], dtype=p.dtype)
-        return p[:, :, None] * (eye - p[:, None, :]) + self.output_damping * eye
+        p = _probabilities(outputs)
+        diagonal = p * _rest(p, _winner(outputs)) + self.output_damping
+        return _with_diagonal(diagonal, -p[:, :, None] * p[:, None, :])
 
     def factor(self, outputs: Array) -> Array:
         """R with R R^T = H: shape (N, C, C - 1), or (N, C, C) with an output damping.
 
         Undamped R = diag(sqrt p) Q, Q an orthonormal basis of the complement of sqrt p, because
-        H = diag(sqrt p) (I - sqrt p sqrt p^T) diag(sqrt p).
+        H = diag(sqrt p) (I - sqrt p sqrt p^T) diag(sqrt p). Q is the Householder reflection that
+        takes sqrt p to the axis of the likeliest class w, less that axis; so R has a column for
+        each other class j, sqrt(p_j) (e_j - m) with m_c = p_c / (1 + sqrt p_w), m_w = sqrt p_w.
         """
         if self.output_damping:
-            root, direction, shrink = self._damped_terms(outputs)
-            eye = jnp.eye(outputs.shape[1], dtype=outputs.dtype)
-            inner = eye - shrink * direction[:, :, None] * direction[:, None, :]
-            return root[:, :, None] * inner
-        root = jnp.exp(0.5 * jax.nn.log_softmax(outputs))
-        return root[:, :, None] * _complement(root)
+            root, direction, inner = self._damped_terms(outputs)
+            along = direction**2
+            diagonal = _rest(along, _winner(outputs)) + inner * along
+            shrunk = (inner - 1) * direction
+            return root[:, :, None] * _with_diagonal(
+                diagonal, shrunk[:, :, None] * direction[:, None, :]
+            )
+        p, winner = _probabilities(outputs), _winner(outputs)
+        root = jnp.sqrt(jnp.sum(winner * p, axis=1, keepdims=True))
+        mean = jnp.where(winner, root, p / (1 + root))
+        others = _others(outputs)
+        chosen = jax.nn.one_hot(others, p.shape[1], axis=1, dtype=p.dtype)
+        columns = jnp.take_along_axis(_root(outputs), others, axis=1)
+        return columns[:, None, :] * (chosen - mean[:, :, None])
 
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """w with R w = r: Q^T (r / sqrt p), shape (N, C - 1) or (N, C)."""
+        p, winner = _probabilities(outputs), _winner(outputs)
         if self.output_damping:
-            root, direction, shrink = self._damped_terms(outputs)
-            scaled = self.residual(outputs, targets) / root
+            root, direction, inner = self._damped_terms(outputs)
+            scaled = _residual(p, winner, targets) / root
             along = jnp.sum(direction * scaled, axis=1, keepdims=True)
-            return scaled + (shrink / (1 - shrink))[:, :, 0] * along * direction
-        log_p = jax.nn.log_softmax(outputs)
-        root = jnp.exp(0.5 * log_p)
-        # y / sqrt p for a label whose probability underflows: bounded, so that 0 stays 0
-        floor = -2 * jnp.log(jnp.finfo(outputs.dtype).max) / 3
-        scaled = root - targets * jnp.exp(-0.5 * jnp.maximum(log_p, floor))
-        return jnp.einsum("ncs,nc->ns", _complement(root), scaled)
+            return scaled + (1 / inner - 1) * along * direction
+        # Q^T sqrt p = 0, so only y / sqrt p counts; the columns are those of the factor
+        root = jnp.sqrt(jnp.sum(winner * p, axis=1, keepdims=True))
+        won = jnp.sum(winner * targets, axis=1, keepdims=True)
+        along = (jnp.sum(targets, axis=1, keepdims=True) + won / root) / (1 + root)
+        scaled = (p * along - targets) / _root(outputs)
+        return jnp.take_along_axis(scaled, _others(outputs), axis=1)
+
+    def columns_in_range(self, outputs: Array) -> Array | None:
+        """Classes whose probability is above eps times the largest of those that are not likeliest.
+
+        A column of R has a squared norm between p_j and 2 p_j.
+        """
+        if self.output_damping:
+            return None
+        p = jnp.take_along_axis(_probabilities(outputs), _others(outputs), axis=1)
+        return p > jnp.finfo(p.dtype).eps * jnp.max(p)
 
     def _damped_terms(self, outputs: Array) -> tuple[Array, Array, Array]:
         """H + d I = E^{1/2} (I - u u^T) E^{1/2}, E = diag(p + d), u = p / sqrt(p + d).
 
-        Returns sqrt(p + d), u / |u| and b with (I - b u u^T / |u|^2)^2 = I - u u^T.
+        Returns sqrt(p + d), u / |u| and sqrt(1 - |u|^2), for which
+        (I - (1 - sqrt(1 - |u|^2)) u u^T / |u|^2)^2 = I - u u^T.
         """
-        p = jax.nn.softmax(outputs)
-        root = jnp.sqrt(p + self.output_damping)
+        p, damping = _probabilities(outputs), self.output_damping
+        root = jnp.sqrt(p + damping)
         u = p / root
-        square = jnp.sum(u * u, axis=1, keepdims=True)
-        return root, u / jnp.sqrt(square), (1 - jnp.sqrt(1 - square))[:, :, None]
+        norm = jnp.sqrt(jnp.sum(u * u, axis=1, keepdims=True))
+        # 1 - |u|^2 without the difference, as the p sum to 1
+        inner = jnp.sum(p * (damping / (p + damping)), axis=1, keepdims=True)
+        return root, u / norm, jnp.sqrt(inner)
 
     def sample(self, key: Array, outputs: Array, num_samples: int) -> Array:
         """(p - e_k) / sqrt(num_samples) with classes k drawn from p, shape (N, C, num_samples)."""
         n, c = outputs.shape
         classes = jax.random.categorical(key, outputs[:, None, :], shape=(n, num_samples))
         drawn = jax.nn.one_hot(classes, c, dtype=outputs.dtype)
-        residual = jax.nn.softmax(outputs)[:, None, :] - drawn
+        p, winner = _probabilities(outputs), _winner(outputs)
+        residual = _residual(p[:, None, :], winner[:, None, :], drawn)
         return residual.swapaxes(1, 2) / num_samples**0.5
 
     def check_targets(self, targets: np.ndarray) -> None:
@@ -196,12 +229,46 @@ class SoftmaxCrossEntropy(Loss):
             )
 
 
-def _complement(unit: Array) -> Array:
-    """Orthonormal bases (N, C, C - 1) of the complements of unit vectors (N, C), by Householder."""
-    # reflects the unit vector onto the last axis; all entries of sqrt(p) are >= 0, so adding is
-    # free of cancellation
-    c = unit.shape[1]
-    v = unit.at[:, -1].add(1.0)
-    v = v * jax.lax.rsqrt(jnp.sum(v * v, axis=1, keepdims=True))
-    eye = jnp.eye(c, dtype=unit.dtype)
-    return (eye - 2 * v[:, :, None] * v[:, None, :])[:, :, :-1]
+def _probabilities(outputs: Array) -> Array:
+    """Softmax."""
+    return jnp.exp(jax.nn.log_softmax(outputs))
+
+
+def _winner(outputs: Array) -> Array:
+    """Whether a class is the likeliest of its sample, the first of equals, shape (N, C)."""
+    c = outputs.shape[1]
+    return jnp.arange(c) == jnp.argmax(outputs, axis=1, keepdims=True)
+
+
+def _others(outputs: Array) -> Array:
+    """The classes but the likeliest, shape (N, C - 1); the last class in the place of that one."""
+    c = outputs.shape[1]
+    places = jnp.arange(c - 1)
+    return jnp.where(places == jnp.argmax(outputs, axis=1, keepdims=True), c - 1, places)
+
+
+def _root(outputs: Array) -> Array:
+    """sqrt p, kept so far from 0 that 1 / sqrt p, and its quotient by a damping, stay finite.
+
+    What it adds to p, the square root of the smallest normal number, is far below rounding.
+    """
+    least = 0.5 * float(np.log(float(jnp.finfo(outputs.dtype).tiny)))
+    return jnp.exp(0.5 * jnp.maximum(jax.nn.log_softmax(outputs), least))
+
+
+def _with_diagonal(diagonal: Array, matrices: Array) -> Array:
+    """Matrices (N, C, C) with another diagonal (N, C)."""
+    return jnp.where(jnp.eye(matrices.shape[1], dtype=bool), diagonal[:, :, None], matrices)
+
+
+def _rest(p: Array, winner: Array) -> Array:
+    """1 - p for p that sum to 1: of the likeliest class the sum of the others, uncancelled."""
+    others = jnp.sum(jnp.where(winner, 0, p), axis=-1, keepdims=True)
+    return jnp.where(winner, others, 1 - p)
+
+
+def _residual(p: Array, winner: Array, targets: Array) -> Array:
+    """p sum(y) - y along the last axis; that of the likeliest class is minus the others' sum."""
+    plain = p * jnp.sum(targets, axis=-1, keepdims=True) - targets
+    others = jnp.sum(jnp.where(winner, 0, plain), axis=-1, keepdims=True)
+    return jnp.where(winner, -others, plain)

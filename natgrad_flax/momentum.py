@@ -38,7 +38,8 @@ class Momentum:
     def _carried(self, signals: Signals) -> tuple[LayerUpdate, ...]:
         """mu phi_before, layer by layer."""
         before = layer_updates(signals.layers, self.before)
-        return jax.tree.map(lambda leaf: self.decay * leaf, before)
+        dtype = signals.outputs.dtype
+        return jax.tree.map(lambda leaf: self.decay * leaf.astype(dtype), before)
 
     def solve(
         self, structure: Structure, signals: Signals, residual: Residual, damping: Array | float

@@ -199,6 +199,10 @@ class Signals:
         """The same signals with the first ``count`` seeds only."""
         return Signals(tuple(layer.take_seeds(0, count) for layer in self.layers), self.outputs)
 
+    def reseed(self, factor: Array) -> Signals:
+        """The signals of sum_s R[n,s,r] f[n,s] as seeds r, for R of shape (N, S, S')."""
+        return Signals(tuple(layer.reseed(factor) for layer in self.layers), self.outputs)
+
     def gram(self, other: Signals | None = None) -> Array:
         """K = sum_l K_l, shape (N S, N' S'); no 1/N."""
         others: Sequence[LayerSignals | None]

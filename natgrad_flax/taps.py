@@ -144,7 +144,8 @@ def _check_held(layer: nnx.BatchNorm, path: Path | None, args: Any, kwargs: Any)
         raise HeldStatisticsError(
             f"BatchNorm {where} {asked}: its outputs mix the samples of a batch, so no sample has "
             "a Jacobian, and no Fisher, of its own. Hold the statistics: call model.eval(), or "
-            "pass nnx.view(model, use_running_average=True)"
+            "pass nnx.view(model, use_running_average=True); to train with batch statistics, take "
+            'their gradient yourself and precondition it with gradient="incoming"'
         )
 
 
@@ -167,11 +168,29 @@ def tap(copy: nnx.Module) -> dict[int, Path]:
 def put(copy: nnx.Module, values: dict[Path, Array]) -> None:
     """Sets variables of a copy."""
     for path, value in values.items():
-        variable: Any = copy
-        for key in path:
-            plain = isinstance(variable, Mapping) or not isinstance(key, str)
-            variable = variable[key] if plain else getattr(variable, key)
-        variable.set_value(value)
+        _inside(owner_of(copy, path), path[-1]).set_value(value)
+
+
+def owner_of(model: nnx.Module, path: Path) -> Any:
+    """The module, list or dictionary that holds what stands at a path."""
+    return functools.reduce(_inside, path[:-1], model)
+
+
+def place(model: nnx.Module, path: Path, value: Any) -> None:
+    """Puts something at a path of a model."""
+    owner = owner_of(model, path)
+    if _has_items(owner, path[-1]):
+        owner[path[-1]] = value
+    else:
+        setattr(owner, path[-1], value)
+
+
+def _inside(owner: Any, key: Any) -> Any:
+    return owner[key] if _has_items(owner, key) else getattr(owner, key)
+
+
+def _has_items(owner: Any, key: Any) -> bool:
+    return isinstance(owner, Mapping) or not isinstance(key, str)
 
 
 def recorded_pass(copy: nnx.Module, sample: Any, tape: Tape) -> Array:
@@ -183,6 +202,10 @@ def recorded_pass(copy: nnx.Module, sample: Any, tape: Tape) -> Array:
         _TAPE.reset(token)
 
 
+class DoesNotRunError(ValueError):
+    """A model that fails on the inputs that it gets."""
+
+
 def outputs_of(model: nnx.Module, x: Any) -> Array:
     """The outputs (N, C) of a model; what it sows goes nowhere, what it perturbs stays as it is.
 
@@ -191,8 +214,9 @@ def outputs_of(model: nnx.Module, x: Any) -> Array:
       x: inputs, a tree of arrays (N, ...).
 
     Raises:
-      ValueError, TypeError: the model does not run on these inputs, or returns something other than
-        one array (N, C) of real floating numbers.
+      DoesNotRunError: the model fails on these inputs.
+      ValueError, TypeError: it returns something other than one array (N, C) of real floating
+        numbers.
     """
     n = batch_size(x)
     what = "one sample" if n == 1 else f"{n} samples"
@@ -204,9 +228,8 @@ def outputs_of(model: nnx.Module, x: Any) -> Array:
     except HeldStatisticsError:
         raise
     except Exception as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
         text = str(error).strip().partition("\n")[0]
-        raise kind(
+        raise DoesNotRunError(
             f"{type(model).__name__} does not run on {what}, model(x) with x of {described(x)}: "
             f"{type(error).__name__}: {text}"
         ) from error

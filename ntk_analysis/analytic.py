@@ -169,8 +169,9 @@ def analytic_kernels(
       parts: any of "tangent", "inputs", "derivatives" (L arrays each), "nngp" and "ntk"; all by
         default. A ConvNet has no "inputs" and "derivatives" of a pair of samples alone.
       store: keep the kernels in files below this folder, under a hash of all that decides them.
-        Finished blocks of an earlier call, killed or not, are not computed again; the arrays
-        returned are memory maps of the files, read-only.
+        Finished blocks of an earlier call, killed or not, are not computed again, unless they lost
+        the checksum that they were written with, which a warning says; the arrays returned are
+        memory maps of the files, read-only.
       progress: told about finished blocks.
       devices: those that compute, each its share of the blocks. By default those of this process
         that have enough to do: each compiles the steps for itself. With devices of other processes

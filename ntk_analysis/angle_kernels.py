@@ -69,7 +69,7 @@ def angles_of_inputs(
 
     (first, units), (second, others) = split(x1), split(x2)
     rough = 1 - units @ others.T
-    own = jnp.eye(len(x1), len(x2), dtype=bool) & diagonal
+    own = jnp.eye(len(units), len(others), dtype=bool) & diagonal
 
     def refined(unit: Array, row: Array, near: Array) -> Array:
         return jnp.where(near, jnp.sum((unit - others) ** 2, axis=1) / 2, row)

@@ -13,8 +13,10 @@ from jax.typing import ArrayLike
 
 from natgrad_flax import KFAC, LayerWise, RelativeDamping, Signals, Structure, UnitWise
 from natgrad_flax.checks import check_damping, check_structure
-from natgrad_flax.gradient import model_geometry, resolve_damping
+from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.learning_rate import model_geometry
 from natgrad_flax.memory import check_fits
+from natgrad_flax.scalars import as_number
 from natgrad_flax.spectrum import check_coefficient, check_symmetric
 from ntk_analysis.analytic import analytic_inputs, analytic_kernels
 from ntk_analysis.analytic_signals import (
@@ -227,7 +229,7 @@ def check_theory_arguments(structure: object, damping: object, kernels: object) 
     """Raises ValueError or TypeError on arguments that no theory can use."""
     check_structure(structure)
     check_damping(damping)
-    if not isinstance(damping, (int, float, RelativeDamping)):
+    if not isinstance(damping, RelativeDamping) and as_number(damping) is None:
         raise TypeError(
             f"theory needs a fixed damping, a number or an ng.RelativeDamping, got {damping!r}"
         )

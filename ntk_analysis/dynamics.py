@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, MeanSquaredError, Structure
 from natgrad_flax.arrays import check_concrete, real_array
-from natgrad_flax.checks import check_learning_rate
+from natgrad_flax.linear.descent import check_memory
+from natgrad_flax.scalars import check_learning_rate, check_steps
 from ntk_analysis.coefficient import (
     Damping,
     Kernels,
@@ -101,11 +102,11 @@ def predict_dynamics(
             f"training curves are predicted for the mean squared error only, got {loss!r}"
         )
     check_theory_arguments(structure, damping, kernels)
-    check_learning_rate(learning_rate)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
+    learning_rate, steps = check_learning_rate(learning_rate), check_steps(steps)
     signals = initial_signals(model, x, x_test)
     targets = check_targets(y, (signals.num_train, signals.num_outputs))
+    shape = (steps + 1, *signals.outputs.shape)
+    check_memory(shape, np.float64, "the outputs at every step", "take fewer steps")
     if kernels == "analytic":
         *outside, train = analytic_coefficients(structure, model, x, x_test, damping)
         test = outside[0] if outside else np.zeros((0, len(train)))

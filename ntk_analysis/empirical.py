@@ -7,7 +7,6 @@ that calls it is left as it is. Results are NumPy arrays, which are float64 outs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -99,7 +98,7 @@ def initial_signals(
         check_samples_alone(cast, inputs)
         graphdef, state = nnx.split(cast)
         # through jit, so that only the first call of a shape is traced
-        shapes, _ = jax.eval_shape(partial(_signals, graphdef), state, inputs)
+        shapes, _ = jax.eval_shape(_signals, graphdef, state, inputs)
         held = sum(map(signal_entries, shapes.layers))
         check_bytes(
             8 * held,
@@ -111,7 +110,7 @@ def initial_signals(
     return InitialSignals(signals, batch_size(parts[0]))
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit
 def _signals(graphdef: Any, state: Any, inputs: Any) -> tuple[Signals, Array]:
     # one program; op by op every new shape would compile dozens
     signals = jacobian_signals(nnx.merge(graphdef, state), inputs)
@@ -170,7 +169,12 @@ def _samples(signals: Signals, chosen: slice) -> Signals:
 
 def _in_float64(model: nnx.Module) -> nnx.Module:
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(_float64, state))
+    copy = nnx.merge(graphdef, jax.tree.map(_float64, state))
+    layer: Any
+    for _, layer in nnx.iter_modules(copy):
+        if getattr(layer, "dtype", None) is not None:  # what Flax's layers compute in
+            layer.dtype = jnp.float64
+    return copy
 
 
 def _float64(leaf: Any) -> Any:

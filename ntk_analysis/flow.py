@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, Residual, Signals, SoftmaxCrossEntropy, Structure
 from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.layer_signals import LayerSignals
-from natgrad_flax.shared_signals import ExplicitSignals
+from natgrad_flax.scalars import as_number, as_values, shown
 from ntk_analysis.coefficient import Damping, check_coefficient_fits, check_theory_arguments
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
@@ -121,8 +120,8 @@ def predict_flow(
         )
     if metric not in get_args(Metric):
         raise ValueError(f'metric must be "initial" or "current", got {metric!r}')
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol and atol must be positive, got {rtol} and {atol}")
+    if not all(0 < (as_number(value) or 0) < math.inf for value in (rtol, atol)):
+        raise ValueError(f"rtol and atol must be positive, got {shown(rtol)} and {shown(atol)}")
     check_theory_arguments(structure, damping, "empirical")
     moments = _times(times)
     initial = initial_signals(model, x, x_test)
@@ -159,7 +158,7 @@ def signal_flow(
     """
     with jax.enable_x64(True):
         plain = initial.train
-        seeded = reseeded(plain, loss.factor(plain.outputs))
+        seeded = plain.reseed(loss.factor(plain.outputs))
         check_coefficient_fits(structure, seeded)
         structure.check(seeded, damping)
         warn_of_resonance(structure, seeded, damping)
@@ -202,26 +201,15 @@ def residual_coefficient(
     with jax.enable_x64(True):
         plain = initial.train
         factor = loss.factor(plain.outputs)
-        seeded = reseeded(plain, factor)
+        seeded = plain.reseed(factor)
         rho = resolve_damping(structure, seeded, damping)
         acting = np.asarray(structure.coefficient(initial.everything, seeded, rho))
-    inverses = np.linalg.pinv(np.asarray(factor))
+    # columns of unlikely classes are short, not outside of the range
+    lengths = np.linalg.norm(np.asarray(factor), axis=1, keepdims=True)
+    inverses = np.linalg.pinv(np.asarray(factor) / lengths) / lengths.swapaxes(1, 2)
     n, s, c = inverses.shape
     combined: Matrix = np.einsum("rns,nsc->rnc", acting.reshape(-1, n, s), inverses)
     return combined.reshape(-1, n * c)
-
-
-def reseeded(signals: Signals, factor: Array) -> Signals:
-    """Signals of the plain outputs, seeded by a factor R of shape (N, C, S) instead."""
-
-    def seeded(layer: LayerSignals) -> LayerSignals:
-        field = "block" if isinstance(layer, ExplicitSignals) else "derivatives"
-        values = jnp.einsum("ncs,nc...->ns...", factor, getattr(layer, field))
-        changed: LayerSignals = dataclasses.replace(cast(Any, layer), **{field: values})
-        return changed
-
-    layers = tuple(seeded(layer) for layer in signals.layers)
-    return Signals(layers, signals.outputs)
 
 
 @functools.cache
@@ -243,7 +231,7 @@ def _current_field(structure: Structure, loss: Loss, damping: Damping) -> Callab
     def field(time: Array, outputs: Array, arguments: tuple[Signals, Signals, Array]) -> Array:
         everything, plain, targets = arguments
         inside = outputs[: len(targets)]
-        seeded = reseeded(plain, loss.factor(inside))
+        seeded = plain.reseed(loss.factor(inside))
         residual = Residual(loss.coefficients(inside, targets), None)
         updates = structure.solve(seeded, residual, resolve_damping(structure, seeded, damping))
         moved = (a.jvp(b) for a, b in zip(everything.layers, updates, strict=True))
@@ -289,8 +277,8 @@ def _integrate(
 
 
 def _times(times: Sequence[float] | Matrix) -> Matrix:
-    values = np.asarray(times, np.float64)
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+    values = as_values("times", times)
+    if not np.isfinite(values).all():
         raise ValueError(f"times must be a sequence of finite numbers, got {times!r}")
     if values[0] < 0 or (np.diff(values) <= 0).any() or values[-1] <= 0:
         raise ValueError(

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, IsotropyWarning, Signals, Structure
-from natgrad_flax.gradient import model_geometry
+from natgrad_flax.learning_rate import model_geometry
 from natgrad_flax.structures import Geometry
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
@@ -138,8 +138,8 @@ def isotropy(
     if structure.infinite_width == "train":
         matrix = coefficient_matrix(structure, model, x, damping=damping, kernels=kernels)
         return _report(structure, matrix, _limit_geometry(require_limit(model), np.shape(x)[0]), ())
-    limit, _ = analytic_signals(structure, model, x, None)
-    return limit_isotropy(structure, model, limit, damping)
+    limits, _ = analytic_signals(structure, model, x, None)
+    return limit_isotropy(structure, model, limits, damping)
 
 
 def isotropy_of(

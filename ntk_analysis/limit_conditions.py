@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from natgrad_flax import Signals, Structure
-from natgrad_flax.linalg import regular_factor
+from natgrad_flax.linalg import has_full_rank
 from natgrad_flax.structures import Geometry
 from ntk_analysis.analytic_signals import LimitLayer
 from ntk_analysis.conditions import (
@@ -70,5 +70,5 @@ def _ranks(signals: Signals, outputs: int) -> NetworkRanks:
 
 def _rank(kernel: Matrix) -> int:
     with jax.enable_x64(True):
-        _, regular = regular_factor(jnp.asarray(kernel))
+        regular = has_full_rank(jnp.asarray(kernel))
     return len(kernel) if regular else gram_rank(kernel, len(kernel))

@@ -13,9 +13,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, Signals, Structure
-from natgrad_flax.checks import check_integer, check_number
 from natgrad_flax.damping import is_zero
 from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.scalars import check_integer, check_number, check_seed
 from ntk_analysis.analytic import Progress, analytic_inputs, analytic_kernels
 from ntk_analysis.analytic_signals import check_limit, check_shared_weights
 from ntk_analysis.coefficient import (
@@ -152,11 +152,11 @@ def predict(
         that cannot fit in memory.
     """
     check_theory_arguments(structure, damping, kernels)
-    check_number("ridge", ridge, positive=False)
+    ridge = check_number("ridge", ridge, positive=False)
     if covariance not in get_args(Covariance):
         raise ValueError(f"covariance must be none, variance or full, got {covariance!r}")
-    check_integer("initialisations", initialisations, 0)
-    check_integer("seed", seed, 0)
+    initialisations = check_integer("initialisations", initialisations, 0)
+    seed = check_seed(seed, draws=max(1, initialisations))
     if kernels == "empirical":
         if covariance != "none" or initialisations:
             raise ValueError(

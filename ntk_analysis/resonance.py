@@ -19,9 +19,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import LayerWise, RelativeDamping, Signals, Structure
-from natgrad_flax.checks import check_damping, check_learning_rate, check_structure
+from natgrad_flax.checks import check_damping, check_structure
 from natgrad_flax.gradient import resolve_damping
 from natgrad_flax.memory import check_fits
+from natgrad_flax.scalars import as_values, check_learning_rate
 from ntk_analysis.coefficient import Damping, check_coefficient_fits
 from ntk_analysis.empirical import Matrix, initial_signals
 
@@ -98,10 +99,8 @@ def spectral_radius(
       ValueError, TypeError: bad arguments, or a structure that does not suit the network.
     """
     check_structure(structure)
-    check_learning_rate(learning_rate)
-    values = np.asarray(dampings, np.float64)
-    if values.ndim != 1:
-        raise ValueError(f"dampings must be a sequence of numbers, got shape {values.shape}")
+    learning_rate = check_learning_rate(learning_rate)
+    values = as_values("dampings", dampings)
     check_damping(values)
     return signal_radii(structure, initial_signals(model, x).train, learning_rate, values)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgrad_flax.linalg import regular_factor
+from natgrad_flax.linalg import has_full_rank
 from ntk_analysis.empirical import Matrix
 
 
@@ -33,9 +33,9 @@ def symmetric_solve(matrix: Matrix, vectors: Matrix) -> Matrix:
 
     symmetric = (matrix + matrix.T) / 2
     with jax.enable_x64(True):
-        factor, regular = regular_factor(jnp.asarray(symmetric))
+        regular = has_full_rank(jnp.asarray(symmetric))
     if regular:
-        return np.asarray(scipy.linalg.cho_solve((np.asarray(factor), True), vectors))
+        return np.asarray(scipy.linalg.solve(symmetric, vectors, assume_a="pos"))
     values, basis = np.linalg.eigh(symmetric)
     sizes = np.abs(values)
     cutoff = zero_below(len(values), sizes.max(), float(np.abs(matrix - matrix.T).max()))

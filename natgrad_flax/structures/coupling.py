@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.linalg import add_diagonal, inverse_psd, lu_solve, solve_psd
+from natgrad_flax.linalg import (
+    above_rounding,
+    add_diagonal,
+    eigh,
+    has_full_rank,
+    inverse_psd,
+    lu_solve,
+    pinv_solve,
+    reciprocal,
+    solve_psd,
+)
 
 
 def mix(sigma: np.ndarray, targets: list[Array]) -> list[Array]:
@@ -37,60 +49,147 @@ def solve_coupled(
 
 
 def solve_tridiagonal(
-    grams: list[Array], targets: list[Array], shift: Array | float
+    grams: list[Array], targets: list[Array], shift: Array | float, *, refine: bool
 ) -> list[Array]:
     """The damped tri-diagonal system by odd-even elimination (science: 3.3).
 
     Layers 1, 3, 5, ... have the positive definite diagonal blocks K_l + s and no coupling among
     themselves; they are eliminated by Cholesky. What remains, of half the size, is indefinite and
     is solved by LU with pivoting. Plain block elimination from one end would divide by blocks that
-    become singular as s -> 0.
+    become singular as s -> 0. Where s is too small for that in this precision, the system is solved
+    in the ranges of the layers.
+
+    Args:
+      grams: K_l, L arrays (n, n).
+      targets: b, L arrays (n,) or (n, k).
+      shift: s.
+      refine: takes one step of iterative refinement, for what will be divided by s.
     """
+    eliminated = _eliminate(grams, shift)
+    duals = eliminated(targets)
+    if refine:
+        left = [
+            target - shift * dual - sum(grams[j] @ duals[j] for j in _beside(i, len(grams), 0))
+            for i, (target, dual) in enumerate(zip(targets, duals, strict=True))
+        ]
+        duals = [dual + more for dual, more in zip(duals, eliminated(left), strict=True)]
+    depth = len(grams)
+    sigma = np.eye(depth) + np.eye(depth, k=1) + np.eye(depth, k=-1)
+    return jax.lax.cond(
+        jnp.all(jnp.isfinite(jnp.stack(duals))),
+        lambda: duals,
+        lambda: solve_in_ranges(sigma, grams, targets, shift),
+    )
+
+
+def _beside(i: int, depth: int, nearest: int = 1) -> list[int]:
+    """The layers next to one, and itself where those at distance 0 count."""
+    return [j for j in range(depth) if nearest <= abs(i - j) <= 1]
+
+
+def _eliminate(grams: list[Array], shift: Array | float) -> Callable[[list[Array]], list[Array]]:
+    """The factorised tri-diagonal system, as a function of its right-hand sides."""
     depth, n = len(grams), grams[0].shape[0]
     kept = range(1, depth, 2)
     inverses = {
         i: inverse_psd(add_diagonal(grams[i], shift), shifted=True) for i in range(0, depth, 2)
     }
-    width = 1 if targets[0].ndim == 1 else targets[0].shape[1]
-    columns = [target.reshape(n, width) for target in targets]
 
     # an eliminated layer has u_i = P_i c_i and z_i = K_i u_i = c_i - s P_i c_i with P_i the inverse
     # and c_i = b_i - z_{i-1} - z_{i+1}; no product with K_i is needed
-    rows, right = [], []
+    rows = []
     for i in kept:
-        neighbours = [j for j in (i - 1, i + 1) if j < depth]
+        neighbours = _beside(i, depth)
         both = sum((inverses[j] for j in neighbours[1:]), start=inverses[neighbours[0]])
         cells = {j: jnp.zeros((n, n), grams[0].dtype) for j in kept}
         cells[i] = add_diagonal((1 - len(neighbours)) * grams[i] + shift * (both @ grams[i]), shift)
-        target = columns[i]
         for j in neighbours:
-            target = target - columns[j] + shift * (inverses[j] @ columns[j])
             other = 2 * j - i
             if 0 < other < depth:
                 cells[other] = shift * (inverses[j] @ grams[other]) - grams[other]
         rows.append(jnp.concatenate([cells[j] for j in kept], axis=1))
-        right.append(target)
-    duals: dict[int, Array] = {}
-    if rows:
-        solution = lu_solve(jnp.concatenate(rows), jnp.concatenate(right))
-        duals = dict(zip(kept, jnp.split(solution, len(rows)), strict=True))
-    for i in range(0, depth, 2):
-        target = columns[i]
-        for j in (i - 1, i + 1):
-            if 0 < j < depth:
+
+    def solve(targets: list[Array]) -> list[Array]:
+        columns = [target.reshape(n, -1) for target in targets]
+        right = []
+        for i in kept:
+            target = columns[i]
+            for j in _beside(i, depth):
+                target = target - columns[j] + shift * (inverses[j] @ columns[j])
+            right.append(target)
+        duals: dict[int, Array] = {}
+        if rows:
+            solution = lu_solve(jnp.concatenate(rows), jnp.concatenate(right))
+            duals = dict(zip(kept, jnp.split(solution, len(right)), strict=True))
+        for i in range(0, depth, 2):
+            target = columns[i]
+            for j in _beside(i, depth):
                 target = target - grams[j] @ duals[j]
-        duals[i] = inverses[i] @ target
-    return [duals[i].reshape(targets[i].shape) for i in range(depth)]
+            duals[i] = inverses[i] @ target
+        return [duals[i].reshape(targets[i].shape) for i in range(depth)]
+
+    return solve
 
 
-def minimum_norm(sigma: np.ndarray, grams: list[Array], duals: list[Array]) -> list[Array]:
+def solve_undamped(sigma: np.ndarray, grams: list[Array], target: Array) -> list[Array]:
+    """u with J_l^T u_l the layers of G^+ S^T (1 (x) b), for one b of all layers.
+
+    Where every K_l is regular these are the weights of Theorem 4.1 times K_l^{-1} b, for a singular
+    Sigma moved to the least norm. Layers may lose rank by their data alone (units that are off,
+    samples that repeat), which sizes do not tell; then the pseudo-inverse is taken in their ranges.
+    """
+    weights = (np.linalg.pinv(sigma, hermitian=True) @ np.ones(len(grams))).tolist()
+
+    def regular() -> list[Array]:
+        duals = [
+            weight * solve_psd(gram, target, shifted=True)
+            if abs(weight) > 1e-12
+            else jnp.zeros_like(target)
+            for weight, gram in zip(weights, grams, strict=True)
+        ]
+        return duals if _is_regular(sigma) else _minimum_norm(sigma, grams, duals)
+
+    every = jnp.all(jnp.stack([has_full_rank(gram) for gram in grams]))
+    return jax.lax.cond(
+        every, regular, lambda: solve_in_ranges(sigma, grams, [target] * len(grams), 0.0)
+    )
+
+
+def solve_in_ranges(
+    sigma: np.ndarray, grams: list[Array], targets: list[Array], shift: Array | float
+) -> list[Array]:
+    """u with J_l^T u_l the layers of (G + rho)^+ J_l^T b_l, whatever the rank of the J_l.
+
+    With J_l = U s V^T it is u = U s^{-1} (M + N rho)^+ s U^T b, M = s U^T (Sigma (x) I) U s: one
+    eigendecomposition a layer, and one of the whole L n x L n system.
+    """
+    spectra = [eigh(gram) for gram in grams]
+    roots = [jnp.sqrt(jnp.maximum(above_rounding(values), 0)) for values, _ in spectra]
+    halves = [vectors * root for (_, vectors), root in zip(spectra, roots, strict=True)]
+    rows = [
+        jnp.concatenate([c * (a.T @ b) for c, b in zip(row, halves, strict=True)], axis=1)
+        for row, a in zip(sigma.tolist(), halves, strict=True)
+    ]
+    inner = jnp.concatenate([a.T @ b for a, b in zip(halves, targets, strict=True)])
+    parts = jnp.split(pinv_solve(add_diagonal(jnp.concatenate(rows), shift), inner), len(grams))
+    return [
+        (vectors * reciprocal(root)) @ part
+        for (_, vectors), root, part in zip(spectra, roots, parts, strict=True)
+    ]
+
+
+def _is_regular(sigma: np.ndarray) -> bool:
+    return bool(np.linalg.matrix_rank(sigma, tol=1e-9) == len(sigma))
+
+
+def _minimum_norm(sigma: np.ndarray, grams: list[Array], duals: list[Array]) -> list[Array]:
     """Moves along the null space of G's range conditions to the update of least norm.
 
     For a null vector v of Sigma, u_l + v_l K_l^{-1} t solves the same equations for every t; the
     squared norm sum_l z_l^T K_l^{-1} z_l with z_l = K_l u_l + v_l t is least for
     (sum_l v_l^2 K_l^{-1}) t = -sum_l v_l u_l.
     """
-    null = np.linalg.svd(sigma)[2][-1]
+    null = np.linalg.svd(sigma)[2][-1].tolist()
     active = [i for i in range(len(grams)) if abs(null[i]) > 1e-9]
     inverses = {i: inverse_psd(grams[i], shifted=False) for i in active}
     metric = sum(null[i] ** 2 * inverses[i] for i in active)

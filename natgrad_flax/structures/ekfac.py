@@ -12,7 +12,15 @@ from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
-from natgrad_flax.linalg import add_diagonal, symmetric_product
+from natgrad_flax.linalg import (
+    above_rounding,
+    add_diagonal,
+    eigh,
+    qr,
+    rank_cutoff,
+    reciprocal,
+    symmetric_product,
+)
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
@@ -157,8 +165,10 @@ class EKFAC(AveragedStructure):
                 updates.append(layer.update(multiply_blocks(entry["blocks"], slope)))
                 continue
             half = _turned_gradient(layer, direction, entry["inputs"])
-            spanned = residual.coefficients is not None
-            solved = entry["inputs"] @ _solve_units(entry, half, spanned=spanned)
+            seen = None
+            if residual.coefficients is not None:
+                seen = _seen_units(layer, entry["units"])
+            solved = entry["inputs"] @ _solve_units(entry, half, seen)
             updates.append(layer.update(ungrouped(solved)))
         return tuple(updates)
 
@@ -255,27 +265,31 @@ def _is_thin(basis: Array) -> bool:
     return basis.shape[2] < basis.shape[1]
 
 
-def _solve_units(entry: dict[str, Any], half: Array, *, spanned: bool = False) -> Array:
+def _solve_units(entry: dict[str, Any], half: Array, seen: Array | float | None = None) -> Array:
     """G^{-1} g of what has been turned into the basis of the inputs, (G, r, M/G), and stays there.
 
     Args:
       entry: of ``EKFAC.invert``.
       half: U_A^T g.
-      spanned: g has nothing outside of the basis of the units.
+      seen: 1 for the vectors of the basis of the units that g has a part in, and 0 for the others,
+        where g is in their span; else None.
     """
     right = entry["units"]
     inside = half @ right
+    if seen is not None:
+        return (entry["inverse"] * inside * seen) @ right.mT
     solved = (entry["inverse"] * inside) @ right.mT
-    if _is_thin(right) and not spanned:
+    if _is_thin(right):
         solved = solved + entry["outside"] * (half - inside @ right.mT)
     return solved
 
 
 def _turned_gradient(layer: LayerSignals, direction: Array, left: Array) -> Array:
-    """U_A^T a^T R, (G, r, M/G), for cotangents R of the pre-activations."""
+    """U_A^T a^T R, (G, r, M/G), for cotangents R of the pre-activations; 0 where a U_A is."""
     assert isinstance(layer, (DenseSignals, SharedSignals))
     if isinstance(layer, DenseSignals):
-        return ((layer.augmented_inputs() @ left[0]).T @ direction)[None]
+        turned = layer.augmented_inputs() @ left[0]
+        return ((turned * _seen(turned)).T @ direction)[None]
     if _is_thin(left):
         turned = jnp.einsum("ntgk,gkp->ntgp", layer.augmented_inputs(), left)
         return jnp.einsum("ntgp,ntgm->gpm", turned, direction)
@@ -283,8 +297,21 @@ def _turned_gradient(layer: LayerSignals, direction: Array, left: Array) -> Arra
     return left.mT @ grouped(matrix_of(layer.pull_back(direction)), len(left))
 
 
+def _seen_units(layer: LayerSignals, right: Array) -> Array:
+    """1 for the vectors of U_B that the derivatives have a part in, 0 where it is rounding."""
+    if not isinstance(layer, DenseSignals):
+        return jnp.ones((), right.dtype)
+    return _seen(layer.flat_derivatives() @ right[0])
+
+
+def _seen(turned: Array) -> Array:
+    """1 for columns (R, r) that are more than the rounding of the largest, else 0."""
+    norms = jnp.sqrt(jnp.sum(turned**2, axis=0))
+    return (above_rounding(norms) != 0).astype(turned.dtype)
+
+
 def _eigenvectors(factor: Array) -> Array:
-    return jnp.linalg.eigh(factor)[1]
+    return eigh(factor)[1]
 
 
 def _span(rows: Array, whole: bool) -> Array:
@@ -298,7 +325,7 @@ def _span(rows: Array, whole: bool) -> Array:
         if whole or part.shape[0] >= part.shape[1]:
             return _eigenvectors(symmetric_product(part.T))
         # orthonormal to rounding whatever the rank of the rows, unlike rows^T times a scaling
-        span, triangle = jnp.linalg.qr(part.T)
+        span, triangle = qr(part.T)
         return span @ _eigenvectors(symmetric_product(triangle))
 
     return over_groups(group, rows)
@@ -339,12 +366,12 @@ def _turns_rows(layer: SharedSignals, left: Array, right: Array) -> bool:
 def _reciprocal(squares: Array, rho: Array | float) -> Array:
     """1 / (S* + rho); at the number 0 a pseudo-inverse with the cutoff of ``linalg.pinv_solve``."""
     if not is_zero(rho):
-        return 1 / (squares + rho)
-    side = max(*squares.shape[1:], 32)
-    cutoff = side * jnp.finfo(squares.dtype).eps * jnp.max(squares, axis=(1, 2), keepdims=True)
-    return jnp.where(squares > cutoff, 1 / jnp.where(squares > cutoff, squares, 1), 0)
+        return reciprocal(squares + rho)
+    cutoff = rank_cutoff(max(squares.shape[1:]), squares.dtype)
+    top = jnp.max(squares, axis=(1, 2), keepdims=True)
+    return reciprocal(jnp.where(squares > cutoff * top, squares, 0))
 
 
 def _outside(rho: Array | float, dtype: Any) -> Array:
-    """The inverse of G where no sample has anything: 1 / rho, or 0 at the number 0."""
-    return jnp.asarray(0.0 if is_zero(rho) else 1 / rho, dtype)
+    """The inverse of G where no sample has anything: 1 / rho, or 0 at 0."""
+    return reciprocal(jnp.asarray(rho, dtype))

@@ -13,7 +13,7 @@ from jax import Array
 from natgrad_flax.arrays import real_array
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.linalg import lu_solve, pinv_solve, regular_factor, solve_psd
+from natgrad_flax.linalg import has_full_rank, lu_solve, pinv_solve
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
@@ -30,10 +30,11 @@ from natgrad_flax.structures.base import (
     woodbury,
 )
 from natgrad_flax.structures.coupling import (
-    minimum_norm,
     mix,
     solve_coupled,
+    solve_in_ranges,
     solve_tridiagonal,
+    solve_undamped,
 )
 from natgrad_flax.structures.exact import mean_gram_diagonal
 
@@ -120,7 +121,10 @@ class LayerWise(Structure):
         if residual.coefficients is None:
             targets = mix(sigma, targets)
         grams = [layer.gram() for layer in signals.layers]
-        duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping))
+        inside = residual.coefficients is not None
+        duals = self._solve_grams(
+            sigma, grams, targets, shift, zero=is_zero(damping), inside=inside
+        )
         return tuple(
             layer.pull_back(dual_direction(layer, index, residual, duals[index], shift))
             for index, layer in enumerate(signals.layers)
@@ -139,14 +143,10 @@ class LayerWise(Structure):
         images = [layer.jvp(g).reshape(-1) for layer, g in zip(signals.layers, slope, strict=True)]
         grams = [layer.gram() for layer in signals.layers]
         if is_zero(damping):
-            # the Jacobians have full row rank, or Sigma is the identity
-            solved = [solve_psd(k, b, shifted=False) for k, b in zip(grams, images, strict=True)]
-            mixed = mix(np.linalg.pinv(sigma, hermitian=True), solved)
-            return tuple(
-                pull_back_solution(layer, solve_psd(k, b, shifted=False))
-                for layer, k, b in zip(signals.layers, grams, mixed, strict=True)
-            )
-        duals = self._solve_grams(sigma, grams, mix(sigma, images), shift, zero=False)
+            inside = [pinv_solve(k, b) for k, b in zip(grams, images, strict=True)]
+            duals = solve_in_ranges(sigma, grams, inside, 0.0)
+            return tuple(map(pull_back_solution, signals.layers, duals))
+        duals = self._solve_grams(sigma, grams, mix(sigma, images), shift, zero=False, inside=False)
         return tuple(
             woodbury(layer, g, dual, shift)
             for layer, g, dual in zip(signals.layers, slope, duals, strict=True)
@@ -165,7 +165,7 @@ class LayerWise(Structure):
         grams = [layer.gram() for layer in train.layers]
         targets = [vectors] * len(grams)
         shift = train.num_samples * damping
-        duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping))
+        duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping), inside=True)
         parts = [
             there.gram(here) @ dual
             for there, here, dual in zip(test.layers, train.layers, duals, strict=True)
@@ -174,7 +174,7 @@ class LayerWise(Structure):
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
         """alpha for every output; None where a layer's Jacobian lacks full row rank."""
-        if not all(regular_factor(layer.gram())[1] for layer in train.layers):
+        if not all(has_full_rank(layer.gram()) for layer in train.layers):
             return None
         alpha = self.weights(len(train.layers)).sum()
         return jnp.full(train.size, alpha, train.outputs.dtype)
@@ -187,6 +187,7 @@ class LayerWise(Structure):
         shift: Array | float,
         *,
         zero: bool,
+        inside: bool,
     ) -> list[Array]:
         """u with (s I + (Sigma (x) I) blockdiag(K_l)) u = b; at s = 0 the pseudo-inverse's u.
 
@@ -196,15 +197,10 @@ class LayerWise(Structure):
           targets: b, L arrays (n,) or (n, k); at s = 0 they must all be the same.
           shift: s = N rho.
           zero: s is known to be 0.
+          inside: J_l^T u_l are the updates, and not what (g_l - J_l^T u_l) / s makes of them.
         """
         if zero:
-            weights = self.weights(len(grams))
-            return [
-                weight * solve_psd(gram, target, shifted=False)
-                if abs(weight) > 1e-12
-                else jnp.zeros_like(target)
-                for weight, gram, target in zip(weights, grams, targets, strict=True)
-            ]
+            return solve_undamped(sigma, grams, targets[0])
         return solve_coupled(sigma, grams, targets, shift)
 
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
@@ -314,10 +310,8 @@ class BlockTriDiagonal(LayerWise):
         shift: Array | float,
         *,
         zero: bool,
+        inside: bool,
     ) -> list[Array]:
-        if not zero:
-            return solve_tridiagonal(grams, targets, shift)
-        duals = super()._solve_grams(sigma, grams, targets, shift, zero=True)
-        if len(grams) % 3 != 2:
-            return duals
-        return minimum_norm(sigma, grams, duals)
+        if zero:
+            return solve_undamped(sigma, grams, targets[0])
+        return solve_tridiagonal(grams, targets, shift, refine=not inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +11,8 @@ from jax import Array
 
 from natgrad_flax.damping import per_layer
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
+from natgrad_flax.linalg import rank_cutoff, reciprocal
+from natgrad_flax.shared_signals import SharedSignals
 from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import (
@@ -44,8 +47,14 @@ class QuasiDiagonal(AveragedStructure):
     def solve(
         self, signals: Signals, residual: Residual, damping: Array | float
     ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N; see ``Structure.solve``."""
-        return self.precondition(signals, gradient(signals, residual), damping)
+        """G^{-1} J^T r / N, with the gradient of centred inputs; see ``Structure.solve``."""
+        layers = tuple(_centred(layer)[0] for layer in signals.layers)
+        slope = gradient(Signals(layers, signals.outputs), residual)
+        inverse = self.invert(self.moments(signals), damping, signals.num_samples)
+        return tuple(
+            _solve_units(entries, g, centred=True)
+            for entries, g in zip(inverse, slope, strict=True)
+        )
 
     def precondition(
         self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
@@ -58,10 +67,23 @@ class QuasiDiagonal(AveragedStructure):
         """The diagonal of F, and with a bias its products with the weights, "mixed" (K, M)."""
         return tuple(map(_layer_statistics, signals.layers))
 
+    def latest(self, signals: Signals) -> tuple[LayerUpdate, ...]:
+        """As ``statistics`` of centred inputs, with their "centre" over that of the bias."""
+        found = []
+        for layer in signals.layers:
+            near, centre = _centred(layer)
+            entry = _layer_statistics(near)
+            found.append(entry if centre is None else {**entry, "centre": centre})
+        return tuple(found)
+
+    def moments(self, signals: Signals) -> Moments:
+        """Of one batch, and so of centred inputs."""
+        return Moments(self.latest(signals))
+
     def invert(
         self, moments: Moments, damping: Array | float, num_samples: int
     ) -> tuple[LayerUpdate, ...]:
-        """M_00 + rho, M_0j and what is left of M_jj + rho; without a bias M_jj + rho."""
+        """M_00, the ratios M_0j / M_00, and what is left of M_jj; without a bias M_jj."""
         factors = moments.factors
         return tuple(
             _damped_entries(entry, rho, num_samples)
@@ -72,16 +94,10 @@ class QuasiDiagonal(AveragedStructure):
         self, inverse: tuple[LayerUpdate, ...], slope: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:
         """The metric solved unit by unit: weights first, then what they leave of the bias."""
-        updates = []
-        for entries, g in zip(inverse, slope, strict=True):
-            if "bias" not in g:
-                updates.append({"kernel": divide(g["kernel"], entries["kernel"])})
-                continue
-            scaled = divide(g["bias"], entries["bias"])
-            kernel = divide(g["kernel"] - scaled * entries["mixed"], entries["kernel"])
-            shared = divide(jnp.sum(entries["mixed"] * kernel, axis=0), entries["bias"])
-            updates.append({"kernel": kernel, "bias": scaled - shared})
-        return tuple(updates)
+        return tuple(
+            _solve_units(entries, g, centred=False)
+            for entries, g in zip(inverse, slope, strict=True)
+        )
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """As for the diagonal with inputs a_j - (M_0j / M_00) a_0, plus the bias direction."""
@@ -100,10 +116,14 @@ class QuasiDiagonal(AveragedStructure):
                 right = Signals((here,), train.outputs)
                 total = total + Diagonal().coefficient(left, right, rho)
                 continue
-            entries = _layer_entries(here, rho)
-            inverse = divide(jnp.ones_like(entries["kernel"]), entries["kernel"])
-            bias = divide(jnp.ones_like(entries["bias"]), entries["bias"])
-            rows = ((entries["mixed"] * bias).T, inverse.T, bias)
+            (entries,) = self.invert(
+                self.moments(Signals((here,), train.outputs)), rho, here.num_samples
+            )
+            rows = (
+                entries["ratio"].T,
+                reciprocal(entries["kernel"]).T,
+                reciprocal(entries["bias"]),
+            )
 
             def kernel(
                 row: tuple[Array, ...],
@@ -121,15 +141,12 @@ class QuasiDiagonal(AveragedStructure):
     def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
         """The metric of every unit, in the order of ``Signals.to_dense``."""
         blocks = []
-        for layer, rho in zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True):
-            entries = _layer_entries(layer, rho)
+        inverse = self.invert(self.moments(signals), damping, signals.num_samples)
+        for layer, entries in zip(signals.layers, inverse, strict=True):
             if layer.bias_scale is None:
                 blocks.append(jnp.diag(entries["kernel"].reshape(-1)))
                 continue
-            ratio = divide(
-                entries["mixed"], jnp.broadcast_to(entries["bias"], entries["mixed"].shape)
-            )
-            row = jnp.concatenate([ratio, jnp.ones((1, layer.num_units))])
+            row = jnp.concatenate([entries["ratio"], jnp.ones((1, layer.num_units))])
             unit = jnp.einsum("ji,ki,i->jki", row, row, entries["bias"])
             rest = jnp.concatenate([entries["kernel"], jnp.zeros((1, layer.num_units))])
             unit = unit + jnp.einsum("jk,ji->jki", jnp.eye(layer.fan_in), rest)
@@ -144,7 +161,7 @@ class QuasiDiagonal(AveragedStructure):
 
     def scale_of(self, moments: Moments, num_samples: int) -> Array:
         """Mean of the diagonal of F, one value a layer."""
-        return Diagonal().scale_of(moments, num_samples)
+        return Diagonal().scale_of(Moments(tuple(map(_uncentred, moments.factors))), num_samples)
 
     def alpha(self, geometry: Geometry) -> float:
         """Raises ValueError: not isotropic."""
@@ -170,18 +187,68 @@ def _layer_statistics(layer: LayerSignals) -> LayerUpdate:
     return entries if layer.bias_scale is None else {**entries, "mixed": _bias_products(layer)}
 
 
-def _layer_entries(layer: LayerSignals, rho: Array | float) -> LayerUpdate:
-    return _damped_entries(_layer_statistics(layer), rho, layer.num_samples)
+def _centred(layer: LayerSignals) -> tuple[LayerSignals, Array | None]:
+    """The layer with inputs a_j - m_j b around their means m_j b, b the scale of the bias, and m.
+
+    That is another basis of the same functions, in which M_jj - M_0j^2 / M_00 is no difference of
+    nearly equal numbers. m is (K, M), or (K, 1) where it is the same for all units; None where
+    there is no bias to take the mean, or no inputs.
+    """
+    scale = layer.bias_scale
+    if not scale or not isinstance(layer, (DenseSignals, SharedSignals)):
+        return layer, None
+    if isinstance(layer, DenseSignals):
+        mean = jnp.mean(layer.inputs, axis=0)
+        return dataclasses.replace(layer, inputs=layer.inputs - mean), mean[:, None] / scale
+    mean = jnp.mean(layer.inputs, axis=(0, 1))
+    units = layer.num_units // layer.num_groups
+    near = dataclasses.replace(layer, inputs=layer.inputs - mean)
+    return near, jnp.repeat(mean.T, units, axis=1) / scale
+
+
+def _uncentred(entry: LayerUpdate) -> LayerUpdate:
+    """The diagonal of F itself."""
+    if "centre" not in entry:
+        return entry
+    centre = entry["centre"]
+    moved = centre * (2 * entry["mixed"] + centre * entry["bias"])
+    return {**entry, "kernel": entry["kernel"] + moved}
 
 
 def _damped_entries(entry: LayerUpdate, rho: Array | float, num_samples: int) -> LayerUpdate:
-    """M_00 (M,) as bias, M_0j as mixed, M_jj - M_0j^2 / M_00 (K, M) as kernel; rho added."""
-    weights = entry["kernel"] + rho
+    """What solves the metric of one layer.
+
+    Returns:
+      M_00 (M,) as "bias", M_0j / M_00 (K, M) as "ratio", also in the basis of the centred inputs
+      ("near"), and as "kernel" what M_0j^2 / M_00 leaves of M_jj, a sum of what is not negative:
+      (1/N) sum_ns D^2 (a_j - ratio_j b)^2 + rho (1 + ratio_j^2).
+    """
     if "bias" not in entry:
-        return {"kernel": weights}
-    bias, mixed = entry["bias"] + rho, entry["mixed"]
-    remainder = weights - mixed**2 * divide(jnp.ones_like(bias), bias)
-    # what is left of a weight whose input does not vary is rounding, and counts as zero
-    noise = num_samples * jnp.finfo(weights.dtype).eps
-    kernel = jnp.where(remainder > noise * weights, remainder, 0)
-    return {"kernel": kernel, "bias": bias, "mixed": mixed}
+        return {"kernel": entry["kernel"] + rho}
+    centre = entry.get("centre", 0.0)
+    corner = entry["bias"] + rho
+    near = divide(entry["mixed"] - rho * centre, jnp.broadcast_to(corner, entry["mixed"].shape))
+    ratio = near + centre
+    varied = entry["kernel"]
+    spread = varied + near * (near * entry["bias"] - 2 * entry["mixed"])
+    # of a weight whose input does not vary rounding is left, which counts as zero: of the inputs
+    # themselves, and of the sum
+    noise = rank_cutoff(num_samples, varied.dtype)
+    spread = jnp.where(spread > noise**2 * _uncentred(entry)["kernel"], spread, 0)
+    left = spread + rho * (1 + ratio**2)
+    return {
+        "kernel": jnp.where(left > noise * varied, left, 0),
+        "bias": corner,
+        "ratio": ratio,
+        "near": near,
+    }
+
+
+def _solve_units(entries: LayerUpdate, slope: LayerUpdate, *, centred: bool) -> LayerUpdate:
+    """The metric of one layer solved, for a slope of its inputs or of the centred ones."""
+    if "bias" not in slope:
+        return {"kernel": divide(slope["kernel"], entries["kernel"])}
+    taken = entries["near" if centred else "ratio"] * slope["bias"]
+    kernel = divide(slope["kernel"] - taken, entries["kernel"])
+    shared = jnp.sum(entries["ratio"] * kernel, axis=0)
+    return {"kernel": kernel, "bias": divide(slope["bias"], entries["bias"]) - shared}

@@ -12,7 +12,7 @@ from jax import Array
 from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
-from natgrad_flax.linalg import is_full_rank, pinv_solve, solve_psd
+from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, solve_psd
 from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
@@ -102,7 +102,7 @@ class UnitWise(Structure):
                 shift = signals.num_samples * rho
                 root = jnp.sqrt(_weights(layer))
                 image = root * layer.push_forward(g)
-                dual = solve_scaled_gram(layer.input_gram(), root, shift, image)
+                dual = solve_units_of_gram(layer.input_gram(), root, shift, image)
                 back = layer.pull_back(root * dual)
                 updates.append(jax.tree.map(lambda a, b, rho=rho: (a - b) / rho, g, back))
         return tuple(updates)
@@ -206,9 +206,28 @@ def _damped(layer: DenseSignals, direction: Array, shift: Array | float, inside:
     """(S_i A + s)^{-1} delta_i for every unit, shape (N, M) (science: 3.5)."""
     gram, root = layer.input_gram(), jnp.sqrt(_weights(layer))
     if inside:
-        return root * solve_scaled_gram(gram, root, shift, divide(direction, root))
-    dual = solve_scaled_gram(gram, root, shift, root * (gram @ direction))
+        return root * solve_units_of_gram(gram, root, shift, divide(direction, root))
+    dual = solve_units_of_gram(gram, root, shift, root * (gram @ direction))
     return (direction - root * dual) / shift
+
+
+def solve_units_of_gram(gram: Array, root: Array, shift: Array | float, rhs: Array) -> Array:
+    """(diag(d_i) A diag(d_i) + s)^{-1} b_i for every unit, shape (N, M).
+
+    By eigenvalues where s is too small for Cholesky in this precision, which is seen by solutions
+    that are larger than 1 / s times their right-hand side.
+    """
+    found = solve_scaled_gram(gram, root, shift, rhs)
+
+    def unit(columns: tuple[Array, Array]) -> Array:
+        d, b = columns
+        return pinv_solve(add_diagonal(d[:, None] * gram * d, shift), b)
+
+    return jax.lax.cond(
+        jnp.all(shift * jnp.sum(found**2, axis=0) ** 0.5 <= 2 * jnp.sum(rhs**2, axis=0) ** 0.5),
+        lambda: found,
+        lambda: jax.lax.map(unit, (root.T, rhs.T)).T,
+    )
 
 
 def _in_parameters(layer: DenseSignals, slope: Array, rho: Array | float) -> LayerUpdate:
@@ -216,10 +235,11 @@ def _in_parameters(layer: DenseSignals, slope: Array, rho: Array | float) -> Lay
     inputs = layer.augmented_inputs()
 
     def unit(columns: tuple[Array, Array]) -> Array:
-        weights, target = columns
-        return solve_block((inputs.T * weights) @ inputs, target, rho)
+        root, target = columns
+        return solve_block(root[:, None] * inputs, target, rho)
 
-    solved = jax.lax.map(unit, (_weights(layer).T / layer.num_samples, slope.T))
+    roots = jnp.sqrt(_weights(layer) / layer.num_samples)
+    solved = jax.lax.map(unit, (roots.T, slope.T))
     return layer.update(solved.T)
 
 
@@ -230,8 +250,7 @@ def _undamped(layer: DenseSignals, direction: Array) -> Array:
     active. Otherwise every unit gets an eigendecomposition of its own.
     """
     gram, weights = layer.input_gram(), _weights(layer)
-    factor = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
-    full_rank = is_full_rank(gram, factor, shifted=False)
+    full_rank = has_full_rank(gram)
     active = weights > 0
     targets = divide(direction, weights)
 
@@ -240,7 +259,9 @@ def _undamped(layer: DenseSignals, direction: Array) -> Array:
 
     def masked() -> Array:
         mask = active.astype(gram.dtype)
-        return solve_scaled_gram(gram, mask, 1 - mask, targets)
+        # where both branches run (under vmap), no NaN of this one may reach a derivative
+        regular = jnp.where(full_rank, gram, jnp.eye(len(gram), dtype=gram.dtype))
+        return solve_scaled_gram(regular, mask, 1 - mask, targets)
 
     def deficient() -> Array:
         def unit(columns: tuple[Array, Array]) -> Array:

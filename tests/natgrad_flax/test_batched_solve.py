@@ -71,6 +71,22 @@ def test_broadcast_shift(shape):
     assert _residual(a, d, e, b, v)[0] < 1e-5
 
 
+@pytest.mark.parametrize("closed", [1, 4], ids=["gram", "everything"])
+def test_constants_compile_to_the_program_of_arguments(closed):
+    # folded fences let XLA fuse the whole factorisation into a few kernels that are slow
+    args = [jnp.asarray(x) for x in _problem(12, 20, np.float32)]
+
+    def compiled(*constants):
+        step = jax.jit(lambda *rest: solve_scaled_gram(*constants, *rest))
+        return step.lower(*args[len(constants) :]).compile().as_text()
+
+    ours, plain = compiled(*args[:closed]), compiled()
+    fences = [text.count(" conditional(") for text in (ours, plain)]
+    assert fences[0] == fences[1] > 0
+    instructions = [text.count(" = ") for text in (ours, plain)]
+    assert 0.9 < instructions[0] / instructions[1] < 1.1
+
+
 def test_lapack_path(monkeypatch):
     args = [jnp.asarray(x) for x in _problem(6, 11, np.float32)]
     expected = solve_scaled_gram(*args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax
@@ -359,31 +358,3 @@ def check_finite(array: Any, name: str) -> None:
         bad = int(array.size - xp.sum(xp.isfinite(values)))
     if bad:
         raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}")
-
-
-def available_memory() -> int:
-    """Bytes that the default device could hold, or the machine where it does not say."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_fits(side: int, itemsize: int, what: str) -> None:
-    """Refuses a square array that cannot fit.
-
-    Args:
-      side: rows of the array.
-      itemsize: bytes of an entry.
-      what: the array, for the message.
-
-    Raises:
-      ValueError: the array and its factorisation need more than the device has.
-    """
-    needed, free = 2 * side * side * itemsize, available_memory()
-    if needed > free:
-        raise ValueError(
-            f"{what} is {side} x {side}: with its factorisation it needs "
-            f"{needed / 2**30:,.1f} GiB and the device has {free / 2**30:,.1f} GiB; use a smaller "
-            'batch, fisher="mc", or a structure with smaller blocks'
-        )

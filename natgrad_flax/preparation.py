@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.checks import check_fits, check_normal
+from natgrad_flax.checks import check_normal
 from natgrad_flax.damping import (
     LevenbergMarquardt,
     RelativeDamping,
@@ -21,8 +21,9 @@ from natgrad_flax.damping import (
 )
 from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
 from natgrad_flax.losses import Loss
+from natgrad_flax.memory import check_fits
 from natgrad_flax.signals import Signals
-from natgrad_flax.sizes_of_signals import check_signals_fit
+from natgrad_flax.sizes_of_signals import check_signals_fit, system_arrays
 from natgrad_flax.structures import Structure
 
 
@@ -61,7 +62,12 @@ def prepare(
         y,
     )
     side = structure.gram_size(signals) if size is None else size(signals)
-    check_fits(side, signals.outputs.dtype.itemsize, f"the system that {structure.name} solves")
+    check_fits(
+        side,
+        signals.outputs.dtype.itemsize,
+        f"the system that {structure.name} solves",
+        system_arrays(structure, signals) if size is None else 2.0,
+    )
     if size is None:
         check_signals_fit(structure, signals)
     _check_damping(structure, signals, damping)

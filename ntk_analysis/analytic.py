@@ -19,7 +19,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax.arrays import check_concrete
-from natgrad_flax.checks import available_memory, check_array
+from natgrad_flax.checks import check_array
+from natgrad_flax.memory import available_memory
 from ntk_analysis.block_devices import (
     AT_ONCE,
     Block,

@@ -11,9 +11,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax import RelativeDamping, Signals, Structure
-from natgrad_flax.checks import check_damping, check_fits, check_structure
-from natgrad_flax.gradient import model_geometry, resolve_damping
+from natgrad_flax import KFAC, LayerWise, RelativeDamping, Signals, Structure, UnitWise
+from natgrad_flax.checks import check_damping, check_structure
+from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.learning_rate import model_geometry
+from natgrad_flax.memory import check_fits
 from natgrad_flax.scalars import as_number
 from natgrad_flax.spectrum import check_coefficient, check_symmetric
 from ntk_analysis.analytic import analytic_inputs, analytic_kernels
@@ -89,7 +91,7 @@ def coefficient_pair(
     """
     with jax.enable_x64(True):
         train = signals.train
-        check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
+        check_coefficient_fits(structure, train)
         structure.check(train, damping)
         rho = resolve_damping(structure, train, damping)
         both = np.asarray(structure.coefficient(signals.everything, train, rho))
@@ -156,7 +158,7 @@ def limit_coefficients(
       damping: as in ``coefficient_matrix``.
     """
     with jax.enable_x64(True):
-        check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
+        check_coefficient_fits(structure, train)
         structure.check(train, damping)
         rho = resolve_damping(structure, train, damping)
     for rows in (train,) if test is None else (test, train):
@@ -166,7 +168,7 @@ def limit_coefficients(
         if rows is train:
             check_symmetric(one, structure.name)
         size = one.shape[0] * one.shape[1] * outputs**2
-        check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs")
+        check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs", 1.0)
         yield np.kron(one, np.eye(outputs))
 
 
@@ -198,6 +200,29 @@ def analytic_signals(
     if outside is not None:
         cross = analytic_kernels(model, outside, inside, parts=parts, **options)
     return limit_signals(require_limit(model), train, cross, inside, outside)
+
+
+def check_coefficient_fits(structure: Structure, signals: Signals, *, few: bool = False) -> None:
+    """Refuses a coefficient matrix (N C, N C) that cannot fit with what it is made of.
+
+    It is computed operation by operation, so that Gram matrices of all layers are there at once;
+    the counts are those of measured peaks.
+
+    Args:
+      structure: the Fisher approximation.
+      signals: of the training samples.
+      few: it acts on a few vectors alone.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    depth = len(signals.layers)
+    if few or not isinstance(structure, LayerWise | KFAC | UnitWise):
+        arrays = depth + 2.5
+    else:
+        arrays = 4 * depth + 0.5 if isinstance(structure, LayerWise) else 8.0
+    what = f"the coefficient matrix of {structure.name}, which it solves for,"
+    check_fits(signals.size, 8, what, arrays)
 
 
 def check_theory_arguments(structure: object, damping: object, kernels: object) -> None:

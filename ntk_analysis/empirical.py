@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from natgrad_flax import Signals, jacobian_signals
 from natgrad_flax.arrays import batch_size, check_concrete, described, shapes_of
-from natgrad_flax.checks import check_fits, check_model_inputs
+from natgrad_flax.checks import check_model_inputs
 from natgrad_flax.independence import check_samples_alone
+from natgrad_flax.memory import check_bytes, check_fits
 from natgrad_flax.plans import check_model
+from natgrad_flax.sizes_of_signals import signal_entries
 
 Matrix = NDArray[np.float64]
 _LARGEST = 1e75
@@ -94,7 +96,16 @@ def initial_signals(
         inputs = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
         cast = _in_float64(model)
         check_samples_alone(cast, inputs)
-        signals, largest = _signals(*nnx.split(cast), inputs)
+        graphdef, state = nnx.split(cast)
+        # through jit, so that only the first call of a shape is traced
+        shapes, _ = jax.eval_shape(_signals, graphdef, state, inputs)
+        held = sum(map(signal_entries, shapes.layers))
+        check_bytes(
+            8 * held,
+            f"{held:,} inputs and derivatives of layers need",
+            "use fewer samples, or a smaller network",
+        )
+        signals, largest = _signals(graphdef, state, inputs)
         check_range(float(largest), "its inputs, outputs or derivatives")
     return InitialSignals(signals, batch_size(parts[0]))
 
@@ -140,7 +151,7 @@ def empirical_layer_kernels(
     signals = initial_signals(model, x1, x2)
     size = signals.everything.size
     with jax.enable_x64(True):
-        check_fits(size, 8, "the kernel of a layer")
+        check_fits(size, 8, "the kernel of a layer", len(signals.everything.layers) + 2.0)
         first = signals.train
         if x2 is None:
             return [np.asarray(layer.gram()) for layer in first.layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,10 +16,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, Residual, Signals, SoftmaxCrossEntropy, Structure
-from natgrad_flax.checks import check_fits
 from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.scalars import as_values, check_number
-from ntk_analysis.coefficient import Damping, check_theory_arguments
+from natgrad_flax.scalars import as_number, as_values, shown
+from ntk_analysis.coefficient import Damping, check_coefficient_fits, check_theory_arguments
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.resonance import warn_of_resonance
@@ -120,9 +120,8 @@ def predict_flow(
         )
     if metric not in get_args(Metric):
         raise ValueError(f'metric must be "initial" or "current", got {metric!r}')
-    rtol, atol = (
-        check_number(name, value, positive=True) for name, value in (("rtol", rtol), ("atol", atol))
-    )
+    if not all(0 < (as_number(value) or 0) < math.inf for value in (rtol, atol)):
+        raise ValueError(f"rtol and atol must be positive, got {shown(rtol)} and {shown(atol)}")
     check_theory_arguments(structure, damping, "empirical")
     moments = _times(times)
     initial = initial_signals(model, x, x_test)
@@ -160,7 +159,7 @@ def signal_flow(
     with jax.enable_x64(True):
         plain = initial.train
         seeded = plain.reseed(loss.factor(plain.outputs))
-        check_fits(structure.gram_size(seeded), 8, f"the system that {structure.name} solves")
+        check_coefficient_fits(structure, seeded)
         structure.check(seeded, damping)
         warn_of_resonance(structure, seeded, damping)
         field: Callable[..., Array]

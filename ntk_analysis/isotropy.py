@@ -10,8 +10,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, IsotropyWarning, Signals, Structure
-from natgrad_flax.checks import check_fits
-from natgrad_flax.gradient import model_geometry
+from natgrad_flax.learning_rate import model_geometry
 from natgrad_flax.structures import Geometry
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
@@ -164,7 +163,6 @@ def isotropy_of(
         Theta-bar is not finite.
     """
     train = InitialSignals(signals.train, signals.num_train)
-    check_fits(train.everything.size, 8, "the coefficient matrix")
     matrix, _ = coefficient_pair(structure, train, damping)
     if ranks is None:
         ranks = measured_ranks(train.everything)

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 from flax import nnx
 
 from natgrad_flax import MLP, ConvNet
-from natgrad_flax.checks import check_number
+from natgrad_flax.memory import check_bytes
+from natgrad_flax.scalars import check_number
 from ntk_analysis.names import find
 
 NETWORKS = ("mlp", "conv-flatten", "conv-average")
@@ -82,19 +84,34 @@ def build_network(
       outputs: C.
       seed: of the parameters.
       **options: ``activation``, ``weight_variance`` and ``bias_variance``.
+
+    Raises:
+      ValueError: its parameters cannot fit.
     """
-    rngs = nnx.Rngs(seed)
-    if network == "mlp":
-        return MLP((*sample_shape, *widths, outputs), **options, rngs=rngs)
-    return ConvNet(
-        tuple(sample_shape),
-        widths,
-        outputs,
-        strides=(1, *[2] * (len(widths) - 1)),
-        pooling=network.removeprefix("conv-"),
-        **options,
-        rngs=rngs,
+
+    def build() -> MLP | ConvNet:
+        rngs = nnx.Rngs(seed)
+        if network == "mlp":
+            return MLP((*sample_shape, *widths, outputs), **options, rngs=rngs)
+        return ConvNet(
+            tuple(sample_shape),
+            widths,
+            outputs,
+            strides=(1, *[2] * (len(widths) - 1)),
+            pooling=network.removeprefix("conv-"),
+            **options,
+            rngs=rngs,
+        )
+
+    leaves = jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param))
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
+    check_bytes(
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves),
+        f"a network of hidden widths {', '.join(map(str, widths))} has {count:,} parameters, which "
+        "need",
+        "choose smaller widths",
     )
+    return build()
 
 
 def network_words(network: str) -> str:

@@ -13,7 +13,6 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, Signals, Structure
-from natgrad_flax.checks import check_fits
 from natgrad_flax.damping import is_zero
 from natgrad_flax.gradient import resolve_damping
 from natgrad_flax.scalars import check_integer, check_number, check_seed
@@ -23,6 +22,7 @@ from ntk_analysis.coefficient import (
     Damping,
     Kernels,
     analytic_signals,
+    check_coefficient_fits,
     check_theory_arguments,
     coefficient_pair,
 )
@@ -351,7 +351,7 @@ def _predict_empirical(
 
 
 def _checked_damping(structure: Structure, train: Signals, damping: Damping) -> jax.Array | float:
-    check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
+    check_coefficient_fits(structure, train, few=is_zero(damping))
     structure.check(train, damping)
     return resolve_damping(structure, train, damping)
 

@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import natgrad_datasets
 import numpy as np
-from flax import nnx
 from natgrad_datasets import Dataset, DatasetError
 
 from natgrad_flax import KFAC, MLP, Signals, SingularCouplingWarning, Structure
@@ -23,7 +22,7 @@ from ntk_analysis.dynamics import squared_losses
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.experiment import Experiment, Report, describe_data
 from ntk_analysis.methods import Method, find_structure, select_methods
-from ntk_analysis.networks import check_damping_size, check_variances
+from ntk_analysis.networks import build_network, check_damping_size, check_variances
 from ntk_analysis.prediction import (
     Prediction,
     initial_outputs,
@@ -171,13 +170,18 @@ class PredictionSettings:
 
     def model(self, data: Dataset) -> MLP:
         """The network."""
-        return MLP(
-            (data.input_dim, *self.widths, data.output_dim),
+        network = build_network(
+            "mlp",
+            (data.input_dim,),
+            self.widths,
+            data.output_dim,
             activation=self.activation,
             weight_variance=self.weight_variance,
             bias_variance=self.bias_variance,
-            rngs=nnx.Rngs(self.seed),
+            seed=self.seed,
         )
+        assert isinstance(network, MLP)
+        return network
 
     def fingerprint(self, data: Dataset, versions: dict[str, str]) -> str:
         """SHA-256 of all that decides a result; which structures are asked for does not."""

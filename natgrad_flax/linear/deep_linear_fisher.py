@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.checks import check_fits
 from natgrad_flax.linear.deep_linear_forms import chain
 from natgrad_flax.linear.deep_linear_moments import (
     Moments,
@@ -22,6 +21,7 @@ from natgrad_flax.linear.deep_linear_moments import (
     check_weights,
     is_square,
 )
+from natgrad_flax.memory import check_fits
 from natgrad_flax.scalars import check_integer
 
 

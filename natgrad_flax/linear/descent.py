@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.checks import as_array, available_memory, check_finite
+from natgrad_flax.checks import as_array, check_finite
+from natgrad_flax.memory import available_memory
 from natgrad_flax.scalars import check_integer, check_number, check_steps
 
 Integrator = Literal["euler", "rk4"]

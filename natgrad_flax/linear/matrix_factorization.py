@@ -369,7 +369,7 @@ def step_kernel(
     step_size = check_number("step_size", step_size, positive=True)
     size = as_number(error)
     if size is None or not np.isfinite(size) or size == 0:
-        raise ValueError(f"error must be a finite number and not 0, got {shown(error)}")
+        raise ValueError(f"error must be finite and not 0, got {shown(error)}")
     factors, one = _one_entry(factors, entry, kind)
     step = _RULES[kind](factors, error * one)
     moved = tuple(w - step_size * d for w, d in zip(factors, step, strict=True))

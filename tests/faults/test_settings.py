@@ -220,7 +220,7 @@ LEARNING_RATES = {
         lambda: matrix_factorization.step_kernel(
             [X[:3, :3]], (0, 0), kind="euclidean", step_size=0.1, error="1"
         ),
-        Refused("error must be a finite number"),
+        Refused("error must be finite and not 0, got '1'"),
     ),
     "the law of a step, NaN": (
         lambda: deep_linear.euler_product(jnp.eye(2), jnp.eye(2), 3, np.float32(np.nan)),
@@ -355,7 +355,7 @@ COUNTS = {
     "one time alone": (lambda: flow(1.0), Refused("times must be a sequence of numbers")),
     "a tolerance that is NaN": (
         lambda: flow([1.0], rtol=np.float32(np.nan)),
-        Refused("rtol must be positive and finite"),
+        Refused("rtol and atol must be positive"),
     ),
     "dampings that are text": (
         lambda: na.spectral_radius(ng.Exact(), MODEL, X, 0.1, ["a"]),

@@ -13,7 +13,7 @@ from flax import nnx
 
 import natgrad_flax as ng
 import ntk_analysis as na
-from natgrad_flax.gradient import model_geometry
+from natgrad_flax.learning_rate import model_geometry
 from ntk_analysis.conditions import LayerRanks, failed_conditions, measured_ranks
 from ntk_analysis.empirical import initial_signals
 from ntk_analysis.isotropy import isotropy, isotropy_of

@@ -25,6 +25,7 @@ from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 from natgrad_flax.structures.base import Geometry, ravel
+from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.kronecker import (
     factor_means,
     factor_rows,
@@ -241,12 +242,7 @@ class EKFAC(AveragedStructure):
 
     def damping_scale(self, signals: Signals) -> Array:
         """Mean of the diagonal of F, which no rotation changes, one value a layer."""
-        return jnp.stack(
-            [
-                jnp.sum(layer.gram_norms()) / float(layer.num_samples * layer.num_params)
-                for layer in signals.layers
-            ]
-        )
+        return mean_diagonal(signals)
 
     def alpha(self, geometry: Geometry) -> float:
         """Raises ValueError: sizes do not tell."""

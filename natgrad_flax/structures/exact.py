@@ -140,3 +140,13 @@ class Exact(Structure):
 def mean_gram_diagonal(signals: Signals) -> list[Array]:
     """For each layer the mean diagonal of K_l, over N."""
     return [jnp.mean(layer.gram_norms()) / layer.num_samples for layer in signals.layers]
+
+
+def mean_diagonal(signals: Signals) -> Array:
+    """The mean of the diagonal of F, one value a layer, without the diagonal."""
+    return jnp.stack(
+        [
+            jnp.sum(layer.gram_norms()) / float(layer.num_samples * layer.num_params)
+            for layer in signals.layers
+        ]
+    )

@@ -30,6 +30,7 @@ from natgrad_flax.structures.diagonal import (
     no_alpha,
     sum_over_units,
 )
+from natgrad_flax.structures.exact import mean_diagonal
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,10 @@ class QuasiDiagonal(AveragedStructure):
         """Mean of the diagonal of F, one value a layer."""
         return Diagonal().scale_of(Moments(tuple(map(_uncentred, moments.factors))), num_samples)
 
+    def damping_scale(self, signals: Signals) -> Array:
+        """Mean of the diagonal of F, one value a layer, without the diagonal."""
+        return mean_diagonal(signals)
+
     def alpha(self, geometry: Geometry) -> float:
         """Raises ValueError: not isotropic."""
         raise ValueError(no_alpha(self.name))
@@ -227,7 +232,8 @@ def _damped_entries(entry: LayerUpdate, rho: Array | float, num_samples: int) ->
         return {"kernel": entry["kernel"] + rho}
     centre = entry.get("centre", 0.0)
     corner = entry["bias"] + rho
-    near = divide(entry["mixed"] - rho * centre, jnp.broadcast_to(corner, entry["mixed"].shape))
+    # one quotient a unit: XLA does not repeat divisions, and would keep (K, M) of them instead
+    near = (entry["mixed"] - rho * centre) * reciprocal(corner)
     ratio = near + centre
     varied = entry["kernel"]
     spread = varied + near * (near * entry["bias"] - 2 * entry["mixed"])

@@ -146,18 +146,19 @@ def _run(solve, signals, residual, rho=0.0):
 def bound(structure, made, dtype, rho, condition):
     """The error, over the norm of the reference, that a cell may have; None: it is finite.
 
-    Inside of the span of the samples 1e-3 in float32, or a fifth of eps cond where that is more:
-    2.4e-3 at the condition of 1e5 up to which it is promised. Of a Monte-Carlo gradient the
-    rounding outside of the span is divided by the damping, which loses eps cond.
+    Up to a condition of 1e5 it is 1e-3 in float32, or a third of eps cond where that is more, 4e-3
+    at most; where layers are coupled two thirds, and for a Monte-Carlo gradient, whose rounding
+    outside of the span of the samples is divided by the damping, eps cond itself.
     """
     eps, outside = float(np.finfo(dtype).eps), made.coefficients is None
+    coupled = isinstance(structure, ng.LayerWise) and not isinstance(structure, ng.BlockDiagonal)
     least = 1e-3 if dtype == np.float32 else 1e-8
     if condition < 1e5:
-        return max(least, (1 if outside else 0.2) * eps * condition)
+        return max(least, (1 if outside else 0.67 if coupled else 0.33) * eps * condition)
+    if coupled or outside:
+        return None
     if rho == 0 and (isinstance(structure, ng.EKFAC) or 500 * eps * condition > 1):
         return None  # rounding decides on the eigenvectors, or on the rank
-    if isinstance(structure, ng.LayerWise) and not isinstance(structure, ng.BlockDiagonal):
-        return None  # indefinite systems
     return max(least, 10 * eps * condition)
 
 

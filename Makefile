@@ -5,6 +5,14 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
+# WHEELS=folder installs from wheels in a folder, for machines that reach no package registry
+ifdef WHEELS
+export UV_OFFLINE := 1
+export UV_FIND_LINKS := $(abspath $(WHEELS))
+export PIP_NO_INDEX := 1
+export PIP_FIND_LINKS := $(abspath $(WHEELS))
+endif
+
 # threads of OpenBLAS, which JAX's LAPACK calls come from, would fight with XLA's for the cores
 export OPENBLAS_NUM_THREADS ?= 1
 
@@ -124,6 +132,10 @@ bench-check: .venv/.bench ## every suite of this working tree at its smallest si
 peers: .venv/.run .venv-peers-jax/.ready .venv-peers-torch/.ready ## our K-FAC beside that of kfac-jax, curvlinops and nngeometry: natgrad-peers/results.md
 	$(BIN)/python -m benchmarks.peer_comparison --out natgrad-peers $(PEERS_ARGS)
 
+.PHONY: gpu
+gpu: .venv/.gpu ## on a machine with a GPU: the figures, steps and suites that compare devices, in ten minutes: results/gpu-*.json
+	$(BIN)/python -m benchmarks.gpu
+
 .PHONY: clean
 clean: ## removes what make made; benchmark results stay
 	rm -rf .venv .venv-jax .venv-jax11 .venv-peers-jax .venv-peers-torch report build dist natgrad.egg-info .asv/env .asv/html
@@ -152,6 +164,10 @@ clean: ## removes what make made; benchmark results stay
 
 .venv/.bench: .venv/.uv pyproject.toml
 	$(UV) pip install --quiet --python $(BIN)/python -e '.[bench]'
+	@touch $@
+
+.venv/.gpu: .venv/.bench
+	$(UV) pip install --quiet --python $(BIN)/python 'jax[cuda12]'
 	@touch $@
 
 .venv-jax/.dev: .venv/.uv pyproject.toml

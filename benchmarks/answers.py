@@ -21,7 +21,7 @@ from benchmarks.problems import Entry, Line, Problem
 from benchmarks.programs import LEARNING_RATE, check_finite, damping
 from natgrad_flax.damping import per_layer
 from natgrad_flax.fisher import fisher_signals
-from natgrad_flax.gradient import as_state, leaf_names, resolve_damping
+from natgrad_flax.gradient import resolve_damping
 from natgrad_flax.layer_signals import (
     LayerSignals,
     LayerUpdate,
@@ -31,6 +31,7 @@ from natgrad_flax.layer_signals import (
 )
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.trees import as_state, leaf_names
 
 DEFECT = 0.1
 """Most of |G u - g| / |g|. Rounding is about eps N S over the ratio of a relative damping."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import statistics
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from benchmarks.problems import (
     skip_reason,
 )
 from benchmarks.programs import Steps, alternate, flops, peak_bytes, prepare, temporary_bytes
+from ntk_analysis.results import write_json
 
 MIN_REPEATS = 7
 
@@ -304,8 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(cells, options.markdown))
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     if options.out:
-        found = {"environment": about, "measurements": [cell.record() for cell in cells]}
-        options.out.write_text(json.dumps(found, indent=2) + "\n")
+        records = [cell.record() for cell in cells]
+        write_json(
+            options.out,
+            {"command": "benchmarks.step", "environment": about, "measurements": records},
+        )
 
 
 if __name__ == "__main__":

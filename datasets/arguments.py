@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +54,46 @@ def check_integer(value: object, name: str, minimum: int) -> int:
     return int(value)
 
 
+def is_sequence(value: object) -> bool:
+    """Whether an argument is a sequence of entries, and no text."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def check_number(value: object, name: str) -> float:
+    """Check an argument that is 0 or positive.
+
+    Args:
+        value: What the caller gave.
+        name: What to call it in an error.
+
+    Returns:
+        The number.
+
+    Raises:
+        DatasetError: It is no number, negative, NaN or infinite.
+    """
+    number = math.nan
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # of an integer longer than any float
+            number = float(value)
+    if not 0 <= number < math.inf:
+        raise DatasetError(f"{name} must be 0 or positive and finite, got {value!r}")
+    return number
+
+
+def check_flag(value: object, name: str) -> bool:
+    """Check an argument that is true or false.
+
+    Raises:
+        DatasetError: It is neither; a text such as "no" would count as true.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise DatasetError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """Check a floating-point type.
 
@@ -65,8 +108,10 @@ def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """
     message = f"dtype must be 'float32' or 'float64', got {dtype!r}"
     try:
-        result = np.dtype(dtype)
-    except TypeError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of names that NumPy gives up
+            result = np.dtype(dtype)
+    except (TypeError, ValueError, Warning) as error:
         raise DatasetError(message) from error
     # NumPy takes None for float64, also in comparisons.
     if dtype is None or result not in (np.dtype(np.float32), np.dtype(np.float64)):
@@ -90,7 +135,7 @@ def check_classes(entry: Entry, classes: Sequence[int] | None) -> tuple[int, ...
     if classes is None:
         return tuple(range(entry.num_classes))
     known = f"0...{entry.num_classes - 1}"
-    if isinstance(classes, str | bytes) or not isinstance(classes, Sequence | np.ndarray):
+    if not is_sequence(classes):
         raise DatasetError(f"classes must be a sequence of class ids in {known}, got {classes!r}")
     chosen = tuple(check_integer(c, "every class", 0) for c in classes)
     if any(c >= entry.num_classes for c in chosen):

@@ -6,6 +6,7 @@ Nothing here unpickles. Every file is checked for magic number and exact size be
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import struct
 import zlib
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataFileError
+from .files import LARGEST, read_file
 
 _IDX_UINT8 = 0x08
 _CIFAR_SHAPE_CHW = (3, 32, 32)
@@ -24,80 +26,102 @@ _CIFAR_NUM_CLASSES = 10
 _ADVICE = "delete it and fetch it again"
 
 
-def _content(path: Path) -> bytes:
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as stream:
-                return stream.read()
-        return path.read_bytes()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataFileError(
-            f"{path}: expected a complete gzip file, but it is truncated or corrupted "
-            f"({error}); {_ADVICE}"
-        ) from error
-    except OSError as error:
-        raise DataFileError(f"{path}: cannot be read ({error})") from error
-
-
 def read_idx(path: str | Path, ndim: int) -> NDArray[np.uint8]:
-    """Read an IDX file of unsigned bytes.
+    """Read an IDX file of unsigned bytes; see `parse_idx`.
+
+    Raises:
+        DataFileError: As `parse_idx`; or the file is unreadable.
+    """
+    return parse_idx(read_file(Path(path)), Path(path), ndim)
+
+
+def parse_idx(content: bytes, path: Path, ndim: int) -> NDArray[np.uint8]:
+    """Read the content of an IDX file of unsigned bytes.
 
     The format is that of LeCun, Cortes & Burges: two zero bytes, the type (0x08), the number of
-    dimensions, one big-endian 32-bit size per dimension, then the values in row-major order.
+    dimensions, one big-endian 32-bit size per dimension, then the values in row-major order. No
+    more is decompressed than the sizes say.
 
     Args:
-        path: The file; it is decompressed if its name ends in ".gz".
+        content: Of the file; it is decompressed if the name of the file ends in ".gz".
+        path: Of the file.
         ndim: Expected number of dimensions, 3 for images (N, H, W) and 1 for labels (N,).
 
     Returns:
         The values, unscaled, with the shape the file states.
 
     Raises:
-        DataFileError: The file is unreadable, truncated, corrupted, longer than it states, or
-            has the wrong magic number.
+        DataFileError: The content is truncated, corrupted, longer than it states, larger than any
+            data file, or has the wrong magic number.
     """
-    path = Path(path)
-    content = _content(path)
-    header = 4 + 4 * ndim
-    expected_magic = (_IDX_UINT8 << 8) | ndim
-    if len(content) < header:
+    stream: io.BufferedIOBase = io.BytesIO(content)
+    if path.suffix == ".gz":
+        stream = gzip.GzipFile(fileobj=stream)
+    try:
+        return _parse_idx(stream, path, ndim)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataFileError(
-            f"{path}: expected an IDX header of {header} bytes, found {len(content)} bytes in "
+            f"{path}: expected a complete gzip file, but it is truncated or corrupted "
+            f"({error}); {_ADVICE}"
+        ) from error
+
+
+def _parse_idx(stream: io.BufferedIOBase, path: Path, ndim: int) -> NDArray[np.uint8]:
+    size = 4 + 4 * ndim
+    header = stream.read(size)
+    expected_magic = (_IDX_UINT8 << 8) | ndim
+    if len(header) < size:
+        raise DataFileError(
+            f"{path}: expected an IDX header of {size} bytes, found {len(header)} bytes in "
             f"all; {_ADVICE}"
         )
-    magic, *shape = struct.unpack(f">{1 + ndim}I", content[:header])
+    magic, *shape = struct.unpack(f">{1 + ndim}I", header)
     if magic != expected_magic:
         raise DataFileError(
             f"{path}: expected the IDX magic number 0x{expected_magic:08x} (unsigned bytes, "
             f"{ndim} dimension(s)), found 0x{magic:08x}; it is another file: {_ADVICE}"
         )
-    expected_size = header + math.prod(shape)
-    if len(content) != expected_size:
+    expected = math.prod(shape)
+    if expected > LARGEST:
         raise DataFileError(
-            f"{path}: expected {expected_size} bytes of IDX data for the shape {tuple(shape)}, "
-            f"found {len(content)}; {_ADVICE}"
+            f"{path}: it states the shape {tuple(shape)}, {expected} bytes, more than any data "
+            f"file ({LARGEST}); {_ADVICE}"
         )
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+    # One byte more shows whether there is more, and makes gzip check its checksum.
+    values = stream.read(expected + 1)
+    if len(values) != expected:
+        raise DataFileError(
+            f"{path}: expected {size + expected} bytes of IDX data for the shape {tuple(shape)}, "
+            f"found {size + len(values)}{' or more' * (len(values) > expected)}; {_ADVICE}"
+        )
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
 def read_cifar(path: str | Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Read one file of the CIFAR-10 binary version.
+    """Read one file of the CIFAR-10 binary version; see `parse_cifar`.
+
+    Raises:
+        DataFileError: As `parse_cifar`; or the file is unreadable.
+    """
+    return parse_cifar(read_file(Path(path)), Path(path))
+
+
+def parse_cifar(content: bytes, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Read the content of one file of the CIFAR-10 binary version.
 
     Records of 3073 bytes: the label, then 3072 pixels as (channel, row, column); see Krizhevsky
     (2009) and the description that accompanies the files.
 
     Args:
-        path: The file.
+        content: Of the file.
+        path: Of the file.
 
     Returns:
         Images of shape (N, 32, 32, 3), unscaled, and labels of shape (N,).
 
     Raises:
-        DataFileError: The file is unreadable, its size is not a whole number of records, or a
-            label is not in 0...9.
+        DataFileError: The size is not a whole number of records, or a label is not in 0...9.
     """
-    path = Path(path)
-    content = _content(path)
     if not content or len(content) % _CIFAR_RECORD:
         raise DataFileError(
             f"{path}: expected a positive multiple of {_CIFAR_RECORD} bytes (CIFAR-10 binary "

@@ -13,8 +13,9 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
+from .arguments import check_integer, check_number
 from .errors import DatasetError
-from .preparation import finite_samples, unit_norm
+from .preparation import finite_samples, in_range, unit_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,20 @@ def _points(x: ArrayLike, name: str) -> NDArray[np.float64]:
             f"the Forster transform needs non-zero points: row {zero[0]} of {name} is zero"
         )
     return points
+
+
+def check_rank_tolerance(value: object) -> float | None:
+    """Check a rank tolerance, which may be None.
+
+    Raises:
+        DatasetError: It is no number in [0, 1).
+    """
+    if value is None:
+        return None
+    checked = check_number(value, "rank_tolerance")
+    if checked >= 1:
+        raise DatasetError(f"rank_tolerance must be in [0, 1), got {value!r}")
+    return checked
 
 
 def _whiten(
@@ -157,13 +172,12 @@ def forster_transform(
             all training points; parameters out of range; no convergence, because the points are
             not in general position.
     """
-    if not 0.0 < tolerance < 1.0:
+    if not 0.0 < check_number(tolerance, "tolerance") < 1.0:
         raise DatasetError(f"tolerance must be between 0 and 1, got {tolerance}")
-    if max_iterations < 1:
-        raise DatasetError(f"max_iterations must be positive, got {max_iterations}")
-    if rank_tolerance is not None and not 0.0 <= rank_tolerance < 1.0:
-        raise DatasetError(f"rank_tolerance must be in [0, 1), got {rank_tolerance}")
-    train = _points(x_train, "x_train")
+    max_iterations = check_integer(max_iterations, "max_iterations", 1)
+    rank_tolerance = check_rank_tolerance(rank_tolerance)
+    # the map is the same for points of any common scale
+    train = in_range(_points(x_train, "x_train"))
     whitened, whitening = _whiten(train, rank_tolerance)
     inner, iterations = _fit(whitened, tolerance, max_iterations)
     fitted = ForsterTransform(

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from .catalogue import CIFAR10_TEST_NAME, CIFAR10_TRAIN_NAMES, IDX_NAMES, Entry
 from .errors import DataFileError
-from .formats import read_cifar, read_idx
-from .store import obtain, present, verify_files
+from .formats import parse_cifar, parse_idx
+from .store import obtain, present
+from .verification import read_verified
 
 HELD_OUT_NOTE = "held-out from data_batch_2, not the official test set"
 
@@ -58,11 +59,17 @@ def _read_digits(entry: Entry) -> RawImages:
     )
 
 
+def _content(entry: Entry, path: Path) -> bytes:
+    return read_verified(path, next(file for file in entry.files if file.name == path.name))
+
+
 def _read_idx_pair(
     entry: Entry, folder: Path, images_name: str, labels_name: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    images = read_idx(folder / images_name, ndim=3)
-    labels = read_idx(folder / labels_name, ndim=1)
+    images, labels = (
+        parse_idx(_content(entry, folder / name), folder / name, ndim)
+        for name, ndim in ((images_name, 3), (labels_name, 1))
+    )
     if images.shape[1:] != entry.shape[:2]:
         raise DataFileError(
             f"{folder / images_name}: expected images of {entry.shape[:2]} pixels, found "
@@ -78,7 +85,6 @@ def _read_idx_pair(
 
 def _read_idx_set(entry: Entry) -> RawImages:
     folder = obtain(entry)
-    verify_files(entry, folder, IDX_NAMES)
     images_train, labels_train = _read_idx_pair(entry, folder, IDX_NAMES[0], IDX_NAMES[1])
     images_test, labels_test = _read_idx_pair(entry, folder, IDX_NAMES[2], IDX_NAMES[3])
     return RawImages(images_train, labels_train, images_test, labels_test, str(folder))
@@ -108,9 +114,10 @@ def cifar10_split(names: tuple[str, ...]) -> tuple[tuple[str, ...], str, tuple[s
 def _read_cifar_set(entry: Entry) -> RawImages:
     folder = obtain(entry)
     train_names, test_name, notes = cifar10_split(present(entry, folder))
-    verify_files(entry, folder, (*train_names, test_name))
-    batches = [read_cifar(folder / name) for name in train_names]
-    images_test, labels_test = read_cifar(folder / test_name)
+    *batches, (images_test, labels_test) = [
+        parse_cifar(_content(entry, folder / name), folder / name)
+        for name in (*train_names, test_name)
+    ]
     return RawImages(
         images_train=np.concatenate([images for images, _ in batches]),
         labels_train=np.concatenate([labels for _, labels in batches]),

@@ -14,8 +14,9 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import check_integer
+from .arguments import check_integer, check_number, is_sequence
 from .errors import DatasetError
+from .memory import check_fits
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,15 @@ def linear_teacher(
 
     Raises:
         DatasetError: Widths or numbers of samples that are not positive integers, fewer than two
-            widths, or a negative variance or decay.
+            widths, a seed, variance or decay that is negative or no number, or samples that would
+            not fit into memory.
     """
-    check_integer(num_train, "num_train", 1)
-    check_integer(num_test, "num_test", 1)
-    for name, value in (("noise_variance", noise_variance), ("decay", decay)):
-        if not (np.isfinite(value) and value >= 0):
-            raise DatasetError(f"{name} must be 0 or positive and finite, got {value!r}")
+    samples = check_integer(num_train, "num_train", 1) + check_integer(num_test, "num_test", 1)
+    noise_variance = check_number(noise_variance, "noise_variance")
+    decay = check_number(decay, "decay")
+    sizes = _checked(widths)
+    ends = sizes[0] + sizes[-1]
+    check_fits(samples * ends + sizes[0] ** 2, f"{samples} samples of {ends} inputs and outputs")
     factors = random_linear_network(widths, seed)
     weights = np.linalg.multi_dot(factors) if len(factors) > 1 else factors[0]
     axes_seed, *sample_seeds = np.random.SeedSequence(seed).spawn(6)[1:]
@@ -121,7 +124,8 @@ def linear_teacher(
     axes, triangle = np.linalg.qr(gaussian)
     # with this choice of signs the eigenvectors are uniform over the orthogonal group
     axes = axes * np.sign(np.diagonal(triangle))
-    eigenvalues = np.exp(-decay * np.arange(inputs) / inputs)
+    with np.errstate(over="ignore"):  # of a decay after which nothing is left
+        eigenvalues = np.exp(-decay * np.arange(inputs) / inputs)
     root = np.sqrt(eigenvalues)[:, None] * axes.T
 
     def draw(number: int, seeds: list[np.random.SeedSequence]) -> tuple[NDArray[np.float64], ...]:
@@ -138,7 +142,7 @@ def linear_teacher(
         y_test,
         weights,
         covariance=(axes * eigenvalues) @ axes.T,
-        noise_variance=float(noise_variance),
+        noise_variance=noise_variance,
     )
 
 
@@ -156,14 +160,21 @@ def random_linear_network(widths: Sequence[int], seed: int) -> list[NDArray[np.f
         W_1, ..., W_L of shapes (n_{i-1}, n_i): the network is x W_1 ... W_L.
 
     Raises:
-        DatasetError: Fewer than two widths, or one that is no positive integer.
+        DatasetError: Fewer than two widths, one that is no positive integer, a seed that is none,
+            or weights that would not fit into memory.
     """
+    pairs = list(itertools.pairwise(_checked(widths)))
+    check_fits(sum(a * b for a, b in pairs), f"the weights of {len(pairs)} layers")
+    seeds = np.random.SeedSequence(check_integer(seed, "seed", 0))
+    stream = np.random.default_rng(seeds.spawn(1)[0])
+    return [
+        stream.standard_normal((fan_in, fan_out)) / np.sqrt(fan_in) for fan_in, fan_out in pairs
+    ]
+
+
+def _checked(widths: Sequence[int]) -> list[int]:
+    if not is_sequence(widths):
+        raise DatasetError(f"widths must be a sequence of positive integers, got {widths!r}")
     if len(widths) < 2:
         raise DatasetError(f"widths needs two entries at least, got {tuple(widths)}")
-    for position, width in enumerate(widths):
-        check_integer(width, f"widths[{position}]", 1)
-    stream = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
-    return [
-        stream.standard_normal((fan_in, fan_out)) / np.sqrt(fan_in)
-        for fan_in, fan_out in itertools.pairwise(widths)
-    ]
+    return [check_integer(width, f"widths[{i}]", 1) for i, width in enumerate(widths)]

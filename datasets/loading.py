@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import preparation
-from .arguments import check_classes, check_dtype, check_integer, find_entry
+from .arguments import check_classes, check_dtype, check_flag, check_integer, find_entry
 from .catalogue import CATALOGUE, Entry
 from .errors import DatasetError
-from .forster import forster_transform
+from .forster import check_rank_tolerance, forster_transform
 from .images import read_images
 from .synthetic import gaussian
 
@@ -181,8 +181,10 @@ def load(
     """
     entry = find_entry(name)
     float_type = check_dtype(dtype)
-    if layout not in ("flat", "image"):
+    if not isinstance(layout, str) or layout not in ("flat", "image"):
         raise DatasetError(f"layout must be 'flat' or 'image', got {layout!r}")
+    prepare, forster = check_flag(prepare, "prepare"), check_flag(forster, "forster")
+    rank_tolerance = check_rank_tolerance(rank_tolerance)
     if forster and layout != "flat":
         raise DatasetError("forster mixes the pixels, so it needs layout='flat'")
     if rank_tolerance is not None and not forster:

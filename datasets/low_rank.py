@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import check_integer
+from .arguments import check_integer, is_sequence
 from .errors import DatasetError
+from .memory import check_fits
 
 
 def low_rank_matrix(size: int, rank: int, seed: int) -> NDArray[np.float64]:
@@ -24,13 +25,13 @@ def low_rank_matrix(size: int, rank: int, seed: int) -> NDArray[np.float64]:
         Matrix (size, size) with Frobenius norm n.
 
     Raises:
-        DatasetError: A number is out of range.
+        DatasetError: A number is out of range, or the matrix would not fit into memory.
     """
-    check_integer(size, "size", 1)
-    check_integer(rank, "rank", 1)
+    size, rank = check_integer(size, "size", 1), check_integer(rank, "rank", 1)
     if rank > size:
         raise DatasetError(f"rank must be at most size = {size}, got {rank}")
     seeds = np.random.SeedSequence(check_integer(seed, "seed", 0)).spawn(2)
+    check_fits(size * (size + 2 * rank), f"a matrix of {size} x {size} with its factors")
     u, v = (np.random.default_rng(stream).standard_normal((size, rank)) for stream in seeds)
     matrix = u @ v.T
     return matrix * (size / np.linalg.norm(matrix))
@@ -51,17 +52,19 @@ def observed_mask(shape: tuple[int, int], num_observed: int, seed: int) -> NDArr
         Boolean matrix, True where observed.
 
     Raises:
-        DatasetError: A number is out of range, or there are not so many entries.
+        DatasetError: A number is out of range, there are not so many entries, or they would not
+            fit into memory.
     """
-    if len(shape) != 2:
+    if not is_sequence(shape) or len(shape) != 2:
         raise DatasetError(f"shape must be (rows, columns), got {shape!r}")
     rows, columns = (check_integer(side, "every side of the shape", 1) for side in shape)
-    check_integer(num_observed, "num_observed", 1)
+    num_observed = check_integer(num_observed, "num_observed", 1)
     if num_observed > rows * columns:
         raise DatasetError(
             f"num_observed must be at most {rows} x {columns} = {rows * columns}, "
             f"got {num_observed}"
         )
+    check_fits(rows * columns, f"an order of {rows} x {columns} entries")
     order = np.random.default_rng(check_integer(seed, "seed", 0)).permutation(rows * columns)
     mask = np.zeros(rows * columns, bool)
     mask[order[:num_observed]] = True

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .arguments import check_integer
 from .errors import DatasetError
+from .memory import check_fits
+
+# squares of numbers beyond 2 to this power, or below its inverse, overflow or vanish
+_LARGEST_EXPONENT = 500
+# of the mean of standardised data; more is rounding of nearly constant data
+_CENTRED = 1e-10
 
 
 def finite_samples(x: ArrayLike, name: str = "x") -> NDArray[np.float64]:
@@ -19,12 +26,18 @@ def finite_samples(x: ArrayLike, name: str = "x") -> NDArray[np.float64]:
         The samples as float64, of the same shape.
 
     Raises:
-        DatasetError: The array is not numeric, has fewer than two axes, is empty, or holds NaN
-            or infinite values.
+        DatasetError: The array is not of real numbers, has masked entries, has fewer than two axes,
+            is empty, or holds NaN or infinite values.
     """
+    if isinstance(x, np.ma.MaskedArray) and x.mask.any():
+        raise DatasetError(f"{name} has masked entries; fill or remove them first")
     try:
-        samples = np.asarray(x, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        values = np.asarray(x)
+        if values.dtype.kind not in "biufO":
+            raise TypeError(f"its type is {values.dtype}")
+        with np.errstate(over="ignore"):  # to infinity, which is refused below
+            samples = values.astype(np.float64, copy=False)
+    except (TypeError, ValueError, OverflowError) as error:
         raise DatasetError(f"{name} must be an array of real numbers: {error}") from error
     if samples.ndim < 2 or samples.size == 0:
         raise DatasetError(
@@ -58,9 +71,25 @@ def standardise(x: ArrayLike) -> NDArray[np.float64]:
         raise DatasetError(
             f"cannot standardise constant data: all {samples.size} values are {samples.flat[0]}"
         )
+    samples = in_range(samples)
     result: NDArray[np.float64] = samples - samples.mean()
     result /= result.std()
+    if abs(remainder := result.mean()) > _CENTRED:
+        result -= remainder
     return result
+
+
+def in_range(samples: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scale samples by a power of 2, which is exact, where their squares could not be held.
+
+    Args:
+        samples: Finite, of any shape, not all zero.
+
+    Returns:
+        The samples, or a scaled copy whose largest entry is between 1/2 and 1.
+    """
+    exponent = int(np.frexp(max(samples.max(), -samples.min()))[1])
+    return samples if abs(exponent) <= _LARGEST_EXPONENT else np.ldexp(samples, -exponent)
 
 
 def unit_norm(x: ArrayLike) -> NDArray[np.float64]:
@@ -120,9 +149,11 @@ def encode_labels(labels: ArrayLike, num_classes: int) -> NDArray[np.float64]:
     Raises:
         DatasetError: Fewer than two classes, or labels that are not a vector of such indices.
     """
-    if num_classes < 2:
-        raise DatasetError(f"num_classes must be at least 2, got {num_classes}")
-    indices = np.asarray(labels)
+    num_classes = check_integer(num_classes, "num_classes", 2)
+    try:
+        indices = np.asarray(labels)
+    except ValueError as error:
+        raise DatasetError(f"labels must be a vector of integers: {error}") from error
     if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
         raise DatasetError(
             f"labels must be a vector of integers, got the shape {indices.shape} and the type "
@@ -135,6 +166,7 @@ def encode_labels(labels: ArrayLike, num_classes: int) -> NDArray[np.float64]:
         )
     if num_classes == 2:
         return np.where(indices == 0, 0.5, -0.5).reshape(-1, 1)
+    check_fits(len(indices) * num_classes, f"{len(indices)} labels of {num_classes} classes")
     encoded = np.zeros((len(indices), num_classes))
     encoded[np.arange(len(indices)), indices] = 1.0
     return encoded

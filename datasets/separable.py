@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .arguments import check_integer
 from .errors import DatasetError
+from .memory import check_fits
 
 _PLANAR = (
     (0.9, 1.6),
@@ -84,17 +85,19 @@ def sparse_classification(
         Both sets and the teacher.
 
     Raises:
-        DatasetError: A number is out of range.
+        DatasetError: A number is out of range, or the samples would not fit into memory.
     """
-    for name, value in (("num_train", num_train), ("num_test", num_test)):
-        check_integer(value, name, 1)
-    check_integer(num_relevant, "num_relevant", 1)
-    check_integer(input_dim, "input_dim", 1)
+    num_train = check_integer(num_train, "num_train", 1)
+    num_test = check_integer(num_test, "num_test", 1)
+    num_relevant = check_integer(num_relevant, "num_relevant", 1)
+    input_dim = check_integer(input_dim, "input_dim", 1)
     if num_relevant > input_dim:
         raise DatasetError(
             f"num_relevant must be at most input_dim = {input_dim}, got {num_relevant}"
         )
     seeds = np.random.SeedSequence(check_integer(seed, "seed", 0)).spawn(2)
+    samples = num_train + num_test
+    check_fits((samples + 1) * input_dim, f"{samples} samples of {input_dim} components")
     teacher = np.zeros(input_dim)
     teacher[:num_relevant] = 1
     x_train, x_test = (

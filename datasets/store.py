@@ -61,18 +61,30 @@ def _folders(entry: Entry) -> list[Path]:
     folders = [cache_folder() / entry.name]
     named = os.environ.get(DATA_VARIABLE)
     if named:
-        root = Path(named).expanduser()
-        if not root.is_dir():
-            raise DatasetError(
-                f"the environment variable {DATA_VARIABLE} names {root}, which is not a folder"
-            )
+        what = f"the environment variable {DATA_VARIABLE} names {named}, which"
+        try:
+            root = Path(named).expanduser()
+            there = root.is_dir()
+        except RuntimeError as error:
+            raise DatasetError(f"{what} has no home folder: {error}") from None
+        except OSError as error:
+            raise DatasetError(f"{what} cannot be read: {error.strerror}") from None
+        if not there:
+            raise DatasetError(f"{what} is not a folder")
         folders.insert(0, root / entry.name)
     return folders
 
 
 def present(entry: Entry, folder: Path) -> tuple[str, ...]:
-    """Names of the files of a data set that are in a folder, unchecked, in official order."""
-    return tuple(file.name for file in entry.files if (folder / file.name).is_file())
+    """Names of the files of a data set that are in a folder, unchecked, in official order.
+
+    Raises:
+        DatasetError: The folder cannot be read.
+    """
+    try:
+        return tuple(file.name for file in entry.files if (folder / file.name).is_file())
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be read: {error.strerror}") from None
 
 
 def _sufficient(entry: Entry, names: tuple[str, ...]) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import check_integer
+from .memory import check_fits
+
 
 def gaussian(
     num_train: int, num_test: int, input_dim: int, num_classes: int, seed: int
@@ -25,7 +28,23 @@ def gaussian(
     Returns:
         Training inputs (num_train, input_dim), training labels (num_train,), and the same for
         the test set.
+
+    Raises:
+        DatasetError: A number is out of range, or the samples would not fit into memory.
     """
+    num_train, num_test, input_dim, num_classes, seed = (
+        check_integer(value, name, minimum)
+        for value, name, minimum in (
+            (num_train, "num_train", 1),
+            (num_test, "num_test", 1),
+            (input_dim, "input_dim", 1),
+            (num_classes, "num_classes", 2),
+            (seed, "seed", 0),
+        )
+    )
+    samples = num_train + num_test
+    entries = samples * (input_dim + num_classes) + input_dim * num_classes
+    check_fits(entries, f"{samples} samples of {input_dim} components and {num_classes} scores")
     teacher_seed, train_seed, test_seed = np.random.SeedSequence(seed).spawn(3)
     teacher = np.random.default_rng(teacher_seed).standard_normal((input_dim, num_classes))
     x_train = np.random.default_rng(train_seed).standard_normal((num_train, input_dim))

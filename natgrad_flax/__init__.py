@@ -8,11 +8,12 @@ from natgrad_flax.averages import MovingAverage
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.compiler import avoid_faulty_reductions
 from natgrad_flax.convolution import conv_general_dilated
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, SmallDampingWarning
 from natgrad_flax.describe import describe
 from natgrad_flax.fisher import fisher_signals
-from natgrad_flax.gradient import natural_gradient, optimal_learning_rate
+from natgrad_flax.gradient import natural_gradient
 from natgrad_flax.layers import Conv, Dense
+from natgrad_flax.learning_rate import optimal_learning_rate
 from natgrad_flax.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy
 from natgrad_flax.models import MLP, Autoencoder, ConvNet, ResidualNet, VisionTransformer
 from natgrad_flax.optimizer import natural_gradient_descent
@@ -57,6 +58,7 @@ __all__ = [
     "ResidualNet",
     "Signals",
     "SingularCouplingWarning",
+    "SmallDampingWarning",
     "SoftmaxCrossEntropy",
     "Structure",
     "UnitWise",

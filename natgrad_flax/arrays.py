@@ -68,3 +68,12 @@ def real_array(value: Any, name: str) -> NDArray[np.float64]:
         return array.astype(np.float64)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be an array of numbers, got {value!r:.60}") from None
+
+
+def check_concrete(tree: Any, name: str) -> None:
+    """Raises TypeError on arrays whose values nobody knows: traced ones, and shapes alone."""
+    if not all(map(is_concrete, jax.tree.leaves(tree))):
+        raise TypeError(
+            f"{name} must be known numbers: this is computed outside of jax.jit, grad, vmap and "
+            "eval_shape; call it outside of them, with concrete arrays"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,17 +19,19 @@ from jax import Array
 
 from natgrad_flax.arrays import batch_size, shapes_of
 from natgrad_flax.capture import jacobian_signals
-from natgrad_flax.checks import check_integer, check_number
 from natgrad_flax.damping import RelativeDamping, damping_as
 from natgrad_flax.fisher import FisherKind, part_signals, sampler
-from natgrad_flax.gradient import loss_gradient
+from natgrad_flax.gradient import fisher_targets, loss_gradient
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates
 from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
+from natgrad_flax.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.signals import Signals
 from natgrad_flax.structures import AveragedStructure, Moments
 from natgrad_flax.structures.base import gradient as gradient_of
+from natgrad_flax.taps import Path
+from natgrad_flax.trees import by_path, moved_by
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class MovingAverage:
     inverse_every: int | None = None
 
     def __post_init__(self) -> None:
+        keep_plain(self)
         check_number("decay", self.decay, positive=False)
         if self.decay >= 1:
             raise ValueError(f"decay must be below 1, got {self.decay!r}")
@@ -142,8 +146,10 @@ def empty_averages(
     wrt: Any,
     average: MovingAverage,
     microbatches: int,
-) -> Callable[[], Averages]:
+) -> Callable[[Any], Averages]:
     """A function that makes averages of nothing, with the shapes that a model gives them.
+
+    It takes the tree of parameters that move, of which some may be held back.
 
     Args:
       structure: the Fisher approximation.
@@ -152,11 +158,18 @@ def empty_averages(
       wrt: filter of the parameters.
       average: decay and intervals.
       microbatches: parts of a batch.
+
+    Raises:
+      ValueError, TypeError: a model that cannot be served, at once; in the function, a tree that is
+        not one of its parameters.
     """
-    graphdef, state = nnx.split(model)
+    graphdef, arrays = nnx.split(model)
+    # shapes alone, so that the parameters of now are not kept
+    state = jax.eval_shape(lambda: arrays)
+    inputs = shapes_of(x)
     means = _means(structure, average, microbatches)
 
-    def moments(state: Any, x: Any) -> tuple[Moments, Any]:
+    def moments(wrt: Any, state: Any, x: Any) -> tuple[Moments, Any]:
         signals = jacobian_signals(nnx.merge(graphdef, state), x, wrt)
         found = Moments(means(signals))
         if structure.has_basis:
@@ -164,10 +177,14 @@ def empty_averages(
             found = Moments(found.factors, basis, structure.rotated(signals, basis))
         return found, structure.invert(found, jnp.ones((), signals.outputs.dtype), batch_size(x))
 
-    kept, inverse = jax.eval_shape(moments, state, shapes_of(x))
+    whole = jax.eval_shape(partial(moments, wrt), state, inputs)
 
-    def empty() -> Averages:
-        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (kept, inverse))
+    def empty(params: Any) -> Averages:
+        moved = moved_by(nnx.merge(graphdef, state), params, wrt) if by_path(params) else wrt
+        shapes = whole
+        if moved is not wrt:
+            shapes = jax.eval_shape(partial(moments, moved), state, inputs)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return Averages(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start)
 
     return empty
@@ -207,7 +224,7 @@ class AveragedStep:
         self,
         model: nnx.Module,
         x: Any,
-        y: Array,
+        y: Array | None,
         shapes: Signals,
         kept: Averages,
         steps: Array,
@@ -215,8 +232,9 @@ class AveragedStep:
         key: Array,
         fisher_x: Any,
         fisher_y: Array | None,
-    ) -> tuple[tuple[LayerUpdate, ...], tuple[LayerUpdate, ...], Array, Averages]:
-        """The natural gradient, the gradient, the outputs at x, and what is kept.
+        incoming: dict[Path, Array] | None,
+    ) -> tuple[tuple[LayerUpdate, ...], tuple[LayerUpdate, ...], Array | None, Averages]:
+        """The natural gradient, the gradient, the outputs at x (of its own gradient), what is kept.
 
         Args:
           model: the model.
@@ -229,9 +247,20 @@ class AveragedStep:
           key: draws targets.
           fisher_x: inputs of the Fisher, None for x.
           fisher_y: their targets, for "empirical".
+          incoming: the gradient by the paths of the parameters; None for that of the loss.
         """
 
+        def aside() -> Averages:
+            batch = fisher_targets(self.fisher, x, y, fisher_x, fisher_y)
+            return self._renew(model, batch, False, kept, steps, damping, key)[2]
+
+        if incoming is not None:
+            slope = layer_updates(shapes.layers, incoming)
+            kept = self._at(steps, self.average.every, aside, lambda: kept)
+            return self.structure.apply(kept.inverse, slope), slope, None, kept
+
         def gradient() -> tuple[tuple[LayerUpdate, ...], Array]:
+            assert y is not None
             found, outputs = loss_gradient(
                 model, x, y, loss=self.loss, wrt=self.wrt, microbatches=self.microbatches
             )
@@ -244,14 +273,11 @@ class AveragedStep:
         if fisher_x is None:
             # one pass gives the statistics and the gradient
             def renewed() -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
+                assert y is not None
                 return self._renew(model, (x, y), True, kept, steps, damping, key)
 
             slope, outputs, kept = self._at(steps, self.average.every, renewed, held)
             return self._apply(kept, slope), slope, outputs, kept
-
-        def aside() -> Averages:
-            batch = fisher_x, fisher_y
-            return self._renew(model, batch, False, kept, steps, damping, key)[2]
 
         slope, outputs = gradient()
         kept = self._at(steps, self.average.every, aside, lambda: kept)
@@ -305,7 +331,7 @@ class AveragedStep:
             )
 
         (new, slope), (outputs, signals) = in_parts(first_pass, arrays, self.microbatches)
-        _check_shapes(kept.moments.factors, new, size)
+        _check_shapes(kept.moments.factors, new, size, average.decay == 0)
         count = kept.renewals + 1
         factors = average.mix(kept.moments.factors, new, count)
 
@@ -355,12 +381,18 @@ class AveragedStep:
         return slope, outputs, Averages(count, turns, moments, inverse)
 
 
-def _check_shapes(kept: Any, new: Any, size: int) -> None:
-    """Refuses statistics that keep the rows of a batch of another size."""
+def _check_shapes(kept: Any, new: Any, size: int, rows: bool) -> None:
+    """Refuses statistics of other layers or, where they are rows of a batch, of another size."""
     before, now = (jax.tree.map(jnp.shape, entries) for entries in (kept, new))
-    if before != now:
+    if before == now:
+        return
+    if not rows:
         raise ValueError(
-            f"average= with decay 0 keeps what is as large as a batch, and example=(model, x) had "
-            f"another number of samples than this batch, which has {size}: pass an example with as "
-            "many, or a positive decay"
+            "the averages that are kept are of other layers than this module has: start them anew, "
+            "with init and an example=(model, x) of this model"
         )
+    raise ValueError(
+        f"average= with decay 0 keeps what is as large as a batch, and example=(model, x) had "
+        f"another number of samples than this batch, which has {size}: pass an example with as "
+        "many, or a positive decay"
+    )

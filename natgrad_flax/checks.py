@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from typing import Any
 
 import jax
@@ -13,11 +11,12 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.arrays import batch_size, check_real, is_concrete
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
-from natgrad_flax.fisher import FISHER_KINDS
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
+from natgrad_flax.fisher import check_kind
 from natgrad_flax.losses import Loss
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
 from natgrad_flax.plans import check_model
+from natgrad_flax.scalars import as_number, check_integer, check_number, is_real, shown
 from natgrad_flax.structures import BlockDiagonal, Exact, Structure
 
 HOST_SIZE = 2**18
@@ -36,21 +35,16 @@ def check_structure(structure: object) -> None:
         )
 
 
-def check_settings(
-    structure: object, loss: object, fisher: object, damping: object, num_samples: object
-) -> None:
+def check_settings(structure: object, loss: object, fisher: object, damping: object) -> None:
     """Raises TypeError or ValueError on settings that do not fit together."""
     check_structure(structure)
     if not isinstance(loss, Loss):
         raise TypeError(
             f"loss must be ng.MeanSquaredError() or ng.SoftmaxCrossEntropy(), got {loss!r}"
         )
-    if fisher not in FISHER_KINDS:
-        raise ValueError(f"fisher must be one of {', '.join(FISHER_KINDS)}, got {fisher!r}")
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"mc_samples must be a positive integer, got {num_samples!r}")
+    check_kind(fisher)
     check_damping(damping)
-    if fisher == "mc" and isinstance(damping, (int, float)) and damping == 0:
+    if fisher == "mc" and is_zero(damping):
         raise ValueError(
             "a Monte-Carlo Fisher needs a positive damping: the gradient does not lie in the range "
             "of the sampled Fisher"
@@ -58,20 +52,40 @@ def check_settings(
 
 
 def check_damping(damping: object) -> None:
-    """Raises ValueError on a concrete damping that is negative or not finite."""
+    """Refuses a damping that is no damping, or negative or not finite where it is known.
+
+    Raises:
+      ValueError: a number or an entry that is negative or not finite, or no entries.
+      TypeError: neither a real number or array, nor a relative or adaptive damping or a schedule.
+    """
     if isinstance(damping, (RelativeDamping, LevenbergMarquardt)) or callable(damping):
         return
-    if isinstance(damping, jax.core.Tracer):
-        return
-    try:
-        values = np.asarray(damping, dtype=np.float64)
-    except (TypeError, ValueError):
+    number = as_number(damping)
+    if number is None and not (isinstance(damping, (np.ndarray, Array)) and is_real(damping)):
         raise TypeError(
             "damping must be a number, an ng.RelativeDamping, or in the optimizer a schedule or an "
-            f"ng.LevenbergMarquardt, got {damping!r}"
-        ) from None
-    if not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError(f"damping must be 0 or positive and finite, got {damping!r}")
+            f"ng.LevenbergMarquardt, got {shown(damping)}"
+        )
+    if not is_concrete(damping):
+        return
+    values = np.asarray(damping, np.float64)
+    if not values.size or not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"damping must be 0 or positive and finite, got {shown(damping)}")
+    check_normal(damping, np.float64)
+
+
+def check_normal(damping: object, dtype: Any) -> None:
+    """Raises ValueError on a positive damping that the arithmetic of a dtype takes for 0."""
+    if isinstance(damping, RelativeDamping) or not is_concrete(damping):
+        return
+    # what float16 cannot hold is computed in float32
+    smallest = float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).tiny)
+    values = np.asarray(damping, np.float64)
+    if ((values > 0) & (values < smallest)).any():
+        raise ValueError(
+            f"damping {shown(damping)} is below {smallest:.2g}, the smallest normal number here, "
+            "and would count as 0: pass 0 for the pseudo-inverse, or a larger damping"
+        )
 
 
 def as_array(value: Any, name: str) -> Array:
@@ -171,29 +185,35 @@ def _sizes_of(model: Any) -> tuple[tuple[int, ...], int] | None:
     return None
 
 
-def check_input_shape(model: nnx.Module, x: Any) -> None:
+def check_input_shape(model: nnx.Module, x: Any, name: str = "x") -> None:
     """Raises ValueError on inputs that a network of ours does not take; others say so when run."""
-    sizes, shape = _sizes_of(model), _shapes(x)
-    if sizes is None or (hasattr(x, "shape") and shape[1:] == sizes[0]):
+    sizes = _sizes_of(model)
+    if sizes is None:
         return
-    wanted = sizes[0]
+    if not hasattr(x, "shape"):
+        raise ValueError(f"the model takes one array, got {name} as a {type(x).__name__} of arrays")
+    wanted, shape = sizes[0], tuple(x.shape)
+    if shape[1:] == wanted:
+        return
     if shape == wanted:
-        raise ValueError(f"x must have shape (N, features), got {shape}; for one sample, x[None]")
+        raise ValueError(
+            f"{name} must have shape (N, features), got {shape}; for one sample, {name}[None]"
+        )
     raise ValueError(
         f"the model takes {'inputs' if len(wanted) == 1 else 'images'} of shape "
-        f"(N, {', '.join(map(str, wanted))}), got x of {shape}"
+        f"(N, {', '.join(map(str, wanted))}), got {name} of {shape}"
     )
 
 
-def check_model_inputs(model: nnx.Module, x: Any) -> Any:
+def check_model_inputs(model: nnx.Module, x: Any, name: str = "x") -> Any:
     """Inputs that a model takes, and its parameters, after every check that needs no forward pass.
 
     Raises:
       ValueError: as ``check_inputs``; a shape that does not fit, NaN or infinity in parameters.
       TypeError: as ``check_inputs``.
     """
-    x = check_inputs(x, model)
-    check_input_shape(model, x)
+    x = check_inputs(x, model, name)
+    check_input_shape(model, x, name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
         where = "the parameters at " + jax.tree_util.keystr(path)
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -231,8 +251,21 @@ def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Any, Arr
     return x, y
 
 
+def check_needed_batch(
+    model: nnx.Module, x: Any, y: Any, loss: Loss, needed: bool
+) -> tuple[Array, Array | None]:
+    """As ``check_batch``; targets that are not needed are not looked at, and None comes of them.
+
+    Raises:
+      ValueError, TypeError: as ``check_batch``.
+    """
+    if needed:
+        return check_batch(model, x, y, loss)
+    return check_model_inputs(model, x), None
+
+
 def check_fisher_batch(
-    model: nnx.Module, fisher: str, x: Any, y: Array, fisher_x: Any, fisher_y: Any
+    model: nnx.Module, fisher: str, x: Any, y: Array | None, fisher_x: Any, fisher_y: Any
 ) -> tuple[Any, Array | None]:
     """The batch of the Fisher as arrays, or None and None where it is that of the loss.
 
@@ -260,7 +293,7 @@ def check_fisher_batch(
     if fisher_y is None:
         raise ValueError('fisher="empirical" is made of targets: pass fisher_y with fisher_x')
     fisher_y = as_array(fisher_y, "fisher_y")
-    wanted = (batch_size(fisher_x), *y.shape[1:])
+    wanted = (batch_size(fisher_x), *(fisher_y if y is None else y).shape[1:2])
     if fisher_y.shape != wanted or not jnp.issubdtype(fisher_y.dtype, jnp.floating):
         raise ValueError(
             f"fisher_y must be floating targets of shape {wanted}, got {fisher_y.dtype} of "
@@ -270,31 +303,30 @@ def check_fisher_batch(
     return fisher_x, fisher_y
 
 
-def check_microbatches(microbatches: object, *batches: Any) -> None:
-    """Raises ValueError unless a positive integer that divides the size of every batch."""
-    check_integer("microbatches", microbatches, 1)
-    assert isinstance(microbatches, int)
-    for batch in batches:
-        if batch is not None and batch_size(batch) % microbatches:
-            near = [d for d in range(microbatches, 0, -1) if batch_size(batch) % d == 0]
+def check_microbatches(microbatches: object, *batches: Any) -> int:
+    """The number of parts; raises ValueError unless positive and a divisor of every batch."""
+    parts = check_integer("microbatches", microbatches, 1)
+    for size in (batch_size(batch) for batch in batches if batch is not None):
+        if size % parts:
+            near = next(d for d in range(min(parts, size), 0, -1) if size % d == 0)
             raise ValueError(
-                f"a batch of {batch_size(batch)} samples has no {microbatches} equal parts; use "
-                f"microbatches={near[0]} or another batch size"
+                f"a batch of {size} samples has no {parts} equal parts; use "
+                f"microbatches={near} or another batch size"
             )
+    return parts
 
 
-def check_momentum(momentum: object, structure: Structure, damping: object) -> None:
-    """Raises ValueError or TypeError where projected momentum does not serve.
+def check_momentum(momentum: object, structure: Structure, damping: object) -> float:
+    """mu as a Python number; raises ValueError or TypeError where projected momentum is no use.
 
     The structure must solve blocks of the Fisher itself, with a damping that is positive and does
     not adapt.
     """
-    check_number("momentum", momentum, positive=False)
-    assert isinstance(momentum, (int, float))
-    if momentum >= 1:
+    decay = check_number("momentum", momentum, positive=False)
+    if decay >= 1:
         raise ValueError(f"momentum must be below 1, got {momentum!r}")
-    if momentum == 0:
-        return
+    if decay == 0:
+        return 0.0
     if not isinstance(structure.plain, (Exact, BlockDiagonal)):
         raise TypeError(
             "momentum= projects the previous step by blocks of the Fisher itself, which "
@@ -306,8 +338,9 @@ def check_momentum(momentum: object, structure: Structure, damping: object) -> N
             "ng.LevenbergMarquardt predicts the loss of a step without momentum: give momentum= a "
             "number, a schedule or an ng.RelativeDamping as damping"
         )
-    if isinstance(damping, (int, float)) and damping == 0:
+    if is_zero(damping):
         raise ValueError("momentum= needs a positive damping, which weighs the previous step")
+    return decay
 
 
 def check_finite(array: Any, name: str) -> None:
@@ -325,54 +358,3 @@ def check_finite(array: Any, name: str) -> None:
         bad = int(array.size - xp.sum(xp.isfinite(values)))
     if bad:
         raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}")
-
-
-def available_memory() -> int:
-    """Bytes that the default device could hold, or the machine where it does not say."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_fits(side: int, itemsize: int, what: str) -> None:
-    """Refuses a square array that cannot fit.
-
-    Args:
-      side: rows of the array.
-      itemsize: bytes of an entry.
-      what: the array, for the message.
-
-    Raises:
-      ValueError: the array and its factorisation need more than the device has.
-    """
-    needed, free = 2 * side * side * itemsize, available_memory()
-    if needed > free:
-        raise ValueError(
-            f"{what} is {side} x {side}: with its factorisation it needs "
-            f"{needed / 2**30:,.1f} GiB and the device has {free / 2**30:,.1f} GiB; use a smaller "
-            'batch, fisher="mc", or a structure with smaller blocks'
-        )
-
-
-def check_integer(name: str, value: object, minimum: int) -> None:
-    """Raises ValueError unless an integer of at least a minimum."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-
-
-def check_number(name: str, value: object, *, positive: bool) -> None:
-    """Raises ValueError unless a finite number, at least 0 or above it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        wanted = "positive" if positive else "0 or positive"
-        raise ValueError(f"{name} must be {wanted} and finite, got {value!r}")
-
-
-def check_learning_rate(learning_rate: object) -> None:
-    """Raises ValueError on a concrete learning rate that is not positive and finite."""
-    if isinstance(learning_rate, (int, float)) and not (
-        math.isfinite(learning_rate) and learning_rate > 0
-    ):
-        raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")

@@ -6,13 +6,25 @@ unnormalised Gram matrix (Karakida & Osawa 2020, Eq. 8).
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from natgrad_flax.scalars import as_number, check_number, keep_plain
+
+TINY = float(jnp.finfo(jnp.float32).tiny)
+"""What adaptive damping, which is kept in float32, can be at least without counting as 0."""
+
+
+class SmallDampingWarning(UserWarning):
+    """A damping is lost in the rounding of the Fisher."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +86,17 @@ class LevenbergMarquardt:
     maximum: float = 1e6
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_number(
+                f"{field.name} of LevenbergMarquardt", getattr(self, field.name), positive=True
+            )
+        keep_plain(self)
         ordered = 0 < self.decrease < 1 < self.increase and 0 < self.lower < self.upper
-        within = 0 < self.minimum <= self.initial <= self.maximum < math.inf
+        within = TINY <= self.minimum <= self.initial <= self.maximum < math.inf
         if not (ordered and within):
             raise ValueError(
                 "LevenbergMarquardt needs 0 < decrease < 1 < increase, 0 < lower < upper and "
-                f"0 < minimum <= initial <= maximum, finite, got {self}"
+                f"{TINY:.2g} <= minimum <= initial <= maximum, finite, got {self}"
             )
 
     def adapt(self, damping: Array, actual: Array, predicted: Array) -> Array:
@@ -101,7 +118,7 @@ class LevenbergMarquardt:
 
 def is_zero(damping: object) -> bool:
     """Whether the damping is the number 0, known before tracing."""
-    return isinstance(damping, (int, float, np.number)) and bool(damping == 0)
+    return as_number(damping) == 0
 
 
 def damping_as(damping: Array | float, dtype: Any) -> Array | float:
@@ -114,7 +131,51 @@ def per_layer(damping: Array | float, num_layers: int) -> list[Array | float]:
     if jnp.ndim(damping) == 0:
         return [damping] * num_layers
     values = jnp.asarray(damping)
+    if len(values) != num_layers:
+        raise ValueError(
+            f"a damping of shape {values.shape} has no entry for each of {num_layers} layers"
+        )
     return [values[index] for index in range(num_layers)]
+
+
+def check_damping_shape(damping: Any, scale: tuple[int, ...], name: str, depth: int) -> None:
+    """Raises ValueError on an array that is not one number and has not the shape of the scale.
+
+    Args:
+      damping: an array.
+      scale: the shape of the structure's ``damping_scale``, of which the first axis may do.
+      name: of the structure.
+      depth: the number of layers.
+    """
+    shape = np.shape(damping)
+    if shape in [scale[:axes] for axes in range(len(scale) + 1)]:
+        return
+    wanted = ["one number", f"({depth},), one a layer", f"{scale}, one a factor"]
+    raise ValueError(
+        f"the damping of {name} must be {' or '.join(wanted[: len(scale) + 1])}, got an array of "
+        f"shape {shape}"
+    )
+
+
+def warn_of_rounding(damping: object, dtype: jnp.dtype) -> None:
+    """Warns of a concrete positive damping that is below the rounding of a precision.
+
+    Warns:
+      SmallDampingWarning: with what of a step may be rounding.
+    """
+    if isinstance(damping, jax.core.Tracer):
+        return
+    values = np.asarray(damping, np.float64)
+    least = float(values[values > 0].min(initial=np.inf))
+    roundoff = float(jnp.finfo(dtype).eps) / 2
+    if least < roundoff:
+        warnings.warn(
+            f"a damping of {least:.2g} is below the rounding of {dtype}: beside an eigenvalue "
+            f"lambda of the Fisher, {roundoff / least:.0e} lambda of the step may be rounding; use "
+            "a larger one, ng.RelativeDamping, the number 0 for the pseudo-inverse, or float64",
+            SmallDampingWarning,
+            stacklevel=4,
+        )
 
 
 def of_block(damping: Array | float) -> Array | float:

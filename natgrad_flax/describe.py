@@ -21,9 +21,10 @@ from natgrad_flax.arrays import own_promotion
 from natgrad_flax.capture import linearise
 from natgrad_flax.checks import check_input_shape, check_inputs, check_structure
 from natgrad_flax.costs import Approximation, approximate, gram_by, gram_flops, shared_system
-from natgrad_flax.fisher import FISHER_KINDS, FisherKind
+from natgrad_flax.fisher import FisherKind, check_kind
 from natgrad_flax.losses import Loss
 from natgrad_flax.plans import LayerPlan, parameter_paths, plan_layers
+from natgrad_flax.scalars import check_integer
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.sizes_of_signals import sample_jacobian_entries, signal_entries
@@ -190,10 +191,8 @@ def describe(
         structure = structure.plain
     if loss is not None and not isinstance(loss, Loss):
         raise TypeError(f"loss must be an ng.Loss, got {loss!r}")
-    if fisher not in FISHER_KINDS:
-        raise ValueError(f"fisher must be one of {', '.join(FISHER_KINDS)}, got {fisher!r}")
-    if not isinstance(mc_samples, int) or mc_samples < 1:
-        raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
+    check_kind(fisher)
+    mc_samples = check_integer("mc_samples", mc_samples, 1)
     x = check_inputs(x, model)
     check_input_shape(model, x)
     graphdef, state = nnx.split(model)

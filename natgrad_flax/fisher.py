@@ -20,10 +20,29 @@ from natgrad_flax.capture import linearise
 from natgrad_flax.damping import is_zero
 from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
+from natgrad_flax.scalars import check_integer
 from natgrad_flax.signals import Residual, Signals
 
 FisherKind = Literal["exact", "mc", "empirical"]
 FISHER_KINDS: tuple[str, ...] = get_args(FisherKind)
+
+
+def check_kind(fisher: object) -> None:
+    """Raises ValueError on an unknown kind of Fisher."""
+    if not (isinstance(fisher, str) and fisher in FISHER_KINDS):
+        raise ValueError(f"fisher must be one of {', '.join(FISHER_KINDS)}, got {fisher!r}")
+
+
+def check_key(fisher: FisherKind, key: object) -> None:
+    """Raises ValueError or TypeError where a Monte-Carlo Fisher has no key to draw by."""
+    if fisher != "mc":
+        return
+    if key is None:
+        raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed else dtype == jnp.uint32 and shape != ()):
+        raise TypeError(f"key must be one key of jax.random, jax.random.key(seed), got {key!r:.60}")
 
 
 def fisher_signals(
@@ -55,9 +74,12 @@ def fisher_signals(
       Signals with F = J^T J / N, J the seeded Jacobian; and the residual.
 
     Raises:
-      TypeError, ValueError: as in ``linearise``; outputs that do not have the shape of y.
+      TypeError, ValueError: as in ``linearise``; outputs that do not have the shape of y; an
+        unknown Fisher, or "mc" without a key.
     """
-    draw = sampler(loss, key, num_samples, batch_size(x))
+    check_kind(fisher)
+    check_key(fisher, key)
+    draw = sampler(loss, key, check_integer("num_samples", num_samples, 1), batch_size(x))
 
     def run(first: Array | int, x: Any, y: Array) -> tuple[tuple[()], tuple[Signals, Residual]]:
         signals, residual = part_signals(

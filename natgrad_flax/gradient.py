@@ -1,52 +1,39 @@
-"""The natural gradient of a model on a batch, and the learning rate that theory gives it."""
+"""The natural gradient of a model on a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.activations import active_fraction
 from natgrad_flax.arrays import own_promotion, solve_dtype
-from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
-    check_batch,
-    check_damping,
     check_fisher_batch,
-    check_input_shape,
-    check_inputs,
     check_microbatches,
+    check_needed_batch,
     check_settings,
-    check_structure,
-    is_concrete,
 )
 from natgrad_flax.convolution import with_fast_gradients
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, damping_as
-from natgrad_flax.fisher import FisherKind, fisher_signals, in_range, population_signals
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, damping_as, is_zero
+from natgrad_flax.fisher import FisherKind, check_key, fisher_signals, in_range, population_signals
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
 from natgrad_flax.parts import Passes, in_parts
-from natgrad_flax.plans import dense_layers, hashable_filter
+from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
+from natgrad_flax.scalars import check_integer
 from natgrad_flax.signals import Residual, Signals
-from natgrad_flax.structures import Geometry, Structure
+from natgrad_flax.structures import Structure
 from natgrad_flax.taps import Path, outputs_of
-from natgrad_flax.weight_sharing import (
-    SharedGeometry,
-    geometry_at,
-    shared_alpha,
-    shared_failures,
-    traced_geometry,
-)
+from natgrad_flax.trees import as_state, by_path, moved_by_gradient
 
 Damping = float | Array | RelativeDamping
 
@@ -55,7 +42,7 @@ Damping = float | Array | RelativeDamping
 def natural_gradient(
     model: nnx.Module,
     x: Any,
-    y: Array,
+    y: Array | None,
     *,
     structure: Structure,
     loss: Loss,
@@ -68,6 +55,7 @@ def natural_gradient(
     fisher_y: Array | None = None,
     microbatches: int = 1,
     check_samples: bool = True,
+    gradient: Any = None,
 ) -> nnx.State:
     """G^{-1} dL, the natural gradient of the loss (Karakida & Osawa 2020, Eq. 7).
 
@@ -94,25 +82,33 @@ def natural_gradient(
       check_samples: whether to try, at the first batch of a shape whose values are known, that the
         model makes of a batch what it makes of its samples one by one. Inside ``jit`` nothing can
         be tried. Without it the result is that of the samples one by one.
+      gradient: g, a tree like ``nnx.state(model, wrt)``, for G^{-1} g: the gradient of a loss of
+        your own, with penalties, masks, dropout or batch statistics in it. ``loss`` then says which
+        Fisher, and y may be None where that is not the empirical one. With damping 0 what of g lies
+        outside of the range of G is lost.
 
     Returns:
-      The update with the tree of ``nnx.state(model, wrt)``; theta - eta * update is the step.
+      The update with the tree of ``nnx.state(model, wrt)``, or of the gradient where there is one;
+      theta - eta * update is the step.
 
     Raises:
       ValueError, TypeError: bad settings or a bad batch, before any work.
     """
     wrt = hashable_filter(wrt)
-    check_settings(structure, loss, fisher, damping, mc_samples)
+    check_settings(structure, loss, fisher, damping)
+    mc_samples = check_integer("mc_samples", mc_samples, 1)
     if callable(damping) or isinstance(damping, LevenbergMarquardt):
         raise TypeError(
             "schedules and adaptive damping need the step count: use natural_gradient_descent"
         )
-    if fisher == "mc" and key is None:
-        raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
-    x, y = check_batch(model, x, y, loss)
+    check_key(fisher, key)
+    needed = gradient is None or (fisher == "empirical" and fisher_x is None)
+    x, y = check_needed_batch(model, x, y, loss, needed)
     fisher_x, fisher_y = check_fisher_batch(model, fisher, x, y, fisher_x, fisher_y)
-    check_microbatches(microbatches, x, fisher_x)
+    microbatches = check_microbatches(microbatches, x, fisher_x)
     at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
+    if gradient is not None:
+        wrt = moved_by_gradient(model, gradient, wrt)
     prepare(structure, model, *at, loss, fisher, mc_samples, damping, wrt)
     if check_samples:
         check_samples_alone(model, x)
@@ -126,6 +122,7 @@ def natural_gradient(
         key,
         fisher_x,
         fisher_y,
+        gradient,
         graphdef=graphdef,
         structure=structure,
         loss=loss,
@@ -135,25 +132,25 @@ def natural_gradient(
         wrt=wrt,
         microbatches=microbatches,
     )
-    return as_state(nnx.state(model, wrt), updates)
+    return as_state(nnx.state(model, wrt) if gradient is None else gradient, updates)
 
 
 class AtBatch(NamedTuple):
     """What adaptive damping asks of the batch.
 
     Attributes:
-      outputs: f, shape (N, C).
+      outputs: f, shape (N, C); None where the gradient came from elsewhere.
       inner: the product of the gradient of the loss with the step that was found.
     """
 
-    outputs: Array
+    outputs: Array | None
     inner: Callable[[], Array]
 
 
 def compute(
     model: nnx.Module,
     x: Any,
-    y: Array,
+    y: Array | None,
     *,
     structure: Structure,
     loss: Loss,
@@ -166,10 +163,12 @@ def compute(
     fisher_y: Array | None = None,
     microbatches: int = 1,
     momentum: Momentum | None = None,
+    gradient: dict[Path, Array] | None = None,
 ) -> tuple[tuple[LayerUpdate, ...], Signals, AtBatch]:
     """The natural gradient layer by layer, without checks; to be traced.
 
-    The arguments are those of ``natural_gradient``, and the momentum, where there is one.
+    The arguments are those of ``natural_gradient``, and the momentum, where there is one; the
+    gradient is by the paths of the parameters.
     """
     settings: dict[str, Any] = {
         "loss": loss,
@@ -180,7 +179,8 @@ def compute(
         "microbatches": microbatches,
     }
     null: dict[str, Any] = {"loss": loss, "fisher": fisher, "damping": damping}
-    if fisher_x is None:
+    if fisher_x is None and gradient is None:
+        assert y is not None
         signals, residual = fisher_signals(model, x, y, **settings)
         signals, residual = in_range(signals, residual, **null)
         with full_products():
@@ -190,10 +190,16 @@ def compute(
             else:
                 solved = momentum.solve(structure, signals, residual, rho)
         return solved, signals, AtBatch(signals.outputs, lambda: _slope(signals, residual, solved))
-    signals = population_signals(model, fisher_x, fisher_y, **settings)
+    at = fisher_targets(fisher, x, y, fisher_x, fisher_y)
+    signals = population_signals(model, *at, **settings)
     signals, _ = in_range(signals, None, **null)
-    found, outputs = loss_gradient(model, x, y, loss=loss, wrt=wrt, microbatches=microbatches)
-    slope = layer_updates(signals.layers, found)
+    outputs = signals.outputs
+    if gradient is None:
+        assert y is not None
+        gradient, outputs = loss_gradient(
+            model, x, y, loss=loss, wrt=wrt, microbatches=microbatches
+        )
+    slope = layer_updates(signals.layers, gradient)
     with full_products():
         rho = resolve_damping(structure, signals, damping)
         if momentum is None:
@@ -201,6 +207,15 @@ def compute(
         else:
             solved = momentum.precondition(structure, signals, slope, rho)
     return solved, signals, AtBatch(outputs, lambda: inner_product(slope, solved))
+
+
+def fisher_targets(
+    fisher: FisherKind, x: Array, y: Array | None, fisher_x: Array | None, fisher_y: Array | None
+) -> tuple[Array, Array | None]:
+    """The batch of a Fisher without a residual: targets for the empirical one alone."""
+    if fisher_x is not None:
+        return fisher_x, fisher_y
+    return x, y if fisher == "empirical" else None
 
 
 def _slope(signals: Signals, residual: Residual, solved: tuple[LayerUpdate, ...]) -> Array:
@@ -251,8 +266,7 @@ def static_damping(damping: Damping) -> float | RelativeDamping | None:
     """What of a damping decides how a step is compiled; None for a number that is an argument."""
     if isinstance(damping, RelativeDamping):
         return damping
-    zero = is_concrete(damping) and np.ndim(damping) == 0 and damping == 0
-    return 0.0 if zero else None
+    return 0.0 if is_zero(damping) else None
 
 
 def resolve_damping(structure: Structure, signals: Signals, damping: Damping) -> Array | float:
@@ -271,11 +285,12 @@ def resolve_damping(structure: Structure, signals: Signals, damping: Damping) ->
 def _compiled(
     state: Any,
     x: Any,
-    y: Array,
+    y: Array | None,
     damping: Array | None,
     key: Array | None,
     fisher_x: Any,
     fisher_y: Array | None,
+    gradient: Any,
     *,
     graphdef: Any,
     structure: Structure,
@@ -302,120 +317,6 @@ def _compiled(
         fisher_x=fisher_x,
         fisher_y=fisher_y,
         microbatches=microbatches,
+        gradient=None if gradient is None else by_path(gradient),
     )
     return named_updates(signals.layers, solved)
-
-
-def as_state(params: Any, updates: Mapping[Path, Mapping[str, Array]]) -> Any:
-    """Updates by path and name in the tree of the parameters, with their dtypes."""
-    flat = {(*path, name): leaf for path, layer in updates.items() for name, leaf in layer.items()}
-
-    def pick(path: tuple[Any, ...], leaf: Any) -> Any:
-        return flat[leaf_names(path)].astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(pick, params)
-
-
-def by_path(tree: Any) -> dict[Path, Array]:
-    """The leaves of a pytree of parameters by their paths."""
-    return {leaf_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def leaf_names(path: tuple[Any, ...]) -> Path:
-    """The path of a parameter in a pytree, whether its leaves are Variables or plain arrays."""
-    names: list[str | int] = []
-    for entry in path:
-        if isinstance(entry, jax.tree_util.DictKey | jax.tree_util.FlattenedIndexKey):
-            names.append(entry.key)
-        elif isinstance(entry, jax.tree_util.SequenceKey):
-            names.append(entry.idx)
-        elif entry.name != "value":
-            names.append(entry.name)
-    return tuple(names)
-
-
-def model_geometry(model: nnx.Module, num_samples: int) -> Geometry:
-    """The sizes of a fully connected model as the theory needs them.
-
-    Layers are taken in the order in which the model holds them.
-
-    Raises:
-      TypeError: the model has other layers.
-    """
-    layers = []
-    for _, layer in sorted(dense_layers(model).items(), key=lambda item: _sort_key(item[0])):
-        fan_in, units = layer.kernel.shape  # type: ignore[attr-defined]
-        layers.append((fan_in + (layer.bias is not None), units))  # type: ignore[attr-defined]
-    return Geometry(tuple(layers), num_samples, layers[-1][1], active_fraction(model))
-
-
-def _sort_key(path: Path) -> tuple[tuple[int, int, str], ...]:
-    return tuple((0, p, "") if isinstance(p, int) else (1, 0, p) for p in path)
-
-
-@own_promotion()
-def optimal_learning_rate(
-    structure: Structure,
-    model: nnx.Module,
-    num_samples: int | None = None,
-    *,
-    x: Any = None,
-    damping: Damping = 0.0,
-) -> float:
-    """1 / alpha, which makes the linearised network converge in one step (Corollary 4.2).
-
-    Where positions share weights (convolutions, tokens) alpha is that of
-    ``natgrad_flax.weight_sharing``.
-
-    Args:
-      structure: the Fisher approximation.
-      model: the network; its sizes count, and the name of its activation for UnitWise.
-      num_samples: N, the size of the batch, for 1 / alpha.
-      x: inputs (N', ...). Beside ``num_samples`` their shape alone counts: how many positions share
-        weights depends on it, and only models with an ``input_shape`` tell without. Alone, they
-        give 1 / lambda_max of the coefficient matrix of the mean squared error at these inputs,
-        for any structure and model.
-      damping: for the coefficient matrix at x.
-
-    Raises:
-      ValueError: the sizes violate the conditions of the theory (which one, and where), or the
-        structure has no alpha.
-      TypeError: layers that are not fully connected, and no shape of the inputs.
-    """
-    check_structure(structure)
-    check_damping(damping)
-    if callable(damping) or isinstance(damping, LevenbergMarquardt):
-        raise TypeError("a learning rate needs one damping: a number or an ng.RelativeDamping")
-    if x is not None:
-        x = check_inputs(x, model)
-        check_input_shape(model, x)
-    if x is not None and num_samples is None:
-        signals = jacobian_signals(model, x)
-        with full_products():
-            rho = resolve_damping(structure, signals, damping)
-            matrix = np.asarray(structure.coefficient(signals, signals, rho))
-        return float(1 / np.linalg.eigvals(matrix).real.max())
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}")
-    geometry = _geometry(model, num_samples, x)
-    if isinstance(geometry, SharedGeometry):
-        alpha, failures = shared_alpha(structure, geometry), shared_failures(structure, geometry)
-    else:
-        alpha, failures = structure.alpha(geometry), structure.failed_conditions(geometry)
-    if failures:
-        raise ValueError(
-            f"{structure.name} is not isotropic here, so 1 / alpha is not its learning rate: "
-            + "; ".join(failures)
-            + ". Use wider layers or fewer samples, or pass inputs as x= without num_samples="
-        )
-    return 1 / alpha
-
-
-def _geometry(model: nnx.Module, num_samples: int, x: Any) -> Geometry:
-    """The sizes of a model, by tracing it where the shape of its inputs is known."""
-    if x is not None:
-        return geometry_at(model, x, num_samples)
-    shape = getattr(model, "input_shape", None)
-    if isinstance(shape, tuple):
-        return traced_geometry(model, shape, jnp.float32, num_samples)
-    return model_geometry(model, num_samples)

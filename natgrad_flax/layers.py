@@ -63,8 +63,8 @@ class Dense(nnx.Module):
                 f"a layer needs sizes of at least 1, got {in_features} -> {out_features}"
             )
         check_variances(weight_variance, bias_variance)
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features = int(in_features)
+        self.out_features = int(out_features)
         self.weight_variance = float(weight_variance)
         self.bias_variance = float(bias_variance)
         key = rngs.params()
@@ -169,10 +169,10 @@ class Conv(nnx.Module):
                 f"{in_features} and out_features = {out_features}"
             )
         check_variances(weight_variance, bias_variance)
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features = int(in_features)
+        self.out_features = int(out_features)
         self.padding = padding
-        self.feature_group_count = feature_group_count
+        self.feature_group_count = int(feature_group_count)
         self.weight_variance = float(weight_variance)
         self.bias_variance = float(bias_variance)
         self.conv_general_dilated = conv_general_dilated

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.custom_batching import sequential_vmap
 from jax.lax import linalg as lax_linalg
@@ -76,11 +77,18 @@ def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
 
 def is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
     """Whether a Cholesky factor is that of a regular matrix, as ``solve_psd`` decides it."""
-    # elimination magnifies the rounding of a zero pivot by the condition of those before it, so
-    # the limit is generous: eigenvalues decide what it refuses, at a price in time alone
+    pivots, n = jnp.diagonal(factor) ** 2, matrix.shape[0]
+    if shifted:
+        return jnp.all(pivots > 0)
     eps = float(jnp.finfo(matrix.dtype).eps)
-    threshold = 0.0 if shifted else max(matrix.shape[0] * eps, eps**0.75)
-    return jnp.all(jnp.diagonal(factor) ** 2 > threshold * jnp.diagonal(matrix))
+    threshold = max(n * eps, eps**0.75)
+    # elimination magnifies the rounding of a zero pivot by the condition of those before it, but
+    # the solution for any vector still tells an eigenvalue near to zero. Both limits are generous:
+    # eigenvalues decide what they refuse, at a price in time alone
+    probe = jnp.asarray(np.random.default_rng(0).standard_normal(n), matrix.dtype)
+    length, most = jnp.linalg.norm(_cholesky_solve(factor, probe)), jnp.linalg.norm(probe)
+    near = n**0.5 * rank_cutoff(n, matrix.dtype) * jnp.linalg.norm(matrix) * length > most
+    return jnp.all(pivots > threshold * jnp.diagonal(matrix)) & ~near
 
 
 @partial(jax.jit, inline=True)

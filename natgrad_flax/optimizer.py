@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +21,22 @@ from natgrad_flax.averages import (
 )
 from natgrad_flax.checks import (
     check_fisher_batch,
-    check_integer,
-    check_learning_rate,
     check_microbatches,
     check_momentum,
     check_settings,
 )
+from natgrad_flax.damping import LevenbergMarquardt
 from natgrad_flax.fisher import FisherKind
-from natgrad_flax.gradient import AtBatch, as_state, by_path, compute, inner_product
+from natgrad_flax.gradient import AtBatch, compute, inner_product
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import named_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
 from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
+from natgrad_flax.scalars import check_integer, check_learning_rate, check_seed
 from natgrad_flax.structures import AveragedStructure, Structure
+from natgrad_flax.taps import Path
 from natgrad_flax.transformation import (
     Damping,
     NaturalGradientState,
@@ -42,6 +44,9 @@ from natgrad_flax.transformation import (
     change_of_loss,
     transformation,
 )
+from natgrad_flax.trees import as_state, by_path
+
+GradientSource = Literal["batch", "incoming"]
 
 
 def natural_gradient_descent(
@@ -59,16 +64,24 @@ def natural_gradient_descent(
     momentum: float = 0.0,
     microbatches: int = 1,
     check_samples: bool = True,
+    gradient: GradientSource = "batch",
 ) -> optax.GradientTransformationExtraArgs:
     """Natural-gradient descent: theta <- theta - eta G^{-1} dL (Karakida & Osawa 2020, Eq. 7).
 
     ``update`` needs the batch: ``tx.update(grads, state, params, module=model, x=x, y=y)``, or
-    through ``nnx.Optimizer``: ``optimizer.update(model, grads, module=model, x=x, y=y)``. The
-    natural gradient is a function of the batch, not of the incoming updates; these are taken only
-    for their tree (inside ``jit`` computing them costs nothing, XLA drops it). So this
-    transformation stands first in an ``optax.chain``; clipping, momentum and weight decay that
-    follow act on the natural-gradient step. An ``optax.MultiSteps`` around it would average
-    natural gradients.
+    through ``nnx.Optimizer``: ``optimizer.update(model, grads, module=model, x=x, y=y)``. With
+    ``gradient="batch"`` the natural gradient is a function of the batch, not of the incoming
+    updates; these are taken only for their tree (inside ``jit`` computing them costs nothing, XLA
+    drops it), so this transformation stands first in an ``optax.chain``. With
+    ``gradient="incoming"`` it is G^{-1} of the incoming updates, and what stands before it acts on
+    the gradient. Clipping, momentum and weight decay that follow act on the natural-gradient step.
+    An ``optax.MultiSteps`` around it would average natural gradients.
+
+    What ``optax.masked`` and ``optax.partition`` hold back of the tree is held, too: the step is
+    that of the Fisher of the parameters that are left. ``optax.flatten`` hides the names of the
+    parameters, so it can only stand behind. ``optax.inject_hyperparams`` calls whatever is callable
+    as a schedule, the loss as well, so let it see numbers alone:
+    ``optax.inject_hyperparams(lambda rate: ng.natural_gradient_descent(rate, ...))(rate=0.1)``.
 
     Args:
       learning_rate: eta, a number or a schedule over steps.
@@ -90,6 +103,12 @@ def natural_gradient_descent(
       microbatches: parts, a divisor of N, in which the model runs one after the other, so that only
         one part's activations are held.
       check_samples: as in ``natural_gradient``; steps inside ``jit`` are not checked.
+      gradient: "batch", the gradient of the loss on x and y, every layer as ``module`` holds it; or
+        "incoming", the updates that come in: the gradient of any loss, of a training pass with
+        dropout and batch statistics, with penalties, masks or weights. ``module`` is then the model
+        that the Fisher is taken of, with dropout off and statistics held (``nnx.view``), ``loss``
+        says which Fisher, and y is looked at for fisher="empirical" only. Damp it: at 0 what of the
+        gradient lies outside of the range of G is lost.
 
     Returns:
       An optax transformation with the extra arguments ``module`` (the model, or a copy of it, whose
@@ -103,14 +122,15 @@ def natural_gradient_descent(
       ValueError, TypeError: bad settings here, a bad batch in ``update``.
     """
     wrt = hashable_filter(wrt)
-    check_settings(structure, loss, fisher, damping, mc_samples)
-    check_learning_rate(learning_rate)
-
+    check_settings(structure, loss, fisher, damping)
+    learning_rate = check_learning_rate(learning_rate, schedule=True)
+    mc_samples, seed = check_integer("mc_samples", mc_samples, 1), check_seed(seed)
     check_average(average, structure, example)
-    check_momentum(momentum, structure, damping)
-    check_integer("microbatches", microbatches, 1)
+    momentum = check_momentum(momentum, structure, damping)
+    microbatches = check_integer("microbatches", microbatches, 1)
+    _check_gradient(gradient, damping)
     averaged: AveragedStep | None = None
-    empty: Callable[[], Averages] | None = None
+    empty: Callable[[Any], Averages] | None = None
     if average is not None:
         assert isinstance(structure, AveragedStructure)
         assert example is not None
@@ -126,22 +146,32 @@ def natural_gradient_descent(
         key: Array,
         fisher_x: Any = None,
         fisher_y: Array | None = None,
+        *,
+        wrt: Any,
+        incoming: dict[Path, Array],
     ) -> Step:
         fisher_x, fisher_y = check_fisher_batch(module, fisher, x, y, fisher_x, fisher_y)
         check_microbatches(microbatches, x, fisher_x)
         at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
+        given = incoming if gradient == "incoming" else None
         size = averaged.structure.factor_size if averaged else None
         shapes = prepare(structure, module, *at, loss, fisher, mc_samples, rho, wrt, size)
         if check_samples:
             check_samples_alone(module, x)
         if averaged is not None:
             kept: Any
-            solved, slope, outputs, kept = averaged(
-                module, x, y, shapes, state.kept, state.steps, rho, key, fisher_x, fisher_y
+            solved, slope, outputs, kept = replace(averaged, wrt=wrt)(
+                module, x, y, shapes, state.kept, state.steps, rho, key, fisher_x, fisher_y, given
             )
             found = AtBatch(outputs, lambda: inner_product(slope, solved))
         else:
-            carried = Momentum(momentum, by_path(state.kept)) if momentum else None
+            before = by_path(state.kept)
+            if momentum and set(before) != set(incoming):
+                raise ValueError(
+                    "the step that momentum= keeps has other parameters than the updates: pass "
+                    "init the same tree as update"
+                )
+            carried = Momentum(momentum, before) if momentum else None
             solved, _, found = compute(
                 module,
                 x,
@@ -157,6 +187,7 @@ def natural_gradient_descent(
                 fisher_y=fisher_y,
                 microbatches=microbatches,
                 momentum=carried,
+                gradient=given,
             )
             kept = as_state(state.kept, named_updates(shapes.layers, solved)) if momentum else ()
         down = jax.tree.map(jnp.negative, solved)
@@ -169,7 +200,7 @@ def natural_gradient_descent(
 
     def init_kept(params: Any) -> Any:
         if empty is not None:
-            return empty()
+            return empty(params)
         return jax.tree.map(jnp.zeros_like, params) if momentum else ()
 
     return transformation(
@@ -180,6 +211,19 @@ def natural_gradient_descent(
         seed,
         step,
         init_kept,
-        accepts=("fisher_x", "fisher_y"),
+        accepts=("fisher_x", "fisher_y", "wrt", "incoming"),
         wrt=wrt,
+        needs_targets=gradient == "batch" or fisher == "empirical",
     )
+
+
+def _check_gradient(gradient: object, damping: object) -> None:
+    """Raises ValueError or TypeError on a source of gradients that does not serve."""
+    if gradient not in get_args(GradientSource):
+        raise ValueError(f'gradient must be "batch" or "incoming", got {gradient!r}')
+    if gradient == "incoming" and isinstance(damping, LevenbergMarquardt):
+        raise TypeError(
+            "ng.LevenbergMarquardt predicts the change of the loss on x and y, which the incoming "
+            'gradient need not be of: with gradient="incoming" give a number, a schedule or an '
+            "ng.RelativeDamping as damping"
+        )

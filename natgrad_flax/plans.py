@@ -178,7 +178,8 @@ def plan_layers(
             raise ValueError(
                 f"the outputs depend on the random numbers of {dotted(path[:-2])}: a random "
                 "network has another Fisher at every call. Call model.eval(), or pass "
-                "nnx.view(model, deterministic=True)"
+                "nnx.view(model, deterministic=True); to train with them, take their gradient "
+                'yourself and precondition it with gradient="incoming"'
             )
     tape = tapes[-1]
     outside = {path: "also used outside of its layer" for path in values if used[path]}

@@ -7,14 +7,23 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.checks import check_fits
+from natgrad_flax.checks import check_normal
+from natgrad_flax.damping import (
+    LevenbergMarquardt,
+    RelativeDamping,
+    check_damping_shape,
+    warn_of_rounding,
+)
 from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
 from natgrad_flax.losses import Loss
+from natgrad_flax.memory import check_fits
 from natgrad_flax.signals import Signals
-from natgrad_flax.sizes_of_signals import check_signals_fit
+from natgrad_flax.sizes_of_signals import check_signals_fit, system_arrays
 from natgrad_flax.structures import Structure
 
 
@@ -39,8 +48,8 @@ def prepare(
       The shapes of the signals.
 
     Raises:
-      ValueError: the largest array or the signals do not fit, or the structure does not suit the
-        network.
+      ValueError: the largest array or the signals do not fit, the structure does not suit the
+        network, or the damping has another shape than the structure takes.
     """
     graphdef, state = nnx.split(model)
     # through jit, so that only the first call of a shape is traced
@@ -53,11 +62,30 @@ def prepare(
         y,
     )
     side = structure.gram_size(signals) if size is None else size(signals)
-    check_fits(side, signals.outputs.dtype.itemsize, f"the system that {structure.name} solves")
+    check_fits(
+        side,
+        signals.outputs.dtype.itemsize,
+        f"the system that {structure.name} solves",
+        system_arrays(structure, signals) if size is None else 2.0,
+    )
     if size is None:
         check_signals_fit(structure, signals)
+    _check_damping(structure, signals, damping)
     structure.check(signals, damping)
     return signals
+
+
+def _check_damping(structure: Structure, signals: Signals, damping: Any) -> None:
+    """Its shape beside that of the structure's own scale, and its size beside the rounding."""
+    if callable(damping) or isinstance(damping, (RelativeDamping, LevenbergMarquardt)):
+        return
+    if np.ndim(damping):
+        scale = jax.eval_shape(structure.damping_scale, signals).shape
+        check_damping_shape(damping, scale, structure.name, len(signals.layers))
+    # solves of lower precision run in float32
+    dtype = jnp.promote_types(signals.outputs.dtype, jnp.float32)
+    check_normal(damping, dtype)
+    warn_of_rounding(damping, dtype)
 
 
 @partial(jax.jit, static_argnames=("loss", "fisher", "mc_samples", "wrt"))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
-import numbers
 from collections.abc import Sequence
-from typing import TypeGuard
 
 from jax import Array
+
+from natgrad_flax.scalars import as_integer, as_number
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
 """How a convolution treats the border: zeros, no positions beyond it, or periodic."""
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return (as_integer(value) or 0) > 0
 
 
 def check_sizes(**sizes: object) -> None:
@@ -47,7 +47,7 @@ def size_tuple(
         or not all(_is_size(value) for value in values)
     ):
         raise ValueError(f"{name} must be {what}, got {values!r}")
-    return tuple(values)
+    return tuple(map(int, values))
 
 
 def size_each(name: str, value: object, count: int, each: str) -> tuple[int, ...]:
@@ -69,16 +69,15 @@ def size_each(name: str, value: object, count: int, each: str) -> tuple[int, ...
 
 def check_variances(weight_variance: object, bias_variance: object) -> None:
     """Raises ValueError unless sigma_w^2 is positive and sigma_b^2 positive or 0."""
-    if not (_is_finite(weight_variance) and weight_variance > 0):
+    if not 0 < _or_nan(weight_variance) < math.inf:
         raise ValueError(f"weight_variance must be positive and finite, got {weight_variance!r}")
-    if not (_is_finite(bias_variance) and bias_variance >= 0):
+    if not 0 <= _or_nan(bias_variance) < math.inf:
         raise ValueError(f"bias_variance must be 0 or positive and finite, got {bias_variance!r}")
 
 
-def _is_finite(value: object) -> TypeGuard[float]:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return False
-    return math.isfinite(value)
+def _or_nan(value: object) -> float:
+    found = as_number(value)
+    return math.nan if found is None else found
 
 
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:

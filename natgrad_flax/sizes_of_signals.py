@@ -1,4 +1,8 @@
-"""Whether the signals of a network fit, and what a structure makes of them, known from shapes."""
+"""Whether the signals of a network fit, and what a structure makes of them, known from shapes.
+
+What is counted are the arrays that XLA keeps at once in a compiled step on a CPU (its plan, which
+measured peaks follow): it computes the Gram matrices of all layers before it adds or solves.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,19 @@ import math
 
 import jax
 
-from natgrad_flax import checks
+from natgrad_flax import memory
 from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import Signals
-from natgrad_flax.structures import KFAC, Exact, LayerWise, Structure
+from natgrad_flax.structures import (
+    EKFAC,
+    KFAC,
+    BlockDiagonal,
+    BlockTriDiagonal,
+    Exact,
+    LayerWise,
+    Structure,
+)
 
 
 def signal_entries(layer: LayerSignals) -> int:
@@ -35,6 +47,50 @@ def sample_jacobian_entries(structure: Structure | None, layer: LayerSignals) ->
     return n * s * layer.num_params
 
 
+def system_arrays(structure: Structure, signals: Signals) -> float:
+    """How many arrays of the size of its largest system a step of a structure holds at once.
+
+    Args:
+      structure: the structure.
+      signals: its signals, or their shapes.
+    """
+    plain, depth = structure.plain, len(signals.layers)
+    in_samples = plain.gram_size(signals) in (signals.size, depth * signals.size)
+    if isinstance(plain, KFAC | EKFAC):
+        return 8.0
+    if isinstance(plain, Exact):
+        return 2 * depth + 1.5 if in_samples else 5.0
+    if isinstance(plain, BlockDiagonal):
+        return max(6.0, 2 * depth + 0.5) if in_samples else 4.0
+    if isinstance(plain, BlockTriDiagonal) and in_samples:
+        # of one layer each; the system couples all
+        return (2 * depth + 10.0) / depth**2
+    return 5.0 if isinstance(plain, LayerWise) else 1.0
+
+
+def _copies(layer: LayerSignals) -> int:
+    """How often the signals of a layer are there while they are computed.
+
+    A block of gradients is transposed; patches of images, and derivatives on their way back through
+    a convolution, are there besides what is recorded.
+    """
+    return 3 if isinstance(layer, SharedSignals) else 2 if isinstance(layer, ExplicitSignals) else 1
+
+
+def step_bytes(structure: Structure, signals: Signals) -> float:
+    """Bytes that a step needs beside parameters, batch and update.
+
+    Args:
+      structure: the structure.
+      signals: their shapes, from ``jax.eval_shape``.
+    """
+    held = sum(_copies(layer) * signal_entries(layer) for layer in signals.layers)
+    # built for one layer after the other
+    built = max(sample_jacobian_entries(structure, layer) for layer in signals.layers)
+    system = system_arrays(structure, signals) * structure.gram_size(signals) ** 2
+    return signals.outputs.dtype.itemsize * (held + built + system)
+
+
 def check_signals_fit(structure: Structure, signals: Signals) -> None:
     """Refuses a batch whose signals cannot fit, before any work.
 
@@ -44,14 +100,14 @@ def check_signals_fit(structure: Structure, signals: Signals) -> None:
 
     Raises:
       ValueError: a Jacobian block, the per-sample Jacobians of shared weights, or the inputs and
-        derivatives of a layer need more than the device has.
+        derivatives of a layer need more than the device has, together with the others and the
+        system that is solved.
     """
-    itemsize, free = signals.outputs.dtype.itemsize, checks.available_memory()
+    itemsize = signals.outputs.dtype.itemsize
     held = [itemsize * signal_entries(layer) for layer in signals.layers]
     built = [itemsize * sample_jacobian_entries(structure, layer) for layer in signals.layers]
-    # what is built besides is built for one layer after the other
-    total = sum(held) + max(built)
-    if total <= free:
+    total = step_bytes(structure, signals)
+    if total <= memory.SMALL or total <= (free := memory.available_memory()):
         return
     needs = [a + b for a, b in zip(held, built, strict=True)]
     largest = max(range(len(needs)), key=needs.__getitem__)
@@ -66,7 +122,7 @@ def check_signals_fit(structure: Structure, signals: Signals) -> None:
     else:
         shapes = [str(leaf.shape) for leaf in jax.tree.leaves(layer)]
         what = f"the inputs and derivatives of {where}, {' and '.join(shapes)},"
-    rest = f" of the {total / 2**30:,.1f} GiB of all signals" if needs[largest] < total else ""
+    rest = f" of the {total / 2**30:,.1f} GiB that a step needs"
     raise ValueError(
         f"{what} need {needs[largest] / 2**30:,.1f} GiB{rest}, and the device has "
         f'{free / 2**30:,.1f} GiB: use a smaller batch or fisher="mc", or leave the parameters '

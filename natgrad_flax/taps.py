@@ -144,7 +144,8 @@ def _check_held(layer: nnx.BatchNorm, path: Path | None, args: Any, kwargs: Any)
         raise HeldStatisticsError(
             f"BatchNorm {where} {asked}: its outputs mix the samples of a batch, so no sample has "
             "a Jacobian, and no Fisher, of its own. Hold the statistics: call model.eval(), or "
-            "pass nnx.view(model, use_running_average=True)"
+            "pass nnx.view(model, use_running_average=True); to train with batch statistics, take "
+            'their gradient yourself and precondition it with gradient="incoming"'
         )
 
 

@@ -12,11 +12,12 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.arrays import own_promotion
-from natgrad_flax.checks import check_batch
+from natgrad_flax.checks import check_needed_batch
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
-from natgrad_flax.gradient import as_state, by_path, leaf_names
 from natgrad_flax.losses import Loss
+from natgrad_flax.scalars import as_number, at_step, is_traced_number
 from natgrad_flax.taps import DoesNotRunError, Path, outputs_of
+from natgrad_flax.trees import as_state, by_path, leaf_names, moved_by
 from natgrad_flax.variables import whole_model
 
 Damping: TypeAlias = float | optax.Schedule | RelativeDamping | LevenbergMarquardt
@@ -54,6 +55,7 @@ def transformation(
     init_kept: Callable[[Any], Any] = lambda params: (),
     accepts: Sequence[str] = (),
     wrt: Any = nnx.Param,
+    needs_targets: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose steps are ``compute``'s, times the learning rate.
 
@@ -69,14 +71,17 @@ def transformation(
       seed: of the keys that ``compute`` gets.
       compute: from module, x, y, the damping of this step, the state and a key to the step.
       init_kept: from parameters to what is kept before the first step.
-      accepts: names of extra arguments of ``update`` that ``compute`` takes, too.
+      accepts: names of extra arguments of ``update`` that ``compute`` takes, too; "wrt", the filter
+        of the parameters that this tree of updates moves, and "incoming", the updates by the paths
+        of the parameters. The tree must have all parameters of the step.
       wrt: filter of the parameters.
+      needs_targets: whether ``compute`` looks at y.
     """
     adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
 
     @own_promotion()
     def init(params: optax.Params) -> NaturalGradientState:
-        fixed = damping if isinstance(damping, (int, float)) else 0.0
+        fixed = damping if as_number(damping) is not None or is_traced_number(damping) else 0.0
         start = adaptive.initial if adaptive else fixed
         return NaturalGradientState(
             jnp.zeros((), jnp.int32),
@@ -97,24 +102,32 @@ def transformation(
         **extra: Any,
     ) -> tuple[optax.Updates, NaturalGradientState]:
         del params
-        if module is None or x is None or y is None:
-            raise ValueError(f"{name} needs the batch: pass module=model, x=x, y=y to update")
-        module, doubt = whole_model(module, by_path(updates), wrt)
-        x, y = check_batch(module, x, y, loss)
-        rho: Any = damping
-        if adaptive:
-            rho = state.damping
-        elif callable(damping):
-            rho = damping(state.steps)
+        if module is None or x is None or (needs_targets and y is None):
+            what = "module=model, x=x, y=y" if needs_targets else "module=model, x=x"
+            raise ValueError(f"{name} needs the batch: pass {what} to update")
+        leaves = by_path(updates)
+        if not leaves:
+            # all is held back, as by optax.partition for a label that no parameter has
+            return updates, state
+        module, doubt = whole_model(module, leaves, wrt)
+        chosen = moved_by(module, updates, wrt)
+        x, y = check_needed_batch(module, x, y, loss, needs_targets)
+        rho: Any = state.damping if adaptive else at_step(damping, state.steps, "damping")
+        rate = at_step(learning_rate, state.steps, "learning_rate")
         key, draw = jax.random.split(state.key)
-        further = {name: extra[name] for name in accepts if name in extra}
+        given = {**extra, "wrt": chosen, "incoming": leaves}
+        further = {name: given[name] for name in accepts if name in given}
         try:
             found = compute(module, x, y, rho, state, draw, **further)
         except DoesNotRunError as error:
             if not doubt:
                 raise
             raise DoesNotRunError(f"{error}. {doubt}") from error
-        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
+        if sum(map(len, found.direction.values())) > len(leaves):
+            raise ValueError(
+                f"{name} moves all parameters of the model together, and some are not in the tree "
+                "of updates: let it see all of them, outside of optax.masked and optax.partition"
+            )
         step = jax.tree.map(
             lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
         )
@@ -130,12 +143,14 @@ def transformation(
 
 
 def change_of_loss(
-    loss: Loss, module: nnx.Module, x: Any, y: Array, outputs: Array
+    loss: Loss, module: nnx.Module, x: Any, y: Array | None, outputs: Array | None
 ) -> Callable[[Array | float, Any], Array]:
     """``Step.change`` by one more forward pass; ``outputs`` are the module's at x."""
 
     def change(rate: Array | float, step: Any) -> Array:
         del rate
+        assert y is not None
+        assert outputs is not None
         following = outputs_of(_moved(module, step), x).astype(outputs.dtype)
         targets = y.astype(outputs.dtype)
         return loss(following, targets) - loss(outputs, targets)

@@ -18,7 +18,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax.checks import available_memory, check_inputs
+from natgrad_flax.arrays import check_concrete
+from natgrad_flax.checks import check_array
+from natgrad_flax.memory import available_memory
 from ntk_analysis.block_devices import (
     AT_ONCE,
     Block,
@@ -30,7 +32,7 @@ from ntk_analysis.block_devices import (
 )
 from ntk_analysis.conv_kernels import block_bytes, block_rows, convolutional_block
 from ntk_analysis.dense_kernels import dense_block
-from ntk_analysis.empirical import Matrix
+from ntk_analysis.empirical import Matrix, check_range
 from ntk_analysis.kernel_store import KernelArrays, open_store
 from ntk_analysis.twin import (
     ConvolutionalTwin,
@@ -48,6 +50,7 @@ CONVOLUTIONAL_PARTS = ("tangent", "nngp", "ntk")
 """Of a ConvNet: its inputs and derivatives are matrices over positions, too."""
 _BLOCK = 256  # its arrays, 0.5 MB each, stay in the cache from layer to layer
 _TEMPORARIES = 4  # of its arrays in every layer
+_ARITHMETIC = "angles"  # named anew where values change, so that stored ones are not taken for them
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +169,9 @@ def analytic_kernels(
       parts: any of "tangent", "inputs", "derivatives" (L arrays each), "nngp" and "ntk"; all by
         default. A ConvNet has no "inputs" and "derivatives" of a pair of samples alone.
       store: keep the kernels in files below this folder, under a hash of all that decides them.
-        Finished blocks of an earlier call, killed or not, are not computed again; the arrays
-        returned are memory maps of the files, read-only.
+        Finished blocks of an earlier call, killed or not, are not computed again, unless they lost
+        the checksum that they were written with, which a warning says; the arrays returned are
+        memory maps of the files, read-only.
       progress: told about finished blocks.
       devices: those that compute, each its share of the blocks. By default those of this process
         that have enough to do: each compiles the steps for itself. With devices of other processes
@@ -210,7 +214,7 @@ def analytic_kernels(
     _check_variances(twin, first, "x1")
     if second is not None:
         _check_variances(twin, second, "x2")
-    made_of = (twin.description, first, second)
+    made_of = (twin.description, _ARITHMETIC, first, second)
     with open_store(store, names, shape, made_of, size) as target:
         blocks = [
             (i, j)
@@ -251,7 +255,13 @@ def _computation(
                 values = convolutional_block(twin, left, right, names=names, diagonal=diagonal)
             else:
                 values = dense_block(twin, left, right, names=names, diagonal=diagonal)
-            return [np.asarray(value) for value in values]
+            arrays = [np.asarray(value) for value in values]
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise ValueError(
+                "the kernels overflow: the variances of the weights, or the inputs, are too large "
+                f"for a network of {twin.depth} layers; scale them"
+            )
+        return arrays
 
     return compute
 
@@ -289,14 +299,15 @@ def _check_block(twin: ConvolutionalTwin) -> None:
 
 def _check_variances(twin: Twin, x: Matrix, name: str) -> None:
     """Raises ValueError where all pre-activations of the first layer have the variance 0."""
-    weight, bias = (twin.description[f"{name}_variances"][0] for name in ("weight", "bias"))
+    check_range(float(np.max(np.abs(x))), f"the inputs {name}")
+    weight, bias = (twin.description[f"{kind}_variances"][0] for kind in ("weight", "bias"))
     variances = weight * np.mean(x**2, axis=tuple(range(1, x.ndim))) + bias
     bad = np.flatnonzero(~(variances > 0))
     if bad.size:
         raise ValueError(
             f"the kernel is not positive: sample {bad[0]} of {name} has the variance "
-            f"{variances[bad[0]]:g} in layer 1, because all its inputs are 0; remove such samples "
-            "or use a model with biases"
+            f"{variances[bad[0]]:g} in layer 1, because all its inputs are 0 (or so small that "
+            "their squares are); remove such samples, scale them, or use a model with biases"
         )
 
 
@@ -313,11 +324,10 @@ def analytic_inputs(x: ArrayLike, model: nnx.Module, name: str) -> Matrix:
         are not finite floating numbers.
     """
     wanted = sample_shape(require_limit(model))
-    try:
-        with jax.enable_x64(True):
-            values = np.asarray(check_inputs(x), np.float64)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{name}: {error}") from None
+    with jax.enable_x64(True):
+        array = check_array(x, name)
+        check_concrete(array, name)
+        values = np.asarray(array, np.float64)
     if values.shape[1:] != wanted:
         shape = ", ".join(map(str, wanted))
         raise ValueError(f"{name} must have shape (N, {shape}), got {values.shape}")

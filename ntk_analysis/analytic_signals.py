@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax import KFAC, MLP, ConvNet, Signals, Structure, UnitWise
+from natgrad_flax.damping import is_zero
 from natgrad_flax.layers import Conv, Dense
 from natgrad_flax.signals import DenseSignals
 from ntk_analysis.analytic import AnalyticKernels
@@ -161,7 +162,9 @@ def limit_signals(
 
 
 def needed_parts(structure: Structure) -> tuple[str, ...]:
-    """The parts of ``analytic_kernels`` that the coefficient matrix of a structure is made of."""
+    """The parts of ``analytic_kernels`` that the theory of a structure is made of."""
+    if isinstance(structure, UnitWise):
+        return ("inputs",)
     return ("inputs", "derivatives") if isinstance(structure, KFAC) else ("tangent",)
 
 
@@ -179,7 +182,7 @@ def check_limit(structure: Structure, has_test: bool, damping: object) -> None:
             f"{structure.name} has no infinite-width kernel: its entries are not functions of the "
             'kernels of the layers; use kernels="empirical"'
         )
-    if where == "train" and (has_test or not (isinstance(damping, (int, float)) and damping == 0)):
+    if where == "train" and (has_test or not is_zero(damping)):
         raise ValueError(
             f"{structure.name} has an infinite-width kernel only between training inputs at zero "
             "damping, alpha I (Theorem 5.1); elsewhere its entries have no limit of finite "

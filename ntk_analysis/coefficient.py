@@ -11,9 +11,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax import RelativeDamping, Signals, Structure
-from natgrad_flax.checks import check_damping, check_fits, check_structure
-from natgrad_flax.gradient import model_geometry, resolve_damping
+from natgrad_flax import KFAC, LayerWise, RelativeDamping, Signals, Structure, UnitWise
+from natgrad_flax.checks import check_damping, check_structure
+from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.learning_rate import model_geometry
+from natgrad_flax.memory import check_fits
+from natgrad_flax.scalars import as_number
+from natgrad_flax.spectrum import check_coefficient, check_symmetric
 from ntk_analysis.analytic import analytic_inputs, analytic_kernels
 from ntk_analysis.analytic_signals import (
     check_limit,
@@ -22,6 +26,7 @@ from ntk_analysis.analytic_signals import (
     needed_parts,
 )
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.limit_conditions import limit_failures
 from ntk_analysis.twin import num_outputs, require_limit
 
 Damping = float | RelativeDamping
@@ -81,14 +86,17 @@ def coefficient_pair(
       Float64 arrays (N C, N C) and (N' C, N C).
 
     Raises:
-      ValueError: the structure does not suit the network, or an array cannot fit in memory.
+      ValueError: the structure does not suit the network, an array cannot fit in memory, or a
+        matrix that is not finite or lost in rounding.
     """
     with jax.enable_x64(True):
         train = signals.train
-        check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
+        check_coefficient_fits(structure, train)
         structure.check(train, damping)
         rho = resolve_damping(structure, train, damping)
         both = np.asarray(structure.coefficient(signals.everything, train, rho))
+    check_coefficient(both, structure.name)
+    check_symmetric(both[: train.size], structure.name)
     return both[: train.size], both[train.size :]
 
 
@@ -120,9 +128,14 @@ def analytic_coefficients(
     check_shared_weights(structure, model)
     outputs = num_outputs(require_limit(model))
     if structure.infinite_width == "train":
-        num_samples = len(analytic_inputs(x_train, model, "x_train"))
-        geometry = model_geometry(model, num_samples)
-        yield structure.alpha(geometry) * np.eye(num_samples * outputs)
+        signals, _ = analytic_signals(structure, model, x_train, None)
+        geometry = model_geometry(model, signals.num_samples)
+        if failures := limit_failures(structure, geometry, signals):
+            raise ValueError(
+                f"{structure.name} has an infinite-width kernel only where the inputs of every "
+                f"layer have full rank (Theorem 5.1). {'; '.join(failures)}"
+            )
+        yield structure.alpha(geometry) * np.eye(geometry.num_samples * outputs)
         return
     train, test = analytic_signals(structure, model, x_train, x_test)
     yield from limit_coefficients(structure, train, test, outputs, damping)
@@ -145,14 +158,17 @@ def limit_coefficients(
       damping: as in ``coefficient_matrix``.
     """
     with jax.enable_x64(True):
-        check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
+        check_coefficient_fits(structure, train)
         structure.check(train, damping)
         rho = resolve_damping(structure, train, damping)
     for rows in (train,) if test is None else (test, train):
         with jax.enable_x64(True):
             one = np.asarray(structure.coefficient(rows, train, rho))
+        check_coefficient(one, structure.name)
+        if rows is train:
+            check_symmetric(one, structure.name)
         size = one.shape[0] * one.shape[1] * outputs**2
-        check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs")
+        check_fits(math.isqrt(size), 8, "the coefficient matrix of all outputs", 1.0)
         yield np.kron(one, np.eye(outputs))
 
 
@@ -186,11 +202,34 @@ def analytic_signals(
     return limit_signals(require_limit(model), train, cross, inside, outside)
 
 
+def check_coefficient_fits(structure: Structure, signals: Signals, *, few: bool = False) -> None:
+    """Refuses a coefficient matrix (N C, N C) that cannot fit with what it is made of.
+
+    It is computed operation by operation, so that Gram matrices of all layers are there at once;
+    the counts are those of measured peaks.
+
+    Args:
+      structure: the Fisher approximation.
+      signals: of the training samples.
+      few: it acts on a few vectors alone.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    depth = len(signals.layers)
+    if few or not isinstance(structure, LayerWise | KFAC | UnitWise):
+        arrays = depth + 2.5
+    else:
+        arrays = 4 * depth + 0.5 if isinstance(structure, LayerWise) else 8.0
+    what = f"the coefficient matrix of {structure.name}, which it solves for,"
+    check_fits(signals.size, 8, what, arrays)
+
+
 def check_theory_arguments(structure: object, damping: object, kernels: object) -> None:
     """Raises ValueError or TypeError on arguments that no theory can use."""
     check_structure(structure)
     check_damping(damping)
-    if not isinstance(damping, (int, float, RelativeDamping)):
+    if not isinstance(damping, RelativeDamping) and as_number(damping) is None:
         raise TypeError(
             f"theory needs a fixed damping, a number or an ng.RelativeDamping, got {damping!r}"
         )

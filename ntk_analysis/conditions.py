@@ -22,6 +22,7 @@ from ntk_analysis.empirical import Matrix
 
 # a Forster transform leaves leverages that differ by its tolerance, 1e-3 by default
 _EQUAL_LEVERAGES = 1e-2
+_SAME = 64 * 2.0**-52
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ class NetworkRanks:
       leverages: the smallest and the largest diagonal entry of the projector a_0 a_0^+ on the
         inputs of layer 1; both 1 where these have full row rank, or where there are none.
       twins: the numbers of two samples with the same inputs, or None.
+      parallel: the numbers of two samples with proportional derivatives, or None.
     """
 
     layers: tuple[LayerRanks, ...]
     kernel: int
     leverages: tuple[float, float]
     twins: tuple[int, int] | None
+    parallel: tuple[int, int] | None = None
 
 
 def measured_ranks(signals: Signals) -> NetworkRanks:
@@ -76,13 +79,14 @@ def measured_ranks(signals: Signals) -> NetworkRanks:
             inputs, derivatives = (
                 min(map(_rank, part)) if len(part) else None for part in _rows(layer)
             )
-            layers.append(LayerRanks(inputs, derivatives, _gram_rank(gram, len(gram))))
+            layers.append(LayerRanks(inputs, derivatives, gram_rank(gram, len(gram))))
         first, _ = _rows(signals.layers[0])
-    rank = _gram_rank(kernel, len(kernel))
+    rank = gram_rank(kernel, len(kernel))
+    alike = parallel(kernel[:: signals.num_seeds, :: signals.num_seeds])
     if not len(first):
-        return NetworkRanks(tuple(layers), rank, (1.0, 1.0), None)
+        return NetworkRanks(tuple(layers), rank, (1.0, 1.0), None, alike)
     samples = np.moveaxis(first, 1, 0).reshape(signals.num_samples, -1)
-    return NetworkRanks(tuple(layers), rank, _leverages(first[0]), _twins(samples))
+    return NetworkRanks(tuple(layers), rank, leverages(first[0]), _twins(samples), alike)
 
 
 def _rows(layer: LayerSignals) -> tuple[Matrix, Matrix]:
@@ -290,18 +294,22 @@ def _inputs_sentence(
 
 
 def _twin_remedy(ranks: NetworkRanks) -> str:
-    if ranks.twins is None:
+    pair = ranks.twins or ranks.parallel
+    if pair is None:
         return ""
-    first, second = ranks.twins
-    return f"samples {first} and {second} (counted from 0) are the same; drop one"
+    alike = "the same"
+    if not ranks.twins:
+        alike += " to the network (equal or, without biases, multiples of each other)"
+    return f"samples {pair[0]} and {pair[1]} (counted from 0) are {alike}; drop one"
 
 
 def _rank(matrix: Matrix) -> int:
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    return _gram_rank(tall.T @ tall, len(tall))
+    return gram_rank(tall.T @ tall, len(tall))
 
 
-def _gram_rank(gram: Matrix, size: int) -> int:
+def gram_rank(gram: Matrix, size: int) -> int:
+    """The rank of what has this Gram matrix, ``size`` its longer side; see ``measured_ranks``."""
     values = np.linalg.eigvalsh(gram)
     return int(np.sum(values > _cutoff(values, size)))
 
@@ -310,7 +318,8 @@ def _cutoff(values: NDArray[np.floating], size: int) -> float:
     return float(size * np.finfo(np.float64).eps * np.max(np.abs(values)))
 
 
-def _leverages(inputs: Matrix) -> tuple[float, float]:
+def leverages(inputs: Matrix) -> tuple[float, float]:
+    """The smallest and the largest diagonal entry of the projector on the columns of inputs."""
     wide = inputs.shape[0] <= inputs.shape[1]
     values, vectors = np.linalg.eigh(inputs @ inputs.T if wide else inputs.T @ inputs)
     kept = values > _cutoff(values, max(inputs.shape))
@@ -327,3 +336,12 @@ def _twins(inputs: Matrix) -> tuple[int, int] | None:
         if other != number:
             return other, number
     return None
+
+
+def parallel(kernel: Matrix) -> tuple[int, int] | None:
+    """Two samples between which a kernel (N, N) has the cosine 1."""
+    norms = np.sqrt(np.maximum(np.diagonal(kernel), 0))
+    scale = np.outer(norms, norms)
+    same = (kernel >= (1 - _SAME) * scale) & (scale > 0)
+    pairs = np.argwhere(np.triu(same, 1))
+    return (int(pairs[0, 0]), int(pairs[0, 1])) if len(pairs) else None

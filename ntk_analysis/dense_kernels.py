@@ -2,8 +2,10 @@
 
 Theta_l = B_l Q_l entry by entry (Karakida & Osawa 2020, Section 2 and Supplement E): Q_l is the
 limit of the Gram matrix of the scaled inputs a_{l-1}, B_l that of the derivatives D_l. One pass
-through the network gives all of them: each activation is run with a tangent kernel of ones, which
-comes out as E[phi' phi'], and B_l is a running product of those from the last layer down.
+through the network gives all of them: Q_l and E[phi' phi'] layer by layer, and B_l is a running
+product of those from the last layer down. Activations that are linear on both sides of 0 go in
+angles (``angle_kernels``); others are run in neural-tangents with a tangent kernel of ones, which
+comes out as E[phi' phi'].
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ntk_analysis.angle_kernels import angles_of_inputs, through_activation
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.twin import InfiniteWidthTwin
 
@@ -38,18 +41,7 @@ def dense_block(
     One compiled program a step, and not one for all layers: in that one XLA would work out every
     layer anew for each array that is returned, so the cost would grow with the depth squared.
     """
-    kernel = _enter(x1, x2, affine=twin.affine[0], diagonal=diagonal)
-    inputs, slopes = [kernel.nngp], []
-    for activation, affine in zip(twin.activations, twin.affine[1:], strict=True):
-        kernel, slope = _through(
-            kernel,
-            activation=activation,
-            affine=affine,
-            slope_on_diagonal=twin.diagonal_derivative,
-            diagonal=diagonal,
-        )
-        slopes.append(slope)
-        inputs.append(kernel.nngp)
+    inputs, slopes = _passes(twin, x1, x2, diagonal)
     values = {"nngp": inputs[-1]}
     values.update({f"inputs.{layer}": array for layer, array in enumerate(inputs, 1)})
     variances = twin.description["weight_variances"]
@@ -66,32 +58,56 @@ def dense_block(
     return [values[name] for name in names]
 
 
+def _passes(
+    twin: InfiniteWidthTwin, x1: Matrix, x2: Matrix, diagonal: bool
+) -> tuple[list[Array], list[Array]]:
+    """Q_l of the L layers, and E[phi' phi'] of the L - 1 activations."""
+    state: Any
+    inputs, slopes = [], []
+    if twin.negative_slope is None:
+        state, covariance = _enter(x1, x2, affine=twin.affine[0], diagonal=diagonal)
+        for activation, affine in zip(twin.activations, twin.affine[1:], strict=True):
+            inputs.append(covariance)
+            state, covariance, slope = _through(
+                state, activation=activation, affine=affine, diagonal=diagonal
+            )
+            slopes.append(slope)
+    else:
+        (weight, bias), *behind = zip(
+            twin.description["weight_variances"], twin.description["bias_variances"], strict=True
+        )
+        state, covariance = angles_of_inputs(x1, x2, weight, bias, diagonal=diagonal)
+        for weight, bias in behind:
+            inputs.append(covariance)
+            state, covariance, slope = through_activation(
+                state, weight, bias, negative_slope=twin.negative_slope
+            )
+            slopes.append(slope)
+    return [*inputs, covariance], slopes
+
+
 @partial(jax.jit, static_argnames=("affine", "diagonal"))
-def _enter(x1: Array, x2: Array, *, affine: Any, diagonal: bool) -> Any:
-    """The kernel behind the first affine layer."""
-    kernel = affine(x1, x2, None)
-    if diagonal:
-        kernel = kernel.replace(nngp=_on_diagonal(kernel.nngp, kernel.cov1))
-    return kernel.replace(ntk=None)
+def _enter(x1: Array, x2: Array, *, affine: Any, diagonal: bool) -> tuple[Any, Array]:
+    """The kernel behind the first affine layer, and the covariance."""
+    return _settled(affine(x1, x2, None), diagonal)
 
 
-@partial(jax.jit, static_argnames=("activation", "affine", "slope_on_diagonal", "diagonal"))
+@partial(jax.jit, static_argnames=("activation", "affine", "diagonal"))
 def _through(
-    kernel: Any, *, activation: Any, affine: Any, slope_on_diagonal: float | None, diagonal: bool
-) -> tuple[Any, Array]:
-    """The kernel behind an activation and the affine layer after it, and E[phi' phi']."""
+    kernel: Any, *, activation: Any, affine: Any, diagonal: bool
+) -> tuple[Any, Array, Array]:
+    """Behind an activation and the affine layer after it, with the covariance and E[phi' phi']."""
     kernel = activation(kernel.replace(ntk=jnp.ones_like(kernel.nngp)))
     slope = kernel.ntk
-    kernel = affine(kernel.replace(ntk=None))
+    return *_settled(affine(kernel.replace(ntk=None)), diagonal), slope
+
+
+def _settled(kernel: Any, diagonal: bool) -> tuple[Any, Array]:
+    """A kernel without a tangent kernel, its diagonal the exact variances; and its covariance."""
+    covariance = kernel.nngp
     if diagonal:
-        kernel = kernel.replace(nngp=_on_diagonal(kernel.nngp, kernel.cov1))
-        if slope_on_diagonal is not None:
-            slope = _on_diagonal(slope, slope_on_diagonal)
-    return kernel, slope
-
-
-def _on_diagonal(values: Array, diagonal: Array | float) -> Array:
-    return jnp.where(jnp.eye(len(values), dtype=bool), diagonal, values)
+        covariance = jnp.where(jnp.eye(len(covariance), dtype=bool), kernel.cov1, covariance)
+    return kernel.replace(nngp=covariance, ntk=None), covariance
 
 
 @jax.jit

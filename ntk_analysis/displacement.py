@@ -11,9 +11,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import Residual, Signals, Structure
-from natgrad_flax.checks import check_learning_rate
-from natgrad_flax.gradient import as_state, resolve_damping
+from natgrad_flax.gradient import resolve_damping
 from natgrad_flax.layer_signals import LayerUpdate, named_updates
+from natgrad_flax.scalars import as_number, check_learning_rate, check_steps
+from natgrad_flax.trees import as_state
 from ntk_analysis.coefficient import Damping, check_theory_arguments, coefficient_pair
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import Matrix, initial_signals
@@ -52,8 +53,8 @@ def parameter_displacement(
         steps = ``math.inf`` where the spectral radius of I - eta Theta-bar is not below 1.
     """
     check_theory_arguments(structure, damping, "empirical")
-    check_learning_rate(learning_rate)
-    _check_steps(steps)
+    learning_rate = check_learning_rate(learning_rate)
+    steps = steps if as_number(steps) == math.inf else check_steps(steps)
     initial = initial_signals(model, x)
     targets = check_targets(y, (initial.num_train, initial.num_outputs))
     matrix, _ = coefficient_pair(structure, initial, damping)
@@ -116,10 +117,3 @@ def solve_residual(
     with jax.enable_x64(True):
         rho = resolve_damping(structure, signals, damping)
         return structure.solve(signals, Residual(jnp.asarray(residual), None), rho)
-
-
-def _check_steps(steps: object) -> None:
-    if steps == math.inf:
-        return
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be an integer of at least 0 or math.inf, got {steps!r}")

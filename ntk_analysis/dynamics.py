@@ -9,7 +9,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, MeanSquaredError, Structure
-from natgrad_flax.checks import check_learning_rate
+from natgrad_flax.arrays import check_concrete, real_array
+from natgrad_flax.linear.descent import check_memory
+from natgrad_flax.scalars import check_learning_rate, check_steps
 from ntk_analysis.coefficient import (
     Damping,
     Kernels,
@@ -100,11 +102,11 @@ def predict_dynamics(
             f"training curves are predicted for the mean squared error only, got {loss!r}"
         )
     check_theory_arguments(structure, damping, kernels)
-    check_learning_rate(learning_rate)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
+    learning_rate, steps = check_learning_rate(learning_rate), check_steps(steps)
     signals = initial_signals(model, x, x_test)
     targets = check_targets(y, (signals.num_train, signals.num_outputs))
+    shape = (steps + 1, *signals.outputs.shape)
+    check_memory(shape, np.float64, "the outputs at every step", "take fewer steps")
     if kernels == "analytic":
         *outside, train = analytic_coefficients(structure, model, x, x_test, damping)
         test = outside[0] if outside else np.zeros((0, len(train)))
@@ -174,8 +176,10 @@ def check_targets(y: ArrayLike, shape: tuple[int, int]) -> Matrix:
 
     Raises:
       ValueError: another shape, NaN or infinite entries.
+      TypeError: no real numbers.
     """
-    targets = np.asarray(y, np.float64)
+    check_concrete(y, "y")
+    targets = real_array(y, "y")
     if targets.shape != shape:
         raise ValueError(f"y must have shape (N, C) = {shape}, got {targets.shape}")
     if not np.isfinite(targets).all():

@@ -7,7 +7,6 @@ that calls it is left as it is. Results are NumPy arrays, which are float64 outs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +18,15 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from natgrad_flax import Signals, jacobian_signals
-from natgrad_flax.checks import check_fits, check_inputs
+from natgrad_flax.arrays import batch_size, check_concrete, described, shapes_of
+from natgrad_flax.checks import check_model_inputs
+from natgrad_flax.independence import check_samples_alone
+from natgrad_flax.memory import check_bytes, check_fits
+from natgrad_flax.plans import check_model
+from natgrad_flax.sizes_of_signals import signal_entries
 
 Matrix = NDArray[np.float64]
+_LARGEST = 1e75
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class InitialSignals:
     def train(self) -> Signals:
         """Signals of the N training samples."""
         return _samples(self.everything, slice(self.num_train))
+
+    @property
+    def test(self) -> Signals:
+        """Signals of the N' test samples."""
+        return _samples(self.everything, slice(self.num_train, None))
 
     @property
     def num_test(self) -> int:
@@ -64,35 +74,57 @@ def initial_signals(
 
     Args:
       model: any module built of layers with signals; parameters of any precision.
-      x_train: inputs, shape (N, ...).
-      x_test: more inputs, shape (N', ...).
+      x_train: inputs, an array (N, ...) or a tree of them.
+      x_test: more inputs, (N', ...).
 
     Raises:
-      ValueError, TypeError: bad inputs, or a layer without signals.
+      ValueError, TypeError: bad inputs, a layer without signals, samples whose outputs depend on
+        each other, traced arrays, or numbers so large that kernels overflow.
     """
+    check_model(model)
+    check_concrete(nnx.state(model, nnx.Param), "the parameters")
     with jax.enable_x64(True):
-        parts = [_float64_inputs(x_train, "x_train")]
+        parts = [_inputs(model, x_train, "x_train")]
         if x_test is not None:
-            parts.append(_float64_inputs(x_test, "x_test"))
-            if parts[0].shape[1:] != parts[1].shape[1:]:
+            parts.append(_inputs(model, x_test, "x_test"))
+            here, there = (shapes_of(part, skip=1) for part in parts)
+            if here != there:
                 raise ValueError(
-                    "x_test must have samples of the shape of x_train's, "
-                    f"{parts[0].shape[1:]}, got {parts[1].shape[1:]}"
+                    "x_test must have samples like those of x_train, "
+                    f"{described(here)}, got {described(there)}"
                 )
-        inputs = jnp.concatenate(parts)
-        widths = getattr(model, "widths", None)
-        if widths is not None and inputs.shape[1:] != (widths[0],):
-            raise ValueError(
-                f"the model takes inputs of shape (N, {widths[0]}), got {parts[0].shape}"
-            )
-        signals = _signals(*nnx.split(_in_float64(model)), inputs)
-    return InitialSignals(signals, len(parts[0]))
+        inputs = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+        cast = _in_float64(model)
+        check_samples_alone(cast, inputs)
+        graphdef, state = nnx.split(cast)
+        # through jit, so that only the first call of a shape is traced
+        shapes, _ = jax.eval_shape(_signals, graphdef, state, inputs)
+        held = sum(map(signal_entries, shapes.layers))
+        check_bytes(
+            8 * held,
+            f"{held:,} inputs and derivatives of layers need",
+            "use fewer samples, or a smaller network",
+        )
+        signals, largest = _signals(graphdef, state, inputs)
+        check_range(float(largest), "its inputs, outputs or derivatives")
+    return InitialSignals(signals, batch_size(parts[0]))
 
 
-@partial(jax.jit, static_argnums=0)
-def _signals(graphdef: Any, state: Any, inputs: Array) -> Signals:
+@jax.jit
+def _signals(graphdef: Any, state: Any, inputs: Any) -> tuple[Signals, Array]:
     # one program; op by op every new shape would compile dozens
-    return jacobian_signals(nnx.merge(graphdef, state), inputs)
+    signals = jacobian_signals(nnx.merge(graphdef, state), inputs)
+    largest = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(signals)]
+    return signals, jnp.max(jnp.stack([size.astype(jnp.float64) for size in largest]))
+
+
+def check_range(largest: float, what: str) -> None:
+    """Raises ValueError where products of four such numbers leave the range of float64."""
+    if not largest < _LARGEST:
+        raise ValueError(
+            f"the network is out of range: {what} reach {largest:.3g}, and kernels are products of "
+            "them that float64 cannot hold; scale the inputs or the parameters"
+        )
 
 
 def empirical_layer_kernels(
@@ -119,14 +151,13 @@ def empirical_layer_kernels(
     signals = initial_signals(model, x1, x2)
     size = signals.everything.size
     with jax.enable_x64(True):
-        check_fits(size, 8, "the kernel of a layer")
+        check_fits(size, 8, "the kernel of a layer", len(signals.everything.layers) + 2.0)
         first = signals.train
         if x2 is None:
             return [np.asarray(layer.gram()) for layer in first.layers]
-        second = _samples(signals.everything, slice(signals.num_train, None))
         return [
             np.asarray(left.gram(right))
-            for left, right in zip(first.layers, second.layers, strict=True)
+            for left, right in zip(first.layers, signals.test.layers, strict=True)
         ]
 
 
@@ -137,20 +168,21 @@ def _samples(signals: Signals, chosen: slice) -> Signals:
 
 
 def _in_float64(model: nnx.Module) -> nnx.Module:
-    def cast(leaf: Any) -> Any:
-        return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
     graphdef, state = nnx.split(model)
-    copy = nnx.merge(graphdef, jax.tree.map(cast, state))
-    for _, module in nnx.iter_modules(copy):
-        # what Flax's layers compute in
-        if getattr(module, "dtype", None) is not None:
-            module.dtype = jnp.float64  # type: ignore[attr-defined]
+    copy = nnx.merge(graphdef, jax.tree.map(_float64, state))
+    layer: Any
+    for _, layer in nnx.iter_modules(copy):
+        if getattr(layer, "dtype", None) is not None:  # what Flax's layers compute in
+            layer.dtype = jnp.float64
     return copy
 
 
-def _float64_inputs(x: ArrayLike, name: str) -> jax.Array:
-    try:
-        return check_inputs(x).astype(jnp.float64)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{name}: {error}") from None
+def _float64(leaf: Any) -> Any:
+    return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _inputs(model: nnx.Module, x: Any, name: str) -> Any:
+    """Inputs that a model takes, an array or a tree of them, floating ones in float64."""
+    x = check_model_inputs(model, x, name)
+    check_concrete(x, name)
+    return jax.tree.map(_float64, x)

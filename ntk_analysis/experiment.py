@@ -22,7 +22,7 @@ from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.methods import Method, spectrum, theoretical_learning_rate
 from ntk_analysis.networks import build_network
 from ntk_analysis.resonance import ResonanceWarning, warn_of_resonance
-from ntk_analysis.results import FILE_NAME, environment, now, plain, read_finished, write_json
+from ntk_analysis.results import FILE_NAME, METHODS, Say, environment, now, open_results, plain
 from ntk_analysis.settings import DynamicsSettings
 from ntk_analysis.training import Trainer
 
@@ -39,13 +39,11 @@ class Experiment:
       document: what results.json holds.
       selected: identifiers of the methods that this run was asked for, in order.
       resumed: those of them that an earlier run had finished.
-      restarted: whether results of other settings were replaced.
     """
 
     document: dict[str, Any]
     selected: tuple[str, ...]
     resumed: tuple[str, ...]
-    restarted: bool
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -69,6 +67,7 @@ def run_dynamics(
     *,
     fresh: bool = False,
     report: Report = lambda what, done: None,
+    say: Say = lambda sentence: None,
 ) -> Experiment:
     """Runs every method and writes results.json after each.
 
@@ -77,6 +76,7 @@ def run_dynamics(
       out: folder of results.json; methods that it holds for the same settings are not run again.
       fresh: run them again all the same.
       report: told about the progress.
+      say: told what becomes of earlier results that are not taken over.
 
     Returns:
       The results; figures and tables are made from them.
@@ -89,9 +89,8 @@ def run_dynamics(
     data = settings.load_data()
     versions = environment()
     fingerprint = settings.fingerprint(data, versions)
-    path = out / FILE_NAME
-    finished = {} if fresh else read_finished(path, COMMAND, fingerprint)
-    restarted, records = finished is None, dict(finished or {})
+    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, say, fresh=fresh)
+    records = results.records
     document = {
         "command": COMMAND,
         "date": now(),
@@ -100,7 +99,6 @@ def run_dynamics(
         "environment": versions,
         "data": describe_data(data),
         "loss": "mean squared error, 1/(2N) sum |y - f|^2",
-        "methods": records,
     }
     resumed = tuple(m.identifier for m in methods if m.identifier in records)
     report("resuming" if resumed else "preparing", len(resumed) * (settings.steps + 1))
@@ -110,9 +108,9 @@ def run_dynamics(
         laboratory.check(todo)
         for method in todo:
             records[method.identifier] = plain(laboratory.run(method, report))
-            write_json(path, document)
-    write_json(path, document)
-    return Experiment(document, tuple(m.identifier for m in methods), resumed, restarted)
+            results.write(document)
+    results.write(document)
+    return Experiment(document, tuple(m.identifier for m in methods), resumed)
 
 
 class _Laboratory:

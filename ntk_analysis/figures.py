@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntk_analysis.files import save_figure
 from ntk_analysis.palette import STYLES, tint
 from ntk_analysis.tables import setting_sentence
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FLOOR = 1e-10
-_PNG_DPI = 200
 _SAME_CURVE = 0.02  # in decades
 _LINE_WIDTH = 1.8
 _COVERED_WIDTH = 2.2
@@ -82,11 +82,7 @@ def _draw(
                 fontsize="small",
                 color="#555555",
             )
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        files = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
-        figure.savefig(files[0], dpi=_PNG_DPI)
-        figure.savefig(files[1], metadata={"Date": None})
-    return files
+        return save_figure(figure, stem.with_suffix(".png"), stem.with_suffix(".svg"))
 
 
 def _draw_panel(axis: Axes, records: Sequence[dict[str, Any]], which: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntk_analysis.files import save_figure
 from ntk_analysis.palette import STYLES, tint
 from ntk_analysis.tables import setting_sentence
 from ntk_analysis.tables_theory import grouped, number, step_over_gradient, sweep_sentence
@@ -17,7 +18,6 @@ from ntk_analysis.tables_theory import grouped, number, step_over_gradient, swee
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PNG_DPI = 200
 _MARKER_SIZE = 8.0
 _MARKER_SIZES = (11.0, 6.5)  # from the first structure, drawn at the bottom, to the last
 _SAME_CURVE = 0.01  # in decades
@@ -265,11 +265,7 @@ def _figure(size: tuple[float, float]) -> Iterator[Figure]:
 
 
 def _save(figure: Figure, stem: Path) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
-    figure.savefig(files[0], dpi=_PNG_DPI)
-    figure.savefig(files[1], metadata={"Date": None})
-    return files
+    return save_figure(figure, stem.with_suffix(".png"), stem.with_suffix(".svg"))
 
 
 def _line_width(curves: Sequence[NDArray[np.float64]], index: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,9 +16,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, Residual, Signals, SoftmaxCrossEntropy, Structure
-from natgrad_flax.checks import check_fits
 from natgrad_flax.gradient import resolve_damping
-from ntk_analysis.coefficient import Damping, check_theory_arguments
+from natgrad_flax.scalars import as_number, as_values, shown
+from ntk_analysis.coefficient import Damping, check_coefficient_fits, check_theory_arguments
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.resonance import warn_of_resonance
@@ -119,8 +120,8 @@ def predict_flow(
         )
     if metric not in get_args(Metric):
         raise ValueError(f'metric must be "initial" or "current", got {metric!r}')
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol and atol must be positive, got {rtol} and {atol}")
+    if not all(0 < (as_number(value) or 0) < math.inf for value in (rtol, atol)):
+        raise ValueError(f"rtol and atol must be positive, got {shown(rtol)} and {shown(atol)}")
     check_theory_arguments(structure, damping, "empirical")
     moments = _times(times)
     initial = initial_signals(model, x, x_test)
@@ -158,7 +159,7 @@ def signal_flow(
     with jax.enable_x64(True):
         plain = initial.train
         seeded = plain.reseed(loss.factor(plain.outputs))
-        check_fits(structure.gram_size(seeded), 8, f"the system that {structure.name} solves")
+        check_coefficient_fits(structure, seeded)
         structure.check(seeded, damping)
         warn_of_resonance(structure, seeded, damping)
         field: Callable[..., Array]
@@ -276,8 +277,8 @@ def _integrate(
 
 
 def _times(times: Sequence[float] | Matrix) -> Matrix:
-    values = np.asarray(times, np.float64)
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+    values = as_values("times", times)
+    if not np.isfinite(values).all():
         raise ValueError(f"times must be a sequence of finite numbers, got {times!r}")
     if values[0] < 0 or (np.diff(values) <= 0).any() or values[-1] <= 0:
         raise ValueError(

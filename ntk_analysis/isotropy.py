@@ -10,8 +10,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, IsotropyWarning, Signals, Structure
-from natgrad_flax.checks import check_fits
-from natgrad_flax.gradient import model_geometry
+from natgrad_flax.learning_rate import model_geometry
 from natgrad_flax.structures import Geometry
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
@@ -19,9 +18,11 @@ from natgrad_flax.weight_sharing import (
     signals_geometry,
     traced_geometry,
 )
+from ntk_analysis.analytic_signals import check_limit
 from ntk_analysis.coefficient import (
     Damping,
     Kernels,
+    analytic_signals,
     check_theory_arguments,
     coefficient_matrix,
     coefficient_pair,
@@ -29,6 +30,8 @@ from ntk_analysis.coefficient import (
 )
 from ntk_analysis.conditions import NetworkRanks, failed_conditions, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.limit_conditions import limit_failures
+from ntk_analysis.symmetric import zero_below
 from ntk_analysis.twin import require_limit
 
 
@@ -64,11 +67,12 @@ class IsotropyReport:
     def condition_number(self) -> float:
         """Largest over smallest |eigenvalue|, 1 for an isotropic Fisher.
 
-        Infinite where the smallest is 0: below N C eps times the largest.
+        Infinite where the smallest is 0: not above what rounding makes of a zero
+        (``symmetric.zero_below``).
         """
         sizes = np.abs(self.eigenvalues)
         smallest, largest = float(sizes.min()), float(sizes.max())
-        if smallest <= len(sizes) * np.finfo(np.float64).eps * largest:
+        if smallest <= zero_below(len(sizes), largest, self.asymmetry * largest):
             return float("inf")
         return largest / smallest
 
@@ -120,8 +124,7 @@ def isotropy(
       x: inputs, shape (N, ...).
       damping: rho, added to the Fisher in the 1/N convention; 0 means the pseudo-inverse. Or an
         ``ng.RelativeDamping``. The theoretical alpha and its conditions are those of zero damping.
-      kernels: "empirical", those of this model, or "analytic", those of infinite width, for which
-        no conditions are measured.
+      kernels: "empirical", those of this model, or "analytic", those of infinite width.
 
     Raises:
       ValueError, TypeError: bad inputs or damping, kernels of another name, a structure that does
@@ -131,9 +134,12 @@ def isotropy(
     if kernels == "empirical":
         signals = initial_signals(model, x)
         return isotropy_of(structure, signals, signals_geometry(model, signals.train), damping)
-    matrix = coefficient_matrix(structure, model, x, damping=damping, kernels=kernels)
-    geometry = _limit_geometry(require_limit(model), np.shape(x)[0])
-    return _report(structure, matrix, geometry, ())
+    check_limit(structure, False, damping)
+    if structure.infinite_width == "train":
+        matrix = coefficient_matrix(structure, model, x, damping=damping, kernels=kernels)
+        return _report(structure, matrix, _limit_geometry(require_limit(model), np.shape(x)[0]), ())
+    limits, _ = analytic_signals(structure, model, x, None)
+    return limit_isotropy(structure, model, limits, damping)
 
 
 def isotropy_of(
@@ -157,7 +163,6 @@ def isotropy_of(
         Theta-bar is not finite.
     """
     train = InitialSignals(signals.train, signals.num_train)
-    check_fits(train.everything.size, 8, "the coefficient matrix")
     matrix, _ = coefficient_pair(structure, train, damping)
     if ranks is None:
         ranks = measured_ranks(train.everything)
@@ -179,8 +184,9 @@ def limit_isotropy(
       ValueError: as ``isotropy``.
     """
     geometry = _limit_geometry(require_limit(model), signals.num_samples)
+    failures = limit_failures(structure, geometry, signals)
     (matrix,) = limit_coefficients(structure, signals, None, geometry.num_outputs, damping)
-    return _report(structure, matrix, geometry, ())
+    return _report(structure, matrix, geometry, failures)
 
 
 def _limit_geometry(model: MLP | ConvNet, num_samples: int) -> Geometry:
@@ -193,11 +199,6 @@ def _limit_geometry(model: MLP | ConvNet, num_samples: int) -> Geometry:
 def _report(
     structure: Structure, matrix: Matrix, geometry: Geometry, failures: tuple[str, ...]
 ) -> IsotropyReport:
-    if not np.isfinite(matrix).all():
-        raise ValueError(
-            f"the coefficient matrix of {structure.name} is not finite: its Fisher is singular in "
-            "float64 at this damping; use a larger damping, or 0 for the pseudo-inverse"
-        )
     eigenvalues = np.linalg.eigvalsh((matrix + matrix.T) / 2).astype(np.float64)
     largest = np.max(np.abs(eigenvalues))
     asymmetry = float(np.max(np.abs(matrix - matrix.T)) / largest) if largest > 0 else 0.0

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from natgrad_flax import Signals, SingularCouplingWarning, Structure
-from natgrad_flax.gradient import model_geometry
+from natgrad_flax.learning_rate import model_geometry
 from ntk_analysis.analytic_signals import needed_parts
 from ntk_analysis.coefficient import Kernels, analytic_signals
 from ntk_analysis.cost import structure_cost
@@ -22,12 +22,13 @@ from ntk_analysis.isotropy import IsotropyReport, isotropy, limit_isotropy
 from ntk_analysis.methods import STRUCTURES, find_structure
 from ntk_analysis.results import (
     FILE_NAME,
+    METHODS,
+    Say,
     content_hash,
     environment,
     now,
+    open_results,
     plain,
-    read_finished,
-    write_json,
 )
 from ntk_analysis.sweep import Observe, SweepSettings, isotropy_sweep
 
@@ -108,6 +109,7 @@ def run_isotropy(
     *,
     fresh: bool = False,
     report: Report = lambda what, done: None,
+    say: Say = lambda sentence: None,
 ) -> Experiment:
     """Measures every row and writes results.json after each network.
 
@@ -116,6 +118,7 @@ def run_isotropy(
       out: folder of results.json; rows that it holds for the same settings are not run again.
       fresh: run them again all the same.
       report: told about finished rows.
+      say: told what becomes of earlier results that are not taken over.
 
     Raises:
       ValueError: data that are not to be had.
@@ -124,9 +127,8 @@ def run_isotropy(
     report("loading data", 0)
     versions = environment()
     fingerprint = settings.fingerprint(versions)
-    path = out / FILE_NAME
-    finished = {} if fresh else read_finished(path, COMMAND, fingerprint)
-    restarted, records = finished is None, dict(finished or {})
+    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, say, fresh=fresh)
+    records = results.records
     document = {
         "command": COMMAND,
         "date": now(),
@@ -135,7 +137,6 @@ def run_isotropy(
         "kernels": settings.kernels,
         "fingerprint": fingerprint,
         "environment": versions,
-        "methods": records,
     }
     wanted = [settings.identifier(*row) for row in settings.rows]
     resumed = tuple(
@@ -158,9 +159,9 @@ def run_isotropy(
             for row in _measure(settings, part, names, report):
                 key = settings.identifier(row["structure"], row[sweep.variable], seed)
                 records[key] = plain(row)
-            write_json(path, document)
-    write_json(path, document)
-    return Experiment(document, tuple(wanted), resumed, restarted)
+            results.write(document)
+    results.write(document)
+    return Experiment(document, tuple(wanted), resumed)
 
 
 def _is_done(

@@ -23,6 +23,7 @@ from natgrad_flax import (
     UnitWise,
     optimal_learning_rate,
 )
+from natgrad_flax.spectrum import check_coefficient, rate_of_alpha, rate_of_largest
 from natgrad_flax.weight_sharing import SharedGeometry, shared_alpha, signals_geometry
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.conditions import failed_conditions, measured_ranks
@@ -152,8 +153,13 @@ def theoretical_learning_rate(
       coefficient: Theta-bar(x, x) of the method, shape (N C, N C).
       signals: of the plain outputs on the training samples; without them the conditions of a
         network whose layers share weights are those that its sizes show.
+
+    Raises:
+      ValueError: the coefficient matrix is not finite, or has no positive eigenvalue.
     """
+    check_coefficient(coefficient, method.structure.name)
     largest = spectrum(coefficient)[1]
+    inverse = rate_of_largest(largest, method.structure.name)
     try:
         with warnings.catch_warnings():
             # no Forster transform here, so what only holds after one does not
@@ -161,13 +167,13 @@ def theoretical_learning_rate(
             rate = _isotropic_rate(method.structure, model, num_samples, signals)
     except (ValueError, TypeError, IsotropyWarning) as error:
         note = "" if method.name in _WITHOUT_ALPHA else str(error)
-        return LearningRate(method.factor / largest, "1/lambda_max", note)
+        return LearningRate(method.factor * inverse, "1/lambda_max", note)
     if rate * largest > 2:
         note = (
             f"at 1 / alpha = {rate:.3g} the linearised network would diverge, since lambda_max of "
             f"the coefficient matrix is {largest:.3g}; 1 / lambda_max is used"
         )
-        return LearningRate(method.factor / largest, "1/lambda_max", note)
+        return LearningRate(method.factor * inverse, "1/lambda_max", note)
     return LearningRate(method.factor * rate, "1/alpha", "")
 
 
@@ -189,7 +195,7 @@ def _isotropic_rate(
             f"{structure.name} is not isotropic here, so 1 / alpha is not its learning rate: "
             + "; ".join(failures)
         )
-    return 1 / alpha
+    return rate_of_alpha(alpha, structure.name)
 
 
 def spectrum(coefficient: Matrix) -> tuple[float, float]:

@@ -13,20 +13,22 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, Signals, Structure
-from natgrad_flax.checks import check_fits, check_integer, check_number
 from natgrad_flax.damping import is_zero
 from natgrad_flax.gradient import resolve_damping
+from natgrad_flax.scalars import check_integer, check_number, check_seed
 from ntk_analysis.analytic import Progress, analytic_inputs, analytic_kernels
 from ntk_analysis.analytic_signals import check_limit, check_shared_weights
 from ntk_analysis.coefficient import (
     Damping,
     Kernels,
     analytic_signals,
+    check_coefficient_fits,
     check_theory_arguments,
     coefficient_pair,
 )
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import Matrix, initial_signals
+from ntk_analysis.symmetric import symmetric_solve
 from ntk_analysis.twin import num_outputs, require_limit
 
 Covariance = Literal["none", "variance", "full"]
@@ -124,6 +126,8 @@ def predict(
     (Karakida & Osawa 2020, Section 5.3). At infinite width f_0 is a Gaussian process with the
     kernel K (NNGP), so that f_inf has the mean K^ y and the covariance
     K'' - K^ K - K K^^T + K^ K K^^T with K^ = Theta-bar(x', x) (Theta-bar(x, x) + lambda)^{-1}.
+    Where Theta-bar(x, x) is singular (samples twice, more outputs than parameters) the
+    pseudo-inverse is meant: training leaves what no step can move.
 
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``, whose limit is that of Exact.
@@ -148,11 +152,11 @@ def predict(
         that cannot fit in memory.
     """
     check_theory_arguments(structure, damping, kernels)
-    check_number("ridge", ridge, positive=False)
+    ridge = check_number("ridge", ridge, positive=False)
     if covariance not in get_args(Covariance):
         raise ValueError(f"covariance must be none, variance or full, got {covariance!r}")
-    check_integer("initialisations", initialisations, 0)
-    check_integer("seed", seed, 0)
+    initialisations = check_integer("initialisations", initialisations, 0)
+    seed = check_seed(seed, draws=max(1, initialisations))
     if kernels == "empirical":
         if covariance != "none" or initialisations:
             raise ValueError(
@@ -329,19 +333,25 @@ def _predict_empirical(
     damping: Damping,
     ridge: float,
 ) -> Prediction:
-    import scipy.linalg
-
     signals = initial_signals(model, x, x_test)
     targets = check_targets(y, (signals.num_train, signals.num_outputs))
-    train, test = coefficient_pair(structure, signals, damping)
     start, outside = np.split(signals.outputs, [signals.num_train])
-    residual = (targets - start).reshape(-1)
-    solved = scipy.linalg.solve(train + ridge * np.eye(len(train)), residual, assume_a="sym")
-    return Prediction((test @ solved).reshape(outside.shape) + outside)
+    residual = (targets - start).reshape(-1, 1)
+    with jax.enable_x64(True):
+        train = signals.train
+        rho = _checked_damping(structure, train, damping)
+        diagonal = structure.undamped_diagonal(train) if is_zero(damping) else None
+        if diagonal is not None:
+            weights = jnp.asarray(residual / (np.asarray(diagonal) + ridge)[:, None])
+            moved = np.asarray(structure.coefficient_times(signals.test, train, rho, weights))
+            return Prediction(moved.reshape(outside.shape) + outside)
+    inside, across = coefficient_pair(structure, signals, damping)
+    solved = symmetric_solve(inside + ridge * np.eye(len(inside)), residual)
+    return Prediction((across @ solved).reshape(outside.shape) + outside)
 
 
 def _checked_damping(structure: Structure, train: Signals, damping: Damping) -> jax.Array | float:
-    check_fits(structure.gram_size(train), 8, f"the system that {structure.name} solves")
+    check_coefficient_fits(structure, train, few=is_zero(damping))
     structure.check(train, damping)
     return resolve_damping(structure, train, damping)
 
@@ -353,15 +363,12 @@ def _train_solve(
     ridge: float,
     vectors: Matrix,
 ) -> Matrix:
-    """(Theta-bar(x, x) + lambda)^{-1} V, without a factorisation where Theta-bar is diagonal."""
-    import scipy.linalg
-
+    """(Theta-bar(x, x) + lambda)^+ V, without that matrix where it is diagonal."""
     diagonal = structure.undamped_diagonal(train) if is_zero(damping) else None
     if diagonal is not None:
         return vectors / (np.asarray(diagonal) + ridge)[:, None]
     matrix = np.asarray(structure.coefficient(train, train, damping))
-    matrix = (matrix + matrix.T) / 2 + ridge * np.eye(len(matrix))
-    return scipy.linalg.solve(matrix, vectors, assume_a="sym", overwrite_a=True)
+    return symmetric_solve(matrix + ridge * np.eye(len(matrix)), vectors)
 
 
 def _right(outputs: Matrix, targets: Matrix) -> np.ndarray:

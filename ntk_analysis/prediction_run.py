@@ -10,12 +10,11 @@ from typing import Any, get_args
 
 import natgrad_datasets
 import numpy as np
-from flax import nnx
 from natgrad_datasets import Dataset, DatasetError
 
 from natgrad_flax import KFAC, MLP, Signals, SingularCouplingWarning, Structure
 from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_integer, check_number
+from natgrad_flax.scalars import check_integer, check_number, check_seed, keep_plain
 from ntk_analysis.analytic import Progress, analytic_kernels
 from ntk_analysis.analytic_signals import check_limit, needed_parts
 from ntk_analysis.coefficient import Kernels, analytic_signals
@@ -23,6 +22,7 @@ from ntk_analysis.dynamics import squared_losses
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.experiment import Experiment, Report, describe_data
 from ntk_analysis.methods import Method, find_structure, select_methods
+from ntk_analysis.networks import build_network, check_damping_size, check_variances
 from ntk_analysis.prediction import (
     Prediction,
     initial_outputs,
@@ -34,12 +34,13 @@ from ntk_analysis.prediction import (
 )
 from ntk_analysis.results import (
     FILE_NAME,
+    METHODS,
+    Say,
     content_hash,
     environment,
     now,
+    open_results,
     plain,
-    read_finished,
-    write_json,
 )
 from ntk_analysis.settings import data_arrays, find_dataset
 
@@ -129,21 +130,21 @@ class PredictionSettings:
         check_integer("num_train", self.num_train, 1)
         check_integer("num_test", self.num_test, 1)
         check_integer("initialisations", self.initialisations, 0)
-        check_integer("seed", self.seed, 0)
+        check_seed(self.seed, draws=max(1, int(self.initialisations or 0)))
         if not self.widths:
             raise ValueError("widths must name at least one hidden layer")
         for width in self.widths:
             check_integer("every hidden width", width, 1)
         get_activation(self.activation)
-        check_number("weight_variance", self.weight_variance, positive=True)
-        check_number("bias_variance", self.bias_variance, positive=False)
-        check_number("ridge", self.ridge, positive=False)
+        check_variances(self.weight_variance, self.bias_variance)
+        check_damping_size("ridge", self.ridge)
         if self.damping is not None:
-            check_number("damping", self.damping, positive=False)
+            check_damping_size("damping", self.damping, int(self.num_train or 0))
         if self.rank_tolerance is not None:
             check_number("rank_tolerance", self.rank_tolerance, positive=False)
             if self.rank_tolerance >= 1:
                 raise ValueError(f"rank_tolerance must be below 1, got {self.rank_tolerance!r}")
+        keep_plain(self)
         for method in self.methods():
             if analytic:
                 check_limit(method.structure, True, method.damping)
@@ -169,13 +170,18 @@ class PredictionSettings:
 
     def model(self, data: Dataset) -> MLP:
         """The network."""
-        return MLP(
-            (data.input_dim, *self.widths, data.output_dim),
+        network = build_network(
+            "mlp",
+            (data.input_dim,),
+            self.widths,
+            data.output_dim,
             activation=self.activation,
             weight_variance=self.weight_variance,
             bias_variance=self.bias_variance,
-            rngs=nnx.Rngs(self.seed),
+            seed=self.seed,
         )
+        assert isinstance(network, MLP)
+        return network
 
     def fingerprint(self, data: Dataset, versions: dict[str, str]) -> str:
         """SHA-256 of all that decides a result; which structures are asked for does not."""
@@ -190,6 +196,7 @@ def run_prediction(
     fresh: bool = False,
     store: Path | None = None,
     report: Report = lambda what, done: None,
+    say: Say = lambda sentence: None,
     blocks: Progress | None = None,
 ) -> Experiment:
     """Predicts with every structure and writes results.json after each.
@@ -200,6 +207,7 @@ def run_prediction(
       fresh: run them again all the same.
       store: see ``analytic_kernels``.
       report: told about finished structures.
+      say: told what becomes of earlier results that are not taken over.
       blocks: told about finished blocks of kernels.
 
     Raises:
@@ -210,9 +218,8 @@ def run_prediction(
     data = settings.load_data()
     versions = environment()
     fingerprint = settings.fingerprint(data, versions)
-    path = out / FILE_NAME
-    finished = {} if fresh else read_finished(path, COMMAND, fingerprint)
-    restarted, records = finished is None, dict(finished or {})
+    results = open_results(out / FILE_NAME, COMMAND, METHODS, fingerprint, say, fresh=fresh)
+    records = results.records
     document = {
         "command": COMMAND,
         "date": now(),
@@ -221,7 +228,6 @@ def run_prediction(
         "environment": versions,
         "data": describe_data(data),
         "loss": "mean squared error, 1/(2N') sum |y - f|^2",
-        "methods": records,
     }
     resumed = tuple(m.name for m in methods if m.name in records)
     report("resuming" if resumed else "preparing", len(resumed))
@@ -231,10 +237,10 @@ def run_prediction(
             continue
         report(method.name, 0)
         records[method.name] = plain(laboratory.run(method))
-        write_json(path, document)
+        results.write(document)
         report(method.name, 1)
-    write_json(path, document)
-    return Experiment(document, tuple(m.name for m in methods), resumed, restarted)
+    results.write(document)
+    return Experiment(document, tuple(m.name for m in methods), resumed)
 
 
 def kfac_data(data: Dataset, rank_tolerance: float | None = None) -> tuple[Dataset, str]:

@@ -19,9 +19,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import LayerWise, RelativeDamping, Signals, Structure
-from natgrad_flax.checks import check_damping, check_fits, check_learning_rate, check_structure
+from natgrad_flax.checks import check_damping, check_structure
 from natgrad_flax.gradient import resolve_damping
-from ntk_analysis.coefficient import Damping
+from natgrad_flax.memory import check_fits
+from natgrad_flax.scalars import as_values, check_learning_rate
+from ntk_analysis.coefficient import Damping, check_coefficient_fits
 from ntk_analysis.empirical import Matrix, initial_signals
 
 LARGEST_CHECK = 3000
@@ -97,10 +99,8 @@ def spectral_radius(
       ValueError, TypeError: bad arguments, or a structure that does not suit the network.
     """
     check_structure(structure)
-    check_learning_rate(learning_rate)
-    values = np.asarray(dampings, np.float64)
-    if values.ndim != 1:
-        raise ValueError(f"dampings must be a sequence of numbers, got shape {values.shape}")
+    learning_rate = check_learning_rate(learning_rate)
+    values = as_values("dampings", dampings)
     check_damping(values)
     return signal_radii(structure, initial_signals(model, x).train, learning_rate, values)
 
@@ -114,7 +114,7 @@ def signal_resonances(structure: Structure, signals: Signals) -> Matrix:
     signs = np.linalg.eigvalsh(sigma)
     if signs[0] >= -1e-12 * np.abs(signs).max():
         return np.empty(0)
-    check_fits(depth * n, 8, "the matrix of the resonances")
+    check_fits(depth * n, 8, "the matrix of the resonances", 3.0)
     with jax.enable_x64(True):
         grams = [np.asarray(layer.gram()) for layer in signals.layers]
     # K_l = C_l C_l^T makes the product similar to a symmetric matrix, up to zero eigenvalues
@@ -135,7 +135,7 @@ def signal_radii(
     structure: Structure, signals: Signals, learning_rate: float, dampings: Matrix
 ) -> Matrix:
     """``spectral_radius`` from float64 signals of the plain outputs on the training samples."""
-    check_fits(structure.gram_size(signals), 8, f"the system that {structure.name} solves")
+    check_coefficient_fits(structure, signals)
     for value in np.unique(np.sign(dampings)):
         structure.check(signals, float(value))
     with jax.enable_x64(True):

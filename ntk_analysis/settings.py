@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from natgrad_flax import RelativeDamping
 from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_integer, check_number
+from natgrad_flax.scalars import check_integer, check_number, check_seed, check_steps, keep_plain
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.methods import Method, find_structure, select_methods
-from ntk_analysis.networks import find_network, layout
+from ntk_analysis.networks import check_damping_size, check_variances, find_network, layout
 from ntk_analysis.results import content_hash
 
 # 40 digits: their 64 pixels have rank 50 or so, and K-FAC and the unit-wise Fisher invert the
@@ -80,9 +80,10 @@ class DynamicsSettings:
         self._set("classes", classes)
         self._set("num_train", samples[0] if self.num_train is None else self.num_train)
         self._set("num_test", samples[1] if self.num_test is None else self.num_test)
-        for name in ("num_train", "num_test", "steps"):
+        for name in ("num_train", "num_test"):
             check_integer(name, getattr(self, name), 1)
-        check_integer("seed", self.seed, 0)
+        check_steps(self.steps, minimum=1)
+        check_seed(self.seed)
         if self.widths is None:
             self._set("widths", _WIDTHS.get(self.network, _CHANNELS))
         if not self.widths:
@@ -90,15 +91,15 @@ class DynamicsSettings:
         for width in self.widths:
             check_integer("every hidden width", width, 1)
         get_activation(self.activation)
-        check_number("weight_variance", self.weight_variance, positive=True)
-        check_number("bias_variance", self.bias_variance, positive=False)
+        check_variances(self.weight_variance, self.bias_variance)
         check_number("scale", self.scale, positive=True)
         if self.damping is not None and self.relative_damping is not None:
             raise ValueError("give damping or relative_damping, not both")
         if self.damping is not None:
-            check_number("damping", self.damping, positive=False)
+            check_damping_size("damping", self.damping, int(self.num_train or 0))
         if self.relative_damping is not None:
             check_number("relative_damping", self.relative_damping, positive=True)
+            check_damping_size("relative_damping", self.relative_damping, int(self.num_train or 0))
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}")
         if self.structures is not None:
@@ -106,6 +107,7 @@ class DynamicsSettings:
                 raise ValueError("structures must name at least one")
             names = tuple(dict.fromkeys(find_structure(name) for name in self.structures))
             self._set("structures", names)
+        keep_plain(self)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -13,7 +13,8 @@ import numpy as np
 
 from natgrad_flax import MLP, ConvNet, RelativeDamping, SingularCouplingWarning, Structure
 from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_integer, check_number, check_structure
+from natgrad_flax.checks import check_structure
+from natgrad_flax.scalars import check_integer, check_number, check_seed, keep_plain
 from natgrad_flax.structures import Geometry
 from natgrad_flax.weight_sharing import signals_geometry
 from ntk_analysis.coefficient import Damping
@@ -21,7 +22,13 @@ from ntk_analysis.conditions import NetworkRanks, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.isotropy import IsotropyReport, isotropy_of
-from ntk_analysis.networks import build_network, find_network, layout
+from ntk_analysis.networks import (
+    build_network,
+    check_damping_size,
+    check_variances,
+    find_network,
+    layout,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,15 +112,18 @@ class SweepSettings:
             if len(set(entries)) < len(entries):
                 raise ValueError(f"{name} must not repeat an entry, got {entries}")
         for seed in self.seeds:
-            check_integer("every seed", seed, 0)
+            check_seed(seed, "every seed")
         for value in self.values:
             _CHECKS[self.variable](f"every {self.variable} in values", value)
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
         check_integer("num_outputs", self.num_outputs, 1)
-        check_number("weight_variance", self.weight_variance, positive=True)
-        check_number("bias_variance", self.bias_variance, positive=False)
+        check_variances(self.weight_variance, self.bias_variance)
+        for value in self.values:
+            here = {name: getattr(self, name) for name in _CHECKS} | {self.variable: value}
+            check_damping_size("damping", here["damping"], here["num_samples"])
         self._check_data()
+        keep_plain(self)
 
     def _check_data(self) -> None:
         import natgrad_datasets
@@ -296,7 +306,7 @@ def _check_activation(name: str, value: object) -> None:
     get_activation(value)
 
 
-_CHECKS: dict[str, Callable[[str, object], None]] = {
+_CHECKS: dict[str, Callable[[str, object], object]] = {
     "width": lambda name, value: check_integer(name, value, 1),
     "depth": lambda name, value: check_integer(name, value, 1),
     "num_samples": lambda name, value: check_integer(name, value, 1),

@@ -28,14 +28,14 @@ class InfiniteWidthTwin:
         its parametrisation: ``kernel_fn(x1, x2, ("nngp", "ntk"))``.
       affine: kernel function of every affine layer, L in number.
       activations: kernel function of every hidden activation, L - 1 in number.
-      diagonal_derivative: E[phi'(u)^2] of an activation with a kink, else None.
+      negative_slope: phi(u) / u below 0 of an activation that is u above, else None.
       description: all that decides the kernels, in a form that JSON can hold; widths do not.
     """
 
     network: tuple[Any, Any, Any]
     affine: tuple[Any, ...]
     activations: tuple[Any, ...]
-    diagonal_derivative: float | None
+    negative_slope: float | None
     description: dict[str, Any]
 
     @property
@@ -200,7 +200,7 @@ def _make_twin(name: str, layers: tuple[Affine, ...]) -> InfiniteWidthTwin:
         network=stax().serial(*blocks),
         affine=tuple(affine),
         activations=(activation[2],) * (len(layers) - 1),
-        diagonal_derivative=kernel_of.diagonal_derivative,
+        negative_slope=kernel_of.negative_slope,
         description=_describe(name, layers),
     )
 

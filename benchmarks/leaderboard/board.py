@@ -24,7 +24,7 @@ FIRST_ORDER = "first-order"
 OURS = "natural-gradient"
 # machine, not software: what makes two boards rather than an older and a newer one
 _MACHINE = ("device", "processor", "cores")
-_MEASURES = (
+MEASURES = (
     "alpha", "condition_number", "deviation", "nonzeros", "stored", "flops", "sgd_flops"
 )  # fmt: skip
 
@@ -354,7 +354,7 @@ def _structures(records: list[Record], names: list[str]) -> list[dict[str, Any]]
             record and {"key": record["key"], "command": record["command"],
                         "status": record["outcome"]["status"],
                         "reason": record["outcome"].get("reason", ""),
-                        **{measure: record["outcome"].get(measure) for measure in _MEASURES}}
+                        **{measure: record["outcome"].get(measure) for measure in MEASURES}}
             for record in newest
         ]  # fmt: skip
         result.append(

@@ -16,7 +16,8 @@ from benchmarks.leaderboard import RULES
 from benchmarks.leaderboard.progress import Display
 from benchmarks.leaderboard.runner import Summary
 from benchmarks.leaderboard.runner import run as run_trials
-from benchmarks.leaderboard.store import StorageError, Store, trial_key
+from benchmarks.leaderboard.store import MANIFEST, Record, Store, trial_key
+from benchmarks.leaderboard.texts import printable, terminal
 from ntk_analysis.cli.app import WithLists, errors, fail, output
 
 app = typer.Typer(
@@ -39,8 +40,15 @@ def _sentences() -> Iterator[None]:
     """Turns what goes wrong into one sentence and exit code 2."""
     try:
         yield
-    except (ValueError, StorageError) as error:
-        fail(error)
+    except ValueError as error:
+        fail(printable(error))
+    except OSError as error:
+        # one of ours is a sentence, one of the system has a number and names a file
+        fail(printable(f"{error.filename}: {error.strerror}" if error.strerror else error))
+
+
+def _say(text: str) -> None:
+    output.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(cls=WithLists)
@@ -62,18 +70,19 @@ def run(
 
     Exit code: 0; 1 where a trial raised an error; 2 on bad arguments; 130 when interrupted.
     """
-    from benchmarks.leaderboard.cluster import LOCAL, common_identity
+    from benchmarks.leaderboard.cluster import LOCAL, common_identity, exposure
     from benchmarks.leaderboard.plan import make_plan
     from benchmarks.leaderboard.trial import execute, identity
 
     with _sentences():
         plan = make_plan(profile, workload, contestant, seeds)
-        if scheduler not in (None, LOCAL):
+        if scheduler is not None and scheduler != LOCAL:
+            _warn(filter(None, [exposure(scheduler)]))
             plan = replace(plan, machine=common_identity(scheduler, identity))
         store, display = Store.open(out, RULES), Display(errors)
         stages = (
             ("tuning", lambda: list(plan.tuning())),
-            ("evaluation", lambda: list(plan.evaluation(store.records()))),
+            ("evaluation", lambda: list(plan.evaluation(_records(store, quiet=True)))),
             ("isotropy and cost", lambda: list(plan.structures())),
         )
         total, ended = Summary(), []
@@ -106,7 +115,7 @@ def _show(store: Store, out: Path) -> None:
     records = _records(store)
     _print_boards(board.build(records))
     written = page.write(records, out)
-    output.print(f"wrote {written}", highlight=False, markup=False, soft_wrap=True)
+    _say(f"wrote {written}")
 
 
 def _print_boards(document: dict[str, Any]) -> None:
@@ -140,12 +149,13 @@ def page(
     from benchmarks.leaderboard.page import write
 
     with _sentences():
+        if readme is not None:
+            markers.around(readme)
         records = _records(_existing(out))
-        path = write(records, out)
-        output.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"wrote {write(records, out)}")
         if readme is not None:
             changed = markers.update(readme, board.build(records))
-            output.print(f"{readme} {'changed' if changed else 'is up to date'}", highlight=False)
+            _say(f"{readme} {'changed' if changed else 'is up to date'}")
 
 
 @app.command()
@@ -166,6 +176,8 @@ def trial(
     from benchmarks.leaderboard.workload import find_workload
 
     with _sentences():
+        if structure and learning_rate is not None:
+            raise ValueError("isotropy and cost have no learning rate: leave --learning-rate out")
         where = find_workload(workload)
         target = None if no_target or structure else float(target_of(where)["target"])
         config = configuration(
@@ -200,7 +212,7 @@ def freeze(workload: str, out: OutOption = DEFAULT_OUT) -> None:
             )
         ]
         run_trials(trials, store, execute, display=display)
-        best, rate = plan.best_baseline(where.name, store.records())
+        best, rate = plan.best_baseline(where.name, _records(store, quiet=True))
         finals = [
             configuration(where, best.name, seed, target=None, role="freezing", learning_rate=rate)
             for seed in range(plan.PROFILES["default"].seeds)
@@ -209,7 +221,7 @@ def freeze(workload: str, out: OutOption = DEFAULT_OUT) -> None:
         keys = [store.read(trial_key(config)) for config in finals]
         path = targets.write_target(where, [record for record in keys if record])
         found = targets.target_of(where)
-        output.print(f"wrote {path.name}: {found['target']:g}, {found['how']}", highlight=False)
+        _say(f"wrote {path.name}: {found['target']:g}, {found['how']}")
 
 
 @app.command()
@@ -254,29 +266,35 @@ def list_them() -> None:
         except ValueError as error:
             target = str(error)
         here = workload.missing() or "yes"
-        table.add_row(name, str(workload.version), workload.title, target, here)
+        cells = (name, str(workload.version), workload.title, target, here)
+        table.add_row(*map(terminal, cells))
     output.print(table)
     table = Table("contestant", "what", "Fisher", "damping", "learning rate")
     for name, entry in contestants().items():
         facts = entry.facts()
-        table.add_row(name, facts["title"], facts["fisher"], facts["damping"], facts["rate_rule"])
+        cells = (name, facts["title"], facts["fisher"], facts["damping"], facts["rate_rule"])
+        table.add_row(*map(terminal, cells))
     output.print(table)
 
 
-def _records(store: Store) -> list[dict[str, Any]]:
-    """All valid records; says which files were none."""
-    records = store.records()
-    _warn(store.quarantined)
-    return records
+def _records(store: Store, *, quiet: bool = False) -> list[Record]:
+    """All records that can be scored; unless quiet, says which files hold none."""
+    from benchmarks.leaderboard.record_form import misfit
+
+    found = [(record, misfit(record)) for record in store.records()]
+    if not quiet:
+        _warn(store.quarantined)
+        _warn(f"trial {record['key']} is left out: {why}" for record, why in found if why)
+    return [record for record, why in found if not why]
 
 
 def _warn(files: Iterable[object]) -> None:
     for file in files:
-        errors.print(str(file), style="yellow", highlight=False, markup=False, soft_wrap=True)
+        errors.print(printable(file), style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _existing(out: Path) -> Store:
-    if not (out / "leaderboard.json").exists():
+    if not (out / MANIFEST).exists():
         raise ValueError(
             f"{out} holds no leaderboard; make one with `python -m benchmarks.leaderboard run "
             f"--out {out}`"

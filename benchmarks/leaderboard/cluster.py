@@ -5,13 +5,15 @@ Timed trials still run one at a time on each machine: every worker takes the loc
 must have the same code and environment, because times on unlike machines do not compare: one run
 for each kind of machine, and ``Store.merge`` for their folders.
 
-Start workers in a checkout, so that they import the same sources:
-``python -m dask worker ADDRESS --nthreads 1``.
+Start workers in a checkout, so that they import the same sources (``WORKER``). Schedulers and
+workers run any code of whoever reaches their ports, and Dask opens them on all interfaces unless it
+is told otherwise: the commands here name the loopback.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
     from distributed import Client
 
 LOCAL = "local"
+SCHEDULER = "python -m dask scheduler --host 127.0.0.1 --dashboard-address 127.0.0.1:0"
+WORKER = (
+    "python -m dask worker ADDRESS --host 127.0.0.1 --dashboard-address 127.0.0.1:0 --nthreads 1"
+)
+"""How to start a cluster that other machines cannot reach."""
+
 CONNECT_SECONDS = 10.0
 WORKER_SECONDS = 30.0
 """How long to wait for a scheduler to answer, and for the first of its workers."""
@@ -78,6 +86,21 @@ def common_identity(scheduler: str, identity: Identity) -> dict[str, Any]:
         return _agreed(client, identity)
 
 
+def exposure(scheduler: str) -> str:
+    """What an address of a scheduler means for who may run code there; "" for nothing to say."""
+    protocol, _, place = scheduler.rpartition("://")
+    host = place.rpartition(":")[0].strip("[]")
+    if scheduler == LOCAL or protocol in ("tls", "wss", "inproc") or host == "localhost":
+        return ""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return ""
+    return (
+        f"whoever reaches {scheduler} or one of its workers runs any code there, without a "
+        "password: keep them in a private network, or start them with TLS and a tls:// address"
+    )
+
+
 @contextmanager
 def _connected(scheduler: str, jobs: int) -> Iterator[Client]:
     try:
@@ -105,17 +128,18 @@ def _connected(scheduler: str, jobs: int) -> Iterator[Client]:
             address = scheduler
         try:
             client = stack.enter_context(Client(address, timeout=CONNECT_SECONDS))
-        except (OSError, ValueError, TimeoutError) as error:
+        # a TypeError: a protocol that lacks certificates, or its package
+        except (OSError, ValueError, TypeError, TimeoutError) as error:
             raise ValueError(
-                f"no Dask scheduler answers at {scheduler!r} ({error}); start one with `python -m "
-                "dask scheduler`, give its address as tcp://HOST:PORT, or say local"
+                f"no Dask scheduler answers at {scheduler!r} ({error}); start one with "
+                f"`{SCHEDULER}`, give its address as tcp://HOST:PORT, or say local"
             ) from None
         try:
             client.wait_for_workers(1, timeout=WORKER_SECONDS)
         except TimeoutError:
             raise ValueError(
                 f"the scheduler at {scheduler!r} has no workers; start some in a checkout with "
-                f"`python -m dask worker {scheduler} --nthreads 1`"
+                f"`{WORKER.replace('ADDRESS', scheduler)}`"
             ) from None
         yield client
 
@@ -127,7 +151,7 @@ def _agreed(client: Client, identity: Identity | None) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(
             f"the workers cannot import the leaderboard ({error}); start them in a checkout of the "
-            "same commit, with `python -m dask worker ADDRESS --nthreads 1`"
+            f"same commit, with `{WORKER}`"
         ) from None
     (first, expected), *others = sorted(answers.items())
     for worker, found in others:

@@ -106,8 +106,10 @@ def curve(record: dict[str, Any]) -> dict[str, Any] | None:
         "t": [rounded(points["seconds"][i]) for i in chosen],
         "a": [rounded(points["train"][i]) for i in chosen],
         "b": [rounded(points["held_out"][i]) for i in chosen],
-        "o": rounded((outcome["compile_seconds"] or 0.0) + (outcome["preparation_seconds"] or 0.0)),
-        "s": outcome["steps_to_target"],
+        "o": rounded(
+            (outcome.get("compile_seconds") or 0.0) + (outcome.get("preparation_seconds") or 0.0)
+        ),
+        "s": outcome.get("steps_to_target"),
     }
 
 

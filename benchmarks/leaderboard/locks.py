@@ -17,6 +17,10 @@ MACHINE_LOCK = "natgrad-leaderboard-timing.lock"
 """In the temporary folder of the machine; it stays there, empty."""
 
 
+class MachineLockError(OSError):
+    """The lock of the machine cannot be opened, so nothing timed may run here."""
+
+
 def acquire(
     path: Path, *, create: bool = True, shared: bool = False, wait: bool = False
 ) -> int | None:
@@ -56,6 +60,14 @@ def acquire(
         os.close(handle)
 
 
+def _make(path: Path) -> None:
+    # created apart from opening: in a sticky folder Linux refuses O_CREAT on a file of another user
+    with suppress(FileExistsError):
+        created = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        os.fchmod(created, 0o666)
+        os.close(created)
+
+
 def _is_still(path: Path, handle: int) -> bool:
     try:
         there = path.stat()
@@ -86,20 +98,25 @@ def machine(*, shared: bool = False, waiting: Callable[[], None] | None = None) 
     Args:
       shared: beside other shared holders, but never beside a timed trial.
       waiting: called once where the lock is held elsewhere, before waiting for it.
+
+    Raises:
+      MachineLockError: its file cannot be made or opened, or was removed meanwhile.
     """
-    path = Path(tempfile.gettempdir()) / MACHINE_LOCK
-    # created apart from opening: in a sticky folder Linux refuses O_CREAT on a file of another user
-    with suppress(FileExistsError):
-        created = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        os.fchmod(created, 0o666)
-        os.close(created)
-    handle = acquire(path, create=False, shared=shared)
+    try:
+        path = Path(tempfile.gettempdir()) / MACHINE_LOCK
+        _make(path)
+        handle = acquire(path, create=False, shared=shared)
+        if handle is None:
+            if waiting is not None:
+                waiting()
+            handle = acquire(path, create=False, shared=shared, wait=True)
+    except OSError as error:
+        raise MachineLockError(
+            f"the lock of this machine cannot be opened ({error.strerror}: {error.filename}); "
+            "remove what is there, or set TMPDIR to another folder for all runners of the machine"
+        ) from None
     if handle is None:
-        if waiting is not None:
-            waiting()
-        handle = acquire(path, create=False, shared=shared, wait=True)
-    if handle is None:
-        raise RuntimeError(f"{path} was removed while it was waited for; run the command again")
+        raise MachineLockError(f"{path} was removed while it was waited for; run the command again")
     try:
         yield
     finally:

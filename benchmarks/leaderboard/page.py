@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from benchmarks.leaderboard import board as boards
 from benchmarks.leaderboard.figures import curve, looks, rounded
+from ntk_analysis.files import replace_file
 
 FILE_NAME = "leaderboard.html"
 _FOLDER = Path(__file__).parent
@@ -41,8 +42,7 @@ def write(
     path = Path(out)
     if path.suffix != ".html":
         path /= FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    replace_file(path, text.encode())
     return path
 
 

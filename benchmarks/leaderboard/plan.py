@@ -151,8 +151,11 @@ def make_plan(
         without a valid target.
     """
     base = PROFILES[find("profile", profile, PROFILES)]
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    if seeds is not None and not 1 <= seeds <= TUNING_SEED:
+        raise ValueError(
+            f"seeds must be at least 1, and at most {TUNING_SEED}, from which tuning has its own, "
+            f"got {seeds}"
+        )
     names = [find("workload", name, workloads()) for name in chosen_workloads or base.workloads]
     if chosen_contestants:
         members = [find("contestant", name, contestants()) for name in chosen_contestants]

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from benchmarks.leaderboard.texts import printable
+
 Config = Mapping[str, Any]
 _Group = tuple[str, str, str]
 
@@ -21,7 +23,7 @@ def label(config: Config) -> str:
     if rate is not None:
         parts.append(f"rate {rate:.3g}")
     parts.append(f"seed {config.get('seed', 0)}")
-    return ", ".join(parts)
+    return printable(", ".join(parts))
 
 
 def duration(seconds: float) -> str:
@@ -103,7 +105,11 @@ class Display:
             self._line(f"{done} of {self._total} trials are finished, {len(configs)} to run")
             yield
         else:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}", markup=False),
+            )
             with Progress(*columns, console=self._console, auto_refresh=False) as self._bar:
                 self._task = self._bar.add_task("", total=self._total, completed=done)
                 try:

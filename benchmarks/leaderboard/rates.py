@@ -18,6 +18,7 @@ from benchmarks.leaderboard.contestant import Contestant
 from benchmarks.leaderboard.natural import damping_on
 from benchmarks.leaderboard.program import OptaxProgram
 from benchmarks.leaderboard.workload import Workload
+from natgrad_flax.spectrum import rate_of_largest
 
 ITERATIONS = 20
 """Of the power method, a training step each; lambda_max comes out some percent too small."""
@@ -49,6 +50,7 @@ class TheoreticalRate:
                 f"{contestant.name} has no Fisher structure: theory has no rate for it"
             )
         self.compile_seconds, self._known = 0.0, 0.0
+        self._name = contestant.name
         data, model = workload.data(), workload.model(0)
         size = workload.batch_size or len(data.x_train)
         try:
@@ -64,8 +66,12 @@ class TheoreticalRate:
         self.compile_seconds = self._method.compile_seconds
 
     def __call__(self, seed: int) -> float:
-        """The rate at the initial parameters of a seed."""
-        return self._known or 1 / self._method(seed, ITERATIONS)
+        """The rate at the initial parameters of a seed.
+
+        Raises:
+          ValueError: no step moves the outputs.
+        """
+        return self._known or rate_of_largest(self._method(seed, ITERATIONS), self._name)
 
 
 class PowerMethod:

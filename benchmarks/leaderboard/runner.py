@@ -152,6 +152,7 @@ def run(
       ValueError: a config of no known kind, ``jobs`` below 1, a scheduler that does not answer or
         has workers of other code or environment, or Dask is not installed.
       StorageError: the results folder cannot be written to.
+      MachineLockError: the lock of this machine cannot be opened.
     """
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs must be an integer of at least 1, got {jobs!r}")
@@ -170,7 +171,7 @@ def run(
             if scheduler is not None and pending:
                 from benchmarks.leaderboard import cluster
 
-                with cluster.lanes(scheduler, execute, jobs, identity) as lanes:
+                with cluster.lanes(scheduler, execute, min(jobs, len(pending)), identity) as lanes:
                     run_.drain(run_.pass_over(timed + others, lanes), lanes)
             else:
                 here = _Here(execute, display)
@@ -271,7 +272,7 @@ class _Run:
                     "the Dask scheduler is gone, and with it the trials that it had in hand; "
                     "finished ones are kept: run the same command again to go on"
                 ) from None
-            except RefusedError:
+            except (RefusedError, locks.MachineLockError):
                 raise
             except Exception as error:
                 failure = _failure(key, config, error)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.leaderboard import locks
+from benchmarks.leaderboard.reading import read_file
 
 SCHEMA = 1
 MANIFEST = "leaderboard.json"
@@ -116,9 +117,9 @@ class Store:
           StorageError: it cannot be written to.
         """
         store = cls(Path(folder), rules)
-        if store.folder.exists() and not store.folder.is_dir():
+        if os.path.lexists(store.folder) and not store.folder.is_dir():
             raise ValueError(f"{folder} is not a folder; choose another --out")
-        if not (store.folder / MANIFEST).exists():
+        if not os.path.lexists(store.folder / MANIFEST):
             store._write(store.folder / MANIFEST, {"rules": rules, "created": _now()})
         _check_rules(store.folder, rules)
         store._clear()
@@ -234,7 +235,7 @@ class Store:
           StorageError: this folder cannot be written to; what was copied stays.
         """
         source = Store(Path(other), self.rules)
-        if not (source.folder / MANIFEST).is_file():
+        if not os.path.isfile(source.folder / MANIFEST):
             raise ValueError(f"{other} holds no leaderboard: it has no {MANIFEST}")
         if source.folder.resolve() == self.folder.resolve():
             raise ValueError(f"{other} is the folder to merge into; name another one")
@@ -337,11 +338,15 @@ def _read_record(path: Path, rules: str) -> Record:
       FileNotFoundError: there is no such file.
     """
     try:
-        text = path.read_bytes()
-    except (PermissionError, IsADirectoryError) as error:
+        text = read_file(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
         raise NotARecordError(f"cannot be read: {error.strerror}") from None
     try:
         record = json.loads(text)
+    except RecursionError:
+        raise NotARecordError("not a record: its JSON is nested too deep") from None
     except ValueError:  # also of an encoding that is not UTF-8
         what = "empty" if not text.strip(b"\0 \n") else "not JSON: half-written or edited"
         raise NotARecordError(f"the file is {what}") from None
@@ -372,8 +377,8 @@ def _read_record(path: Path, rules: str) -> Record:
 def _check_rules(folder: Path, rules: str) -> None:
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_bytes())["rules"]
-    except (ValueError, KeyError, TypeError):
+        found = json.loads(read_file(path))["rules"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"{path} is not the manifest of a leaderboard; choose another --out, or remove the "
             "file if the trials beside it are yours"

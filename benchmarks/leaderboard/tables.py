@@ -6,7 +6,9 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
+from benchmarks.leaderboard import texts
 from benchmarks.leaderboard.board import CLOCKS, FIRST_ORDER
 
 
@@ -56,7 +58,7 @@ def board_table(device: dict[str, Any], clock: str = "seconds", wide: bool = Tru
     """
     extra = ("interval", "speed-up") if wide else ()
     table = Table(
-        title=f"{device['name']}, {device['date'][:10]}: {CLOCKS[clock]}",
+        title=texts.terminal(f"{device['name']}, {device['date'][:10]}: {CLOCKS[clock]}"),
         caption="Medians over seeds. Score: area under the performance profile; = is a tie."
         + " Speed-up: over the best first-order contestant of each workload." * wide,
         title_justify="left",
@@ -70,16 +72,11 @@ def board_table(device: dict[str, Any], clock: str = "seconds", wide: bool = Tru
     for name in ("score", *extra):
         table.add_column(name, justify="right", no_wrap=True)
     for workload in device["workloads"]:
-        head = workload["name"].replace("-", "\n")
+        head = Text("\n").join(map(texts.terminal, workload["name"].split("-")))
         table.add_column(head, justify="right", overflow="fold")
     for entry in entries(device, clock):
-        table.add_row(
-            entry["rank"],
-            entry["contestant"],
-            entry["score"],
-            *(entry[name.replace("-", "_")] for name in extra),
-            *entry["times"],
-        )
+        cells = [entry[name.replace("-", "_")] for name in ("rank", "contestant", "score", *extra)]
+        table.add_row(*map(texts.terminal, [*cells, *entry["times"]]))
     return table
 
 
@@ -96,12 +93,12 @@ def markdown(device: dict[str, Any], most: int = 12) -> str:
     shown += [entry for entry in rivals[:1] if entry not in shown]
     heads = ["rank", "contestant", "score", *(f"{w['name']}, s" for w in device["workloads"])]
     lines = [
-        "| " + " | ".join(map(_cell, heads)) + " |",
+        "| " + " | ".join(map(texts.markdown, heads)) + " |",
         "|---:|---|" + "---:|" * (len(heads) - 2),
     ]
     for entry in shown:
-        texts = [entry["rank"], entry["title"], entry["score"], *entry["times"]]
-        lines.append("| " + " | ".join(map(_cell, texts)) + " |")
+        cells = [entry["rank"], entry["title"], entry["score"], *entry["times"]]
+        lines.append("| " + " | ".join(map(texts.markdown, cells)) + " |")
     rest = len(ranked) - len(shown)
     if rest:
         lines += ["", f"{rest} more contestants are on the page of the leaderboard."]
@@ -116,8 +113,3 @@ def _time(cell: dict[str, Any], clock: str) -> str:
     if clock == "steps":
         return f"{value:g}"
     return f"{value:.2f}" if 0.01 <= value < 10 else f"{value:.3g}"
-
-
-def _cell(text: str) -> str:
-    """Text that cannot end its cell of a Markdown table."""
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -41,12 +41,12 @@ def target_of(workload: Workload, folder: Path = FOLDER) -> dict[str, Any]:
         raise ValueError(f"{workload.name} has no target; {freeze}")
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        stated = found["digest"]
-    except (ValueError, KeyError, TypeError):
+        stated, version = found["digest"], found["workload_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"the target {path.name} is no target file; {freeze}") from None
-    if found["workload_version"] != workload.version:
+    if version != workload.version:
         raise ValueError(
-            f"the target of {workload.name} is of version {found['workload_version']}, the "
+            f"the target of {workload.name} is of version {version}, the "
             f"workload has version {workload.version}; {freeze}"
         )
     if stated != content_hash([{k: v for k, v in found.items() if k != "digest"}]):

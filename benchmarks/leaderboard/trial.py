@@ -26,6 +26,7 @@ from benchmarks.leaderboard.spectra import structure_outcome
 from benchmarks.leaderboard.targets import reason_of
 from benchmarks.leaderboard.workload import METRICS, Workload, find_workload
 from benchmarks.step import environment as step_environment
+from natgrad_flax.scalars import check_number, check_seed
 from ntk_analysis.results import environment as versions
 from ntk_analysis.results import plain
 
@@ -58,7 +59,7 @@ def execute(config: Config) -> dict[str, Any]:
     """
     workload = find_workload(config["workload"])
     contestant = find_contestant(config["contestant"])
-    _check(config, workload)
+    _check(config, workload, contestant)
     reason = workload.missing() or contestant.unsuitable(workload)
     if reason:
         outcome: Outcome = {"status": "skipped", "reason": reason}
@@ -98,7 +99,18 @@ def configuration(
       learning_rate: None leaves it to the contestant's rule.
       kind: "timed", or "structure" for isotropy and cost.
       machine: the ``identity`` of the process that will run it, if that is another one.
+
+    Raises:
+      ValueError: a seed or a learning rate out of range, or a learning rate that is not used.
     """
+    if learning_rate is not None:
+        learning_rate = check_number("learning_rate", learning_rate, positive=True)
+        rule = find_contestant(contestant).rate_rule
+        if rule != "tuned":
+            raise ValueError(
+                f"{contestant} has its learning rate by a rule ({rule}): leave learning_rate out, "
+                "or name a tuned contestant"
+            )
     return {
         "rules": RULES,
         "kind": kind,
@@ -109,7 +121,7 @@ def configuration(
         "target": target,
         "contestant": contestant,
         "learning_rate": learning_rate,
-        "seed": seed,
+        "seed": check_seed(seed),
         **_packages(contestant),
         **(machine or identity()),
     }
@@ -169,7 +181,7 @@ def command(config: Config) -> str:
     return shlex.join(words)
 
 
-def _check(config: Config, workload: Workload) -> None:
+def _check(config: Config, workload: Workload, contestant: Contestant) -> None:
     for what, here in (
         ("rules", RULES),
         ("workload_version", workload.version),
@@ -181,6 +193,9 @@ def _check(config: Config, workload: Workload) -> None:
                 f"the trial is of another {what.replace('_', ' ')}, {str(config[what])[:12]}, than "
                 f"this program, {str(here)[:12]}: run it with the code that planned it"
             )
+    tuned = contestant.rate_rule == "tuned" and config["kind"] == "timed"
+    if tuned and config["learning_rate"] is None:
+        raise ValueError(f"{contestant.name} is tuned: its trials need a learning rate")
 
 
 @lru_cache(maxsize=2)
@@ -223,8 +238,6 @@ def _train(config: Config, contestant: Contestant, workload: Workload) -> Outcom
         started = time.perf_counter()
         rate, note = rule(seed), rule.note
         preparation = time.perf_counter() - started
-    elif contestant.rate_rule == "tuned":
-        raise ValueError(f"{contestant.name} is tuned: its trials need a learning rate")
     else:
         rate, note = 1.0, contestant.rate_rule
 

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, Sharding
 
 from natgrad_flax.arrays import batch_size, own_promotion
 from natgrad_flax.checks import (
-    check_batch,
     check_fisher_batch,
     check_microbatches,
+    check_needed_batch,
     check_settings,
     is_concrete,
 )
@@ -31,11 +31,10 @@ from natgrad_flax.devices.placement import (
     on_mesh,
 )
 from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
-from natgrad_flax.fisher import FisherKind, in_range, part_signals, sampler
+from natgrad_flax.fisher import FisherKind, check_key, in_range, part_signals, sampler
 from natgrad_flax.gradient import (
     Damping,
-    as_state,
-    by_path,
+    fisher_targets,
     loss_gradient,
     resolve_damping,
     static_damping,
@@ -46,9 +45,11 @@ from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
+from natgrad_flax.scalars import check_integer
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import Structure
 from natgrad_flax.taps import Path
+from natgrad_flax.trees import as_state, by_path, moved_by_gradient
 
 
 class UnsolvedError(RuntimeError):
@@ -59,7 +60,7 @@ class UnsolvedError(RuntimeError):
 def sharded_natural_gradient(
     model: nnx.Module,
     x: Any,
-    y: Array,
+    y: Array | None,
     *,
     structure: Structure,
     loss: Loss,
@@ -74,6 +75,7 @@ def sharded_natural_gradient(
     fisher_y: Array | None = None,
     microbatches: int = 1,
     check_samples: bool = True,
+    gradient: Any = None,
     solver: SolverName = "auto",
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
@@ -103,6 +105,7 @@ def sharded_natural_gradient(
       fisher_y: as in ``natural_gradient``.
       microbatches: parts of each device's samples, one after the other.
       check_samples: as in ``natural_gradient``, on one process.
+      gradient: as in ``natural_gradient``: already the mean over the samples of all devices.
       solver: as in ``Sharded``.
       tolerance: as in ``Sharded``.
       max_iterations: as in ``Sharded``.
@@ -120,14 +123,18 @@ def sharded_natural_gradient(
     placement = sharded.placement
     check_automatic(*jax.tree.leaves((x, y)))
     wrt = hashable_filter(wrt)
-    check_settings(structure, loss, fisher, damping, mc_samples)
+    check_settings(structure, loss, fisher, damping)
+    mc_samples = check_integer("mc_samples", mc_samples, 1)
+    microbatches = check_integer("microbatches", microbatches, 1)
     if callable(damping) or isinstance(damping, LevenbergMarquardt):
         raise TypeError("a single gradient needs one damping: a number or an ng.RelativeDamping")
-    if fisher == "mc" and key is None:
-        raise ValueError('fisher="mc" draws targets: pass key=jax.random.key(seed)')
+    check_key(fisher, key)
     here = local_model(model)
+    needed = gradient is None or (fisher == "empirical" and fisher_x is None)
     own = jax.tree.map(local_part, (x, y, fisher_x, fisher_y))
-    seen = check_batch(here, own[0], own[1], loss)
+    seen = check_needed_batch(here, own[0], own[1], loss, needed)
+    if gradient is not None:
+        wrt = moved_by_gradient(model, gradient, wrt)
     seen_by_fisher = check_fisher_batch(here, fisher, *seen, own[2], own[3])
     if jax.process_count() == 1:
         (x, y), (fisher_x, fisher_y) = seen, seen_by_fisher
@@ -137,6 +144,7 @@ def sharded_natural_gradient(
             check_microbatches(microbatches, jnp.zeros(batch_size(batch) // placement.size))
     graphdef, state = nnx.split(model)
     moved = on_mesh(placement, state, placement.whole)
+    y = y if needed else None
     at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
     inputs, targets = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(np.shape(array), jnp.result_type(array)), at
@@ -150,7 +158,9 @@ def sharded_natural_gradient(
         moved,
         on_mesh(placement, (x, y, fisher_x, fisher_y), placement.rows),
         on_mesh(
-            placement, (None if static is not None else jnp.asarray(damping), key), placement.whole
+            placement,
+            (None if static is not None else jnp.asarray(damping), key, gradient),
+            placement.whole,
         ),
         graphdef=graphdef,
         structure=sharded,
@@ -165,13 +175,13 @@ def sharded_natural_gradient(
     solved = solution is None or not is_concrete(solution.converged) or solution.converged
     if not bool(solved):
         raise UnsolvedError(_why(solution, sharded))
-    return as_state(nnx.state(model, wrt), updates)
+    return as_state(nnx.state(model, wrt) if gradient is None else gradient, updates)
 
 
 def compute_on_devices(
     model: nnx.Module,
     x: Any,
-    y: Array,
+    y: Array | None,
     *,
     structure: Sharded,
     loss: Loss,
@@ -183,6 +193,7 @@ def compute_on_devices(
     fisher_x: Any,
     fisher_y: Array | None,
     microbatches: int,
+    gradient: dict[Path, Array] | None = None,
 ) -> tuple[tuple[LayerUpdate, ...], Signals, Solution | None]:
     """The natural gradient layer by layer, without checks; to be traced.
 
@@ -193,22 +204,25 @@ def compute_on_devices(
     """
     placement = structure.placement
     passes: dict[str, Any] = {"loss": loss, "fisher": fisher, "wrt": wrt}
-    at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
+    given = gradient is not None or fisher_x is not None
+    at = fisher_targets(fisher, x, y, fisher_x, fisher_y) if given else (x, y)
     draw = sampler(loss, key, mc_samples, batch_size(at[0]))
 
     def run(first: Array | int, x: Any, y: Array | None = None) -> tuple[tuple[()], Any]:
         return (), part_signals(model, x, y, first, draw=draw, **passes)
 
     over = partial(over_devices, placement=placement)
-    given = tuple(part for part in at if part is not None)
-    _, (signals, residual) = over(run, given, microbatches)
+    arrays = tuple(part for part in at if part is not None)
+    _, (signals, residual) = over(run, arrays, microbatches)
     signals, residual = in_range(signals, residual, loss=loss, fisher=fisher, damping=damping)
     right: Residual | tuple[LayerUpdate, ...] = residual
-    if fisher_x is not None:
-        slope, _ = loss_gradient(
-            model, x, y, loss=loss, wrt=wrt, microbatches=microbatches, passes=over
-        )
-        right = layer_updates(signals.layers, slope)
+    if given:
+        if gradient is None:
+            assert y is not None
+            gradient, _ = loss_gradient(
+                model, x, y, loss=loss, wrt=wrt, microbatches=microbatches, passes=over
+            )
+        right = layer_updates(signals.layers, gradient)
     with full_products():
         rho = resolve_damping(structure, signals, damping)
         solved, solution = structure.solve_and_report(signals, right, rho)
@@ -224,8 +238,8 @@ def compute_on_devices(
 )
 def _compiled(
     state: Any,
-    batches: tuple[Any, Array, Any, Array | None],
-    single: tuple[Array | None, Array | None],
+    batches: tuple[Any, Array | None, Any, Array | None],
+    single: tuple[Array | None, Array | None, Any],
     *,
     graphdef: Any,
     structure: Sharded,
@@ -236,7 +250,7 @@ def _compiled(
     placement = structure.placement
     batches = lax.with_sharding_constraint(batches, placement.rows)
     x, y, fisher_x, fisher_y = batches
-    damping, key = single
+    damping, key, gradient = single
     chosen = static_damping if damping is None else damping
     assert chosen is not None
     solved, signals, solution = compute_on_devices(
@@ -248,6 +262,7 @@ def _compiled(
         key=key,
         fisher_x=fisher_x,
         fisher_y=fisher_y,
+        gradient=None if gradient is None else by_path(gradient),
         **settings,
     )
     where = dict(shardings)

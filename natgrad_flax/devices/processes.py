@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import jax
 
-from natgrad_flax.checks import check_integer
+from natgrad_flax.scalars import check_integer
 
 _SIGNS = ("gloo", "nccl", "connection closed by peer", "connection reset", "coordination")
 

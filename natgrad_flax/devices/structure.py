@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from natgrad_flax.checks import check_integer, check_number, check_structure
+from natgrad_flax.checks import check_structure
 from natgrad_flax.damping import is_zero
 from natgrad_flax.devices.factors import (
     apply_split,
@@ -26,6 +26,7 @@ from natgrad_flax.devices.placement import Placement, check_divisible, device_me
 from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
 from natgrad_flax.devices.units import deal_out_units
 from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures import (
     EKFAC,
@@ -95,6 +96,7 @@ class Sharded(Structure):
             )
         check_number("tolerance", self.tolerance, positive=True)
         check_integer("max_iterations", self.max_iterations, 1)
+        keep_plain(self)
 
     @property
     def name(self) -> str:

@@ -12,7 +12,6 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.arrays import real_array
-from natgrad_flax.checks import check_integer, check_number
 from natgrad_flax.linear.matrix_factorization import (
     Factors,
     check_observations,
@@ -21,6 +20,7 @@ from natgrad_flax.linear.matrix_factorization import (
     product,
     residual,
 )
+from natgrad_flax.scalars import check_integer, check_learning_rate, check_number, check_steps
 
 DECAY = 0.99
 STABILISER = 1e-4
@@ -63,9 +63,9 @@ def initial_factors(
     Raises:
       ValueError: a number is out of range.
     """
-    for name, value in (("size", size), ("depth", depth), ("gaussians", gaussians)):
-        check_integer(name, value, 1)
-    check_number("scale", scale, positive=True)
+    size, depth = check_integer("size", size, 1), check_integer("depth", depth, 1)
+    gaussians = check_integer("gaussians", gaussians, 1)
+    scale = check_number("scale", scale, positive=True)
     deviation = scale ** (1 / depth) / math.sqrt(size)
     factors = []
     for factor_key in jax.random.split(key, depth):
@@ -106,9 +106,9 @@ def complete(
     """
     target, mask = check_observations(target, mask)
     checked = check_start(factors, target)
-    check_number("learning_rate", learning_rate, positive=True)
-    check_number("tolerance", tolerance, positive=False)
-    check_integer("max_steps", max_steps, 1)
+    learning_rate = check_learning_rate(learning_rate)
+    tolerance = check_number("tolerance", tolerance, positive=False)
+    max_steps = check_steps(max_steps, "max_steps", 1)
     final, loss, steps = _group_rmsprop(
         checked, target, mask, learning_rate, tolerance, jnp.asarray(max_steps)
     )

@@ -17,10 +17,12 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from natgrad_flax.checks import check_damping, is_concrete
-from natgrad_flax.damping import is_zero
+from natgrad_flax.arrays import is_concrete
+from natgrad_flax.checks import check_damping, check_normal
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_bottleneck import bottleneck_natural_gradient
 from natgrad_flax.linear.deep_linear_forms import chain, damped_form, inverse_form, whiten
@@ -35,6 +37,13 @@ from natgrad_flax.linear.deep_linear_moments import (
     matrix_rank,
     moments,
     optimum,
+)
+from natgrad_flax.scalars import (
+    check_integer,
+    check_learning_rate,
+    check_number,
+    is_traced_number,
+    shown,
 )
 
 __all__ = [
@@ -100,6 +109,9 @@ def natural_gradient(
     """
     check_weights(weights, data)
     check_damping(damping)
+    check_normal(damping, data.inputs.dtype)
+    if isinstance(damping, (RelativeDamping, LevenbergMarquardt)) or np.ndim(damping):
+        raise TypeError(f"damping must be one number here, got {shown(damping)}")
     check_positive_definite(data.precision, "precision")
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
@@ -157,12 +169,15 @@ def euler_product(product: Array, target: Array, depth: int, learning_rate: floa
       learning_rate: eta.
 
     Raises:
-      ValueError: matrices that are not square, or a singular product.
+      ValueError: matrices that are not square, a singular product, a number out of range.
     """
     if product.ndim != 2 or product.shape[0] != product.shape[1] or product.shape != target.shape:
         raise ValueError(
             f"the law of a step needs square matrices, got {product.shape} and {target.shape}"
         )
+    depth = check_integer("depth", depth, 1)
+    if not is_traced_number(learning_rate):
+        learning_rate = check_learning_rate(learning_rate)
     if is_concrete(product) and matrix_rank(product) < len(product):
         raise ValueError(
             f"the product has rank {matrix_rank(product)} of {len(product)}: it has no inverse"
@@ -174,4 +189,6 @@ def euler_product(product: Array, target: Array, depth: int, learning_rate: floa
 
 def flow_product(product: Array, target: Array, time: float | Array) -> Array:
     """W(t) = W* + e^{-t} (W(0) - W*): the flow dW/dt = W* - W without a bottleneck (Eq. 18)."""
-    return target + jnp.exp(-time) * (product - target)
+    if not is_traced_number(time):
+        time = check_number("time", time, positive=False)
+    return target + jnp.exp(-jnp.asarray(time, product.dtype)) * (product - target)

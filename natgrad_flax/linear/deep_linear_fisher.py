@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.checks import check_fits, check_integer
 from natgrad_flax.linear.deep_linear_forms import chain
 from natgrad_flax.linear.deep_linear_moments import (
     Moments,
@@ -22,6 +21,8 @@ from natgrad_flax.linear.deep_linear_moments import (
     check_weights,
     is_square,
 )
+from natgrad_flax.memory import check_fits
+from natgrad_flax.scalars import check_integer
 
 
 def fisher_block(weights: Weights, data: Moments, i: int, j: int) -> Array:
@@ -37,8 +38,8 @@ def fisher_block(weights: Weights, data: Moments, i: int, j: int) -> Array:
       ValueError: shapes that do not fit, or no such layer.
     """
     check_weights(weights, data)
+    i, j = check_integer("i", i, 1), check_integer("j", j, 1)
     for name, value in (("i", i), ("j", j)):
-        check_integer(name, value, 1)
         if value > len(weights):
             raise ValueError(f"{name} must be at most the depth {len(weights)}, got {value}")
     return _fisher_block(tuple(weights), data, i - 1, j - 1)

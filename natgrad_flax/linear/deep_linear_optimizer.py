@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
 
 from natgrad_flax.arrays import solve_dtype
-from natgrad_flax.checks import (
-    check_array,
-    check_damping,
-    check_learning_rate,
-    check_number,
-)
+from natgrad_flax.checks import check_array, check_damping, check_normal
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_forms import (
@@ -28,6 +24,7 @@ from natgrad_flax.linear.deep_linear_moments import Moments, check_factors, is_s
 from natgrad_flax.losses import MeanSquaredError
 from natgrad_flax.models import MLP
 from natgrad_flax.plans import dense_layers
+from natgrad_flax.scalars import check_learning_rate, check_number
 from natgrad_flax.taps import Path
 from natgrad_flax.transformation import NaturalGradientState, Step, transformation
 
@@ -68,6 +65,7 @@ def deep_linear_descent(
         module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
     ) -> Step:
         x, layers = check_array(x), linear_layers(module)
+        check_normal(rho, x.dtype)
         scales = [getattr(layer, "weight_scale", 1.0) for layer in layers.values()]
         kernels = [layer.kernel[...] for layer in layers.values()]  # type: ignore[attr-defined]
         dtype = solve_dtype(x.dtype, *(kernel.dtype for kernel in kernels))
@@ -97,7 +95,7 @@ def deep_linear_descent(
         direction = {path: {"kernel": step} for path, step in zip(layers, steps, strict=True)}
         return Step(direction, lambda: slope, change)
 
-    check_settings(learning_rate, damping, output_variance)
+    learning_rate = check_settings(learning_rate, damping, output_variance)
     return transformation(
         "deep_linear_descent", learning_rate, damping, MeanSquaredError(), 0, compute
     )
@@ -150,10 +148,10 @@ def linear_layers(module: nnx.Module) -> dict[Path, nnx.Module]:
     return layers  # type: ignore[return-value]
 
 
-def check_settings(learning_rate: Any, damping: Any, output_variance: float) -> None:
-    """Raises TypeError or ValueError on settings out of range."""
-    check_learning_rate(learning_rate)
-    if isinstance(damping, RelativeDamping):
-        raise TypeError("damping must be a number, a schedule or ng.LevenbergMarquardt() here")
+def check_settings(learning_rate: Any, damping: Any, output_variance: float) -> Any:
+    """The learning rate; raises TypeError or ValueError on settings out of range."""
     check_damping(damping)
+    if isinstance(damping, RelativeDamping) or np.ndim(damping):
+        raise TypeError("damping must be a number, a schedule or ng.LevenbergMarquardt() here")
     check_number("output_variance", output_variance, positive=True)
+    return check_learning_rate(learning_rate, schedule=True)

@@ -11,13 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.checks import (
-    available_memory,
-    check_finite,
-    check_integer,
-    check_learning_rate,
-    check_number,
-)
+from natgrad_flax.checks import as_array, check_finite
+from natgrad_flax.memory import available_memory
+from natgrad_flax.scalars import check_integer, check_number, check_steps
 
 Integrator = Literal["euler", "rk4"]
 
@@ -65,14 +61,11 @@ def descend(
     Raises:
       ValueError: a setting is out of range, or the record would not fit into memory.
     """
-    check_integer("steps", steps, 1)
-    if record_every is None:
-        record_every = steps
-    check_integer("record_every", record_every, 1)
+    steps = check_steps(steps, minimum=1)
+    record_every = check_integer("record_every", steps if record_every is None else record_every, 1)
     if steps % record_every:
         raise ValueError(f"record_every={record_every} must divide steps={steps}")
-    check_learning_rate(step_size)
-    check_number("step_size", step_size, positive=True)
+    step_size = check_number("step_size", step_size, positive=True)
     if integrator not in get_args(Integrator):
         raise ValueError(f'integrator must be "euler" or "rk4", got {integrator!r}')
     start = jax.tree.map(jnp.asarray, start)
@@ -154,7 +147,7 @@ def as_floating(array: Any, name: str, shape: tuple[int | None, ...], meaning: s
       ValueError: another shape, an empty axis, NaN or infinity.
       TypeError: not a floating array.
     """
-    array = jnp.asarray(array)
+    array = as_array(array, name)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be a floating array, got dtype {array.dtype}")
     fits = array.ndim == len(shape) and all(

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.checks import check_integer, check_number, is_concrete
+from natgrad_flax.checks import is_concrete
 from natgrad_flax.linalg import solve_psd, symmetric_product
 from natgrad_flax.linear import logistic
 from natgrad_flax.linear.descent import as_floating
+from natgrad_flax.scalars import check_integer, check_number
 
 
 def coefficients(weights: Array) -> Array:
@@ -219,8 +220,7 @@ def initial_weights(
     Raises:
       ValueError: a size below 1 or a scale that is not positive.
     """
-    check_integer("dim", dim, 1)
-    check_integer("depth", depth, 1)
-    check_number("scale", scale, positive=True)
+    dim, depth = check_integer("dim", dim, 1), check_integer("depth", depth, 1)
+    scale = check_number("scale", scale, positive=True)
     weights = scale * jax.random.normal(key, (depth, dim), dtype)
     return weights.at[-1].set(0) if zero_product else weights

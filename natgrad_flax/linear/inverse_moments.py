@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.checks import check_integer
 from natgrad_flax.linalg import add_diagonal, solve_psd
+from natgrad_flax.scalars import check_integer, check_number, keep_plain
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class RandomisedSVD(InverseMoment):
         check_integer("rank", self.rank, 1)
         check_integer("oversampling", self.oversampling, 0)
         check_integer("power_iterations", self.power_iterations, 0)
+        keep_plain(self)
 
     def init(self, size: int, dtype: jnp.dtype) -> Array:
         """Nothing."""
@@ -142,8 +143,9 @@ class MovingInverse(InverseMoment):
 
     def __post_init__(self) -> None:
         check_integer("rows", self.rows, 1)
-        if not 0 < self.decay < 1:
+        if check_number("decay", self.decay, positive=True) >= 1:
             raise ValueError(f"decay must lie between 0 and 1, got {self.decay}")
+        keep_plain(self)
 
     def init(self, size: int, dtype: jnp.dtype) -> Array:
         """The inverse; replaced at the first step by that of a multiple of I."""

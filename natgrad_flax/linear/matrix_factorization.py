@@ -20,8 +20,9 @@ import numpy as np
 from jax import Array
 from jax.lax import Precision
 
-from natgrad_flax.checks import check_learning_rate, is_concrete
+from natgrad_flax.checks import is_concrete
 from natgrad_flax.linear.descent import as_floating, check_memory
+from natgrad_flax.scalars import as_number, check_number, shown
 
 Factors = tuple[Array, ...]
 Solution = Literal["joint", "split"]
@@ -365,9 +366,10 @@ def step_kernel(
     Raises:
       ValueError: as ``flow_kernel``; a step size or an error out of range.
     """
-    check_learning_rate(step_size)
-    if not (np.isfinite(error) and error != 0):
-        raise ValueError(f"error must be finite and not 0, got {error}")
+    step_size = check_number("step_size", step_size, positive=True)
+    size = as_number(error)
+    if size is None or not np.isfinite(size) or size == 0:
+        raise ValueError(f"error must be finite and not 0, got {shown(error)}")
     factors, one = _one_entry(factors, entry, kind)
     step = _RULES[kind](factors, error * one)
     moved = tuple(w - step_size * d for w, d in zip(factors, step, strict=True))

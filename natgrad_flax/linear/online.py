@@ -11,10 +11,9 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.arrays import solve_dtype
-from natgrad_flax.checks import check_integer
+from natgrad_flax.checks import check_normal
 from natgrad_flax.damping import LevenbergMarquardt, is_zero
 from natgrad_flax.fisher import fisher_signals
-from natgrad_flax.gradient import leaf_names
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import matrix_of
 from natgrad_flax.linalg import full_products
@@ -23,6 +22,7 @@ from natgrad_flax.linear.deep_linear_optimizer import check_settings
 from natgrad_flax.linear.inverse_moments import DirectInverse, InverseMoment
 from natgrad_flax.losses import Loss, MeanSquaredError
 from natgrad_flax.plans import dense_layers
+from natgrad_flax.scalars import check_integer, check_seed
 from natgrad_flax.signals import DenseSignals
 from natgrad_flax.transformation import (
     NaturalGradientState,
@@ -30,6 +30,7 @@ from natgrad_flax.transformation import (
     change_of_loss,
     transformation,
 )
+from natgrad_flax.trees import leaf_names
 
 
 def online_natural_gradient_descent(
@@ -50,7 +51,7 @@ def online_natural_gradient_descent(
     batch, and Lambda~_i of errors back-propagated from ``mc_samples`` targets a sample that are
     drawn from the model. For linear networks it estimates the exact natural gradient; for others
     it is the paper's extension. Biases are one more row of W_i. ``update`` needs the batch:
-    ``module=model, x=x, y=y``.
+    ``module=model, x=x, y=y``. L counts the layers that move: those that the tree of updates has.
 
     Args:
       learning_rate: alpha, a number or a schedule over steps.
@@ -82,9 +83,8 @@ def online_natural_gradient_descent(
             "inverse must be DirectInverse(), MovingInverse() or RandomisedSVD(rank), got "
             f"{inverse!r}"
         )
-    check_integer("mc_samples", mc_samples, 1)
-    check_integer("seed", seed, 0)
-    check_settings(learning_rate, damping, output_variance)
+    mc_samples, seed = check_integer("mc_samples", mc_samples, 1), check_seed(seed)
+    learning_rate = check_settings(learning_rate, damping, output_variance)
     if is_zero(damping):
         raise ValueError(
             "sampled second moments need a positive damping: the gradient does not lie in their "
@@ -105,11 +105,18 @@ def online_natural_gradient_descent(
         return inverses
 
     def compute(
-        module: nnx.Module, x: Array, y: Array, rho: Any, state: NaturalGradientState, key: Array
+        module: nnx.Module,
+        x: Array,
+        y: Array,
+        rho: Any,
+        state: NaturalGradientState,
+        key: Array,
+        wrt: Any,
     ) -> Step:
+        check_normal(rho, x.dtype)
         draw, *keys = jax.random.split(key, 1 + 2 * len(dense_layers(module)))
         signals, residual = fisher_signals(
-            module, x, y, loss=loss, fisher="mc", key=draw, num_samples=mc_samples
+            module, x, y, loss=loss, fisher="mc", key=draw, num_samples=mc_samples, wrt=wrt
         )
         if check_samples:
             check_samples_alone(module, x)
@@ -166,7 +173,14 @@ def online_natural_gradient_descent(
         return Step(direction, lambda: slope, change, inverses)
 
     return transformation(
-        "online_natural_gradient_descent", learning_rate, damping, loss, seed, compute, init
+        "online_natural_gradient_descent",
+        learning_rate,
+        damping,
+        loss,
+        seed,
+        compute,
+        init,
+        accepts=("wrt",),
     )
 
 

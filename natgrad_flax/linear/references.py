@@ -16,10 +16,10 @@ from scipy.optimize import linprog, nnls
 from scipy.special import expit
 
 from natgrad_flax.arrays import real_array
-from natgrad_flax.checks import check_integer, check_number
 from natgrad_flax.linear.descent import check_memory
 from natgrad_flax.linear.logistic import check_full_rank, signed_inputs
 from natgrad_flax.linear.matrix_factorization import check_observations
+from natgrad_flax.scalars import check_integer, check_number, check_seed, check_steps
 
 Vector = NDArray[np.float64]
 SYSTEMS = 50_000  # of the exact search for p < 1
@@ -151,8 +151,7 @@ def max_margin(x: Any, y: Any, *, depth: int = 1, seed: int = 0) -> MaxMargin:
       ValueError: bad data, a depth below 1, data that are not separable.
       RuntimeError: a solver gave no solution.
     """
-    check_integer("depth", depth, 1)
-    check_integer("seed", seed, 0)
+    depth, seed = check_integer("depth", depth, 1), check_seed(seed)
     z = _signed(x, y)
     if depth == 1:
         b = _least_norm(z)
@@ -308,8 +307,8 @@ def interpolant_accuracy(num_samples: int, dim: int) -> float:
     Raises:
       ValueError: not integers with 1 <= N < D.
     """
-    check_integer("num_samples", num_samples, 1)
-    check_integer("dim", dim, num_samples + 1)
+    num_samples = check_integer("num_samples", num_samples, 1)
+    dim = check_integer("dim", dim, num_samples + 1)
     ratio = dim / num_samples
     gain, noise = 2 / math.pi / ratio**2, (1 - 2 / math.pi) / (ratio - 1)
     # the teacher's projection on the span of the samples has squared length 1 / g, hence the ratio
@@ -338,8 +337,8 @@ def min_nuclear_norm(
       ValueError: bad observations, or a matrix beyond memory.
       RuntimeError: the gap is still above the tolerance after max_steps.
     """
-    check_number("tolerance", tolerance, positive=True)
-    check_integer("max_steps", max_steps, 1)
+    tolerance = check_number("tolerance", tolerance, positive=True)
+    max_steps = check_steps(max_steps, "max_steps", 1)
     target = np.asarray(target)
     check_memory(target.shape, np.float64, "the matrix", "complete a smaller one")
     check_observations(target, mask)

@@ -81,7 +81,7 @@ class ConvNet(nnx.Module):
         self.input_shape = image_shape(input_shape)
         self.channels = size_tuple("channels", channels, "positive integers, one a convolution")
         check_sizes(outputs=outputs)
-        self.outputs = outputs
+        self.outputs = int(outputs)
         self.kernel_size = size_each("kernel_size", kernel_size, 2, "spatial dimension")
         self.strides = size_each("strides", strides, len(self.channels), "convolution")
         check_choice("padding", padding, PADDINGS)

@@ -111,6 +111,7 @@ class ResidualNet(nnx.Module):
         self.input_shape = image_shape(input_shape)
         self.channels = size_tuple("channels", channels, "positive integers, one a stage")
         check_sizes(blocks=blocks, outputs=outputs, groups=groups)
+        blocks, outputs, groups = int(blocks), int(outputs), int(groups)
         check_choice("normalisation", normalisation, NORMALISATIONS)
         if normalisation == "group" and any(width % groups for width in self.channels):
             raise ValueError(f"groups = {groups} must divide all channels, got {self.channels}")

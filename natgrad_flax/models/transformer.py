@@ -122,6 +122,9 @@ class VisionTransformer(nnx.Module):
     ) -> None:
         self.input_shape = image_shape(input_shape)
         check_sizes(patch=patch, width=width, depth=depth, heads=heads, mlp=mlp, outputs=outputs)
+        patch, width, depth, heads, mlp, outputs = map(
+            int, (patch, width, depth, heads, mlp, outputs)
+        )
         image = self.input_shape[:2]
         if any(size % patch for size in image):
             raise ValueError(f"patch = {patch} must divide height and width of the images, {image}")

@@ -114,8 +114,8 @@ class Structure(abc.ABC):
     def undamped_diagonal(self, train: Signals) -> Array | None:
         """Theta-bar(x, x) at zero damping where it is diagonal, (N S,); None where it is not.
 
-        Layers whose Gram matrices lack full rank for other reasons than a small input dimension
-        are not looked for.
+        It is where the Gram matrices that are inverted have full rank, which is looked at. (For
+        ``Exact`` Theta-bar is a projector without it, and so its own pseudo-inverse: as good as 1.)
         """
         return None
 

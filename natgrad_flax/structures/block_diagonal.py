@@ -21,6 +21,7 @@ from natgrad_flax.structures.base import (
 )
 from natgrad_flax.structures.exact import mean_gram_diagonal
 from natgrad_flax.structures.layer_wise import LayerWise
+from natgrad_flax.structures.least_squares import least_squares, normal_solve
 
 
 class BlockDiagonal(LayerWise):
@@ -52,10 +53,12 @@ class BlockDiagonal(LayerWise):
             zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
         ):
             if self._layer_in_parameters(layer, signals):
-                block = _fisher_block(layer, rho)
-                slope = layer.pull_back(residual.direction(layer, index))
-                flat = ravel((slope,)) / signals.num_samples
-                updates.append(layer.unravel(solve_psd(block, flat, shifted=shifted)))
+                if not shifted and residual.coefficients is not None:
+                    flat = least_squares(layer.to_dense(), residual.coefficients.reshape(-1))
+                else:
+                    slope = layer.pull_back(residual.direction(layer, index))
+                    flat = _solve_block(layer, ravel((slope,)) / signals.num_samples, rho)
+                updates.append(layer.unravel(flat))
                 continue
             shift = signals.num_samples * rho
             gram = add_diagonal(layer.gram(), shift)
@@ -73,8 +76,7 @@ class BlockDiagonal(LayerWise):
             signals.layers, slope, per_layer(damping, len(signals.layers)), strict=True
         ):
             if self._layer_in_parameters(layer, signals):
-                block = _fisher_block(layer, rho)
-                updates.append(layer.unravel(solve_psd(block, ravel((g,)), shifted=shifted)))
+                updates.append(layer.unravel(_solve_block(layer, ravel((g,)), rho)))
                 continue
             shift = signals.num_samples * rho
             gram = add_diagonal(layer.gram(), shift)
@@ -116,7 +118,9 @@ class BlockDiagonal(LayerWise):
         return signals.size
 
 
-def _fisher_block(layer: LayerSignals, rho: Array | float) -> Array:
-    """J_l^T J_l / N + rho I, shape (P_l, P_l)."""
-    jacobian = layer.to_dense()
-    return add_diagonal(jacobian.T @ jacobian / layer.num_samples, rho)
+def _solve_block(layer: LayerSignals, slope: Array, rho: Array | float) -> Array:
+    """(J_l^T J_l / N + rho)^{-1} g, shape (P_l,)."""
+    jacobian, n = layer.to_dense(), layer.num_samples
+    if is_zero(rho):
+        return normal_solve(jacobian, n * slope)
+    return solve_psd(add_diagonal(jacobian.T @ jacobian / n, rho), slope, shifted=True)

@@ -265,7 +265,7 @@ def _is_thin(basis: Array) -> bool:
     return basis.shape[2] < basis.shape[1]
 
 
-def _solve_units(entry: dict[str, Any], half: Array, seen: Array | None = None) -> Array:
+def _solve_units(entry: dict[str, Any], half: Array, seen: Array | float | None = None) -> Array:
     """G^{-1} g of what has been turned into the basis of the inputs, (G, r, M/G), and stays there.
 
     Args:
@@ -297,10 +297,10 @@ def _turned_gradient(layer: LayerSignals, direction: Array, left: Array) -> Arra
     return left.mT @ grouped(matrix_of(layer.pull_back(direction)), len(left))
 
 
-def _seen_units(layer: LayerSignals, right: Array) -> Array | float:
+def _seen_units(layer: LayerSignals, right: Array) -> Array:
     """1 for the vectors of U_B that the derivatives have a part in, 0 where it is rounding."""
     if not isinstance(layer, DenseSignals):
-        return 1.0
+        return jnp.ones((), right.dtype)
     return _seen(layer.flat_derivatives() @ right[0])
 
 

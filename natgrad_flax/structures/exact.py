@@ -23,6 +23,7 @@ from natgrad_flax.structures.base import (
     sample_targets,
     woodbury,
 )
+from natgrad_flax.structures.least_squares import least_squares, normal_solve
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Exact(Structure):
         """G^{-1} J^T r / N; see ``Structure.solve``."""
         shifted = not is_zero(damping)
         if self._in_parameters(signals):
-            flat = ravel(gradient(signals, residual))
-            return signals.unravel(
-                solve_psd(self.to_dense(signals, damping), flat, shifted=shifted)
-            )
+            if not shifted and residual.coefficients is not None:
+                rows = signals.to_dense()
+                return signals.unravel(least_squares(rows, residual.coefficients.reshape(-1)))
+            return self.precondition(signals, gradient(signals, residual), damping)
         shift = signals.num_samples * damping
         targets = residual.coefficients
         if targets is None:
@@ -75,8 +76,11 @@ class Exact(Structure):
         """G^{-1} g; see ``Structure.precondition``."""
         shifted = not is_zero(damping)
         if self._in_parameters(signals):
+            if not shifted:
+                solved = normal_solve(signals.to_dense(), signals.num_samples * ravel(slope))
+                return signals.unravel(solved)
             dense = self.to_dense(signals, damping)
-            return signals.unravel(solve_psd(dense, ravel(slope), shifted=shifted))
+            return signals.unravel(solve_psd(dense, ravel(slope), shifted=True))
         shift = signals.num_samples * damping
         parts = [layer.jvp(g) for layer, g in zip(signals.layers, slope, strict=True)]
         image = sum(parts[1:], start=parts[0]).reshape(-1)

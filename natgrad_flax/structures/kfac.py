@@ -13,7 +13,13 @@ from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
-from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd, symmetric_product
+from natgrad_flax.linalg import (
+    add_diagonal,
+    has_full_rank,
+    inverse_psd,
+    solve_psd,
+    symmetric_product,
+)
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Residual, Signals, expand_samples
 from natgrad_flax.structures.base import (
@@ -34,6 +40,7 @@ from natgrad_flax.structures.kronecker import (
     ungrouped,
 )
 from natgrad_flax.structures.kronecker_average import KroneckerAverage, block_norms, scaled_norms
+from natgrad_flax.structures.least_squares import least_squares, normal_solve
 from natgrad_flax.structures.units import solve_units
 
 
@@ -204,8 +211,11 @@ class KFAC(KroneckerAverage):
         """r^T D (B* + rho)^{-1} sample by sample, shape (N, M)."""
         flat = layer.flat_derivatives()
         if self._in_parameters(*flat.shape):
+            direction = residual.direction(layer, index).T
+            if not shifted:
+                return normal_solve(flat, over * direction).T
             factor = add_diagonal(symmetric_product(flat.T) / over, rho)
-            return solve_psd(factor, residual.direction(layer, index).T, shifted=shifted).T
+            return solve_psd(factor, direction, shifted=True).T
         # an explicit inverse of the small side leaves one product with the wide one
         inverse = inverse_psd(add_diagonal(layer.derivative_gram(), over * rho), shifted=shifted)
         if residual.coefficients is not None:
@@ -226,8 +236,10 @@ class KFAC(KroneckerAverage):
         """(A* + rho)^{-1} a^T R for R of shape (N, M)."""
         if self._in_parameters(layer.num_samples, layer.fan_in):
             inputs = layer.augmented_inputs()
+            if not shifted:
+                return layer.unravel((over * least_squares(inputs, directions)).reshape(-1))
             factor = add_diagonal(inputs.T @ inputs / over, rho)
-            solved = solve_psd(factor, inputs.T @ directions, shifted=shifted)
+            solved = solve_psd(factor, inputs.T @ directions, shifted=True)
             return layer.unravel(solved.reshape(-1))
         inverse = inverse_psd(add_diagonal(layer.input_gram(), over * rho), shifted=shifted)
         return layer.pull_back(over * inverse @ directions)
@@ -255,11 +267,18 @@ class KFAC(KroneckerAverage):
         return total
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
-        """N a hidden layer; leverages of samples in the first, of outputs in the last."""
+        """N a hidden layer; leverages of samples in the first, of outputs in the last.
+
+        None where the inputs of another layer lack rank N, or derivatives rank N S.
+        """
         if has_shared_layers(train):
             return None
+        layers = list(map(dense_layer, train.layers))
+        grams = [*(a.input_gram() for a in layers[1:]), *(a.derivative_gram() for a in layers[:-1])]
+        if not all(has_full_rank(gram) for gram in grams):
+            return None
         total = jnp.zeros(train.size, train.outputs.dtype)
-        for index, layer in enumerate(map(dense_layer, train.layers)):
+        for index, layer in enumerate(layers):
             over_a, over_b = self.divisors(train, index)
             inputs = jnp.full(layer.num_samples, over_a, total.dtype)
             units = jnp.full(train.size, over_b, total.dtype)

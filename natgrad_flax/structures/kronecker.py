@@ -13,6 +13,7 @@ from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd, symmetric_
 from natgrad_flax.shared_signals import SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals
 from natgrad_flax.structures.base import Space
+from natgrad_flax.structures.least_squares import normal_solve
 
 Rows = DenseSignals | SharedSignals
 """Signals of an affine layer, which has Kronecker factors."""
@@ -67,12 +68,12 @@ def solve_factor(
       shifted: rho is not the number 0; at 0 this is the pseudo-inverse.
       space: where the system is solved.
     """
-    if in_parameters(space, *rows.shape):
-        return solve_psd(add_diagonal(factor_of(rows, over), rho), target, shifted=shifted)
-    gram = add_diagonal(symmetric_product(rows), over * rho)
-    solution = solve_psd(gram, rows @ target, shifted=shifted)
     if not shifted:
-        return over * rows.T @ solve_psd(gram, solution, shifted=False)
+        return normal_solve(rows, over * target)
+    if in_parameters(space, *rows.shape):
+        return solve_psd(add_diagonal(factor_of(rows, over), rho), target, shifted=True)
+    gram = add_diagonal(symmetric_product(rows), over * rho)
+    solution = solve_psd(gram, rows @ target, shifted=True)
     return (target - rows.T @ solution) / rho
 
 

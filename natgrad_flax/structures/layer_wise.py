@@ -13,7 +13,7 @@ from jax import Array
 from natgrad_flax.arrays import real_array
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.linalg import lu_solve, pinv_solve
+from natgrad_flax.linalg import has_full_rank, lu_solve, pinv_solve
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
     Geometry,
@@ -172,8 +172,10 @@ class LayerWise(Structure):
         ]
         return sum(parts[1:], start=parts[0])
 
-    def undamped_diagonal(self, train: Signals) -> Array:
-        """alpha for every output."""
+    def undamped_diagonal(self, train: Signals) -> Array | None:
+        """alpha for every output; None where a layer's Jacobian lacks full row rank."""
+        if not all(has_full_rank(layer.gram()) for layer in train.layers):
+            return None
         alpha = self.weights(len(train.layers)).sum()
         return jnp.full(train.size, alpha, train.outputs.dtype)
 

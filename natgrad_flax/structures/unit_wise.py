@@ -214,7 +214,8 @@ def _damped(layer: DenseSignals, direction: Array, shift: Array | float, inside:
 def solve_units_of_gram(gram: Array, root: Array, shift: Array | float, rhs: Array) -> Array:
     """(diag(d_i) A diag(d_i) + s)^{-1} b_i for every unit, shape (N, M).
 
-    By eigenvalues where s is too small for Cholesky in this precision.
+    By eigenvalues where s is too small for Cholesky in this precision, which is seen by solutions
+    that are larger than 1 / s times their right-hand side.
     """
     found = solve_scaled_gram(gram, root, shift, rhs)
 
@@ -223,7 +224,7 @@ def solve_units_of_gram(gram: Array, root: Array, shift: Array | float, rhs: Arr
         return pinv_solve(add_diagonal(d[:, None] * gram * d, shift), b)
 
     return jax.lax.cond(
-        jnp.all(jnp.isfinite(found)),
+        jnp.all(shift * jnp.sum(found**2, axis=0) ** 0.5 <= 2 * jnp.sum(rhs**2, axis=0) ** 0.5),
         lambda: found,
         lambda: jax.lax.map(unit, (root.T, rhs.T)).T,
     )
@@ -234,10 +235,11 @@ def _in_parameters(layer: DenseSignals, slope: Array, rho: Array | float) -> Lay
     inputs = layer.augmented_inputs()
 
     def unit(columns: tuple[Array, Array]) -> Array:
-        weights, target = columns
-        return solve_block((inputs.T * weights) @ inputs, target, rho)
+        root, target = columns
+        return solve_block(root[:, None] * inputs, target, rho)
 
-    solved = jax.lax.map(unit, (_weights(layer).T / layer.num_samples, slope.T))
+    roots = jnp.sqrt(_weights(layer) / layer.num_samples)
+    solved = jax.lax.map(unit, (roots.T, slope.T))
     return layer.update(solved.T)
 
 

@@ -8,8 +8,9 @@ from jax import Array
 
 from natgrad_flax.damping import is_zero
 from natgrad_flax.layer_signals import LayerSignals
-from natgrad_flax.linalg import add_diagonal, inverse_psd, pinv_solve, solve_psd
+from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd
 from natgrad_flax.structures.base import Space
+from natgrad_flax.structures.least_squares import least_squares, normal_solve
 
 
 def solve_units(
@@ -39,18 +40,19 @@ def solve_units(
         block = jnp.sum(jacobian**2, axis=(0, 1)) / n + rho
         return jnp.where(block != 0, slope / jnp.where(block != 0, block, 1), 0)
     rows = jnp.moveaxis(jacobian, 3, 0).reshape(m, n * s, fan_in)
+    if is_zero(rho):
+        if coefficients is not None:
+            w = coefficients.reshape(-1)
+            return jax.lax.map(lambda matrix: least_squares(matrix, w), rows).T
+        return jax.lax.map(lambda unit: normal_solve(unit[0], n * unit[1]), (rows, slope.T)).T
     if small:
         return jax.lax.map(
-            lambda unit: solve_block(unit[0].T @ unit[0] / n, unit[1], rho), (rows, slope.T)
+            lambda unit: solve_block(unit[0] / float(n) ** 0.5, unit[1], rho), (rows, slope.T)
         ).T
 
     def in_samples(unit: tuple[Array, Array]) -> Array:
         matrix, g = unit
         gram = matrix @ matrix.T
-        if is_zero(rho):
-            if coefficients is not None:
-                return matrix.T @ pinv_solve(gram, coefficients.reshape(-1))
-            return n * (matrix.T @ pinv_solve(gram, pinv_solve(gram, matrix @ g)))
         shifted = add_diagonal(gram, n * rho)
         if coefficients is not None:
             return matrix.T @ solve_psd(shifted, coefficients.reshape(-1), shifted=True)
@@ -59,11 +61,11 @@ def solve_units(
     return jax.lax.map(in_samples, (rows, slope.T)).T
 
 
-def solve_block(block: Array, slope: Array, rho: Array | float) -> Array:
-    """(block + rho)^{-1} g for one unit; the pseudo-inverse at the number 0."""
+def solve_block(rows: Array, slope: Array, rho: Array | float) -> Array:
+    """(rows^T rows + rho)^{-1} g for one unit; the pseudo-inverse at the number 0."""
     if is_zero(rho):
-        return pinv_solve(block, slope)
-    return solve_psd(add_diagonal(block, rho), slope, shifted=True)
+        return normal_solve(rows, slope)
+    return solve_psd(add_diagonal(rows.T @ rows, rho), slope, shifted=True)
 
 
 def unit_blocks(layer: LayerSignals) -> Array:

@@ -1,6 +1,8 @@
 """The command ``natgrad``; one module a subcommand."""
 
+import sys
 from importlib import import_module
+from io import TextIOWrapper
 
 import scipy.linalg  # noqa: F401 - its BLAS must be there when it is limited
 from threadpoolctl import threadpool_limits
@@ -16,6 +18,10 @@ for _name in COMMANDS:
 
 def main() -> None:
     """The entry point."""
+    # a locale without the signs of formulas shows others in their place
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # threads of OpenBLAS fight with XLA's for the cores; some parts then take 20 times as long
     with threadpool_limits(1, user_api="blas"):
         app()

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperCommand
 
+from ntk_analysis.files import own_folder
 from ntk_analysis.results import FILE_NAME
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ntk_analysis.experiment import Experiment
+    from ntk_analysis.reproduce.runner import Reproduction
+
+Document = dict[str, Any]
+Present = Callable[[Document, Sequence[Document]], "Table"]
+Notes = Callable[[Document, Sequence[Document]], Iterable[str]]
+Draw = Callable[[Document, Sequence[Document], Path], Iterable[Path]]
+
+_STANDARD_OUTPUT = "standard output"
 
 app = typer.Typer(
     name="natgrad",
@@ -22,8 +39,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-output = Console()
-errors = Console(stderr=True)
+
+
+# text is taken as it is: a name of the user's is no markup
+_AS_IT_IS: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+
+
+class _Output(Console):
+    """Standard output, whose errors name it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As ``Console.print``.
+
+        Raises:
+          OSError: it cannot be written to, as where it is a file on a full disk.
+        """
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, _STANDARD_OUTPUT) from error
+
+
+output = _Output(**_AS_IT_IS)
+errors = Console(stderr=True, **_AS_IT_IS)
 
 
 class WithLists(TyperCommand):
@@ -48,10 +86,20 @@ class WithLists(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
-def progress_bar() -> Progress:
+class _Bar(Progress):
     """A bar on standard error that leaves nothing behind."""
-    return Progress(
-        TextColumn("{task.description}"),
+
+    def say(self, sentence: str) -> None:
+        """Prints a sentence to standard output, where the bar is not in its way."""
+        self.stop()
+        output.print(sentence)
+        self.start()
+
+
+def progress_bar() -> _Bar:
+    """The bar of a command."""
+    return _Bar(
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -62,41 +110,78 @@ def progress_bar() -> Progress:
 
 def fail(message: object) -> NoReturn:
     """Prints one sentence and exits with code 2, which says bad arguments."""
-    errors.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    complain(message)
     raise typer.Exit(2)
+
+
+def complain(message: object) -> None:
+    """Prints one sentence as an error."""
+    errors.print(f"error: {message}", style="red", soft_wrap=True)
 
 
 @contextmanager
 def work(out: Path | None, kept: str) -> Iterator[None]:
-    """Turns what goes wrong in a command into one sentence and an exit code.
+    """Owns the folder of a command; turns what goes wrong into one sentence and an exit code.
+
+    All that a command does stands inside, to the last figure and line.
 
     Args:
-      out: the folder that the command writes to.
+      out: the folder that the command writes to, or None.
       kept: what is kept of an interrupted run.
     """
     try:
-        yield
+        with warnings.catch_warnings(), nullcontext() if out is None else own_folder(out):
+            warnings.showwarning = _show_warning
+            yield
     except ValueError as error:
         fail(error)
+    except MemoryError as error:
+        fail(f"out of memory; ask for smaller sizes ({error})")
     except OSError as error:
-        fail(f"cannot write to {out}: {error.strerror}")
+        place = error.filename or out
+        if place == _STANDARD_OUTPUT:
+            _give_up_output()
+        fail(f"cannot write to {place}: {error.strerror or error}")
     except KeyboardInterrupt:
-        errors.print(
-            f"interrupted; {kept} in {out}, and the same command goes on from there",
-            highlight=False,
-        )
+        errors.print(f"interrupted; {kept} in {out}, and the same command goes on from there")
         raise typer.Exit(130) from None
 
 
-def say_resumed(experiment: Any, what: str) -> None:
-    """Says which part of an earlier run was replaced or kept."""
-    if experiment.restarted:
-        output.print("the folder held results of other settings, which were replaced")
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    """A warning as a sentence, without the line of the library that it comes from."""
+    errors.print(f"warning: {message}", style="yellow", soft_wrap=True)
+
+
+def _give_up_output() -> None:
+    """Nothing more is written to standard output: what its buffer holds would fail at exit, too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def show(
+    experiment: Experiment, what: str, table: Present, notes: Notes, draw: Draw, out: Path
+) -> None:
+    """Prints what a run found and draws its figures.
+
+    Args:
+      experiment: what was found.
+      what: its records are called, in plural.
+      table: of a document and the records to show.
+      notes: sentences on them.
+      draw: writes figures of them into a folder.
+      out: the folder.
+    """
+    say_resumed(experiment, what)
+    document, records = experiment.document, experiment.records
+    output.print(table(document, records))
+    for note in notes(document, records):
+        output.print(f"note: {note}")
+    names = [FILE_NAME, *(file.name for file in draw(document, records, out))]
+    output.print(f"wrote {', '.join(names)} to {out}")
+
+
+def say_resumed(experiment: Experiment | Reproduction, what: str) -> None:
+    """Says which part of an earlier run was kept."""
     if experiment.resumed:
         output.print(f"{len(experiment.resumed)} {what} were finished already (--fresh reruns)")
-
-
-def say_written(out: Path, files: Iterable[Path]) -> None:
-    """Names the files of a finished run."""
-    names = [FILE_NAME, *(file.name for file in files)]
-    output.print(f"wrote {', '.join(names)} to {out}", highlight=False, markup=False)

@@ -10,8 +10,10 @@ import natgrad_datasets
 import typer
 
 from ntk_analysis.cli.app import app, output, work
-from ntk_analysis.results import FILE_NAME, now, write_json
+from ntk_analysis.results import FILE_NAME, now, read_document, write_json
 from ntk_analysis.tables import dataset_table
+
+COMMAND = "natgrad datasets"
 
 
 @app.command()
@@ -26,13 +28,15 @@ def datasets(
     NATGRAD_DATA names, then in the user's cache.
     """
     with work(out, "nothing is kept"):
+        if out is not None:
+            read_document(out / FILE_NAME, COMMAND)
         rows = natgrad_datasets.status()
         output.print(dataset_table(rows))
         if out is not None:
             document = {
-                "command": "natgrad datasets",
+                "command": COMMAND,
                 "date": now(),
                 "datasets": [asdict(row) for row in rows],
             }
             write_json(out / FILE_NAME, document)
-            output.print(f"wrote {FILE_NAME} to {out}", highlight=False)
+            output.print(f"wrote {FILE_NAME} to {out}")

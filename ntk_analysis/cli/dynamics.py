@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ntk_analysis.cli.app import (
-    WithLists,
-    app,
-    errors,
-    output,
-    progress_bar,
-    say_resumed,
-    say_written,
-    work,
-)
+from ntk_analysis.cli.app import WithLists, app, complain, progress_bar, show, work
 from ntk_analysis.cli.options import (
     ActivationOption,
     BiasVarianceOption,
@@ -119,26 +111,18 @@ def dynamics(
                 out,
                 fresh=fresh,
                 report=lambda what, done: progress.update(task, description=what, advance=done),
+                say=progress.say,
             )
-    say_resumed(experiment, "methods")
-    records = experiment.records
-    output.print(dynamics_table(experiment.document, records))
-    for note in _notes(records):
-        output.print(f"note: {note}", highlight=False)
-    # Matplotlib takes a second to import, which --help and bad arguments need not wait for
-    from ntk_analysis.figures import draw_dynamics
+        # Matplotlib takes a second to import, which --help and bad arguments need not wait for
+        from ntk_analysis.figures import draw_dynamics
 
-    files = draw_dynamics(experiment.document, records, out)
-    say_written(out, files)
+        show(experiment, "methods", dynamics_table, _notes, draw_dynamics, out)
     if experiment.failures:
-        errors.print(
-            f"[red]error:[/] losses are not finite, against theory: "
-            f"{', '.join(experiment.failures)}"
-        )
+        complain(f"losses are not finite, against theory: {', '.join(experiment.failures)}")
         raise typer.Exit(1)
 
 
-def _notes(records: list[dict[str, Any]]) -> list[str]:
+def _notes(document: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[str]:
     """Notes with the methods that they are about; the same note stands once."""
     about: dict[str, list[str]] = {}
     for record in records:

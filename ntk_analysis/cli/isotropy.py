@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from ntk_analysis.cli.app import (
-    WithLists,
-    app,
-    output,
-    progress_bar,
-    say_resumed,
-    say_written,
-    work,
-)
+from ntk_analysis.cli.app import WithLists, app, progress_bar, show, work
 from ntk_analysis.cli.options import (
     ActivationOption,
     BiasVarianceOption,
@@ -129,17 +122,12 @@ def isotropy(
                 out,
                 fresh=fresh,
                 report=lambda what, done: progress.update(task, description=what, advance=done),
+                say=progress.say,
             )
-    say_resumed(experiment, "rows")
-    rows = experiment.records
-    output.print(isotropy_table(experiment.document, rows))
-    for note in _notes(experiment.document, rows):
-        output.print(f"note: {note}", highlight=False, markup=False)
-    # Matplotlib takes a second to import, which --help and bad arguments need not wait for
-    from ntk_analysis.figures_theory import draw_isotropy
+        # Matplotlib takes a second to import, which --help and bad arguments need not wait for
+        from ntk_analysis.figures_theory import draw_isotropy
 
-    files = draw_isotropy(experiment.document, rows, out)
-    say_written(out, files)
+        show(experiment, "rows", isotropy_table, _notes, draw_isotropy, out)
 
 
 def parse_values(variable: Variable, values: list[str]) -> tuple[Any, ...]:
@@ -157,7 +145,7 @@ def parse_values(variable: Variable, values: list[str]) -> tuple[Any, ...]:
         raise ValueError(f"--values of {variable} must be {wanted}, got {values}") from None
 
 
-def _notes(document: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+def _notes(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
     """A note a structure: where conditions fail or it does not suit, and why at the first point."""
     variable = document["settings"]["variable"]
     notes = []

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
-from ntk_analysis.cli.app import (
-    WithLists,
-    app,
-    output,
-    progress_bar,
-    say_resumed,
-    say_written,
-    work,
-)
+from ntk_analysis.cli.app import WithLists, app, progress_bar, show, work
 from ntk_analysis.cli.options import (
     ActivationOption,
     BiasVarianceOption,
@@ -149,21 +142,16 @@ def predict(
                 fresh=fresh,
                 store=store,
                 report=lambda what, done: progress.update(task, description=what, advance=done),
+                say=progress.say,
                 blocks=lambda done, total: progress.update(pieces, completed=done, total=total),
             )
-    say_resumed(experiment, "structures")
-    records = experiment.records
-    output.print(prediction_table(experiment.document, records))
-    for note in _notes(experiment.document, records):
-        output.print(f"note: {note}", highlight=False, markup=False)
-    # Matplotlib takes a second to import, which --help and bad arguments need not wait for
-    from ntk_analysis.figures_theory import draw_prediction
+        # Matplotlib takes a second to import, which --help and bad arguments need not wait for
+        from ntk_analysis.figures_theory import draw_prediction
 
-    files = draw_prediction(experiment.document, records, out)
-    say_written(out, files)
+        show(experiment, "structures", prediction_table, _notes, draw_prediction, out)
 
 
-def _notes(document: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
+def _notes(document: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[str]:
     notes = list(document["data"]["notes"])
     for record in records:
         damping = [] if record["damping"] == "0" else [f"damping: {record['damping']}"]

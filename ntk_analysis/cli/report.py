@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ntk_analysis.cli.app import app, errors, fail, output, progress_bar, work
+from ntk_analysis.cli.app import app, complain, fail, output, progress_bar, work
 from ntk_analysis.cli.options import DatasetOption, SeedOption
 
 _RESULTS = Path("results")
@@ -60,18 +60,15 @@ def report(
                 results=results,
                 fresh=fresh,
                 report=lambda what, done: progress.update(task, description=what, advance=done),
+                say=progress.say,
             )
-    if built.resumed:
-        output.print(f"finished already: {', '.join(built.resumed)} (--fresh reruns)")
-    output.print(built.document["answer"], highlight=False, markup=False)
-    for sentence in built.document["sentences"]:
-        output.print(f"- {sentence}", highlight=False, markup=False)
-    papers = built.page.parent / FOLDER
-    output.print(
-        f"wrote {built.page}, and one page a paper to {papers}", highlight=False, markup=False
-    )
+        if built.resumed:
+            output.print(f"finished already: {', '.join(built.resumed)} (--fresh reruns)")
+        output.print(built.document["answer"])
+        for sentence in built.document["sentences"]:
+            output.print(f"- {sentence}")
+        papers = built.page.parent / FOLDER
+        output.print(f"wrote {built.page}, and one page a paper to {papers}")
     if built.failures:
-        errors.print(
-            f"[red]error:[/] not as expected: {', '.join(built.failures)}", highlight=False
-        )
+        complain(f"not as expected: {', '.join(built.failures)}")
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ntk_analysis.cli.app import app, errors, fail, output, progress_bar, work
+from ntk_analysis.cli.app import app, complain, fail, output, progress_bar, say_resumed, work
 from ntk_analysis.results import FILE_NAME
 
 
@@ -45,7 +45,7 @@ def reproduce(
     known = load_checks()
     if bool(identifiers) + everything + fast > 1:
         fail("give identifiers, --fast or --all, but only one of them")
-    with work(out, "finished checks are kept"):
+    with work(None if list_them else out, "finished checks are kept"):
         if identifiers:
             checks = find_checks(identifiers)
         elif fast:
@@ -69,27 +69,23 @@ def reproduce(
                 out,
                 fresh,
                 lambda what, done: progress.update(task, description=what, advance=done),
+                progress.say,
             )
             progress.update(task, description="writing the pages of the papers")
             records = merge_checks(
                 Source(FILE_NAME, result.document), (), [check.identifier for check in known]
             )
             write_papers(records, known, out)
-    if result.resumed:
+        say_resumed(result, f"of {len(checks)} checks")
+        output.print(result_table(result.records))
+        for remark in remarks(result.records):
+            output.print(remark)
+        counts = {v: result.with_verdict(v) for v in ("passed", "failed", "skipped", "error")}
+        summary = ", ".join(f"{len(names)} {verdict}" for verdict, names in counts.items() if names)
         output.print(
-            f"{len(result.resumed)} of {len(checks)} checks were finished already (--fresh reruns)"
+            f"{summary}; wrote {FILE_NAME} to {out}, and one page a paper to {out / FOLDER}"
         )
-    output.print(result_table(result.records))
-    for remark in remarks(result.records):
-        output.print(remark, highlight=False, markup=False)
-    counts = {v: result.with_verdict(v) for v in ("passed", "failed", "skipped", "error")}
-    summary = ", ".join(f"{len(names)} {verdict}" for verdict, names in counts.items() if names)
-    output.print(
-        f"{summary}; wrote {FILE_NAME} to {out}, and one page a paper to {out / FOLDER}",
-        highlight=False,
-        markup=False,
-    )
     wrong = [*counts["failed"], *counts["error"]]
     if wrong:
-        errors.print(f"[red]error:[/] not as expected: {', '.join(wrong)}", highlight=False)
+        complain(f"not as expected: {', '.join(wrong)}")
         raise typer.Exit(1)

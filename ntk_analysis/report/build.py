@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ntk_analysis.experiment import run_dynamics, work_units
+from ntk_analysis.files import replace_file
 from ntk_analysis.isotropy_run import IsotropySettings, run_isotropy
 from ntk_analysis.prediction_run import PredictionSettings, run_prediction
 from ntk_analysis.report.comparison import (
@@ -24,7 +25,16 @@ from ntk_analysis.report.settings import ReportSettings
 from ntk_analysis.report.verdict import answer, sentences, summary_rows
 from ntk_analysis.reproduce import Check, find_checks, load_checks
 from ntk_analysis.reproduce.runner import run_checks
-from ntk_analysis.results import FILE_NAME, environment, now, plain, read_document, write_json
+from ntk_analysis.results import (
+    DIGESTS,
+    FILE_NAME,
+    Say,
+    environment,
+    now,
+    plain,
+    read_document,
+    write_json,
+)
 
 COMMAND = "natgrad report"
 OWN = "this report"
@@ -89,6 +99,7 @@ def build_report(
     results: Path | None = None,
     fresh: bool = False,
     report: Report = lambda what, done: None,
+    say: Say = lambda sentence: None,
 ) -> Built:
     """Runs what is missing and writes report.html, results.json, figures, and one page a paper.
 
@@ -101,6 +112,7 @@ def build_report(
       results: folder with documents of ``natgrad reproduce`` from other runs and devices, or None.
       fresh: run everything again all the same.
       report: told about the progress.
+      say: told what becomes of earlier results that are not taken over, with their part.
 
     Raises:
       ValueError: data that are not to be had, an unknown check, or a folder that holds something
@@ -116,21 +128,22 @@ def build_report(
         if names:
             resumed.append(part)
 
-    def tell(part: str) -> Report:
-        return lambda what, done: report(f"{part}: {what}", done)
+    def tell(part: str) -> dict[str, Any]:
+        return {
+            "report": lambda what, done: report(f"{part}: {what}", done),
+            "say": lambda sentence: say(f"{part}: {sentence}"),
+        }
 
-    trained = run_dynamics(
-        settings.training, out / "training", fresh=fresh, report=tell("training")
-    )
+    trained = run_dynamics(settings.training, out / "training", fresh=fresh, **tell("training"))
     note("training", trained.resumed)
 
     def measure(name: str, part: IsotropySettings) -> dict[str, Any]:
-        found = run_isotropy(part, out / name, fresh=fresh, report=tell(name))
+        found = run_isotropy(part, out / name, fresh=fresh, **tell(name))
         note(name, found.resumed)
         return _only(found.document, found.selected)
 
     def predict(name: str, part: PredictionSettings) -> dict[str, Any]:
-        found = run_prediction(part, out / name, fresh=fresh, report=tell(name))
+        found = run_prediction(part, out / name, fresh=fresh, **tell(name))
         note(name, found.resumed)
         return _only(found.document, found.selected)
 
@@ -138,7 +151,7 @@ def build_report(
     sweep = measure("isotropy", settings.sweep)
     limit = predict("accuracy", settings.limit)
     finite = [predict(f"accuracy-seed-{part.seed}", part) for part in settings.finite]
-    checked = run_checks(checks, out / "checks", fresh, tell("checks"))
+    checked = run_checks(checks, out / "checks", fresh, **tell("checks"))
     note("checks", checked.resumed)
 
     report("drawing and writing", 0)
@@ -183,11 +196,12 @@ def build_report(
     figures = draw_figures(document, out / "figures")
     page = out / PAGE_NAME
     write_json(out / FILE_NAME, document)
-    page.write_text(render(document, settings, figures), encoding="utf-8")
+    replace_file(page, render(document, settings, figures).encode())
     write_papers(merged, catalogue, out)
     return Built(page, document, tuple(resumed))
 
 
 def _only(document: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """A document with the records of this run only; its file may hold others."""
-    return {**document, "methods": {name: document["methods"][name] for name in names}}
+    kept = {key: value for key, value in document.items() if key != DIGESTS}
+    return {**kept, "methods": {name: document["methods"][name] for name in names}}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ntk_analysis.reproduce.runner import COMMAND
+from ntk_analysis.results import CHECKS, read_json, sound_records
 
 _CPU = "cpu"
 _FINISHED = ("passed", "failed")
@@ -67,11 +67,13 @@ class Source:
 def read_sources(folder: Path | None) -> tuple[list[Source], list[str]]:
     """The documents of ``natgrad reproduce`` in a folder and below it.
 
+    Only records that have the digest they were written with are taken; older documents have none.
+
     Args:
       folder: None, or one that does not exist, holds none.
 
     Returns:
-      The sources by name, and a sentence for each file that was left out.
+      The sources by name, and a sentence for each file of which something was left out.
     """
     sources: list[Source] = []
     notes: list[str] = []
@@ -80,24 +82,21 @@ def read_sources(folder: Path | None) -> tuple[list[Source], list[str]]:
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).as_posix()
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            command, checks = document["command"], document.get("checks")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            document = read_json(path)
+            command = document["command"]
+        except (ValueError, KeyError):
             notes.append(f"{name} is not a document of this project and was left out")
             continue
         if command != COMMAND:
             continue
-        if _is_whole(checks):
-            sources.append(Source(name, document))
-        else:
+        records, unsound = sound_records(document, CHECKS)
+        if unsound:
+            notes.append(f"{name}: {unsound}")
+        if not all(record.keys() >= _KEYS for record in records.values()):
             notes.append(f"{name} has records that are not whole and was left out")
+        elif records:
+            sources.append(Source(name, {**document, "checks": records}))
     return sources, notes
-
-
-def _is_whole(checks: object) -> bool:
-    return isinstance(checks, dict) and all(
-        isinstance(record, dict) and record.keys() >= _KEYS for record in checks.values()
-    )
 
 
 def merge_checks(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntk_analysis.files import save_figure
 from ntk_analysis.palette import STYLES, tint
 from ntk_analysis.tables import method_label
 from ntk_analysis.tables_theory import grouped, number, step_over_gradient
@@ -228,14 +229,8 @@ def _figure(size: tuple[float, float]) -> Iterator[Figure]:
 
 
 def _save(figure: Figure, out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None})
-    return out
+    return save_figure(figure, out)[0]
 
 
 def _save_all(figure: Figure, out: Path, narrow: bool) -> list[Path]:
-    files = [_save(figure, out)]
-    if not narrow:
-        files.append(out.with_suffix(".png"))
-        figure.savefig(files[-1], dpi=200)
-    return files
+    return save_figure(figure, out, *([] if narrow else [out.with_suffix(".png")]))

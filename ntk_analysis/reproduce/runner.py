@@ -20,7 +20,7 @@ import numpy as np
 import natgrad_flax
 import ntk_analysis
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError
-from ntk_analysis.results import FILE_NAME, environment, now, plain, read_document, write_json
+from ntk_analysis.results import CHECKS, FILE_NAME, Say, environment, now, open_results, plain
 
 COMMAND = "natgrad reproduce"
 FINISHED = ("passed", "failed")
@@ -59,18 +59,20 @@ def run_checks(
     out: Path,
     fresh: bool = False,
     report: Report = lambda what, done: None,
+    say: Say = lambda sentence: None,
 ) -> Reproduction:
     """Runs checks and writes results.json before the first and after each.
 
     A check is not run again where results.json has its result from the same versions of the
-    software and the same source. Records of other checks stay in the file as long as
-    the versions do.
+    software and the same source. Records of other checks stay in the file as long as the versions
+    do; a file of other versions is kept under another name.
 
     Args:
       checks: what to run.
       out: folder of results.json.
       fresh: run finished checks again all the same.
       report: told about the progress.
+      say: told what becomes of earlier results that are not taken over.
 
     Returns:
       The results. A check that raises does not stop the others.
@@ -80,17 +82,18 @@ def run_checks(
       OSError: the folder cannot be written to.
       KeyboardInterrupt: as it came; finished checks are kept.
     """
-    path, versions = out / FILE_NAME, environment()
-    records = _earlier(path, versions)
+    versions = environment()
+    results = open_results(out / FILE_NAME, COMMAND, CHECKS, versions, say)
+    records = results.records
     prints = {check.identifier: fingerprint(check, versions) for check in checks}
     resumed = tuple(
         name
         for name, print_ in prints.items()
         if not fresh and _is_finished(records.get(name), print_)
     )
-    document = {"command": COMMAND, "date": now(), "environment": versions, "checks": records}
+    document = {"command": COMMAND, "date": now(), "environment": versions}
     # before any work, so that a folder which cannot be written to is found now
-    write_json(path, document)
+    results.write(document)
     report("resuming" if resumed else "starting", len(resumed))
     for check in checks:
         if check.identifier in resumed:
@@ -98,7 +101,7 @@ def run_checks(
         report(check.identifier, 0)
         record = _run(check, report)
         records[check.identifier] = {**record, "fingerprint": prints[check.identifier]}
-        write_json(path, document)
+        results.write(document)
         report(check.identifier, 1)
         # compiled programs of one check are of no use to the next
         jax.clear_caches()
@@ -205,14 +208,3 @@ def _is_finished(record: dict[str, Any] | None, expected: str) -> bool:
         and record.get("verdict") in FINISHED
         and record.get("fingerprint") == expected
     )
-
-
-def _earlier(path: Path, versions: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Records of an earlier run with the same versions."""
-    document = read_document(path, COMMAND)
-    if document is None:
-        return {}
-    if document.get("environment") != versions:
-        return {}
-    records: dict[str, dict[str, Any]] = document.get("checks", {})
-    return records

@@ -12,8 +12,7 @@ import numpy as np
 
 import natgrad_flax as ng
 
-RANK = 1e-10
-"""Singular values below this times the largest count as zero."""
+BIAS_SCALE = 0.5
 
 
 @dataclass
@@ -49,36 +48,46 @@ class Problem:
 
     layers: list[Layer]
     coefficients: np.ndarray | None
+    rank: float
 
 
-def linearise(model: ng.MLP, x, seeds, residual, coefficients) -> Problem:
-    """A ReLU MLP by a forward and a backward pass in float64.
+def linearise(parameters, x, seeds, residual, coefficients, dtype) -> Problem:
+    """A ReLU network by a forward and a backward pass in float64, its signals rounded to a dtype.
 
     Args:
-      model: its parameters are taken as they are, whatever their dtype.
-      x: inputs (N, ...).
-      seeds: (N, S, C).
-      residual: r, (N, C).
-      coefficients: w, (N, S), or None.
+      parameters: kernel (K, M) and bias (M,) of each layer, in NTK parametrisation.
+      x: inputs (N, K).
+      seeds: from the outputs (N, C) to (N, S, C).
+      residual: from the outputs to r, (N, C).
+      coefficients: from the outputs to w with r = R w, (N, S), or None where r is outside.
+      dtype: of the signals.
     """
-    h, inputs, slopes, weights = np.asarray(x, np.float64), [], [], []
-    for layer in model.layers:
-        scale = np.sqrt(model.weight_variance / h.shape[1])
-        kernel = scale * np.asarray(layer.kernel[...], np.float64)
-        bias = np.sqrt(model.bias_variance) * np.asarray(layer.bias[...], np.float64)
-        column = np.full((len(h), 1), np.sqrt(model.bias_variance))
-        inputs.append(np.concatenate([scale * h, column], axis=1))
-        pre = h @ kernel + bias
+    h, inputs, slopes = x, [], []
+    for kernel, bias in parameters:
+        inputs.append(np.concatenate([h * _scale(kernel), np.full((len(h), 1), BIAS_SCALE)], 1))
+        pre = inputs[-1] @ np.concatenate([kernel, bias[None]])
         slopes.append(pre > 0)
-        weights.append(kernel)
         h = np.maximum(pre, 0)
-    out = np.concatenate([seeds, residual[:, None]], axis=1).astype(np.float64)
+    out = np.concatenate([seeds(pre), residual(pre)[:, None]], axis=1)
+    inside = None if coefficients is None else _rounded(coefficients(pre), dtype)
     layers = []
     for index in reversed(range(len(inputs))):
-        layers.insert(0, Layer(inputs[index], out[:, :-1], out[:, -1]))
+        derivatives, direction = _rounded(out[:, :-1], dtype), _rounded(out[:, -1], dtype)
+        if inside is not None:
+            direction = np.einsum("ns,nsm->nm", inside, derivatives)
+        layers.insert(0, Layer(_rounded(inputs[index], dtype), derivatives, direction))
+        kernel = parameters[index][0]
         if index:
-            out = (out @ weights[index].T) * slopes[index - 1][:, None, :]
-    return Problem(layers, coefficients)
+            out = (out @ (_scale(kernel) * kernel).T) * slopes[index - 1][:, None, :]
+    return Problem(layers, inside, 1e-6 if dtype == np.float32 else 1e-10)
+
+
+def _scale(kernel):
+    return np.sqrt(2 / len(kernel))
+
+
+def _rounded(array, dtype):
+    return array.astype(dtype).astype(np.float64)
 
 
 @dataclass
@@ -91,9 +100,9 @@ class Spectrum:
     size: int
 
     @classmethod
-    def of(cls, rows: np.ndarray) -> Spectrum:
+    def of(cls, rows: np.ndarray, rank: float) -> Spectrum:
         left, values, right = np.linalg.svd(rows, full_matrices=False)
-        keep = values > RANK * values.max(initial=0)
+        keep = values > rank * values.max(initial=0)
         return cls(left[:, keep], values[keep], right[keep].T, rows.shape[1])
 
     def condition(self, rho: float) -> float:
@@ -126,17 +135,18 @@ def solve(structure: ng.Structure, problem: Problem, rho: float) -> tuple[np.nda
     if isinstance(structure, ng.LayerWise):
         return _layer_wise(structure.coupling(len(problem.layers)), problem, rho)
     if isinstance(structure, ng.EKFAC):
-        found = [_eigenbasis(a, rho) for a in problem.layers]
+        found = [_eigenbasis(a, rho, problem.rank) for a in problem.layers]
     elif isinstance(structure, ng.KFAC):
         last = len(problem.layers) - 1
         inside = problem.coefficients is not None
         found = [
-            _kronecker(structure, a, rho, i == last, inside) for i, a in enumerate(problem.layers)
+            _kronecker(structure, a, rho, i == last, inside, problem.rank)
+            for i, a in enumerate(problem.layers)
         ]
     else:
         by = {ng.UnitWise: _unit_wise, ng.Diagonal: _diagonal, ng.QuasiDiagonal: _quasi_diagonal}
         inside = problem.coefficients is not None
-        found = [by[type(structure)](a, rho, inside) for a in problem.layers]
+        found = [by[type(structure)](a, rho, inside, problem.rank) for a in problem.layers]
     return np.concatenate([step.ravel() for step, _ in found]), max(c for _, c in found)
 
 
@@ -144,7 +154,7 @@ def _blocks(blocks, problem, rho):
     n = len(problem.layers[0].inputs)
     slope = np.concatenate([a.slope.ravel() for a in problem.layers])
     parts = np.split(slope, np.cumsum([rows.shape[1] for rows in blocks])[:-1])
-    spectra = [Spectrum.of(rows / np.sqrt(n)) for rows in blocks]
+    spectra = [Spectrum.of(rows / np.sqrt(n), problem.rank) for rows in blocks]
     inside = problem.coefficients is not None
     steps = [s.solve(g, rho, inside) for s, g in zip(spectra, parts, strict=True)]
     return np.concatenate(steps), max(s.condition(rho) for s in spectra)
@@ -153,7 +163,7 @@ def _blocks(blocks, problem, rho):
 def _layer_wise(sigma, problem, rho):
     """V (M + rho)^+ V^T g + (what is outside) / rho, M = s U^T (Sigma (x) I) U s."""
     n = len(problem.layers[0].inputs)
-    spectra = [Spectrum.of(a.rows / np.sqrt(n)) for a in problem.layers]
+    spectra = [Spectrum.of(a.rows / np.sqrt(n), problem.rank) for a in problem.layers]
     half = [s.left * s.values for s in spectra]
     middle = np.block(
         [
@@ -165,7 +175,7 @@ def _layer_wise(sigma, problem, rho):
     target = np.concatenate([s.right.T @ g for s, g in zip(spectra, slopes, strict=True)])
     values, vectors = np.linalg.eigh(middle)
     values = values + rho
-    keep = np.abs(values) > (RANK * np.abs(values).max(initial=0) if rho == 0 else 0)
+    keep = np.abs(values) > (problem.rank**2 * np.abs(values).max(initial=0) if rho == 0 else 0)
     inner = vectors[:, keep] @ ((vectors[:, keep].T @ target) / values[keep])
     parts = np.split(inner, np.cumsum([len(s.values) for s in spectra])[:-1])
     steps = []
@@ -182,7 +192,7 @@ def _layer_wise(sigma, problem, rho):
     ) else 1.0
 
 
-def _kronecker(structure, layer, rho, last, inside):
+def _kronecker(structure, layer, rho, last, inside, rank):
     n = len(layer.inputs)
     flat = layer.derivatives.reshape(-1, layer.derivatives.shape[2])
     a = layer.inputs / np.sqrt(n)
@@ -192,36 +202,36 @@ def _kronecker(structure, layer, rho, last, inside):
         means = np.sum(a**2) / a.shape[1], np.sum(b**2) / b.shape[1]
         pi = np.sqrt(means[0] / means[1]) if min(means) > 0 else 1.0
         rho_a, rho_b = pi * np.sqrt(rho), np.sqrt(rho) / pi
-    left, right = Spectrum.of(a), Spectrum.of(b)
+    left, right = Spectrum.of(a, rank), Spectrum.of(b, rank)
     half = right.solve(layer.direction.T, rho_b, inside).T
     step = left.solve(layer.inputs.T @ half / n, rho_a, True)
     return step, left.condition(rho_a) * right.condition(rho_b)
 
 
-def _eigenbasis(layer, rho):
+def _eigenbasis(layer, rho, rank):
     n = len(layer.inputs)
     u = np.linalg.svd(layer.inputs)[2].T
     v = np.linalg.svd(layer.derivatives.reshape(-1, layer.derivatives.shape[2]))[2].T
     turned = layer.inputs @ u, layer.derivatives @ v
     squares = np.einsum("nk,nsm->km", turned[0] ** 2, turned[1] ** 2) / n
     entries = squares + rho
-    keep = entries > (RANK**2 * squares.max() if rho == 0 else 0)
+    keep = entries > (rank**2 * squares.max() if rho == 0 else 0)
     inner = np.where(keep, (u.T @ layer.slope @ v) / np.where(keep, entries, 1), 0)
     size = entries[keep]
     return u @ inner @ v.T, size.max() / size.min() if size.size else 1.0
 
 
-def _unit_wise(layer, rho, inside):
+def _unit_wise(layer, rho, inside, rank):
     n, steps, conditions = len(layer.inputs), [], []
     for unit in range(layer.derivatives.shape[2]):
         rows = layer.jacobian[..., unit].reshape(-1, layer.inputs.shape[1]) / np.sqrt(n)
-        spectrum = Spectrum.of(rows)
+        spectrum = Spectrum.of(rows, rank)
         steps.append(spectrum.solve(layer.slope[:, unit], rho, inside))
         conditions.append(spectrum.condition(rho))
     return np.stack(steps, axis=1), max(conditions)
 
 
-def _diagonal(layer, rho, inside):
+def _diagonal(layer, rho, inside, rank):
     entries = np.sum(layer.jacobian**2, axis=(0, 1)) / len(layer.inputs) + rho
     keep = entries > 0
     step = np.where(keep, layer.slope / np.where(keep, entries, 1), 0)
@@ -230,7 +240,7 @@ def _diagonal(layer, rho, inside):
     ) if keep.any() else 1.0
 
 
-def _quasi_diagonal(layer, rho, inside):
+def _quasi_diagonal(layer, rho, inside, rank):
     """In extended precision: the remainder of a weight is a difference of nearly equal numbers."""
     n = len(layer.inputs)
     jacobian = layer.jacobian.astype(np.longdouble)
@@ -242,7 +252,7 @@ def _quasi_diagonal(layer, rho, inside):
     rest = weights - ratio * bias[:, :, None]
     full = np.sum(weights**2, axis=(0, 1)) / n + rho
     remainder = np.sum(rest**2, axis=(0, 1)) / n + rho * (1 + ratio**2)
-    keep = remainder > (RANK**2 * full if rho == 0 else 0)
+    keep = remainder > (rank**2 * full if rho == 0 else 0)
     slope = (
         np.einsum(
             "nk,nm->km", *(part.astype(np.longdouble) for part in (layer.inputs, layer.direction))
@@ -260,6 +270,6 @@ def _quasi_diagonal(layer, rho, inside):
         block = float(corner[unit]) * np.outer(row, row)
         block[np.diag_indices(len(row) - 1)] += (remainder * keep)[:, unit].astype(np.float64)
         values = np.linalg.eigvalsh(block)
-        kept = values[values > (RANK * values.max() if rho == 0 else 0)]
+        kept = values[values > (rank**2 * values.max() if rho == 0 else 0)]
         blocks.append(kept.max() / kept.min())
     return step.astype(np.float64), max(blocks, default=1.0)

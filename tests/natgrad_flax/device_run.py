@@ -51,9 +51,13 @@ def train(arguments: argparse.Namespace) -> None:
     from flax import nnx
 
     import natgrad_flax as ng
-    from natgrad_flax import checkpoint, devices
+    from natgrad_flax import checkpoint, devices, stored_arrays
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    whole = np.arange(12, dtype=np.float32).reshape(4, 3)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    parts = jax.make_array_from_callback(whole.shape, rows, lambda index: whole[index])
+    assert stored_arrays.digest(parts) == stored_arrays.digest(whole)
     structure, loss = devices.Sharded(ng.KFAC(), mesh), ng.SoftmaxCrossEntropy()
     model = ng.MLP((5, 8, 3), bias_variance=0.1, rngs=nnx.Rngs(0))
     transformation = ng.natural_gradient_descent(

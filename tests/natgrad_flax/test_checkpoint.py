@@ -155,7 +155,7 @@ def test_another_run_is_refused(saved, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"format": 2}', "has form 2 of a checkpoint, and this natgrad reads form 1"),
+        ('{"format": 1}', "has form 1 of a checkpoint, and this natgrad reads form 2"),
         ("{}", "is not a whole checkpoint of natgrad"),
         ("{", "is not a whole checkpoint of natgrad"),
         (None, "is not a whole checkpoint of natgrad"),

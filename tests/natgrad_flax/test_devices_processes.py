@@ -80,9 +80,13 @@ def test_a_killed_process_is_an_error_and_the_run_goes_on(folders):
     assert first in (3, -signal.SIGABRT), errors[-3000:]
     assert first != 3 or "lost another one, which ended or cannot be reached" in errors
     assert steps(output) == [1, 2]
+    # the newest checkpoint is damaged, too: both go on from the one before it
+    (broken / "2" / "description" / "metadata").write_text("{}")
     again = finish(start(2, free_port(), broken))
     assert [code for code, *_ in again] == [0, 0], again[0][2][-3000:]
-    assert steps(again[0][1]) == [3, 4]
+    assert steps(again[0][1]) == [2, 3, 4]
+    assert all("the run goes on from step 1" in errors for *_, errors in again)
+    assert (broken / "2.damaged-1").is_dir()
     assert [code for code, *_ in finish(alone)] == [0]
     found, wanted = (np.load(folder / "parameters.npy") for folder in (broken, whole))
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)

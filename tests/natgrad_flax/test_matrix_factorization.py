@@ -263,7 +263,7 @@ def natural(target=TARGET, mask=MASK, factors=SQUARE, **choices):
         (
             lambda: mf.step_kernel(SQUARE, (0, 0), kind="joint", step_size=-0.1, error=1.0),
             ValueError,
-            "learning_rate",
+            "step_size must be positive",
         ),
         (lambda: completion.complete(TARGET, MASK, draw([3, 3])), ValueError, "multiply to shape"),
         (

@@ -231,7 +231,7 @@ def test_bad_input():
         analytic(ng.Exact(), x=X[:, :3])
     with pytest.raises(ValueError, match=r"x_test must have shape \(N, 12\)"):
         analytic(ng.Exact(), x_test=X_TEST[:, :3])
-    with pytest.raises(TypeError, match="x_train: x must be a floating array"):
+    with pytest.raises(TypeError, match="x_train must be a floating array"):
         analytic(ng.KFAC(), x=np.ones((N, INPUTS), int))
     with pytest.raises(ValueError, match="takes no damping"):
         analytic(na.GradientDescent(), damping=0.1)

@@ -19,7 +19,7 @@ import ntk_analysis as na
 import ntk_analysis.figures_theory
 import ntk_analysis.isotropy_run
 import ntk_analysis.prediction_run
-from natgrad_flax.gradient import model_geometry
+from natgrad_flax.learning_rate import model_geometry
 from ntk_analysis.cost import structure_cost
 from ntk_analysis.methods import STRUCTURES
 from ntk_analysis.prediction_run import PredictionSettings, kfac_data

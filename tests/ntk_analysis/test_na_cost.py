@@ -11,7 +11,7 @@ from flax import nnx
 
 import natgrad_flax as ng
 import ntk_analysis as na
-from natgrad_flax.gradient import model_geometry
+from natgrad_flax.learning_rate import model_geometry
 from natgrad_flax.structures import Geometry
 from ntk_analysis.cost import gradient_flops, structure_cost
 from ntk_analysis.empirical import initial_signals

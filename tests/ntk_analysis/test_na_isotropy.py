@@ -13,7 +13,7 @@ from flax import nnx
 
 import natgrad_flax as ng
 import ntk_analysis as na
-from natgrad_flax.gradient import model_geometry
+from natgrad_flax.learning_rate import model_geometry
 from ntk_analysis.conditions import LayerRanks, failed_conditions, measured_ranks
 from ntk_analysis.empirical import initial_signals
 from ntk_analysis.isotropy import isotropy, isotropy_of
@@ -157,7 +157,7 @@ def test_a_damped_tri_diagonal_metric_can_be_indefinite(x64):
     np.testing.assert_allclose(found.condition_number, sizes.max() / sizes.min(), rtol=1e-6)
 
 
-def test_infinite_width_measures_no_conditions():
+def test_narrow_layers_fail_nothing_at_infinite_width():
     model, x = make_model((INPUTS, 24, 2, 1), bias=0.0), make_inputs()
     assert conditions(ng.BlockDiagonal(), model, x) != ()
     found = isotropy(ng.BlockDiagonal(), model, x, kernels="analytic")

@@ -117,6 +117,22 @@ def test_a_run_that_was_killed_goes_on(model, x, tmp_path, monkeypatch):
         np.testing.assert_array_equal(found.arrays[name], kernel)
 
 
+def test_a_damaged_block_is_computed_anew(model, x, tmp_path, monkeypatch):
+    whole = analytic_kernels(model, x, store=tmp_path)
+    (place,) = stores(tmp_path)
+    damaged = np.load(place / "tangent.2.npy", mmap_mode="r+")
+    damaged[9, 1] = np.nextafter(damaged[9, 1], 9)
+    damaged.flush()
+    computed = count_blocks(monkeypatch)
+    with pytest.warns(UserWarning, match="1 of 6 finished blocks .* are computed anew") as caught:
+        found = analytic_kernels(model, x, store=tmp_path)
+    assert caught[0].filename == __file__
+    assert len(computed) == 1
+    for name, kernel in analytic_kernels(model, x).arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], kernel)
+        np.testing.assert_array_equal(whole.arrays[name], kernel)
+
+
 def test_store_and_memory_hold_the_same(model, x, tmp_path):
     here, there = analytic_kernels(model, x), analytic_kernels(model, x, store=tmp_path)
     assert list(here.arrays) == list(there.arrays)

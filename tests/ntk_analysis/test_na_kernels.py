@@ -123,9 +123,9 @@ def test_bad_arguments():
         na.coefficient_matrix(ng.Exact, model, x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="takes inputs of shape"):
         na.empirical_layer_kernels(model, x[:, :5])
-    with pytest.raises(ValueError, match=r"x_train: .*NaN"):
+    with pytest.raises(ValueError, match=r"x_train.*NaN"):
         na.empirical_layer_kernels(model, np.full_like(x, np.nan))
-    with pytest.raises(ValueError, match="x_test must have samples"):
+    with pytest.raises(ValueError, match=r"x_test of \(6, 5\)"):
         na.empirical_layer_kernels(model, x, x[:, :5])
-    with pytest.raises(ValueError, match="x_test: the batch is empty"):
+    with pytest.raises(ValueError, match="the batch is empty: x_test"):
         na.coefficient_matrix(ng.Exact(), model, x, x[:0])

@@ -227,6 +227,9 @@ def test_a_figure_is_drawn_again_only_where_its_data_changed(tmp_path):
     (tmp_path / "KO-Eq5.png").unlink()
     draw("KO-Eq5", counted, {"curve": [1, 3]}, tmp_path)
     assert len(calls) == 4
+    found.svg.write_bytes(b"\xff not UTF-8")
+    draw("KO-Eq5", counted, {"curve": [1, 3]}, tmp_path)
+    assert found.svg.read_text(encoding="utf-8") == whole
 
 
 def test_drawings_belong_to_checks():

@@ -25,6 +25,7 @@ from ntk_analysis.report.page import number, percent
 from ntk_analysis.report.papers import PAPERS
 from ntk_analysis.report.settings import ReportSettings as Settings
 from ntk_analysis.report.verdict import answer, isotropy_class
+from ntk_analysis.results import CHECKS, digests
 from ntk_analysis.settings import DynamicsSettings
 from ntk_analysis.sweep import SweepSettings
 
@@ -70,9 +71,10 @@ def record(verdict: str, measured: float, **other: object) -> dict:
 
 def document(device: str, date: str, **checks: dict) -> dict:
     environment = {"jax": "9.9.9", "natgrad": "0.1.0", "device": device}
-    return {
+    whole = {
         "command": "natgrad reproduce", "date": date, "environment": environment, "checks": checks,
     }  # fmt: skip
+    return whole | {"digests": digests(whole, CHECKS)}
 
 
 @pytest.fixture(scope="module")
@@ -330,4 +332,4 @@ def test_divergence_against_theory_is_a_failure(tmp_path):
     methods = {"kfac": {"label": "kfac", "unexpected_divergence": True}}
     found = {"checks": {}, "parts": {"training": {"methods": methods}}}
     assert ntk_analysis.report.build.Built(tmp_path, found, ()).failures == ["kfac"]
-    assert Experiment({"methods": methods}, ("kfac",), (), False).failures == ["kfac"]
+    assert Experiment({"methods": methods}, ("kfac",), ()).failures == ["kfac"]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import natgrad_flax as ng
 import ntk_analysis as na
-from natgrad_flax.gradient import model_geometry
+from natgrad_flax.learning_rate import model_geometry
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
     shared_alpha,

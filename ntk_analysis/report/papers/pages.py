@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 from ntk_analysis import palette
+from ntk_analysis.files import replace_file, save_figure
 from ntk_analysis.report.page import PAGE_NAME, templates
 from ntk_analysis.report.papers import (
     FOLDER,
@@ -48,7 +49,6 @@ DRAWINGS: dict[str, Drawing] = {
 NOT_RUN = "not run"
 _VERDICTS = ("passed", "failed", "error", "skipped", NOT_RUN)
 _TEMPLATE = "papers/page.html"
-_PNG_DPI = 200
 
 
 class Drawn(NamedTuple):
@@ -84,7 +84,6 @@ def write_papers(
     """
     catalogue = {check.identifier: check for check in checks}
     folder = out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         name: draw(name, DRAWINGS[name], record.get("data", {}), folder / "figures")
         for name, record in records.items()
@@ -96,7 +95,7 @@ def write_papers(
         own = [i for i in dict.fromkeys([*catalogue, *records]) if paper_of(i) == name]
         entries = [_entry(i, records.get(i), catalogue.get(i)) for i in own]
         path = folder / f"{name}.html"
-        path.write_text(_render(name, paper, entries, drawn, back), encoding="utf-8")
+        replace_file(path, _render(name, paper, entries, drawn, back).encode())
         pages.append(path)
     return pages
 
@@ -120,7 +119,6 @@ def draw(identifier: str, drawing: Drawing, data: dict[str, Any], folder: Path) 
     print_ = content_hash([data, *map(inspect.getsource, drawing_sources(drawing))])
     if png.is_file() and _is_whole(svg, print_):
         return Drawn(svg, "")
-    folder.mkdir(parents=True, exist_ok=True)
     with frame.theme():
         try:
             figure = drawing(data)
@@ -128,8 +126,7 @@ def draw(identifier: str, drawing: Drawing, data: dict[str, Any], folder: Path) 
             figure.draw_without_rendering()
         except Exception as error:
             return Drawn(None, f"{type(error).__name__}: {error}")
-        figure.savefig(png, dpi=_PNG_DPI)
-        figure.savefig(svg, metadata={"Date": None, "Description": print_})
+        save_figure(figure, png, svg, description=print_)
     return Drawn(svg, "")
 
 
@@ -145,8 +142,8 @@ def _is_whole(svg: Path, print_: str) -> bool:
     """Whether a figure of this print is there to its end."""
     if not svg.is_file():
         return False
-    text = svg.read_text(encoding="utf-8")
-    return print_ in text and text.rstrip().endswith("</svg>")
+    content = svg.read_bytes()
+    return print_.encode() in content and content.rstrip().endswith(b"</svg>")
 
 
 def _entry(identifier: str, record: dict[str, Any] | None, check: Check | None) -> dict[str, Any]:

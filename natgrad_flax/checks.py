@@ -115,8 +115,8 @@ def as_array(value: Any, name: str) -> Array:
 def check_inputs(x: Any, model: nnx.Module | None = None, name: str = "x") -> Any:
     """Inputs as arrays (N, ...): one, or a tree (dictionary, tuple, ...) of them.
 
-    Arrays of any dtype: what it takes decides the model. Lists of numbers are one array. Shapes
-    (``jax.ShapeDtypeStruct``) stay as they are.
+    Arrays of any dtype: what it takes decides the model. A list is one array, as for NumPy, and so
+    are nested tuples of numbers. Shapes (``jax.ShapeDtypeStruct``) stay as they are.
 
     Raises:
       ValueError: no samples, arrays without an axis of samples or with different numbers of them,
@@ -138,7 +138,7 @@ def check_inputs(x: Any, model: nnx.Module | None = None, name: str = "x") -> An
         check_finite(array, where)
         return array
 
-    x = jax.tree_util.tree_map_with_path(convert, x)
+    x = jax.tree_util.tree_map_with_path(convert, x, is_leaf=lambda node: isinstance(node, list))
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(x)}
     if sizes == {0}:
         raise ValueError(f"the batch is empty: {name} has shape {_shapes(x)}")

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import solve_dtype
 from natgrad_flax.checks import check_array, check_damping, check_normal
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.linalg import full_products
@@ -67,6 +68,8 @@ def deep_linear_descent(
         check_normal(rho, x.dtype)
         scales = [getattr(layer, "weight_scale", 1.0) for layer in layers.values()]
         kernels = [layer.kernel[...] for layer in layers.values()]  # type: ignore[attr-defined]
+        dtype = solve_dtype(x.dtype, *(kernel.dtype for kernel in kernels))
+        x, y, *kernels = [array.astype(dtype) for array in (x, y, *kernels)]
         weights = [scale * kernel for scale, kernel in zip(scales, kernels, strict=True)]
         before, after, product = chain(weights)
         inputs, residual = x.T @ x / len(x), x.T @ (y - x @ product) / len(x)

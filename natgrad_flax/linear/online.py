@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import solve_dtype
 from natgrad_flax.checks import check_normal
 from natgrad_flax.damping import LevenbergMarquardt, is_zero
 from natgrad_flax.fisher import fisher_signals
@@ -98,7 +99,7 @@ def online_natural_gradient_descent(
         inverses = {}
         for name, leaves in sizes.items():
             fan_in, units = leaves["kernel"].shape
-            dtype = leaves["kernel"].dtype
+            dtype = solve_dtype(*(leaf.dtype for leaf in jax.tree.leaves(params)))
             rows = fan_in + ("bias" in leaves)
             inverses[name] = (inverse.init(rows, dtype), inverse.init(units, dtype))
         return inverses

@@ -142,6 +142,9 @@ FLOATS = {
     "bool": (plain, MASK, MASK.astype(np.float32)),
     "another byte order": (plain, X.astype(">f4"), X),
     "nested lists": (plain, X.tolist(), X),
+    "nested tuples": (plain, tuple(map(tuple, X.tolist())), X),
+    "a list of rows": (plain, list(X), X),
+    "lists in a dictionary": (of_dict, {"p": list(X), "m": MASK.tolist()}, {"p": X, "m": MASK}),
     "one id a sample": (looks_up, IDS, IDS),
     "uint8 ids": (looks_up, IDS.astype(np.uint8), IDS),
     "one number a sample": (lambda m, x: plain(m, x[:, None] * np.ones(5)), X[:, 0], X[:, 0]),
@@ -176,7 +179,8 @@ def test_trees_through_every_entry():
     expected.check(lambda: sharded_natural_gradient(model, sharded, y, mesh=mesh, **SETTINGS))
     down = jax.tree.map(lambda leaf: -leaf / 0.1, step(model, x))
     expected.check(lambda: down)
-    assert ng.describe(model, x).num_samples == 4
+    structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((9, 5), leaf.dtype), x)
+    assert ng.describe(model, structs).num_samples == 9
     rate = ng.optimal_learning_rate(ng.Exact(), model, 4, x=x)
     assert rate == pytest.approx(1)
     average = ng.MovingAverage(0.9)
@@ -194,6 +198,7 @@ BAD_INPUTS = {
     "a masked array": (np.ma.masked_array(X, X > 0), "x must be an array of numbers, got Masked"),
     "an empty tuple": ((), "the batch is empty"),
     "no samples in a tree": ({"p": X[:0], "m": MASK[:0]}, "the batch is empty: x has shape"),
+    "a ragged list": ([[1.0, 2.0], [3.0]], "x must be an array of numbers, got list"),
     "a number": (3.0, "x must have an axis of N samples first, got a single number"),
     "a number in a tree": ({"p": X, "t": np.ones(())}, r"x\['t'\] must have an axis of N samples"),
     "other numbers of samples": ((X, X[:3]), r"same number of samples .* \(\(4, 5\), \(3, 5\)\)"),

@@ -12,6 +12,7 @@ from flax import nnx
 
 import natgrad_flax as ng
 import ntk_analysis as na
+from natgrad_flax import linear
 
 BF16, F16, F32, F64 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64
 RNG = np.random.default_rng(0)
@@ -261,6 +262,46 @@ OTHERS = {
         Right(lambda: na.isotropy(ng.Exact(), Net(None, F32), X, damping=0.5).eigenvalues, 1e-12),
     ),
 }
+
+
+def linear_step(descent, dtype, y_dtype, **settings):
+    """One step of a chain of linear layers."""
+    with switches(**settings):
+        rngs = nnx.Rngs(0)
+        layers = [nnx.Linear(3, 3, use_bias=False, param_dtype=dtype, rngs=rngs) for _ in range(2)]
+        for layer in layers:
+            layer.kernel[...] = jnp.asarray([[1, 0.5, 0], [0, 1, -0.25], [0.5, 0, 2]], dtype)
+        model = nnx.Sequential(*layers)
+        tx = getattr(linear, descent)(0.1, damping=0.5)
+        state = nnx.state(model)
+        moved, _ = tx.update(
+            state,
+            tx.init(state),
+            module=model,
+            x=jnp.asarray(X, dtype),
+            y=jnp.asarray(X[:, ::-1], y_dtype),
+        )
+        assert dtypes(moved) == dtypes(state)
+        return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(moved)]
+
+
+LINEAR = {
+    f"{descent}-{name}": (
+        lambda descent=descent, case=case: linear_step(descent, *case[:2], **case[2]),
+        Right(lambda descent=descent: linear_step(descent, F32, F32), case[3]),
+    )
+    for descent in ("deep_linear_descent", "online_natural_gradient_descent")
+    for name, case in {
+        "bfloat16": (BF16, BF16, {}, 5e-2),
+        "float64 targets": (F32, F64, {"enable_x64": True}, 1e-5),
+        "strict": (F32, F32, {"numpy_dtype_promotion": "strict"}, 1e-6),
+    }.items()
+}
+
+
+@over(LINEAR)
+def test_linear_networks(run, answer):
+    answer.check(run)
 
 
 @over(OTHERS)

@@ -48,8 +48,8 @@ class RelativeDamping:
     ratio: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.ratio) and self.ratio > 0):
-            raise ValueError(f"ratio of RelativeDamping must be positive, got {self.ratio}")
+        check_number("ratio of RelativeDamping", self.ratio, positive=True)
+        keep_plain(self)
 
     def times(self, scale: Array) -> Array:
         """rho = ratio times a mean diagonal of Gram blocks over N, but at least ratio times eps."""

@@ -96,3 +96,15 @@ def test_the_floor_is_the_rounding_unit_of_the_scale():
     scales = jnp.asarray([0.0, 1e-30, 1e-5, 2.0], jnp.float32)
     expected = RATIO * np.asarray([EPS, EPS, 1e-5, 2.0])
     np.testing.assert_allclose(damping.times(scales), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "ratio", [0, -1e-3, np.nan, np.inf, np.float32(0), "text", None, True, 1j, np.ones(2)], ids=str
+)
+def test_ratios_that_are_no_positive_numbers(ratio):
+    with pytest.raises(ValueError, match="ratio of RelativeDamping must be"):
+        ng.RelativeDamping(ratio)
+
+
+def test_a_ratio_of_another_library_is_a_number():
+    assert ng.RelativeDamping(np.float64(RATIO)) == ng.RelativeDamping(RATIO)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.arrays import batch_size, check_real, is_concrete
+from natgrad_flax.arrays import batch_size, check_real, is_concrete, solve_dtype
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.fisher import check_kind
 from natgrad_flax.losses import Loss
@@ -79,7 +79,7 @@ def check_normal(damping: object, dtype: Any) -> None:
     if isinstance(damping, RelativeDamping) or not is_concrete(damping):
         return
     # what float16 cannot hold is computed in float32
-    smallest = float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).tiny)
+    smallest = float(jnp.finfo(solve_dtype(dtype)).tiny)
     values = np.asarray(damping, np.float64)
     if ((values > 0) & (values < smallest)).any():
         raise ValueError(

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -82,10 +81,8 @@ def _check_damping(structure: Structure, signals: Signals, damping: Any) -> None
     if np.ndim(damping):
         scale = jax.eval_shape(structure.damping_scale, signals).shape
         check_damping_shape(damping, scale, structure.name, len(signals.layers))
-    # solves of lower precision run in float32
-    dtype = jnp.promote_types(signals.outputs.dtype, jnp.float32)
-    check_normal(damping, dtype)
-    warn_of_rounding(damping, dtype)
+    check_normal(damping, signals.outputs.dtype)
+    warn_of_rounding(damping, signals.outputs.dtype)
 
 
 @partial(jax.jit, static_argnames=("loss", "fisher", "mc_samples", "wrt"))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.arrays import solve_dtype
 from natgrad_flax.sizes import check_choice, check_images, check_sizes, image_shape, size_tuple
 
 NORMALISATIONS = ("group", "batch", "none")
@@ -131,7 +132,7 @@ class ResidualNet(nnx.Module):
             if normalisation == "batch":
                 norm = nnx.BatchNorm(features, param_dtype=param_dtype, rngs=rngs)
                 # Flax's own are float32, and a float64 network could not be trained
-                dtype = jnp.promote_types(param_dtype, jnp.float32)
+                dtype = solve_dtype(param_dtype)
                 norm.mean = nnx.BatchStat(jnp.zeros(features, dtype))
                 norm.var = nnx.BatchStat(jnp.ones(features, dtype))
                 return norm

@@ -172,7 +172,8 @@ def _eigenbasis(
         flops += 2 * n * (min(turned_rows, turned_jacobians) + s * r * q)
         held += n * s * (r * q if turned_rows < turned_jacobians else k * m)
     else:
-        flops += 2 * n * (k * r + s * m * q + r * q)
+        # once for S*, once for what the gradient has a part in
+        flops += 2 * n * (2 * (k * r + s * m * q) + r * q)
     held += r * q
     # the gradient in the basis, which is taken there where the rows are few
     many = isinstance(layer, SharedSignals) and r == k

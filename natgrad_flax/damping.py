@@ -33,10 +33,10 @@ class RelativeDamping:
 
     N rho_l = ratio times the mean diagonal of the Gram blocks that the structure inverts in layer
     l (one common value where the structure couples layers). Invariant to scalings of network and
-    data, which a fixed number is not. The mean diagonal counts as at least the rounding unit eps
-    of its dtype (1.2e-7 in float32): at the end of training, or in a dead layer, the Fisher
-    vanishes, and with a damping that vanishes, too, the step would be rounding over rounding. With
-    the floor it tends to zero with the gradient.
+    data, which a fixed number is not. The mean diagonal counts as at least eps^2 of its dtype
+    (1.4e-14 in float32), as derivatives below eps count as zero: at the end of training, or in a
+    dead layer, the Fisher vanishes, and with a damping that vanishes, too, the step would be
+    rounding over rounding. With the floor it tends to zero with the gradient.
 
     Args:
       ratio: positive; 1e-3 to 1e-4 suits the unit-wise Fisher.
@@ -52,8 +52,8 @@ class RelativeDamping:
         keep_plain(self)
 
     def times(self, scale: Array) -> Array:
-        """rho = ratio times a mean diagonal of Gram blocks over N, but at least ratio times eps."""
-        return self.ratio * jnp.maximum(scale, jnp.finfo(scale.dtype).eps)
+        """rho = ratio times the larger of eps^2 and a mean diagonal of Gram blocks over N."""
+        return self.ratio * jnp.maximum(scale, float(jnp.finfo(scale.dtype).eps) ** 2)
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,11 @@ X, Y, B, _ = draw(4, 6)
         ),
         (
             lambda: descend(
-                logistic.gradient_field(X, Y), B, step_size=0.1, steps=10**13, record_every=1
+                logistic.gradient_field(X, Y),
+                jnp.zeros(10**5),
+                step_size=0.1,
+                steps=10**7,
+                record_every=1,
             ),
             ValueError,
             "record of the descent .* needs .* GiB .* record fewer steps",

@@ -150,8 +150,10 @@ def in_range(
     The pseudo-inverse drops the component of the gradient outside of the Fisher's range. A class
     whose probability is zero to rounding has no Fisher, but the residual of a wrong label.
     """
+    if fisher != "exact" or not is_zero(damping):
+        return signals, residual
     inside = loss.columns_in_range(signals.outputs)
-    if inside is None or fisher != "exact" or not is_zero(damping):
+    if inside is None:
         return signals, residual
     kept = inside.astype(signals.outputs.dtype)
     signals = signals.reseed(kept[:, :, None] * jnp.eye(kept.shape[1], dtype=kept.dtype))

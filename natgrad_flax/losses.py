@@ -154,7 +154,7 @@ class SoftmaxCrossEntropy(Loss):
                 diagonal, shrunk[:, :, None] * direction[:, None, :]
             )
         p, winner = _probabilities(outputs), _winner(outputs)
-        root = jnp.sqrt(jnp.sum(winner * p, axis=1, keepdims=True))
+        root = _winning_root(p, winner)
         mean = jnp.where(winner, root, p / (1 + root))
         others = _others(outputs)
         chosen = jax.nn.one_hot(others, p.shape[1], axis=1, dtype=p.dtype)
@@ -170,7 +170,7 @@ class SoftmaxCrossEntropy(Loss):
             along = jnp.sum(direction * scaled, axis=1, keepdims=True)
             return scaled + (1 / inner - 1) * along * direction
         # Q^T sqrt p = 0, so only y / sqrt p counts; the columns are those of the factor
-        root = jnp.sqrt(jnp.sum(winner * p, axis=1, keepdims=True))
+        root = _winning_root(p, winner)
         won = jnp.sum(winner * targets, axis=1, keepdims=True)
         along = (jnp.sum(targets, axis=1, keepdims=True) + won / root) / (1 + root)
         scaled = (p * along - targets) / _root(outputs)
@@ -238,6 +238,11 @@ def _winner(outputs: Array) -> Array:
     """Whether a class is the likeliest of its sample, the first of equals, shape (N, C)."""
     c = outputs.shape[1]
     return jnp.arange(c) == jnp.argmax(outputs, axis=1, keepdims=True)
+
+
+def _winning_root(p: Array, winner: Array) -> Array:
+    """sqrt p of the likeliest class, shape (N, 1)."""
+    return jnp.sqrt(jnp.sum(winner * p, axis=1, keepdims=True))
 
 
 def _others(outputs: Array) -> Array:

@@ -62,6 +62,9 @@ class Structure(abc.ABC):
     infinite_width: ClassVar[Literal["none", "train", "all"]] = "none"
     """Where the coefficient matrix has a limit as the width goes to infinity."""
 
+    damping_margin: ClassVar[float] = 1.0
+    """How many times the unit roundoff a damping must be for a step that is right to 1 %."""
+
     @property
     def name(self) -> str:
         """The name in tables and figures."""

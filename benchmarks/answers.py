@@ -20,7 +20,7 @@ import natgrad_flax as ng
 from benchmarks.problems import Entry, Line, Problem
 from benchmarks.programs import LEARNING_RATE, check_finite, damping
 from natgrad_flax.damping import per_layer
-from natgrad_flax.fisher import fisher_signals
+from natgrad_flax.fisher_kinds import fisher_signals
 from natgrad_flax.gradient import resolve_damping
 from natgrad_flax.layer_signals import (
     LayerSignals,

@@ -12,7 +12,7 @@ from jax import Array
 
 import natgrad_flax as ng
 from benchmarks.common import PROFILES, profile
-from natgrad_flax.fisher import FisherKind
+from natgrad_flax.fisher_kinds import FisherKind
 
 SEED = 0
 INPUTS = 784

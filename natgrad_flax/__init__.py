@@ -10,14 +10,16 @@ from natgrad_flax.compiler import avoid_faulty_reductions
 from natgrad_flax.convolution import conv_general_dilated
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, SmallDampingWarning
 from natgrad_flax.describe import describe
-from natgrad_flax.fisher import fisher_signals
+from natgrad_flax.fisher_kinds import fisher_signals
 from natgrad_flax.gradient import natural_gradient
+from natgrad_flax.information import FisherOperator, fisher
 from natgrad_flax.layers import Conv, Dense
 from natgrad_flax.learning_rate import optimal_learning_rate
 from natgrad_flax.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy
 from natgrad_flax.models import MLP, Autoencoder, ConvNet, ResidualNet, VisionTransformer
+from natgrad_flax.operators.gradient import Residual
 from natgrad_flax.optimizer import natural_gradient_descent
-from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures import (
     EKFAC,
     KFAC,
@@ -46,6 +48,7 @@ __all__ = [
     "DenseSignals",
     "Diagonal",
     "Exact",
+    "FisherOperator",
     "IsotropyWarning",
     "LayerWise",
     "LevenbergMarquardt",
@@ -65,6 +68,7 @@ __all__ = [
     "VisionTransformer",
     "conv_general_dilated",
     "describe",
+    "fisher",
     "fisher_signals",
     "jacobian_signals",
     "natural_gradient",

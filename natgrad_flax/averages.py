@@ -20,7 +20,7 @@ from jax import Array
 from natgrad_flax.arrays import batch_size, shapes_of
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.damping import RelativeDamping, damping_as
-from natgrad_flax.fisher import FisherKind, part_signals, sampler
+from natgrad_flax.fisher_kinds import FisherKind, part_signals, sampler
 from natgrad_flax.gradient import fisher_targets, loss_gradient
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates
 from natgrad_flax.linalg import full_products

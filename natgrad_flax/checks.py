@@ -12,7 +12,7 @@ from jax import Array
 
 from natgrad_flax.arrays import batch_size, check_real, is_concrete, solve_dtype
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
-from natgrad_flax.fisher import check_kind
+from natgrad_flax.fisher_kinds import check_kind
 from natgrad_flax.losses import Loss
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
 from natgrad_flax.plans import check_model

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from natgrad_flax.layer_signals import LayerSignals
+from natgrad_flax.operators.base import in_parameters
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.sizes_of_signals import sample_jacobian_entries
@@ -26,7 +27,6 @@ from natgrad_flax.structures import (
     Structure,
     UnitWise,
 )
-from natgrad_flax.structures.kronecker import in_parameters
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from natgrad_flax.arrays import own_promotion
 from natgrad_flax.capture import linearise
 from natgrad_flax.checks import check_input_shape, check_inputs, check_structure
 from natgrad_flax.costs import Approximation, approximate, gram_by, gram_flops, shared_system
-from natgrad_flax.fisher import FisherKind, check_kind
+from natgrad_flax.fisher_kinds import FisherKind, check_kind
 from natgrad_flax.losses import Loss
 from natgrad_flax.plans import LayerPlan, parameter_paths, plan_layers
 from natgrad_flax.scalars import check_integer

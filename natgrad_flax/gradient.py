@@ -20,17 +20,24 @@ from natgrad_flax.checks import (
 )
 from natgrad_flax.convolution import with_fast_gradients
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, damping_as, is_zero
-from natgrad_flax.fisher import FisherKind, check_key, fisher_signals, in_range, population_signals
+from natgrad_flax.fisher_kinds import (
+    FisherKind,
+    check_key,
+    fisher_signals,
+    in_range,
+    population_signals,
+)
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
+from natgrad_flax.operators.gradient import Gradient, ParameterGradient
 from natgrad_flax.parts import Passes, in_parts
 from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.scalars import check_integer
-from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.signals import Signals
 from natgrad_flax.structures import Structure
 from natgrad_flax.taps import Path, outputs_of
 from natgrad_flax.trees import as_state, by_path, moved_by_gradient
@@ -179,34 +186,29 @@ def compute(
         "microbatches": microbatches,
     }
     null: dict[str, Any] = {"loss": loss, "fisher": fisher, "damping": damping}
+    right: Gradient
     if fisher_x is None and gradient is None:
         assert y is not None
         signals, residual = fisher_signals(model, x, y, **settings)
-        signals, residual = in_range(signals, residual, **null)
-        with full_products():
-            rho = resolve_damping(structure, signals, damping)
-            if momentum is None:
-                solved = structure.solve(signals, residual, rho)
-            else:
-                solved = momentum.solve(structure, signals, residual, rho)
-        return solved, signals, AtBatch(signals.outputs, lambda: _slope(signals, residual, solved))
-    at = fisher_targets(fisher, x, y, fisher_x, fisher_y)
-    signals = population_signals(model, *at, **settings)
-    signals, _ = in_range(signals, None, **null)
-    outputs = signals.outputs
-    if gradient is None:
-        assert y is not None
-        gradient, outputs = loss_gradient(
-            model, x, y, loss=loss, wrt=wrt, microbatches=microbatches
-        )
-    slope = layer_updates(signals.layers, gradient)
+        signals, right = in_range(signals, residual, **null)
+        outputs = signals.outputs
+    else:
+        at = fisher_targets(fisher, x, y, fisher_x, fisher_y)
+        signals, _ = in_range(population_signals(model, *at, **settings), None, **null)
+        outputs = signals.outputs
+        if gradient is None:
+            assert y is not None
+            gradient, outputs = loss_gradient(
+                model, x, y, loss=loss, wrt=wrt, microbatches=microbatches
+            )
+        right = ParameterGradient(layer_updates(signals.layers, gradient))
     with full_products():
         rho = resolve_damping(structure, signals, damping)
         if momentum is None:
-            solved = structure.precondition(signals, slope, rho)
+            solved = structure.solve(signals, right, rho)
         else:
-            solved = momentum.precondition(structure, signals, slope, rho)
-    return solved, signals, AtBatch(outputs, lambda: inner_product(slope, solved))
+            solved = momentum.solve(structure, signals, right, rho)
+    return solved, signals, AtBatch(outputs, lambda: right.inner(signals.layers, solved))
 
 
 def fisher_targets(
@@ -216,20 +218,6 @@ def fisher_targets(
     if fisher_x is not None:
         return fisher_x, fisher_y
     return x, y if fisher == "empirical" else None
-
-
-def _slope(signals: Signals, residual: Residual, solved: tuple[LayerUpdate, ...]) -> Array:
-    """<gradient, step> without the gradient."""
-    total = jnp.zeros((), signals.outputs.dtype)
-    for index, (layer, update) in enumerate(zip(signals.layers, solved, strict=True)):
-        pushed = layer.push_forward(update)
-        total = total + jnp.sum(pushed * residual.direction(layer, index))
-    return total / signals.num_samples
-
-
-def inner_product(left: tuple[LayerUpdate, ...], right: tuple[LayerUpdate, ...]) -> Array:
-    """The sum over all parameters of the products of two updates."""
-    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, left, right)), start=jnp.zeros(()))
 
 
 def loss_gradient(

@@ -295,6 +295,17 @@ def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     return (values, vectors), (jnp.diagonal(turned), vectors @ (between * turned))
 
 
+def eigvalsh(matrix: Array) -> Array:
+    """Eigenvalues of a symmetric (n, n) matrix in ascending order; for values, not derivatives."""
+    values: Array = sequential_vmap(lambda matrix: jnp.linalg.eigvalsh(matrix))(matrix)
+    return values
+
+
+def psd_eigenvalues(matrix: Array) -> Array:
+    """As ``eigvalsh`` of a positive semi-definite matrix: rounding below zero counts as zero."""
+    return jnp.maximum(eigvalsh(matrix), 0)
+
+
 @jax.custom_jvp
 def qr(matrix: Array) -> tuple[Array, Array]:
     """Q (n, m) and R (m, m) of a matrix (n, m) with n >= m."""

@@ -18,7 +18,8 @@ from jax import Array
 
 from natgrad_flax.damping import per_layer
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates
-from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.operators.gradient import Gradient, ParameterGradient, Residual
+from natgrad_flax.signals import Signals
 from natgrad_flax.structures import BlockDiagonal, Structure
 from natgrad_flax.taps import Path
 
@@ -42,44 +43,28 @@ class Momentum:
         return jax.tree.map(lambda leaf: self.decay * leaf.astype(dtype), before)
 
     def solve(
-        self, structure: Structure, signals: Signals, residual: Residual, damping: Array | float
+        self, structure: Structure, signals: Signals, gradient: Gradient, damping: Array | float
     ) -> tuple[LayerUpdate, ...]:
-        """phi for the gradient J^T r / N of the same batch."""
-        n, w = signals.num_samples, residual.coefficients
+        """phi for a gradient; of the residual of the same batch without a division by rho."""
+        carried, w = self._carried(signals), gradient.coefficients
         if w is None:
-            slope = tuple(
-                layer.pull_back(residual.direction(layer, index) / n)
-                for index, layer in enumerate(signals.layers)
+            rhos = per_layer(damping, len(carried))
+            pulled = tuple(
+                jax.tree.map(lambda g, before, rho=rho: g + rho * before, *pair)
+                for *pair, rho in zip(gradient.vector(signals.layers), carried, rhos, strict=True)
             )
-            return self.precondition(structure, signals, slope, damping)
+            return structure.solve(signals, ParameterGradient(pulled), damping)
         # inside the span of the seeds: what is left of the residual is solved for
-        carried = self._carried(signals)
         images = [layer.jvp(a) for layer, a in zip(signals.layers, carried, strict=True)]
         if isinstance(structure.plain, BlockDiagonal):
+            rhos = per_layer(damping, len(images))
             solved = tuple(
                 structure.solve(Signals((layer,), signals.outputs), Residual(w - image, None), rho)[
                     0
                 ]
-                for layer, image, rho in zip(
-                    signals.layers, images, per_layer(damping, len(images)), strict=True
-                )
+                for layer, image, rho in zip(signals.layers, images, rhos, strict=True)
             )
         else:
             left = w - sum(images[1:], start=images[0])
             solved = structure.solve(signals, Residual(left, None), damping)
         return jax.tree.map(jnp.add, carried, solved)
-
-    def precondition(
-        self,
-        structure: Structure,
-        signals: Signals,
-        slope: tuple[LayerUpdate, ...],
-        damping: Array | float,
-    ) -> tuple[LayerUpdate, ...]:
-        """phi for any gradient."""
-        rhos = per_layer(damping, len(slope))
-        pulled = tuple(
-            jax.tree.map(lambda g, before, rho=rho: g + rho * before, one, carried)
-            for one, carried, rho in zip(slope, self._carried(signals), rhos, strict=True)
-        )
-        return structure.precondition(signals, pulled, damping)

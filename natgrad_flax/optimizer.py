@@ -26,12 +26,13 @@ from natgrad_flax.checks import (
     check_settings,
 )
 from natgrad_flax.damping import LevenbergMarquardt
-from natgrad_flax.fisher import FisherKind
-from natgrad_flax.gradient import AtBatch, compute, inner_product
+from natgrad_flax.fisher_kinds import FisherKind
+from natgrad_flax.gradient import AtBatch, compute
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import named_updates
 from natgrad_flax.losses import Loss
 from natgrad_flax.momentum import Momentum
+from natgrad_flax.operators.gradient import inner_product
 from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.scalars import check_integer, check_learning_rate, check_seed

@@ -18,7 +18,7 @@ from natgrad_flax.damping import (
     check_damping_shape,
     warn_of_rounding,
 )
-from natgrad_flax.fisher import FisherKind, fisher_signals, population_signals
+from natgrad_flax.fisher_kinds import FisherKind, fisher_signals, population_signals
 from natgrad_flax.losses import Loss
 from natgrad_flax.memory import check_fits
 from natgrad_flax.signals import Signals

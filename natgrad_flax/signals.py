@@ -221,35 +221,6 @@ class Signals:
         return tuple(a.unravel(b) for a, b in zip(self.layers, parts, strict=True))
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["coefficients", "directions"],
-    meta_fields=[],
-)
-@dataclass(frozen=True)
-class Residual:
-    """The loss residual r, ready for the solvers: J^T r / N is the gradient.
-
-    Either r lies in the span of the seeds that the Fisher is built of, r_n = R_n w_n; then
-    ``coefficients`` is w and the gradient is (R^T J)^T w / N. Or it does not (a Monte-Carlo
-    Fisher); then ``directions`` holds the residual carried back to each layer.
-
-    Attributes:
-      coefficients: w, shape (N, S), or None.
-      directions: for each layer the direction of r, shape (N, M_l) for dense signals, or None.
-    """
-
-    coefficients: Array | None
-    directions: tuple[Array, ...] | None
-
-    def direction(self, layer: LayerSignals, index: int) -> Array:
-        """The residual carried back to a layer, shape (N, M_l) for dense signals."""
-        if self.directions is not None:
-            return self.directions[index]
-        assert self.coefficients is not None
-        return layer.combine(self.coefficients)
-
-
 def expand_samples(gram: Array, rows: int, columns: int) -> Array:
     """An (N, N') array as (N rows, N' columns), every entry repeated; n-major."""
     n, m = gram.shape

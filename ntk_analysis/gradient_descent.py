@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax import Residual, Signals, Structure
+from natgrad_flax import Signals, Structure
 from natgrad_flax.damping import is_zero
 from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.operators.base import Blocks
+from natgrad_flax.operators.entries import Entries
+from natgrad_flax.operators.gradient import Gradient
 from natgrad_flax.structures import Geometry
-from natgrad_flax.structures.base import gradient
 
 
 @dataclass(frozen=True)
@@ -24,25 +26,25 @@ class GradientDescent(Structure):
 
     infinite_width = "all"
 
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """J^T r / N, the gradient."""
-        return gradient(signals, residual)
+    def operator(self, signals: Signals) -> Blocks:
+        """The identity."""
+        dtype = signals.outputs.dtype
+        return Blocks(
+            tuple(
+                Entries(a, a.update(jnp.ones((a.fan_in, a.num_units), dtype)))
+                for a in signals.layers
+            )
+        )
 
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    def solve(
+        self, signals: Signals, gradient: Gradient, damping: Array | float
     ) -> tuple[LayerUpdate, ...]:
-        """g itself."""
-        return slope
+        """The gradient itself."""
+        return gradient.vector(signals.layers)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """Theta(x', x) = K(x', x) / N, shape (N' C, N S)."""
         return test.gram(train) / train.num_samples
-
-    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
-        """The identity, shape (P, P)."""
-        return jnp.eye(signals.num_params, dtype=signals.outputs.dtype)
 
     def damping_scale(self, signals: Signals) -> Array:
         """Raises ValueError: there is no Fisher to damp."""

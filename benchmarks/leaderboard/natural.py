@@ -23,7 +23,7 @@ from benchmarks.leaderboard.contestant import (
 )
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.damping import is_zero
-from natgrad_flax.fisher import FisherKind
+from natgrad_flax.fisher_kinds import FisherKind
 from natgrad_flax.plans import dense_layers
 from natgrad_flax.sizes_of_signals import sample_jacobian_entries, signal_entries
 from natgrad_flax.structures import AveragedStructure

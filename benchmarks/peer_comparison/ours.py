@@ -13,7 +13,7 @@ from jax import Array
 import natgrad_flax as ng
 from benchmarks.peer_comparison import exchange
 from benchmarks.peer_comparison.examples import Example, as_problem, layers_of
-from natgrad_flax.fisher import FisherKind
+from natgrad_flax.fisher_kinds import FisherKind
 
 RATE = 1e-3
 """Learning rate of the timed steps."""

@@ -18,11 +18,11 @@ from natgrad_flax.damping import is_zero
 from natgrad_flax.devices.dealing import Task, deal_out
 from natgrad_flax.devices.placement import Placement
 from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.operators.gradient import Gradient
+from natgrad_flax.operators.kronecker import factor_rows
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures import EKFAC, AveragedStructure, Moments
-from natgrad_flax.structures.base import gradient
-from natgrad_flax.structures.kronecker import factor_rows
 
 Entries = tuple[dict[str, Any], ...]
 _SIDES = ("inputs", "units")
@@ -31,15 +31,14 @@ _SIDES = ("inputs", "units")
 def solve_ekfac(
     structure: EKFAC,
     signals: Signals,
-    right: Residual | tuple[LayerUpdate, ...],
+    gradient: Gradient,
     damping: Array | float,
     placement: Placement,
 ) -> tuple[LayerUpdate, ...]:
-    """What ``structure.solve`` or ``structure.precondition`` returns; as ``solve_kfac``."""
-    slope = gradient(signals, right) if isinstance(right, Residual) else right
+    """What ``structure.solve`` returns; as ``solve_kfac``."""
     moments = moments_dealt(structure, signals, placement)
     inverse = invert_dealt(structure, moments, damping, signals.num_samples, placement)
-    return apply_split(structure, inverse, slope, placement)
+    return apply_split(structure, inverse, gradient.vector(signals.layers), placement)
 
 
 def invert_dealt(

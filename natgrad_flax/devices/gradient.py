@@ -31,7 +31,7 @@ from natgrad_flax.devices.placement import (
     on_mesh,
 )
 from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
-from natgrad_flax.fisher import FisherKind, check_key, in_range, part_signals, sampler
+from natgrad_flax.fisher_kinds import FisherKind, check_key, in_range, part_signals, sampler
 from natgrad_flax.gradient import (
     Damping,
     fisher_targets,
@@ -43,10 +43,11 @@ from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
+from natgrad_flax.operators.gradient import Gradient, ParameterGradient
 from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare
 from natgrad_flax.scalars import check_integer
-from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.signals import Signals
 from natgrad_flax.structures import Structure
 from natgrad_flax.taps import Path
 from natgrad_flax.trees import as_state, by_path, moved_by_gradient
@@ -215,14 +216,14 @@ def compute_on_devices(
     arrays = tuple(part for part in at if part is not None)
     _, (signals, residual) = over(run, arrays, microbatches)
     signals, residual = in_range(signals, residual, loss=loss, fisher=fisher, damping=damping)
-    right: Residual | tuple[LayerUpdate, ...] = residual
+    right: Gradient = residual
     if given:
         if gradient is None:
             assert y is not None
             gradient, _ = loss_gradient(
                 model, x, y, loss=loss, wrt=wrt, microbatches=microbatches, passes=over
             )
-        right = layer_updates(signals.layers, gradient)
+        right = ParameterGradient(layer_updates(signals.layers, gradient))
     with full_products():
         rho = resolve_damping(structure, signals, damping)
         solved, solution = structure.solve_and_report(signals, right, rho)

@@ -18,17 +18,13 @@ from natgrad_flax.devices.factors import cubed, split_last
 from natgrad_flax.devices.placement import Placement
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import symmetric_product
+from natgrad_flax.operators.base import in_parameters
+from natgrad_flax.operators.gradient import Gradient, Residual
+from natgrad_flax.operators.kronecker import factor_rows, grouped, ungrouped
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures import KFAC
-from natgrad_flax.structures.kronecker import (
-    factor_of,
-    factor_rows,
-    grouped,
-    in_parameters,
-    inverse_groups,
-    ungrouped,
-)
+from natgrad_flax.structures.kronecker_average import inverse_groups
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class _Factor:
         """To invert (g, P, P) or (g, R, R), at which all devices have worked."""
         rho = jnp.asarray(self.rho if self.small else self.over * self.rho, self.rows.dtype)
         if self.small:
-            matrix = jnp.stack([factor_of(group, self.over) for group in self.rows])
+            matrix = jnp.stack([symmetric_product(group.T) / self.over for group in self.rows])
         else:
             # without the constraint XLA gathers the rows first, and all devices do all of it
             spec = PartitionSpec(None, self.placement.axis)
@@ -95,23 +91,20 @@ class _Inverse:
 def solve_kfac(
     structure: KFAC,
     signals: Signals,
-    right: Residual | tuple[LayerUpdate, ...],
+    gradient: Gradient,
     damping: Array | float,
     placement: Placement,
 ) -> tuple[LayerUpdate, ...]:
-    """What ``structure.solve`` or ``structure.precondition`` returns, at a positive damping.
+    """What ``structure.solve`` returns, at a positive damping.
 
     Args:
       structure: the structure.
       signals: of the whole batch, samples sharded.
-      right: a residual, or any vector in the space of the parameters.
+      gradient: what is solved for.
       damping: as in ``Structure.solve``.
       placement: the devices.
     """
-    if isinstance(right, Residual):
-        updates = list(structure.solve(signals, right, damping))
-    else:
-        updates = list(structure.precondition(signals, right, damping))
+    updates = list(structure.solve(signals, gradient, damping))
     pairs = {
         index: _factors(structure, signals, index, rho, placement)
         for index, rho in enumerate(per_layer(damping, len(signals.layers)))
@@ -122,7 +115,7 @@ def solve_kfac(
     for index, pair in pairs.items():
         a, b = (_Inverse(factor, next(matrices)) for factor in pair)
         # in place of what one device would do, which XLA drops
-        updates[index] = _solve_layer(signals.layers[index], index, right, a, b)
+        updates[index] = _solve_layer(signals.layers[index], gradient.of_layer(index), a, b)
     return tuple(updates)
 
 
@@ -133,7 +126,7 @@ def _factors(
     layer = signals.layers[index]
     assert isinstance(layer, (DenseSignals, SharedSignals))
     overs = structure.divisors(signals, index)
-    rhos = structure.dampings(layer, rho, overs)
+    rhos = structure.dampings(layer, overs, rho)
     left, right = factor_rows(layer, structure.sharing)
     a, b = (
         _Factor(rows, over, shift, in_parameters(structure.space, *rows.shape[1:]), placement)
@@ -142,30 +135,20 @@ def _factors(
     return a, b
 
 
-def _solve_layer(
-    layer: LayerSignals,
-    index: int,
-    right: Residual | tuple[LayerUpdate, ...],
-    a: _Inverse,
-    b: _Inverse,
-) -> LayerUpdate:
+def _solve_layer(layer: LayerSignals, gradient: Gradient, a: _Inverse, b: _Inverse) -> LayerUpdate:
     """A^{-1} G B^{-1}."""
-    n = layer.num_samples
-    if isinstance(layer, DenseSignals) and isinstance(right, Residual):
-        half = _directions(layer, index, right, b) / n
+    if isinstance(layer, DenseSignals) and isinstance(gradient, Residual):
+        half = _directions(layer, gradient, b) / layer.num_samples
         return layer.update(a.times_rows(half[None])[0])
-    if isinstance(right, Residual):
-        slope = layer.pull_back(right.direction(layer, index) / n)
-    else:
-        slope = right[index]
-    half = a.times(grouped(matrix_of(slope), len(a.matrix)))
+    (g,) = gradient.vector((layer,))
+    half = a.times(grouped(matrix_of(g), len(a.matrix)))
     return layer.update(ungrouped(b.times(half.mT).mT))
 
 
-def _directions(layer: DenseSignals, index: int, residual: Residual, b: _Inverse) -> Array:
+def _directions(layer: DenseSignals, residual: Residual, b: _Inverse) -> Array:
     """r^T D B^{-1} sample by sample, shape (N, M)."""
     if residual.coefficients is None or b.factor.small:
-        return b.times(residual.direction(layer, index).T[None])[0].T
+        return b.times(residual.direction(layer, 0).T[None])[0].T
     n, s = residual.coefficients.shape
     rows = jnp.einsum("ns,nsm->nm", residual.coefficients, b.matrix.reshape(n, s, n * s))
     return b.factor.over * rows @ layer.flat_derivatives()

@@ -18,11 +18,11 @@ from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve, conjugate_gradients
 from natgrad_flax.devices.placement import Placement
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
+from natgrad_flax.operators.coupling import mix
+from natgrad_flax.operators.gradient import Gradient
 from natgrad_flax.shared_signals import SharedSignals
-from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.signals import Signals
 from natgrad_flax.structures import BlockDiagonal, Exact, LayerWise, Structure
-from natgrad_flax.structures.base import dual_direction, sample_targets, woodbury
-from natgrad_flax.structures.coupling import mix
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def serves(structure: Structure, depth: int) -> bool:
 def solve_rows(
     structure: Structure,
     signals: Signals,
-    right: Residual | tuple[LayerUpdate, ...],
+    gradient: Gradient,
     damping: Array | float,
     solver: RowSolver,
 ) -> tuple[tuple[LayerUpdate, ...], Solution]:
@@ -61,63 +61,39 @@ def solve_rows(
     Args:
       structure: one that ``serves``.
       signals: of the whole batch, samples sharded.
-      right: a residual, or any vector in the space of the parameters.
+      gradient: what is solved for.
       damping: as in ``Structure.solve``.
       solver: how.
 
     Raises:
       ValueError: no damping for a vector that may lie outside of the span of the batch.
     """
-    if not isinstance(right, Residual) and is_zero(damping):
+    if gradient.coefficients is None and is_zero(damping):
         raise ValueError(
             f'solver="{solver.name}" needs a positive damping where the Fisher has a batch of its '
             'own, or use solver="replicated"'
         )
     layers = signals.layers
     if isinstance(structure, BlockDiagonal):
-        return _solve_blocks(structure, signals, right, damping, solver)
+        return _solve_blocks(structure, signals, gradient, damping, solver)
     shift = signals.num_samples * damping
-    parts = [_target(layer, index, right) for index, layer in enumerate(layers)]
-    inside = isinstance(right, Residual) and right.coefficients is not None
+    inside = gradient.coefficients is not None
     if isinstance(structure, Exact):
-        target = parts[0] if inside else sum(parts[1:], start=parts[0])
+        target = gradient.target(layers)
         solution = _solve_sum(layers, target, shift, solver, zero=is_zero(damping))
         duals = [solution.value] * len(layers)
     else:
         assert isinstance(structure, LayerWise)
-        sigma = structure.coupling(len(layers))
+        sigma, parts = structure.coupling(len(layers)), gradient.targets(layers)
         solution = _solve_coupled(sigma, layers, parts, shift, solver, inside=inside)
         duals = list(solution.value)
-    return tuple(
-        _update(layer, index, right, dual, shift)
-        for index, (layer, dual) in enumerate(zip(layers, duals, strict=True))
-    ), solution
-
-
-def _target(layer: LayerSignals, index: int, right: Residual | tuple[LayerUpdate, ...]) -> Array:
-    """The right-hand side (N S,) of the solve in sample space."""
-    if isinstance(right, Residual):
-        return sample_targets(layer, index, right)
-    return layer.jvp(right[index]).reshape(-1)
-
-
-def _update(
-    layer: LayerSignals,
-    index: int,
-    right: Residual | tuple[LayerUpdate, ...],
-    dual: Array,
-    shift: Array | float,
-) -> LayerUpdate:
-    """The update of a layer from the solution in sample space."""
-    if isinstance(right, Residual):
-        return layer.pull_back(dual_direction(layer, index, right, dual, shift))
-    return woodbury(layer, right[index], dual, shift)
+    return gradient.updates(layers, duals, shift), solution
 
 
 def _solve_blocks(
     structure: BlockDiagonal,
     signals: Signals,
-    right: Residual | tuple[LayerUpdate, ...],
+    gradient: Gradient,
     damping: Array | float,
     solver: RowSolver,
 ) -> tuple[tuple[LayerUpdate, ...], Solution]:
@@ -126,17 +102,14 @@ def _solve_blocks(
     solutions = []
     rhos = per_layer(damping, len(signals.layers))
     for index, (layer, rho) in enumerate(zip(signals.layers, rhos, strict=True)):
+        part = gradient.of_layer(index)
         if layer.num_params < signals.size and structure.space == "auto":
-            one = Signals((layer,), signals.outputs)
-            if isinstance(right, Residual):
-                updates += structure.solve(one, _of_layer(right, index), rho)
-            else:
-                updates += structure.precondition(one, (right[index],), rho)
+            updates += structure.solve(Signals((layer,), signals.outputs), part, rho)
             continue
         shift = signals.num_samples * rho
-        target = _target(layer, index, right)
+        target = part.target((layer,))
         solution = _solve_sum((layer,), target, shift, solver, zero=is_zero(damping))
-        updates.append(_update(layer, index, right, solution.value, shift))
+        updates += part.updates((layer,), [solution.value], shift)
         solutions.append(solution)
     worst = Solution(
         jnp.zeros(()),
@@ -145,12 +118,6 @@ def _solve_blocks(
         jnp.max(jnp.stack([s.residual for s in solutions] or [jnp.array(0.0)])),
     )
     return tuple(updates), worst
-
-
-def _of_layer(residual: Residual, index: int) -> Residual:
-    if residual.directions is None:
-        return residual
-    return Residual(None, (residual.directions[index],))
 
 
 def _solve_sum(

@@ -26,8 +26,10 @@ from natgrad_flax.devices.placement import Placement, check_divisible, device_me
 from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
 from natgrad_flax.devices.units import deal_out_units
 from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.operators.base import Operator
+from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.scalars import check_integer, check_number, keep_plain
-from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.signals import Signals
 from natgrad_flax.structures import (
     EKFAC,
     KFAC,
@@ -113,51 +115,43 @@ class Sharded(Structure):
         """The devices."""
         return Placement(self.mesh, self.axis)
 
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N; see ``Structure.solve``."""
-        solved, solution = self.solve_and_report(signals, residual, damping)
-        return or_nan(solved, solution)
+    def operator(self, signals: Signals) -> Operator:
+        """That of the structure, partitioned by XLA."""
+        return self.structure.operator(signals)
 
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    def solve(
+        self, signals: Signals, gradient: Gradient, damping: Array | float
     ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g; see ``Structure.precondition``."""
-        solved, solution = self.solve_and_report(signals, slope, damping)
+        """G^{-1} g; see ``Structure.solve``."""
+        solved, solution = self.solve_and_report(signals, gradient, damping)
         return or_nan(solved, solution)
 
     def solve_and_report(
-        self,
-        signals: Signals,
-        right: Residual | tuple[LayerUpdate, ...],
-        damping: Array | float,
+        self, signals: Signals, gradient: Gradient, damping: Array | float
     ) -> tuple[tuple[LayerUpdate, ...], Solution | None]:
         """Updates, and how the solves with sharded rows went; None where there were none.
 
         Args:
           signals: of the whole batch.
-          right: a residual, or any vector in the space of the parameters.
+          gradient: what is solved for.
           damping: as in ``Structure.solve``.
         """
         rows = self.placement.rows
         signals = jax.lax.with_sharding_constraint(signals, rows)
-        if isinstance(right, Residual):
-            right = jax.lax.with_sharding_constraint(right, rows)
+        if isinstance(gradient, Residual):
+            gradient = jax.lax.with_sharding_constraint(gradient, rows)
         if isinstance(self.structure, UnitWise):
-            found = deal_out_units(self.structure, signals, right, damping, self.placement)
+            found = deal_out_units(self.structure, signals, gradient, damping, self.placement)
             return found, None
         if isinstance(self.structure, KFAC) and not is_zero(damping):
-            return solve_kfac(self.structure, signals, right, damping, self.placement), None
+            return solve_kfac(self.structure, signals, gradient, damping, self.placement), None
         if isinstance(self.structure, EKFAC):
-            return solve_ekfac(self.structure, signals, right, damping, self.placement), None
+            return solve_ekfac(self.structure, signals, gradient, damping, self.placement), None
         name = self.chosen_solver(signals, damping)
         if name != "replicated":
             solver = RowSolver(self.placement, name, self.tolerance, self.max_iterations)
-            return solve_rows(self.structure, signals, right, damping, solver)
-        if isinstance(right, Residual):
-            return self.structure.solve(signals, right, damping), None
-        return self.structure.precondition(signals, right, damping), None
+            return solve_rows(self.structure, signals, gradient, damping, solver)
+        return self.structure.solve(signals, gradient, damping), None
 
     def chosen_solver(self, signals: Signals, damping: object) -> SolverName:
         """The solver for a batch of these shapes.
@@ -195,10 +189,6 @@ class Sharded(Structure):
     def undamped_diagonal(self, train: Signals) -> Array | None:
         """That of the structure."""
         return self.structure.undamped_diagonal(train)
-
-    def to_dense(self, signals: Signals, damping: float = 0.0) -> Array:
-        """That of the structure, partitioned by XLA."""
-        return self.structure.to_dense(signals, damping)
 
     def damping_scale(self, signals: Signals) -> Array:
         """That of the structure."""

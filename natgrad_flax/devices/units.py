@@ -17,36 +17,38 @@ from jax.sharding import PartitionSpec
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.devices.placement import Placement
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
-from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.operators.gradient import Gradient, ParameterGradient, Residual
+from natgrad_flax.operators.units import solve_units
+from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures import UnitWise
-from natgrad_flax.structures.units import solve_units
 
 
 def deal_out_units(
     structure: UnitWise,
     signals: Signals,
-    right: Residual | tuple[LayerUpdate, ...],
+    gradient: Gradient,
     damping: Array | float,
     placement: Placement,
 ) -> tuple[LayerUpdate, ...]:
-    """What ``structure.solve`` or ``structure.precondition`` returns.
+    """What ``structure.solve`` returns.
 
     Units that do not divide by the devices are filled up with copies of the last one.
 
     Args:
       structure: the structure.
       signals: of the whole batch.
-      right: a residual, or any vector in the space of the parameters.
+      gradient: what is solved for.
       damping: as in ``Structure.solve``.
       placement: the devices.
     """
     rhos = per_layer(damping, len(signals.layers))
     updates = []
     for index, (layer, rho) in enumerate(zip(signals.layers, rhos, strict=True)):
+        part = gradient.of_layer(index)
         if isinstance(layer, DenseSignals):
-            solved = _solve_dense(structure, layer, signals.outputs, right, index, rho, placement)
+            solved = _solve_dense(structure, layer, signals.outputs, part, rho, placement)
         else:
-            solved = _solve_explicit(structure, layer, right, index, rho, placement)
+            solved = _solve_explicit(structure, layer, part, rho, placement)
         updates.append(layer.update(solved[:, : layer.num_units]))
     return tuple(updates)
 
@@ -68,30 +70,27 @@ def _solve_dense(
     structure: UnitWise,
     layer: DenseSignals,
     outputs: Array,
-    right: Residual | tuple[LayerUpdate, ...],
-    index: int,
+    gradient: Gradient,
     rho: Array | float,
     placement: Placement,
 ) -> Array:
     """The update of one layer as a matrix (fan_in, units), units filled up."""
-    residual = right if isinstance(right, Residual) else None
-    inside = residual is not None and residual.coefficients is not None
+    inside = gradient.coefficients is not None
+    residual = isinstance(gradient, Residual)
     seen: Any
-    if residual is None:
-        seen = matrix_of(right[index])  # type: ignore[index]
+    if isinstance(gradient, Residual):
+        seen = gradient.coefficients if inside else gradient.direction(layer, 0)
     else:
-        seen = residual.coefficients if inside else residual.direction(layer, index)
+        seen = matrix_of(gradient.vector((layer,))[0])
 
     def local(
         inputs: Array, gram: Array, outputs: Array, derivatives: Array, seen: Array, rho: Array
     ) -> Array:
         own = _WithGram(inputs, derivatives, layer.bias_scale, layer.path, known=gram)
-        one = Signals((own,), outputs)
-        if residual is None:
-            (update,) = structure.precondition(one, (own.update(seen),), rho)
-        else:
-            local_residual = Residual(seen, None) if inside else Residual(None, (seen,))
-            (update,) = structure.solve(one, local_residual, rho)
+        one: Gradient = ParameterGradient((own.update(seen),))
+        if residual:
+            one = Residual(seen, None) if inside else Residual(None, (seen,))
+        (update,) = structure.solve(Signals((own,), outputs), one, rho)
         return matrix_of(update)
 
     # without the constraint XLA gathers the inputs first, and all devices do all of the product
@@ -103,24 +102,17 @@ def _solve_dense(
 def _solve_explicit(
     structure: UnitWise,
     layer: LayerSignals,
-    right: Residual | tuple[LayerUpdate, ...],
-    index: int,
+    gradient: Gradient,
     rho: Array | float,
     placement: Placement,
 ) -> Array:
     """The same for a layer of any kind, from its Jacobian."""
-    coefficients = None
-    if isinstance(right, Residual):
-        coefficients = right.coefficients
-        direction = right.direction(layer, index)
-        slope = matrix_of(layer.pull_back(direction / layer.num_samples))
-    else:
-        slope = matrix_of(right[index])
+    matrix, coefficients = matrix_of(gradient.vector((layer,))[0]), gradient.coefficients
 
-    def local(jacobian: Array, slope: Array, coefficients: Any, rho: Array) -> Array:
-        return solve_units(jacobian, slope, rho, coefficients=coefficients, space=structure.space)
+    def local(jacobian: Array, matrix: Array, coefficients: Any, rho: Array) -> Array:
+        return solve_units(jacobian, matrix, rho, coefficients=coefficients, space=structure.space)
 
-    arrays = (layer.jacobian(), slope, coefficients)
+    arrays = (layer.jacobian(), matrix, coefficients)
     return _over_units(local, placement, arrays, (True, True, False), rho)
 
 

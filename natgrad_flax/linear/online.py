@@ -13,7 +13,7 @@ from jax import Array
 from natgrad_flax.arrays import solve_dtype
 from natgrad_flax.checks import check_normal
 from natgrad_flax.damping import LevenbergMarquardt, is_zero
-from natgrad_flax.fisher import fisher_signals
+from natgrad_flax.fisher_kinds import fisher_signals
 from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.layer_signals import matrix_of
 from natgrad_flax.linalg import full_products

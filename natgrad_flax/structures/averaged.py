@@ -72,7 +72,7 @@ class AveragedStructure(Structure):
 
     @abc.abstractmethod
     def apply(
-        self, inverse: tuple[Any, ...], slope: tuple[LayerUpdate, ...]
+        self, inverse: tuple[Any, ...], gradient: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:
         """G^{-1} g, one entry a layer."""
 
@@ -96,8 +96,8 @@ class AveragedStructure(Structure):
         return max((leaf.shape[-1] for leaf in shapes if leaf.ndim == 3), default=0)
 
 
-def update_like(slope: LayerUpdate, matrix: Array) -> LayerUpdate:
-    """A matrix (fan_in, M) as kernel and, where the slope has one, bias."""
-    if "bias" not in slope:
+def update_like(gradient: LayerUpdate, matrix: Array) -> LayerUpdate:
+    """A matrix (fan_in, M) as kernel and, where the gradient has one, bias."""
+    if "bias" not in gradient:
         return {"kernel": matrix}
     return {"kernel": matrix[:-1], "bias": matrix[-1]}

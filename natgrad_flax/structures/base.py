@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast, get_args
+from typing import ClassVar, Literal, cast
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
+from natgrad_flax.operators.base import Operator, ravel
+from natgrad_flax.operators.gradient import Gradient, ParameterGradient, Residual
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Residual, Signals
-
-Space = Literal["auto", "sample", "parameter"]
-
-
-def check_space(space: str) -> None:
-    """Raises ValueError on an unknown space to solve in."""
-    if space not in get_args(Space):
-        raise ValueError(f"space must be one of {', '.join(get_args(Space))}, got {space!r}")
+from natgrad_flax.signals import DenseSignals, Signals
 
 
 class IsotropyWarning(UserWarning):
@@ -53,8 +46,8 @@ class Geometry:
 class Structure(abc.ABC):
     """A Fisher approximation G; everything it does is a function of signals.
 
-    The signals are seeded by a factor of the Fisher (``natgrad_flax.fisher``), so F = J^T J / N
-    with J the seeded Jacobian, whatever the loss. A damping is added to F in this 1/N convention.
+    The signals are seeded by a factor of the Fisher (``fisher_kinds``), so F = J^T J / N with J the
+    seeded Jacobian, whatever the loss. A damping is added to F in this 1/N convention.
     It is a number, or an array of the shape that ``damping_scale`` has; the number 0 stands for the
     pseudo-inverse.
     """
@@ -76,20 +69,27 @@ class Structure(abc.ABC):
         return self
 
     @abc.abstractmethod
+    def operator(self, signals: Signals) -> Operator:
+        """G of a batch, as what can be solved with and multiplied by."""
+
     def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
+        self, signals: Signals, gradient: Gradient, damping: Array | float
     ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N, one update a layer, without the P x P matrix."""
+        """G^{-1} g, one update a layer, without the P x P matrix.
 
-    @abc.abstractmethod
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g for any g in the space of the parameters, one entry a layer.
-
-        Of the same batch and a gradient J^T r / N ``solve`` does this cheaper and, at small
-        damping, with less rounding.
+        Args:
+          signals: of the batch of the Fisher.
+          gradient: g. As the ``Residual`` of the same batch it is solved for cheaper and, at small
+            damping, with less rounding than as a ``ParameterGradient``.
+          damping: rho.
         """
+        return self.operator(signals).solve(gradient, damping)
+
+    def precondition(
+        self, signals: Signals, gradient: tuple[LayerUpdate, ...], damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g for any g in the space of the parameters, one entry a layer."""
+        return self.solve(signals, ParameterGradient(gradient), damping)
 
     @abc.abstractmethod
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
@@ -122,9 +122,9 @@ class Structure(abc.ABC):
         """
         return None
 
-    @abc.abstractmethod
-    def to_dense(self, signals: Signals, damping: float = 0.0) -> Array:
+    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
         """G itself, shape (P, P), parameters in the order of ``Signals.to_dense``."""
+        return self.operator(signals).to_dense(damping)
 
     @abc.abstractmethod
     def damping_scale(self, signals: Signals) -> Array:
@@ -173,79 +173,9 @@ def dense_layer(layer: LayerSignals) -> DenseSignals:
     return cast(DenseSignals, layer)
 
 
-def dual_direction(
-    layer: LayerSignals,
-    index: int,
-    residual: Residual,
-    solution: Array,
-    shift: Array | float,
-) -> Array:
-    """The direction of an update, from a solve in sample space.
-
-    With r = R w in the span of the seeds, (J^T J + s)^{-1} J^T w = J^T v, v = (J J^T + s)^{-1} w.
-    Otherwise, by Woodbury, (J^T J + s)^{-1} g = (g - J^T v) / s with v = (J J^T + s)^{-1} J g.
-
-    Args:
-      layer: the signals of the layer.
-      index: its place in the network.
-      residual: the residual.
-      solution: v, shape (N S,).
-      shift: s = N rho.
-    """
-    spread = layer.combine(solution.reshape(layer.num_samples, layer.num_seeds))
-    if residual.coefficients is not None:
-        return spread
-    return (residual.direction(layer, index) - spread) / shift
-
-
-def sample_targets(layer: LayerSignals, index: int, residual: Residual) -> Array:
-    """The right-hand side (N S,) of the solve in sample space: w, or this layer's part of J g."""
-    if residual.coefficients is not None:
-        return residual.coefficients.reshape(-1)
-    return layer.gram_times(residual.direction(layer, index)).reshape(-1)
-
-
-def woodbury(
-    layer: LayerSignals, slope: LayerUpdate, solution: Array, shift: Array | float
-) -> LayerUpdate:
-    """N (g - J^T v) / s, which is (J^T J + s)^{-1} N g for v = (J J^T + s)^{-1} J g.
-
-    Args:
-      layer: the signals of the layer.
-      slope: g.
-      solution: v, shape (N S,).
-      shift: s = N rho.
-    """
-    n = layer.num_samples
-    back = layer.vjp(solution.reshape(n, layer.num_seeds))
-    return jax.tree.map(lambda g, spread: n * (g - spread) / shift, slope, back)
-
-
-def pull_back_solution(layer: LayerSignals, solution: Array) -> LayerUpdate:
-    """N J^T v, what is left of ``woodbury`` at zero damping with v = (K^+)^2 J g."""
-    n = layer.num_samples
-    return layer.vjp(n * solution.reshape(n, layer.num_seeds))
-
-
 def gradient(signals: Signals, residual: Residual) -> tuple[LayerUpdate, ...]:
     """J^T r / N, the gradient of the loss, one entry a layer."""
-    # the division goes to the small side of the product: (N, M) and not (K, M)
-    return tuple(
-        layer.pull_back(residual.direction(layer, index) / signals.num_samples)
-        for index, layer in enumerate(signals.layers)
-    )
-
-
-def ravel(updates: tuple[LayerUpdate, ...]) -> Array:
-    """One vector (P,) in the column order of ``Signals.to_dense``."""
-    return jnp.concatenate(
-        [
-            jnp.ravel(update[key])
-            for update in updates
-            for key in ("kernel", "bias")
-            if key in update
-        ]
-    )
+    return residual.vector(signals.layers)
 
 
 def rank_failures(geometry: Geometry) -> list[str]:

@@ -7,21 +7,11 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.linalg import add_diagonal, solve_psd
-from natgrad_flax.signals import Residual, Signals
-from natgrad_flax.structures.base import (
-    Space,
-    check_space,
-    dual_direction,
-    pull_back_solution,
-    ravel,
-    sample_targets,
-    woodbury,
-)
-from natgrad_flax.structures.exact import mean_gram_diagonal
+from natgrad_flax.operators.base import Blocks, Space, check_space, mean_gram_diagonal
+from natgrad_flax.operators.low_rank import LowRank
+from natgrad_flax.signals import Signals
 from natgrad_flax.structures.layer_wise import LayerWise
-from natgrad_flax.structures.least_squares import least_squares, normal_solve
 
 
 class BlockDiagonal(LayerWise):
@@ -43,84 +33,29 @@ class BlockDiagonal(LayerWise):
         """The identity, shape (L, L)."""
         return np.eye(depth)
 
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N; see ``Structure.solve``."""
+    def operator(self, signals: Signals) -> Blocks:
+        """J_l^T J_l / N of each layer."""
+        return Blocks(tuple(LowRank((layer,), self.space) for layer in signals.layers))
+
+    def coefficient_times(
+        self, test: Signals, train: Signals, damping: Array | float, vectors: Array
+    ) -> Array:
+        """sum_l K_l(x', x) (K_l + N rho_l)^{-1} V."""
+        total = jnp.zeros((test.size, vectors.shape[1]), train.outputs.dtype)
         shifted = not is_zero(damping)
-        updates = []
-        for index, (layer, rho) in enumerate(
-            zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
+        for there, here, rho in zip(
+            test.layers, train.layers, per_layer(damping, len(train.layers)), strict=True
         ):
-            if self._layer_in_parameters(layer, signals):
-                if not shifted and residual.coefficients is not None:
-                    flat = least_squares(layer.to_dense(), residual.coefficients.reshape(-1))
-                else:
-                    slope = layer.pull_back(residual.direction(layer, index))
-                    flat = _solve_block(layer, ravel((slope,)) / signals.num_samples, rho)
-                updates.append(layer.unravel(flat))
-                continue
-            shift = signals.num_samples * rho
-            gram = add_diagonal(layer.gram(), shift)
-            dual = solve_psd(gram, sample_targets(layer, index, residual), shifted=shifted)
-            updates.append(layer.pull_back(dual_direction(layer, index, residual, dual, shift)))
-        return tuple(updates)
-
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g; see ``Structure.precondition``."""
-        shifted = not is_zero(damping)
-        updates = []
-        for layer, g, rho in zip(
-            signals.layers, slope, per_layer(damping, len(signals.layers)), strict=True
-        ):
-            if self._layer_in_parameters(layer, signals):
-                updates.append(layer.unravel(_solve_block(layer, ravel((g,)), rho)))
-                continue
-            shift = signals.num_samples * rho
-            gram = add_diagonal(layer.gram(), shift)
-            solution = solve_psd(gram, layer.jvp(g).reshape(-1), shifted=shifted)
-            if shifted:
-                updates.append(woodbury(layer, g, solution, shift))
-            else:
-                again = solve_psd(gram, solution, shifted=False)
-                updates.append(pull_back_solution(layer, again))
-        return tuple(updates)
-
-    def _layer_in_parameters(self, layer: LayerSignals, signals: Signals) -> bool:
-        small = layer.num_params < signals.size if self.space == "auto" else False
-        return small or self.space == "parameter"
-
-    def _solve_grams(
-        self,
-        sigma: np.ndarray,
-        grams: list[Array],
-        targets: list[Array],
-        shift: Array | float,
-        *,
-        zero: bool,
-        inside: bool,
-    ) -> list[Array]:
-        return [
-            solve_psd(add_diagonal(gram, s), target, shifted=not zero)
-            for gram, target, s in zip(grams, targets, per_layer(shift, len(grams)), strict=True)
-        ]
+            gram = add_diagonal(here.gram(), train.num_samples * rho)
+            total = total + there.gram(here) @ solve_psd(gram, vectors, shifted=shifted)
+        return total
 
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonal of K_l / N, one value a layer."""
-        return jnp.stack(mean_gram_diagonal(signals))
+        return jnp.stack(mean_gram_diagonal(signals.layers))
 
     def gram_size(self, signals: Signals) -> int:
         """N S, or the largest P_l below it."""
         if self.space == "parameter":
             return max(layer.num_params for layer in signals.layers)
         return signals.size
-
-
-def _solve_block(layer: LayerSignals, slope: Array, rho: Array | float) -> Array:
-    """(J_l^T J_l / N + rho)^{-1} g, shape (P_l,)."""
-    jacobian, n = layer.to_dense(), layer.num_samples
-    if is_zero(rho):
-        return normal_solve(jacobian, n * slope)
-    return solve_psd(add_diagonal(jacobian.T @ jacobian / n, rho), slope, shifted=True)

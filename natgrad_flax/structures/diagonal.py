@@ -11,15 +11,15 @@ from jax import Array
 
 from natgrad_flax.damping import per_layer
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
-from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.operators.base import Blocks, ravel
+from natgrad_flax.operators.entries import Entries, divide
+from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import (
     Geometry,
     coefficient_by_columns,
     dense_layer,
-    gradient,
     has_shared_layers,
-    ravel,
 )
 
 
@@ -32,18 +32,10 @@ class Diagonal(AveragedStructure):
 
     cheap_inverse = True
 
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """The gradient over the diagonal; 0 where an entry of the undamped diagonal is 0."""
-        return self.precondition(signals, gradient(signals, residual), damping)
-
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g; see ``Structure.precondition``."""
-        moments = self.moments(signals)
-        return self.apply(self.invert(moments, damping, signals.num_samples), slope)
+    def operator(self, signals: Signals) -> Blocks:
+        """The entries of every layer."""
+        pairs = zip(signals.layers, self.statistics(signals), strict=True)
+        return Blocks(tuple(Entries(layer, entries) for layer, entries in pairs))
 
     def statistics(self, signals: Signals) -> tuple[LayerUpdate, ...]:
         """The diagonal of F, in the shapes of the parameters."""
@@ -60,10 +52,10 @@ class Diagonal(AveragedStructure):
         )
 
     def apply(
-        self, inverse: tuple[LayerUpdate, ...], slope: tuple[LayerUpdate, ...]
+        self, inverse: tuple[LayerUpdate, ...], gradient: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:
         """The quotients; 0 where an entry of the undamped diagonal is 0."""
-        return jax.tree.map(divide, slope, inverse)
+        return jax.tree.map(divide, gradient, inverse)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_l sum_i (d'_i d_i^T) . (a' diag(1 / (F_i + rho)) a^T) / N (science: 3.5b)."""
@@ -86,11 +78,6 @@ class Diagonal(AveragedStructure):
 
             total = total + sum_over_units(there, here, (inverse,), kernel)
         return total / train.num_samples
-
-    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
-        """diag(F) + rho I."""
-        entries = self.invert(self.moments(signals), damping, signals.num_samples)
-        return jnp.diag(ravel(entries))
 
     def gram_size(self, signals: Signals) -> int:
         """0: it is inverted entry by entry."""
@@ -115,11 +102,6 @@ def no_alpha(name: str) -> str:
         f"{name} is not isotropic at any width (Karakida & Osawa 2020, Fig. 3), so sizes alone "
         "give no learning rate; pass inputs as x= for 1 / lambda_max of its coefficient matrix"
     )
-
-
-def divide(value: Array, by: Array) -> Array:
-    """value / by, and 0 where by is 0: the pseudo-inverse of a diagonal."""
-    return jnp.where(by != 0, value / jnp.where(by != 0, by, 1), 0)
 
 
 def layer_diagonal(layer: LayerSignals) -> LayerUpdate:

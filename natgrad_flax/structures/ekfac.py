@@ -10,30 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.damping import per_layer
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import (
-    above_rounding,
-    add_diagonal,
     eigh,
     qr,
-    rank_cutoff,
-    reciprocal,
     symmetric_product,
 )
+from natgrad_flax.operators.base import Blocks, ravel
+from natgrad_flax.operators.eigenbasis import Eigenbasis, invert_squares, solve_in_basis
+from natgrad_flax.operators.kronecker import factor_rows, over_groups
+from natgrad_flax.operators.units import UnitBlocks, invert_blocks, multiply_blocks, unit_blocks
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
-from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
-from natgrad_flax.structures.base import Geometry, ravel
+from natgrad_flax.structures.base import Geometry
 from natgrad_flax.structures.exact import mean_diagonal
-from natgrad_flax.structures.kronecker import (
-    factor_means,
-    factor_rows,
-    grouped,
-    over_groups,
-    ungrouped,
-)
-from natgrad_flax.structures.units import invert_blocks, multiply_blocks, unit_blocks
+from natgrad_flax.structures.kronecker_average import factor_means
 
 
 @dataclass(frozen=True)
@@ -112,73 +105,44 @@ class EKFAC(AveragedStructure):
             basis.append({"inputs": _span(left, whole), "units": _span(right, whole)})
         return Moments(tuple(blocks), tuple(basis), self.rotated(signals, tuple(basis)))
 
+    def operator(self, signals: Signals) -> Blocks:
+        """The eigenbases of affine layers, the blocks of the units of others."""
+        moments = self.moments(signals)
+        return Blocks(
+            tuple(
+                Eigenbasis(layer, basis, rotated["squares"])  # type: ignore[arg-type]
+                if basis
+                else UnitBlocks(layer, "parameter")
+                for layer, basis, rotated in zip(
+                    signals.layers, moments.basis, moments.rotated, strict=True
+                )
+            )
+        )
+
     def invert(
         self, moments: Moments, damping: Array | float, num_samples: int
     ) -> tuple[dict[str, Any], ...]:
-        """The basis with 1 / (S* + rho) in it and 1 / rho outside; or the inverses of blocks."""
-        found = []
+        """What ``solve_in_basis`` needs, or the inverses of blocks."""
         rhos = per_layer(damping, len(moments.factors))
-        for factors, basis, entry, rho in zip(
-            moments.factors, moments.basis, moments.rotated, rhos, strict=True
-        ):
-            if "blocks" in factors:
-                found.append({"blocks": invert_blocks(factors["blocks"], rho)})
-                continue
-            squares = entry["squares"]
-            inverse = _reciprocal(squares, rho)
-            found.append({**basis, "inverse": inverse, "outside": _outside(rho, squares.dtype)})
-        return tuple(found)
+        return tuple(
+            {"blocks": invert_blocks(factors["blocks"], rho)}
+            if "blocks" in factors
+            else invert_squares(basis, rotated["squares"], rho)
+            for factors, basis, rotated, rho in zip(*moments, rhos, strict=True)
+        )
 
     def apply(
-        self, inverse: tuple[dict[str, Any], ...], slope: tuple[LayerUpdate, ...]
+        self, inverse: tuple[dict[str, Any], ...], gradient: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:
-        """Into the basis, over S* + rho, and back; what lies outside of it over rho."""
+        """See ``AveragedStructure.apply``."""
         updates = []
-        for entry, g in zip(inverse, slope, strict=True):
-            matrix = matrix_of(g)
-            if "blocks" in entry:
-                updates.append(update_like(g, multiply_blocks(entry["blocks"], matrix)))
-                continue
-            left = entry["inputs"]
-            parts = grouped(matrix, len(left))
-            half = left.mT @ parts
-            solved = left @ _solve_units(entry, half)
-            if _is_thin(left):
-                solved = solved + entry["outside"] * (parts - left @ half)
-            updates.append(update_like(g, ungrouped(solved)))
+        for entry, g in zip(inverse, gradient, strict=True):
+            blocks, matrix = entry.get("blocks"), matrix_of(g)
+            if blocks is None:
+                updates.append(update_like(g, solve_in_basis(entry, matrix)))
+            else:
+                updates.append(update_like(g, multiply_blocks(blocks, matrix)))
         return tuple(updates)
-
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N; see ``Structure.solve``.
-
-        The gradient of the batch lies in the span of its inputs and, where r lies in the span of
-        the seeds, of its derivatives. What it has outside is rounding, which a division by rho
-        would magnify; so only its coordinates in the basis are taken.
-        """
-        inverse = self.invert(self.moments(signals), damping, signals.num_samples)
-        updates = []
-        for index, (layer, entry) in enumerate(zip(signals.layers, inverse, strict=True)):
-            direction = residual.direction(layer, index) / signals.num_samples
-            if "blocks" in entry:
-                slope = matrix_of(layer.pull_back(direction))
-                updates.append(layer.update(multiply_blocks(entry["blocks"], slope)))
-                continue
-            half = _turned_gradient(layer, direction, entry["inputs"])
-            seen = None
-            if residual.coefficients is not None:
-                seen = _seen_units(layer, entry["units"])
-            solved = entry["inputs"] @ _solve_units(entry, half, seen)
-            updates.append(layer.update(ungrouped(solved)))
-        return tuple(updates)
-
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g; see ``Structure.precondition``."""
-        inverse = self.invert(self.moments(signals), damping, signals.num_samples)
-        return self.apply(inverse, slope)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """J' (G^{-1} J^T) / N, column by column with one eigenbasis for all of them."""
@@ -189,26 +153,6 @@ class EKFAC(AveragedStructure):
 
         columns = jax.lax.map(column, train.to_dense())
         return test.to_dense() @ columns.T / train.num_samples
-
-    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
-        """Block-diagonal over layers, and over groups and units."""
-        dense = []
-        moments, rhos = self.moments(signals), per_layer(damping, len(signals.layers))
-        for layer, factors, basis, entry, rho in zip(
-            signals.layers, moments.factors, moments.basis, moments.rotated, rhos, strict=True
-        ):
-            if "blocks" in factors:
-                eye = jnp.eye(layer.num_units, dtype=factors["blocks"].dtype)
-                block = jnp.einsum("ikj,im->kijm", factors["blocks"], eye)
-            else:
-                vectors = jnp.einsum("gkp,gmq->gkmpq", basis["inputs"], basis["units"])
-                squares = entry["squares"]
-                eye = jnp.eye(len(squares), dtype=squares.dtype)
-                # units of group after group within each input
-                block = jnp.einsum("gkmpq,gpq,gjnpq,gh->kgmjhn", vectors, squares, vectors, eye)
-            block = block.reshape(layer.num_params, layer.num_params)
-            dense.append(add_diagonal(block, rho))
-        return jax.scipy.linalg.block_diag(*dense)
 
     def gram_size(self, signals: Signals) -> int:
         """The larger side of the two factors, or of the rows where these are fewer."""
@@ -254,56 +198,6 @@ class EKFAC(AveragedStructure):
     def failed_conditions(self, geometry: Geometry) -> list[str]:
         """None: nothing is assumed."""
         return []
-
-
-def _is_thin(basis: Array) -> bool:
-    """Whether a basis (G, P, r) leaves something out."""
-    return basis.shape[2] < basis.shape[1]
-
-
-def _solve_units(entry: dict[str, Any], half: Array, seen: Array | float | None = None) -> Array:
-    """G^{-1} g of what has been turned into the basis of the inputs, (G, r, M/G), and stays there.
-
-    Args:
-      entry: of ``EKFAC.invert``.
-      half: U_A^T g.
-      seen: 1 for the vectors of the basis of the units that g has a part in, and 0 for the others,
-        where g is in their span; else None.
-    """
-    right = entry["units"]
-    inside = half @ right
-    if seen is not None:
-        return (entry["inverse"] * inside * seen) @ right.mT
-    solved = (entry["inverse"] * inside) @ right.mT
-    if _is_thin(right):
-        solved = solved + entry["outside"] * (half - inside @ right.mT)
-    return solved
-
-
-def _turned_gradient(layer: LayerSignals, direction: Array, left: Array) -> Array:
-    """U_A^T a^T R, (G, r, M/G), for cotangents R of the pre-activations; 0 where a U_A is."""
-    assert isinstance(layer, (DenseSignals, SharedSignals))
-    if isinstance(layer, DenseSignals):
-        turned = layer.augmented_inputs() @ left[0]
-        return ((turned * _seen(turned)).T @ direction)[None]
-    if _is_thin(left):
-        turned = jnp.einsum("ntgk,gkp->ntgp", layer.augmented_inputs(), left)
-        return jnp.einsum("ntgp,ntgm->gpm", turned, direction)
-    # many rows: rather turn their sum
-    return left.mT @ grouped(matrix_of(layer.pull_back(direction)), len(left))
-
-
-def _seen_units(layer: LayerSignals, right: Array) -> Array:
-    """1 for the vectors of U_B that the derivatives have a part in, 0 where it is rounding."""
-    if not isinstance(layer, DenseSignals):
-        return jnp.ones((), right.dtype)
-    return _seen(layer.flat_derivatives() @ right[0])
-
-
-def _seen(turned: Array) -> Array:
-    """1 for columns (R, r) that are more than the rounding of the largest, else 0."""
-    norms = jnp.sqrt(jnp.sum(turned**2, axis=0))
-    return (above_rounding(norms) != 0).astype(turned.dtype)
 
 
 def _eigenvectors(factor: Array) -> Array:
@@ -357,17 +251,3 @@ def _turns_rows(layer: SharedSignals, left: Array, right: Array) -> bool:
     (k, p), (m, q) = left.shape[1:], right.shape[1:]
     rows = t * k * p + s * t * (m * q + p * q)
     return rows < s * (t * k * m + p * k * m + p * m * q)
-
-
-def _reciprocal(squares: Array, rho: Array | float) -> Array:
-    """1 / (S* + rho); at the number 0 a pseudo-inverse with the cutoff of ``linalg.pinv_solve``."""
-    if not is_zero(rho):
-        return reciprocal(squares + rho)
-    cutoff = rank_cutoff(max(squares.shape[1:]), squares.dtype)
-    top = jnp.max(squares, axis=(1, 2), keepdims=True)
-    return reciprocal(jnp.where(squares > cutoff * top, squares, 0))
-
-
-def _outside(rho: Array | float, dtype: Any) -> Array:
-    """The inverse of G where no sample has anything: 1 / rho, or 0 at 0."""
-    return reciprocal(jnp.asarray(rho, dtype))

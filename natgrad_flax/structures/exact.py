@@ -8,22 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerUpdate
 from natgrad_flax.linalg import add_diagonal, solve_psd
-from natgrad_flax.signals import Residual, Signals
-from natgrad_flax.structures.base import (
-    Geometry,
-    Space,
-    Structure,
-    check_space,
-    dual_direction,
-    gradient,
-    pull_back_solution,
-    ravel,
-    sample_targets,
-    woodbury,
-)
-from natgrad_flax.structures.least_squares import least_squares, normal_solve
+from natgrad_flax.operators.base import Space, check_space, mean_gram_diagonal
+from natgrad_flax.operators.low_rank import LowRank
+from natgrad_flax.signals import Signals
+from natgrad_flax.structures.base import Geometry, Structure
 
 
 @dataclass(frozen=True)
@@ -43,56 +32,9 @@ class Exact(Structure):
     def __post_init__(self) -> None:
         check_space(self.space)
 
-    def _in_parameters(self, signals: Signals) -> bool:
-        if self.space == "auto":
-            return signals.num_params < signals.size
-        return self.space == "parameter"
-
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N; see ``Structure.solve``."""
-        shifted = not is_zero(damping)
-        if self._in_parameters(signals):
-            if not shifted and residual.coefficients is not None:
-                rows = signals.to_dense()
-                return signals.unravel(least_squares(rows, residual.coefficients.reshape(-1)))
-            return self.precondition(signals, gradient(signals, residual), damping)
-        shift = signals.num_samples * damping
-        targets = residual.coefficients
-        if targets is None:
-            parts = [sample_targets(a, i, residual) for i, a in enumerate(signals.layers)]
-            targets = sum(parts[1:], start=parts[0])
-        gram = add_diagonal(signals.gram(), shift)
-        solution = solve_psd(gram, targets.reshape(-1), shifted=shifted)
-        return tuple(
-            layer.pull_back(dual_direction(layer, index, residual, solution, shift))
-            for index, layer in enumerate(signals.layers)
-        )
-
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g; see ``Structure.precondition``."""
-        shifted = not is_zero(damping)
-        if self._in_parameters(signals):
-            if not shifted:
-                solved = normal_solve(signals.to_dense(), signals.num_samples * ravel(slope))
-                return signals.unravel(solved)
-            dense = self.to_dense(signals, damping)
-            return signals.unravel(solve_psd(dense, ravel(slope), shifted=True))
-        shift = signals.num_samples * damping
-        parts = [layer.jvp(g) for layer, g in zip(signals.layers, slope, strict=True)]
-        image = sum(parts[1:], start=parts[0]).reshape(-1)
-        gram = add_diagonal(signals.gram(), shift)
-        solution = solve_psd(gram, image, shifted=shifted)
-        if not shifted:
-            solution = solve_psd(gram, solution, shifted=False)
-            return tuple(pull_back_solution(layer, solution) for layer in signals.layers)
-        return tuple(
-            woodbury(layer, g, solution, shift)
-            for layer, g in zip(signals.layers, slope, strict=True)
-        )
+    def operator(self, signals: Signals) -> LowRank:
+        """J^T J / N of all layers together."""
+        return LowRank(signals.layers, self.space)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """Theta(x', x) (Theta + rho)^{-1} (Karakida & Osawa 2020, Eq. 13)."""
@@ -111,14 +53,9 @@ class Exact(Structure):
         """1 for every output."""
         return jnp.ones(train.size, train.outputs.dtype)
 
-    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
-        """J^T J / N + rho I."""
-        jacobian = signals.to_dense()
-        return add_diagonal(jacobian.T @ jacobian / signals.num_samples, damping)
-
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonal of K / N."""
-        return sum(mean_gram_diagonal(signals), start=jnp.zeros(()))
+        return sum(mean_gram_diagonal(signals.layers), start=jnp.zeros(()))
 
     def alpha(self, geometry: Geometry) -> float:
         """1."""
@@ -134,12 +71,7 @@ class Exact(Structure):
 
     def gram_size(self, signals: Signals) -> int:
         """N S or P."""
-        return signals.num_params if self._in_parameters(signals) else signals.size
-
-
-def mean_gram_diagonal(signals: Signals) -> list[Array]:
-    """For each layer the mean diagonal of K_l, over N."""
-    return [jnp.mean(layer.gram_norms()) / layer.num_samples for layer in signals.layers]
+        return self.operator(signals).side
 
 
 def mean_diagonal(signals: Signals) -> Array:

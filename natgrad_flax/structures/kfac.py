@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from natgrad_flax.damping import is_zero, of_block, per_layer
-from natgrad_flax.layer_signals import LayerUpdate, matrix_of
-from natgrad_flax.linalg import (
-    add_diagonal,
-    has_full_rank,
-    inverse_psd,
-    solve_psd,
-    symmetric_product,
-)
+from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.linalg import has_full_rank
+from natgrad_flax.operators.base import Blocks, Space, check_space, in_parameters
+from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker
+from natgrad_flax.operators.units import UnitBlocks
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
-from natgrad_flax.signals import DenseSignals, Residual, Signals, expand_samples
+from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.base import (
     Geometry,
     IsotropyWarning,
-    Space,
-    check_space,
     coefficient_by_columns,
     dense_layer,
     has_shared_layers,
 )
-from natgrad_flax.structures.kronecker import (
-    factor_rows,
-    grouped,
-    in_parameters,
+from natgrad_flax.structures.kronecker_average import (
+    KroneckerAverage,
+    block_norms,
     num_positions,
-    solve_kronecker,
-    ungrouped,
+    scaled_norms,
 )
-from natgrad_flax.structures.kronecker_average import KroneckerAverage, block_norms, scaled_norms
-from natgrad_flax.structures.least_squares import least_squares, normal_solve
-from natgrad_flax.structures.units import solve_units
 
 
 @dataclass(frozen=True)
@@ -112,21 +100,36 @@ class KFAC(KroneckerAverage):
         by_a, by_b = self._scalings(index, _last(signals), layer.fan_in, shared, n)
         return n * num_positions(layer, self.sharing) * by_a, n * by_b
 
-    def _in_parameters(self, samples: int, params: int) -> bool:
-        return in_parameters(self.space, samples, params)
+    def operator(self, signals: Signals) -> Blocks:
+        """(B* + rho_B) (x) (A* + rho_A) of affine layers, the blocks of the units of others."""
+        return Blocks(
+            tuple(
+                UnitBlocks(layer, self.space)
+                if isinstance(layer, ExplicitSignals)
+                else self._kronecker(signals, index)
+                for index, layer in enumerate(signals.layers)
+            )
+        )
+
+    def _kronecker(self, signals: Signals, index: int) -> Kronecker:
+        layer = signals.layers[index]
+        assert isinstance(layer, (DenseSignals, SharedSignals))
+        divisors = self.divisors(signals, index)
+        split = partial(self.dampings, layer, divisors)
+        return Kronecker.of(layer, self.sharing, divisors, self.space, split)
 
     def dampings(
         self,
-        layer: DenseSignals | SharedSignals,
-        damping: Array | float,
+        layer: AffineSignals,
         overs: tuple[float, float],
-    ) -> tuple[Array | float, Array | float]:
+        damping: Array | float,
+    ) -> Dampings:
         """What is added to A* and to B*.
 
         Args:
           layer: signals of the layer.
-          damping: one number, split as ``split`` says, or the pair itself, shape (2,).
           overs: the divisors.
+          damping: one number, split as ``split`` says, or the pair itself, shape (2,).
         """
         sum_a, sum_b = self._row_norms(layer)
         groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
@@ -134,9 +137,7 @@ class KFAC(KroneckerAverage):
         mean_b = sum_b / float(overs[1] * layer.num_units)
         return self._split(damping, mean_a, mean_b)
 
-    def _split(
-        self, damping: Array | float, mean_a: Array, mean_b: Array
-    ) -> tuple[Array | float, Array | float]:
+    def _split(self, damping: Array | float, mean_a: Array, mean_b: Array) -> Dampings:
         """As ``dampings``, from the mean diagonals of both factors."""
         if jnp.ndim(damping) == 1:
             pair = jnp.asarray(damping)
@@ -148,123 +149,14 @@ class KFAC(KroneckerAverage):
         root = jnp.sqrt(jnp.asarray(damping, mean_a.dtype))
         return pi * root, root / pi
 
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g; see ``Structure.precondition``."""
-        rhos = per_layer(damping, len(signals.layers))
-        return tuple(
-            self._precondition(signals, index, g, rho)
-            for index, (g, rho) in enumerate(zip(slope, rhos, strict=True))
-        )
-
-    def _precondition(
-        self, signals: Signals, index: int, slope: LayerUpdate, rho: Array | float
-    ) -> LayerUpdate:
-        """G_l^{-1} g of one layer of any kind."""
-        layer = signals.layers[index]
-        if isinstance(layer, ExplicitSignals):
-            solved = solve_units(layer.block, matrix_of(slope), of_block(rho), space=self.space)
-            return layer.update(solved)
-        assert isinstance(layer, (DenseSignals, SharedSignals))
-        overs = self.divisors(signals, index)
-        left, right = factor_rows(layer, self.sharing)
-        solved = solve_kronecker(
-            left,
-            right,
-            overs,
-            self.dampings(layer, rho, overs),
-            grouped(matrix_of(slope), len(left)),
-            shifted=not is_zero(rho),
-            space=self.space,
-        )
-        return layer.update(ungrouped(solved))
-
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N; see ``Structure.solve``."""
-        shifted = not is_zero(damping)
-        updates = []
-        for index, (layer, rho) in enumerate(
-            zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
-        ):
-            if not isinstance(layer, DenseSignals):
-                slope = layer.pull_back(residual.direction(layer, index) / signals.num_samples)
-                updates.append(self._precondition(signals, index, slope, rho))
-                continue
-            over_a, over_b = self.divisors(signals, index)
-            rho_a, rho_b = self.dampings(layer, rho, (over_a, over_b))
-            half = self._precondition_units(layer, index, residual, over_b, rho_b, shifted)
-            half = half / signals.num_samples
-            updates.append(self._precondition_inputs(layer, half, over_a, rho_a, shifted))
-        return tuple(updates)
-
-    def _precondition_units(
-        self,
-        layer: DenseSignals,
-        index: int,
-        residual: Residual,
-        over: float,
-        rho: Array | float,
-        shifted: bool,
-    ) -> Array:
-        """r^T D (B* + rho)^{-1} sample by sample, shape (N, M)."""
-        flat = layer.flat_derivatives()
-        if self._in_parameters(*flat.shape):
-            direction = residual.direction(layer, index).T
-            if not shifted:
-                return normal_solve(flat, over * direction).T
-            factor = add_diagonal(symmetric_product(flat.T) / over, rho)
-            return solve_psd(factor, direction, shifted=True).T
-        # an explicit inverse of the small side leaves one product with the wide one
-        inverse = inverse_psd(add_diagonal(layer.derivative_gram(), over * rho), shifted=shifted)
-        if residual.coefficients is not None:
-            n, s = residual.coefficients.shape
-            rows = jnp.einsum("ns,nsm->nm", residual.coefficients, inverse.reshape(n, s, n * s))
-            return over * rows @ flat
-        direction = residual.direction(layer, index)
-        return (direction - ((direction @ flat.T) @ inverse) @ flat) / rho
-
-    def _precondition_inputs(
-        self,
-        layer: DenseSignals,
-        directions: Array,
-        over: float,
-        rho: Array | float,
-        shifted: bool,
-    ) -> LayerUpdate:
-        """(A* + rho)^{-1} a^T R for R of shape (N, M)."""
-        if self._in_parameters(layer.num_samples, layer.fan_in):
-            inputs = layer.augmented_inputs()
-            if not shifted:
-                return layer.unravel((over * least_squares(inputs, directions)).reshape(-1))
-            factor = add_diagonal(inputs.T @ inputs / over, rho)
-            solved = solve_psd(factor, inputs.T @ directions, shifted=True)
-            return layer.unravel(solved.reshape(-1))
-        inverse = inverse_psd(add_diagonal(layer.input_gram(), over * rho), shifted=shifted)
-        return layer.pull_back(over * inverse @ directions)
-
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_l (B(x',x) B^{-1}) . (A(x',x) A^{-1}), times N (Karakida & Osawa 2020, Eq. 21)."""
         if has_shared_layers(train):
             return coefficient_by_columns(self, test, train, damping)
-        shifted = not is_zero(damping)
         total = jnp.zeros((), train.outputs.dtype)
-        for index, (there, here, rho) in enumerate(
-            zip(
-                map(dense_layer, test.layers),
-                map(dense_layer, train.layers),
-                per_layer(damping, len(train.layers)),
-                strict=True,
-            )
-        ):
-            over_a, over_b = self.divisors(train, index)
-            rho_a, rho_b = self.dampings(here, rho, (over_a, over_b))
-            units = self._unit_coefficient(there, here, over_b, rho_b, shifted)
-            inputs = self._input_coefficient(there, here, over_a, rho_a, shifted)
-            blown = expand_samples(inputs, there.num_seeds, here.num_seeds)
-            total = total + units * blown / train.num_samples
+        rhos = per_layer(damping, len(train.layers))
+        for index, (there, rho) in enumerate(zip(map(dense_layer, test.layers), rhos, strict=True)):
+            total = total + self._kronecker(train, index).cross(there, rho) / train.num_samples
         return total
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
@@ -280,79 +172,15 @@ class KFAC(KroneckerAverage):
             return None
         total = jnp.zeros(train.size, train.outputs.dtype)
         for index, layer in enumerate(layers):
-            over_a, over_b = self.divisors(train, index)
-            inputs = jnp.full(layer.num_samples, over_a, total.dtype)
-            units = jnp.full(train.size, over_b, total.dtype)
+            block = self._kronecker(train, index)
+            inputs = jnp.full(layer.num_samples, block.left.divisor, total.dtype)
+            units = jnp.full(train.size, block.right.divisor, total.dtype)
             if index == 0:
-                inputs = jnp.diagonal(self._input_coefficient(layer, layer, over_a, 0.0, False))
+                inputs = jnp.diagonal(block.left.cross(block.left.rows, 0.0))
             if index == len(train.layers) - 1:
-                units = jnp.diagonal(self._unit_coefficient(layer, layer, over_b, 0.0, False))
+                units = jnp.diagonal(block.right.cross(block.right.rows, 0.0))
             total = total + units * jnp.repeat(inputs, layer.num_seeds) / train.num_samples
         return total
-
-    def _unit_coefficient(
-        self,
-        there: DenseSignals,
-        here: DenseSignals,
-        over: float,
-        rho: Array | float,
-        shifted: bool,
-    ) -> Array:
-        """D' (B* + rho)^{-1} D^T, shape (N' S', N S).
-
-        In sample space by Gram matrices alone: at infinite width there are no rows.
-        """
-        if self._in_parameters(here.num_samples * here.num_seeds, here.num_units):
-            flat = here.flat_derivatives()
-            factor = add_diagonal(flat.T @ flat / over, rho)
-            return there.flat_derivatives() @ solve_psd(factor, flat.T, shifted=shifted)
-        gram = add_diagonal(here.derivative_gram(), over * rho)
-        return over * solve_psd(gram, here.derivative_gram(there), shifted=shifted).T
-
-    def _input_coefficient(
-        self,
-        there: DenseSignals,
-        here: DenseSignals,
-        over: float,
-        rho: Array | float,
-        shifted: bool,
-    ) -> Array:
-        """a' (A* + rho)^{-1} a^T, shape (N', N)."""
-        if self._in_parameters(here.num_samples, here.fan_in):
-            inputs = here.augmented_inputs()
-            factor = add_diagonal(inputs.T @ inputs / over, rho)
-            return there.augmented_inputs() @ solve_psd(factor, inputs.T, shifted=shifted)
-        gram = add_diagonal(here.input_gram(), over * rho)
-        return over * solve_psd(gram, here.input_gram(there), shifted=shifted).T
-
-    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
-        """Block-diagonal of the Kronecker products."""
-        blocks = []
-        for index, (layer, rho) in enumerate(
-            zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
-        ):
-            if isinstance(layer, ExplicitSignals):
-                jacobian = layer.to_dense()
-                unit = np.arange(layer.num_params) % layer.num_units
-                block = jacobian.T @ jacobian / layer.num_samples
-                blocks.append(add_diagonal((unit[:, None] == unit) * block, of_block(rho)))
-                continue
-            assert isinstance(layer, (DenseSignals, SharedSignals))
-            overs = self.divisors(signals, index)
-            rho_a, rho_b = self.dampings(layer, rho, overs)
-            groups = [
-                jnp.einsum(
-                    "jk,im->jikm",
-                    add_diagonal(a.T @ a / overs[0], rho_a),
-                    add_diagonal(b.T @ b / overs[1], rho_b),
-                )
-                for a, b in zip(*factor_rows(layer, self.sharing), strict=True)
-            ]
-            # units of group after group within each input
-            eye = jnp.eye(len(groups), dtype=groups[0].dtype)
-            block = jnp.einsum("gjikm,gh->jgikhm", jnp.stack(groups), eye)
-            blocks.append(block.reshape(layer.num_params, layer.num_params))
-        return jax.scipy.linalg.block_diag(*blocks)
 
     def gram_size(self, signals: Signals) -> int:
         """The larger of the two factors, each on the side that ``space`` chooses."""
@@ -365,7 +193,7 @@ class KFAC(KroneckerAverage):
             elif isinstance(layer, ExplicitSignals):
                 pairs = [(signals.size, layer.fan_in)]
             for samples, params in pairs:
-                sides.append(params if self._in_parameters(samples, params) else samples)
+                sides.append(params if in_parameters(self.space, samples, params) else samples)
         return max(sides)
 
     def damping_scale(self, signals: Signals) -> Array:

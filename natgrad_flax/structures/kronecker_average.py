@@ -10,18 +10,17 @@ from jax import Array
 from natgrad_flax.damping import is_zero, of_block, per_layer
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, inverse_psd, symmetric_product
+from natgrad_flax.operators.kronecker import (
+    AffineSignals,
+    factor_rows,
+    grouped,
+    over_groups,
+    ungrouped,
+)
+from natgrad_flax.operators.units import invert_blocks, multiply_blocks, unit_blocks
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
-from natgrad_flax.structures.kronecker import (
-    factor_means,
-    factor_rows,
-    grouped,
-    inverse_groups,
-    num_positions,
-    ungrouped,
-)
-from natgrad_flax.structures.units import invert_blocks, multiply_blocks, unit_blocks
 
 Entry = dict[str, Array]
 
@@ -74,14 +73,14 @@ class KroneckerAverage(AveragedStructure):
             found.append({name: inputs, "units": units, "norms": norms})
         return tuple(found)
 
-    def _row_norms(self, layer: DenseSignals | SharedSignals) -> tuple[Array, Array]:
+    def _row_norms(self, layer: AffineSignals) -> tuple[Array, Array]:
         """Squared norms of the rows of both factors, of all groups together."""
         if isinstance(layer, SharedSignals):
             left, right = layer.rows(self.sharing)
             return jnp.sum(left**2), jnp.sum(right**2)
         return jnp.sum(layer.input_norms()), jnp.sum(layer.derivative_norms())
 
-    def _gram_means(self, layer: DenseSignals | SharedSignals) -> Array:
+    def _gram_means(self, layer: AffineSignals) -> Array:
         """Mean diagonals of the Gram matrices of the rows of both factors, of a over T, (2,)."""
         sum_a, sum_b = self._row_norms(layer)
         positions = num_positions(layer, self.sharing)
@@ -122,11 +121,11 @@ class KroneckerAverage(AveragedStructure):
         return tuple(found)
 
     def apply(
-        self, inverse: tuple[Entry, ...], slope: tuple[LayerUpdate, ...]
+        self, inverse: tuple[Entry, ...], gradient: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:
         """A^{-1} G B^{-1}, group by group."""
         updates = []
-        for entry, g in zip(inverse, slope, strict=True):
+        for entry, g in zip(inverse, gradient, strict=True):
             matrix = matrix_of(g)
             if "blocks" in entry:
                 updates.append(update_like(g, multiply_blocks(entry["blocks"], matrix)))
@@ -187,3 +186,31 @@ def _inputs(entry: Entry) -> Array:
 def _mean_diagonal(factors: Array) -> Array:
     """Of all groups together."""
     return jnp.einsum("gkk->", factors) / float(factors.shape[0] * factors.shape[1])
+
+
+def num_positions(layer: AffineSignals, sharing: Sharing) -> int:
+    """How many rows of A a sample has in each group: T for "expand" of shared weights, else 1."""
+    if isinstance(layer, SharedSignals) and sharing == "expand":
+        return layer.num_positions
+    return 1
+
+
+def factor_means(layer: AffineSignals, sharing: Sharing) -> tuple[Array, Array]:
+    """A = sum a^T a / (N T) and B = sum D^T D / N for each group; means over samples."""
+    left, right = factor_rows(layer, sharing)
+    n = layer.num_samples
+    over = float(n * num_positions(layer, sharing))
+    return _products(left) / over, _products(right) / float(n)
+
+
+def _products(rows: Array) -> Array:
+    return jnp.stack([symmetric_product(group.T) for group in rows])
+
+
+def inverse_groups(factors: Array, rho: Array | float, *, shifted: bool) -> Array:
+    """(A + rho)^{-1} for each of g groups, shape (g, K, K); the pseudo-inverse at the number 0."""
+
+    def group(factor: Array) -> Array:
+        return inverse_psd(add_diagonal(factor, rho), shifted=shifted)
+
+    return over_groups(group, factors)

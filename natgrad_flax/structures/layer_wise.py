@@ -5,38 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from natgrad_flax.arrays import real_array
-from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.linalg import has_full_rank, lu_solve, pinv_solve
-from natgrad_flax.signals import Residual, Signals
-from natgrad_flax.structures.base import (
-    Geometry,
-    Space,
-    Structure,
-    check_space,
-    dual_direction,
-    gradient,
-    has_shared_layers,
-    pull_back_solution,
-    rank_failures,
-    ravel,
-    sample_targets,
-    woodbury,
-)
-from natgrad_flax.structures.coupling import (
-    mix,
-    solve_coupled,
-    solve_in_ranges,
-    solve_tridiagonal,
-    solve_undamped,
-)
-from natgrad_flax.structures.exact import mean_gram_diagonal
+from natgrad_flax.damping import is_zero
+from natgrad_flax.linalg import has_full_rank
+from natgrad_flax.operators.base import Operator, Space, check_space, mean_gram_diagonal
+from natgrad_flax.operators.coupled import Coupled, Solver
+from natgrad_flax.operators.coupling import solve_coupled, solve_tridiagonal
+from natgrad_flax.signals import Signals
+from natgrad_flax.structures.base import Geometry, Structure, has_shared_layers, rank_failures
 
 
 class SingularCouplingWarning(UserWarning):
@@ -63,6 +45,7 @@ class LayerWise(Structure):
     sigma: tuple[tuple[float, ...], ...]
     space: Space = "auto"
     infinite_width = "all"
+    _solver: ClassVar[Solver] = staticmethod(solve_coupled)
 
     def __init__(
         self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto"
@@ -101,56 +84,9 @@ class LayerWise(Structure):
         """Sigma^{-1} 1 (or Sigma^+ 1), the weight of each layer at zero damping, shape (L,)."""
         return np.linalg.pinv(self.coupling(depth), hermitian=True) @ np.ones(depth)
 
-    def _in_parameters(self, signals: Signals) -> bool:
-        if self.space == "auto":
-            return signals.num_params < len(signals.layers) * signals.size
-        return self.space == "parameter"
-
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N; see ``Structure.solve``."""
-        sigma = self.coupling(len(signals.layers))
-        if self._in_parameters(signals):
-            dense = self.to_dense(signals, damping)
-            flat = ravel(gradient(signals, residual))
-            solver = pinv_solve if is_zero(damping) else lu_solve
-            return signals.unravel(solver(dense, flat))
-        shift = signals.num_samples * damping
-        targets = [sample_targets(a, i, residual) for i, a in enumerate(signals.layers)]
-        if residual.coefficients is None:
-            targets = mix(sigma, targets)
-        grams = [layer.gram() for layer in signals.layers]
-        inside = residual.coefficients is not None
-        duals = self._solve_grams(
-            sigma, grams, targets, shift, zero=is_zero(damping), inside=inside
-        )
-        return tuple(
-            layer.pull_back(dual_direction(layer, index, residual, duals[index], shift))
-            for index, layer in enumerate(signals.layers)
-        )
-
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g; see ``Structure.precondition``."""
-        sigma = self.coupling(len(signals.layers))
-        if self._in_parameters(signals):
-            dense = self.to_dense(signals, damping)
-            solver = pinv_solve if is_zero(damping) else lu_solve
-            return signals.unravel(solver(dense, ravel(slope)))
-        shift = signals.num_samples * damping
-        images = [layer.jvp(g).reshape(-1) for layer, g in zip(signals.layers, slope, strict=True)]
-        grams = [layer.gram() for layer in signals.layers]
-        if is_zero(damping):
-            inside = [pinv_solve(k, b) for k, b in zip(grams, images, strict=True)]
-            duals = solve_in_ranges(sigma, grams, inside, 0.0)
-            return tuple(map(pull_back_solution, signals.layers, duals))
-        duals = self._solve_grams(sigma, grams, mix(sigma, images), shift, zero=False, inside=False)
-        return tuple(
-            woodbury(layer, g, dual, shift)
-            for layer, g, dual in zip(signals.layers, slope, duals, strict=True)
-        )
+    def operator(self, signals: Signals) -> Operator:
+        """S^T (Sigma (x) I) S / N."""
+        return Coupled(signals.layers, self.coupling(len(signals.layers)), self.space, self._solver)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """Eq. 16 at zero damping; sum_l K_l(x', x) U_l with damping (science: 3.3)."""
@@ -161,11 +97,8 @@ class LayerWise(Structure):
         self, test: Signals, train: Signals, damping: Array | float, vectors: Array
     ) -> Array:
         """sum_l K_l(x', x) U_l with the k columns of V as right-hand sides."""
-        sigma = self.coupling(len(train.layers))
-        grams = [layer.gram() for layer in train.layers]
-        targets = [vectors] * len(grams)
-        shift = train.num_samples * damping
-        duals = self._solve_grams(sigma, grams, targets, shift, zero=is_zero(damping), inside=True)
+        coupled = Coupled(train.layers, self.coupling(len(train.layers)), solver=self._solver)
+        duals = coupled.solve_duals(vectors, damping)
         parts = [
             there.gram(here) @ dual
             for there, here, dual in zip(test.layers, train.layers, duals, strict=True)
@@ -179,44 +112,9 @@ class LayerWise(Structure):
         alpha = self.weights(len(train.layers)).sum()
         return jnp.full(train.size, alpha, train.outputs.dtype)
 
-    def _solve_grams(
-        self,
-        sigma: np.ndarray,
-        grams: list[Array],
-        targets: list[Array],
-        shift: Array | float,
-        *,
-        zero: bool,
-        inside: bool,
-    ) -> list[Array]:
-        """u with (s I + (Sigma (x) I) blockdiag(K_l)) u = b; at s = 0 the pseudo-inverse's u.
-
-        Args:
-          sigma: the coupling.
-          grams: K_l, L arrays (n, n).
-          targets: b, L arrays (n,) or (n, k); at s = 0 they must all be the same.
-          shift: s = N rho.
-          zero: s is known to be 0.
-          inside: J_l^T u_l are the updates, and not what (g_l - J_l^T u_l) / s makes of them.
-        """
-        if zero:
-            return solve_undamped(sigma, grams, targets[0])
-        return solve_coupled(sigma, grams, targets, shift)
-
-    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
-        """The Hadamard product of J^T J / N with Sigma blown up to parameters, plus rho I."""
-        jacobian = signals.to_dense()
-        owner = np.repeat(
-            np.arange(len(signals.layers)), [layer.num_params for layer in signals.layers]
-        )
-        mask = jnp.asarray(self.coupling(len(signals.layers))[owner][:, owner], jacobian.dtype)
-        dense = mask * (jacobian.T @ jacobian) / signals.num_samples
-        values = jnp.stack([jnp.asarray(v) for v in per_layer(damping, len(signals.layers))])
-        return dense + jnp.diag(values[owner].astype(dense.dtype))
-
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonal of K_l / N over layers."""
-        return jnp.mean(jnp.stack(mean_gram_diagonal(signals)))
+        return jnp.mean(jnp.stack(mean_gram_diagonal(signals.layers)))
 
     def alpha(self, geometry: Geometry) -> float:
         """1^T Sigma^{-1} 1."""
@@ -236,7 +134,7 @@ class LayerWise(Structure):
         sigma = self.coupling(depth)
         if (
             not is_zero(damping)
-            or self._in_parameters(signals)
+            or Coupled(signals.layers, sigma, self.space).in_parameters
             or np.array_equal(sigma, np.eye(depth))
         ):
             return
@@ -259,9 +157,7 @@ class LayerWise(Structure):
 
     def gram_size(self, signals: Signals) -> int:
         """L N S or P."""
-        if self._in_parameters(signals):
-            return signals.num_params
-        return len(signals.layers) * signals.size
+        return Coupled(signals.layers, np.eye(len(signals.layers)), self.space).side
 
 
 class BlockTriDiagonal(LayerWise):
@@ -275,6 +171,8 @@ class BlockTriDiagonal(LayerWise):
     Args:
       space: "sample", "parameter", or "auto".
     """
+
+    _solver = staticmethod(solve_tridiagonal)
 
     def __init__(self, space: Space = "auto") -> None:
         object.__setattr__(self, "sigma", ())
@@ -301,17 +199,3 @@ class BlockTriDiagonal(LayerWise):
                 SingularCouplingWarning,
                 stacklevel=4,
             )
-
-    def _solve_grams(
-        self,
-        sigma: np.ndarray,
-        grams: list[Array],
-        targets: list[Array],
-        shift: Array | float,
-        *,
-        zero: bool,
-        inside: bool,
-    ) -> list[Array]:
-        if zero:
-            return solve_undamped(sigma, grams, targets[0])
-        return solve_tridiagonal(grams, targets, shift, refine=not inside)

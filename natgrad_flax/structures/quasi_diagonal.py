@@ -11,20 +11,21 @@ from jax import Array
 
 from natgrad_flax.damping import per_layer
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
-from natgrad_flax.linalg import rank_cutoff, reciprocal
+from natgrad_flax.linalg import eigvalsh, rank_cutoff, reciprocal
+from natgrad_flax.operators.base import Blocks, Operator, ravel
+from natgrad_flax.operators.entries import Entries, divide
+from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.shared_signals import SharedSignals
-from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import (
     Geometry,
     coefficient_by_columns,
     dense_layer,
-    gradient,
     has_shared_layers,
 )
 from natgrad_flax.structures.diagonal import (
     Diagonal,
-    divide,
     layer_diagonal,
     mean_squares,
     no_alpha,
@@ -45,24 +46,15 @@ class QuasiDiagonal(AveragedStructure):
 
     cheap_inverse = True
 
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N, with the gradient of centred inputs; see ``Structure.solve``."""
-        layers = tuple(_centred(layer)[0] for layer in signals.layers)
-        slope = gradient(Signals(layers, signals.outputs), residual)
-        inverse = self.invert(self.moments(signals), damping, signals.num_samples)
-        return tuple(
-            _solve_units(entries, g, centred=True)
-            for entries, g in zip(inverse, slope, strict=True)
+    def operator(self, signals: Signals) -> Blocks:
+        """The metric of every layer, the diagonal where it has no bias."""
+        pairs = zip(signals.layers, self.latest(signals), strict=True)
+        return Blocks(
+            tuple(
+                BiasAndDiagonal(layer, found) if "mixed" in found else Entries(layer, found)
+                for layer, found in pairs
+            )
         )
-
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g; see ``Structure.precondition``."""
-        moments = self.moments(signals)
-        return self.apply(self.invert(moments, damping, signals.num_samples), slope)
 
     def statistics(self, signals: Signals) -> tuple[LayerUpdate, ...]:
         """The diagonal of F, and with a bias its products with the weights, "mixed" (K, M)."""
@@ -92,12 +84,12 @@ class QuasiDiagonal(AveragedStructure):
         )
 
     def apply(
-        self, inverse: tuple[LayerUpdate, ...], slope: tuple[LayerUpdate, ...]
+        self, inverse: tuple[LayerUpdate, ...], gradient: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:
         """The metric solved unit by unit: weights first, then what they leave of the bias."""
         return tuple(
             _solve_units(entries, g, centred=False)
-            for entries, g in zip(inverse, slope, strict=True)
+            for entries, g in zip(inverse, gradient, strict=True)
         )
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
@@ -139,23 +131,6 @@ class QuasiDiagonal(AveragedStructure):
             total = total + sum_over_units(there, here, rows, kernel) / train.num_samples
         return total
 
-    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
-        """The metric of every unit, in the order of ``Signals.to_dense``."""
-        blocks = []
-        inverse = self.invert(self.moments(signals), damping, signals.num_samples)
-        for layer, entries in zip(signals.layers, inverse, strict=True):
-            if layer.bias_scale is None:
-                blocks.append(jnp.diag(entries["kernel"].reshape(-1)))
-                continue
-            row = jnp.concatenate([entries["ratio"], jnp.ones((1, layer.num_units))])
-            unit = jnp.einsum("ji,ki,i->jki", row, row, entries["bias"])
-            rest = jnp.concatenate([entries["kernel"], jnp.zeros((1, layer.num_units))])
-            unit = unit + jnp.einsum("jk,ji->jki", jnp.eye(layer.fan_in), rest)
-            eye = jnp.eye(layer.num_units, dtype=unit.dtype)
-            block = jnp.einsum("jki,im->jikm", unit, eye)
-            blocks.append(block.reshape(layer.num_params, layer.num_params))
-        return jax.scipy.linalg.block_diag(*blocks)
-
     def gram_size(self, signals: Signals) -> int:
         """0: it is inverted in 2 x 2 systems, one an entry."""
         return 0
@@ -175,6 +150,95 @@ class QuasiDiagonal(AveragedStructure):
     def failed_conditions(self, geometry: Geometry) -> list[str]:
         """None: nothing is assumed."""
         return []
+
+
+@dataclass(frozen=True)
+class BiasAndDiagonal(Operator):
+    """M_0 M_0^T / M_00 + diag(0, M_jj - M_0j^2 / M_00) of every unit of a layer with a bias.
+
+    A damping is added to M.
+
+    Attributes:
+      layer: the signals.
+      moments: M_00, M_0j and M_jj as ``QuasiDiagonal.latest`` returns them.
+    """
+
+    layer: LayerSignals
+    moments: LayerUpdate
+
+    @property
+    def num_params(self) -> int:
+        """P of the layer."""
+        return self.layer.num_params
+
+    def damped(self, damping: Array | float) -> LayerUpdate:
+        """What solves the metric."""
+        return _damped_entries(self.moments, damping, self.layer.num_samples)
+
+    def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
+        """See ``Operator.solve``; of a residual with the gradient of centred inputs."""
+        entries = self.damped(damping)
+        centred = isinstance(gradient, Residual)
+        layer = _centred(self.layer)[0] if centred else self.layer
+        (g,) = gradient.vector((layer,))
+        return (_solve_units(entries, g, centred=centred),)
+
+    def matvec(self, vector: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
+        """See ``Operator.matvec``."""
+        entries, (u,) = self.damped(0.0), vector
+        shared = entries["bias"] * (jnp.sum(entries["ratio"] * u["kernel"], axis=0) + u["bias"])
+        kernel = entries["ratio"] * shared + entries["kernel"] * u["kernel"]
+        return ({"kernel": kernel, "bias": shared},)
+
+    def diagonal(self) -> tuple[LayerUpdate, ...]:
+        """See ``Operator.diagonal``."""
+        entries = self.damped(0.0)
+        kernel = entries["bias"] * entries["ratio"] ** 2 + entries["kernel"]
+        return ({"kernel": kernel, "bias": entries["bias"]},)
+
+    def trace(self) -> Array:
+        """See ``Operator.trace``."""
+        return jnp.sum(ravel(self.diagonal()))
+
+    def eigenvalues(self) -> Array:
+        """Of all units, one after the other."""
+        return self._eigenvalues(0.0)
+
+    def _eigenvalues(self, damping: Array | float) -> Array:
+        return jax.lax.map(eigvalsh, jnp.moveaxis(self._units(damping), 2, 0)).reshape(-1)
+
+    def extremes(self, damping: Array | float) -> tuple[Array, Array]:
+        """See ``Operator.extremes``."""
+        values = self._eigenvalues(damping)
+        return jnp.min(values), jnp.max(values)
+
+    def logdet(self, damping: Array | float) -> Array:
+        """Of every unit M_00 and what is left of M_jj: the determinant of the metric."""
+        entries = self.damped(damping)
+        return jnp.sum(jnp.log(entries["bias"])) + jnp.sum(jnp.log(entries["kernel"]))
+
+    def sample(self, key: Array, damping: Array | float) -> tuple[LayerUpdate, ...]:
+        """See ``Operator.sample``."""
+        entries, keys = self.damped(damping), jax.random.split(key)
+        corner, kernel = entries["bias"], entries["kernel"]
+        shared = jnp.sqrt(corner) * jax.random.normal(keys[0], corner.shape, corner.dtype)
+        apart = jnp.sqrt(kernel) * jax.random.normal(keys[1], kernel.shape, kernel.dtype)
+        return ({"kernel": entries["ratio"] * shared + apart, "bias": shared},)
+
+    def _units(self, damping: Array | float) -> Array:
+        """The metric of every unit, shape (fan_in, fan_in, M)."""
+        entries, layer = self.damped(damping), self.layer
+        row = jnp.concatenate([entries["ratio"], jnp.ones((1, layer.num_units))])
+        unit = jnp.einsum("ji,ki,i->jki", row, row, entries["bias"])
+        rest = jnp.concatenate([entries["kernel"], jnp.zeros((1, layer.num_units))])
+        return unit + jnp.einsum("jk,ji->jki", jnp.eye(layer.fan_in), rest)
+
+    def to_dense(self, damping: Array | float = 0.0) -> Array:
+        """See ``Operator.to_dense``."""
+        unit = self._units(damping)
+        eye = jnp.eye(self.layer.num_units, dtype=unit.dtype)
+        block = jnp.einsum("jki,im->jikm", unit, eye)
+        return block.reshape(self.layer.num_params, self.layer.num_params)
 
 
 def _bias_products(layer: LayerSignals) -> Array:
@@ -250,11 +314,11 @@ def _damped_entries(entry: LayerUpdate, rho: Array | float, num_samples: int) ->
     }
 
 
-def _solve_units(entries: LayerUpdate, slope: LayerUpdate, *, centred: bool) -> LayerUpdate:
-    """The metric of one layer solved, for a slope of its inputs or of the centred ones."""
-    if "bias" not in slope:
-        return {"kernel": divide(slope["kernel"], entries["kernel"])}
-    taken = entries["near" if centred else "ratio"] * slope["bias"]
-    kernel = divide(slope["kernel"] - taken, entries["kernel"])
+def _solve_units(entries: LayerUpdate, gradient: LayerUpdate, *, centred: bool) -> LayerUpdate:
+    """The metric of one layer solved, for a gradient of its inputs or of the centred ones."""
+    if "bias" not in gradient:
+        return {"kernel": divide(gradient["kernel"], entries["kernel"])}
+    taken = entries["near" if centred else "ratio"] * gradient["bias"]
+    kernel = divide(gradient["kernel"] - taken, entries["kernel"])
     shared = jnp.sum(entries["ratio"] * kernel, axis=0)
-    return {"kernel": kernel, "bias": divide(slope["bias"], entries["bias"]) - shared}
+    return {"kernel": kernel, "bias": divide(gradient["bias"], entries["bias"]) - shared}

@@ -6,26 +6,32 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
-from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, solve_psd
-from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, psd_eigenvalues, solve_psd
+from natgrad_flax.operators.base import (
+    Blocks,
+    Space,
+    add,
+    check_space,
+    mean_gram_diagonal,
+    noise,
+)
+from natgrad_flax.operators.entries import divide
+from natgrad_flax.operators.gradient import Gradient, Residual
+from natgrad_flax.operators.units import UnitBlocks, solve_block
+from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.base import (
     Geometry,
-    Space,
     Structure,
-    check_space,
     coefficient_by_columns,
     dense_layer,
     has_shared_layers,
 )
-from natgrad_flax.structures.diagonal import divide, sum_over_units
-from natgrad_flax.structures.exact import mean_gram_diagonal
-from natgrad_flax.structures.units import solve_block, solve_units
+from natgrad_flax.structures.diagonal import sum_over_units
 
 
 @dataclass(frozen=True)
@@ -52,60 +58,16 @@ class UnitWise(Structure):
     def __post_init__(self) -> None:
         check_space(self.space)
 
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} J^T r / N; see ``Structure.solve``."""
-        updates = []
-        for index, (layer, rho) in enumerate(
-            zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
-        ):
-            direction = residual.direction(layer, index)
-            if not isinstance(layer, DenseSignals):
-                slope = matrix_of(layer.pull_back(direction / signals.num_samples))
-                solved = solve_units(
-                    layer.jacobian(),
-                    slope,
-                    rho,
-                    coefficients=residual.coefficients,
-                    space=self.space,
-                )
-                updates.append(layer.update(solved))
-                continue
-            # the solves in sample space run several times as fast as those in parameter space
-            small = 2 * layer.fan_in < layer.num_samples if self.space == "auto" else False
-            if small or self.space == "parameter":
-                slope = matrix_of(layer.pull_back(direction / signals.num_samples))
-                updates.append(_in_parameters(layer, slope, rho))
-            elif is_zero(damping):
-                updates.append(layer.pull_back(_undamped(layer, direction)))
-            else:
-                shift = signals.num_samples * rho
-                inside = residual.coefficients is not None
-                updates.append(layer.pull_back(_damped(layer, direction, shift, inside)))
-        return tuple(updates)
-
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g; see ``Structure.precondition``."""
-        updates = []
-        for layer, g, rho in zip(
-            signals.layers, slope, per_layer(damping, len(signals.layers)), strict=True
-        ):
-            if not isinstance(layer, DenseSignals):
-                solved = solve_units(layer.jacobian(), matrix_of(g), rho, space=self.space)
-                updates.append(layer.update(solved))
-            elif is_zero(rho) or self.space == "parameter" or 2 * layer.fan_in < layer.num_samples:
-                updates.append(_in_parameters(layer, matrix_of(g), rho))
-            else:
-                shift = signals.num_samples * rho
-                root = jnp.sqrt(_weights(layer))
-                image = root * layer.push_forward(g)
-                dual = solve_units_of_gram(layer.input_gram(), root, shift, image)
-                back = layer.pull_back(root * dual)
-                updates.append(jax.tree.map(lambda a, b, rho=rho: (a - b) / rho, g, back))
-        return tuple(updates)
+    def operator(self, signals: Signals) -> Blocks:
+        """The Fisher blocks of all units, layer by layer."""
+        return Blocks(
+            tuple(
+                DenseUnits(layer, self.space)
+                if isinstance(layer, DenseSignals)
+                else UnitBlocks(layer, self.space)
+                for layer in signals.layers
+            )
+        )
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_i D'_i (a' (F_i + rho)^{-1} a^T) D_i^T / N, unit after unit."""
@@ -144,29 +106,10 @@ class UnitWise(Structure):
             total = total + sum_over_units(there, here, (roots,), kernel)
         return total
 
-    def to_dense(self, signals: Signals, damping: Array | float = 0.0) -> Array:
-        """J^T J / N between parameters of the same unit, plus rho I."""
-        jacobian = signals.to_dense()
-        first, owner = 0, []
-        for layer in signals.layers:
-            owner.append(first + np.tile(np.arange(layer.num_units), layer.fan_in))
-            first += layer.num_units
-        unit = np.concatenate(owner)
-        mask = jnp.asarray(unit[:, None] == unit[None, :], jacobian.dtype)
-        rhos = jnp.concatenate(
-            [
-                jnp.full(layer.num_params, rho, jacobian.dtype)
-                for layer, rho in zip(
-                    signals.layers, per_layer(damping, len(signals.layers)), strict=True
-                )
-            ]
-        )
-        return mask * (jacobian.T @ jacobian) / signals.num_samples + jnp.diag(rhos)
-
     def damping_scale(self, signals: Signals) -> Array:
         """Mean over units of the mean diagonal of their Gram matrices, over N, shape (L,)."""
         units = [layer.num_units for layer in signals.layers]
-        means = jnp.stack(mean_gram_diagonal(signals))
+        means = jnp.stack(mean_gram_diagonal(signals.layers))
         return means / jnp.asarray(units, means.dtype)
 
     def alpha(self, geometry: Geometry) -> float:
@@ -195,6 +138,57 @@ class UnitWise(Structure):
     def gram_size(self, signals: Signals) -> int:
         """N: the units are solved in chunks of N x N systems."""
         return signals.num_samples
+
+
+@dataclass(frozen=True)
+class DenseUnits(UnitBlocks):
+    """As ``UnitBlocks``, of inputs that all units of a layer share."""
+
+    layer: DenseSignals
+
+    def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
+        """See ``Operator.solve``."""
+        layer, n, zero = self.layer, self.layer.num_samples, is_zero(damping)
+        # the solves in sample space run several times as fast as those in parameter space
+        small = 2 * layer.fan_in < n if self.space == "auto" else self.space == "parameter"
+        residual = gradient if isinstance(gradient, Residual) else None
+        if small or (zero and residual is None):
+            (g,) = gradient.vector((layer,))
+            return (_in_parameters(layer, matrix_of(g), damping),)
+        if residual is not None:
+            direction = residual.direction(layer, 0)
+            if zero:
+                return (layer.pull_back(_undamped(layer, direction)),)
+            inside = residual.coefficients is not None
+            return (layer.pull_back(_damped(layer, direction, n * damping, inside)),)
+        (g,) = gradient.vector((layer,))
+        root = jnp.sqrt(_weights(layer))
+        image = root * layer.push_forward(g)
+        dual = solve_units_of_gram(layer.input_gram(), root, n * damping, image)
+        back = layer.pull_back(root * dual)
+        return (jax.tree.map(lambda a, b: (a - b) / damping, g, back),)
+
+    def eigenvalues(self) -> Array:
+        """Of all units, one after the other; of the smaller of block and Gram matrix."""
+        layer, roots = self.layer, jnp.sqrt(_weights(self.layer) / self.layer.num_samples)
+        if layer.fan_in < layer.num_samples:
+            inputs = layer.augmented_inputs()
+            blocks = lambda root: (root[:, None] * inputs).T @ (root[:, None] * inputs)  # noqa: E731
+        else:
+            gram = layer.input_gram()
+            blocks = lambda root: root[:, None] * gram * root  # noqa: E731
+        return jax.lax.map(lambda root: psd_eigenvalues(blocks(root)), roots.T).reshape(-1)
+
+    def sample(self, key: Array, damping: Array | float) -> tuple[LayerUpdate, ...]:
+        """See ``Operator.sample``."""
+        keys, roots = jax.random.split(key), jnp.sqrt(_weights(self.layer) / self.layer.num_samples)
+        draw = roots * jax.random.normal(keys[0], roots.shape, roots.dtype)
+        return add((self.layer.pull_back(draw),), noise(keys[1], (self.layer,), damping))
+
+    def matvec(self, vector: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
+        """See ``Operator.matvec``."""
+        moved = self.layer.push_forward(vector[0]) / self.layer.num_samples
+        return (self.layer.pull_back(_weights(self.layer) * moved),)
 
 
 def _weights(layer: DenseSignals) -> Array:
@@ -230,7 +224,7 @@ def solve_units_of_gram(gram: Array, root: Array, shift: Array | float, rhs: Arr
     )
 
 
-def _in_parameters(layer: DenseSignals, slope: Array, rho: Array | float) -> LayerUpdate:
+def _in_parameters(layer: DenseSignals, gradient: Array, rho: Array | float) -> LayerUpdate:
     """(a^T S_i a / N + rho)^{-1} g_i, unit after unit, for g of shape (fan_in, M)."""
     inputs = layer.augmented_inputs()
 
@@ -239,7 +233,7 @@ def _in_parameters(layer: DenseSignals, slope: Array, rho: Array | float) -> Lay
         return solve_block(root[:, None] * inputs, target, rho)
 
     roots = jnp.sqrt(_weights(layer) / layer.num_samples)
-    solved = jax.lax.map(unit, (roots.T, slope.T))
+    solved = jax.lax.map(unit, (roots.T, gradient.T))
     return layer.update(solved.T)
 
 

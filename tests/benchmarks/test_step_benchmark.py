@@ -12,10 +12,11 @@ from flax import nnx
 import natgrad_flax as ng
 from benchmarks import answers, networks, programs, step
 from benchmarks.problems import LINES, STRUCTURES, Case, Entry, Line, make_problem
-from natgrad_flax.fisher import fisher_signals
+from natgrad_flax.fisher_kinds import fisher_signals
 from natgrad_flax.gradient import resolve_damping
 from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.operators.gradient import Residual
+from natgrad_flax.signals import Signals
 from natgrad_flax.structures.base import gradient, ravel
 from ntk_analysis.gradient_descent import GradientDescent
 

@@ -14,9 +14,9 @@ from flax import nnx
 import natgrad_flax as ng
 from natgrad_flax.damping import per_layer, warn_of_rounding
 from natgrad_flax.linalg import pinv_solve, solve_psd
+from natgrad_flax.operators.coupling import solve_in_ranges, solve_undamped
+from natgrad_flax.operators.least_squares import least_squares, normal_solve
 from natgrad_flax.structures.base import ravel
-from natgrad_flax.structures.coupling import solve_in_ranges, solve_undamped
-from natgrad_flax.structures.least_squares import least_squares, normal_solve
 
 MODEL = ng.MLP((3, 4, 2), rngs=nnx.Rngs(0))
 X, Y = jnp.linspace(-1, 1, 15).reshape(5, 3), jnp.ones((5, 2))

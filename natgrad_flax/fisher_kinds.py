@@ -19,9 +19,10 @@ from natgrad_flax.arrays import batch_size
 from natgrad_flax.capture import linearise
 from natgrad_flax.damping import is_zero
 from natgrad_flax.losses import Loss
+from natgrad_flax.operators.gradient import Residual
 from natgrad_flax.parts import in_parts
 from natgrad_flax.scalars import check_integer
-from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.signals import Signals
 
 FisherKind = Literal["exact", "mc", "empirical"]
 FISHER_KINDS: tuple[str, ...] = get_args(FisherKind)

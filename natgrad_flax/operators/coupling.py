@@ -29,9 +29,15 @@ def mix(sigma: np.ndarray, targets: list[Array]) -> list[Array]:
 
 
 def solve_coupled(
-    sigma: np.ndarray, grams: list[Array], targets: list[Array], shift: Array | float
+    sigma: np.ndarray,
+    grams: list[Array],
+    targets: list[Array],
+    shift: Array | float,
+    *,
+    refine: bool = False,
 ) -> list[Array]:
     """One factorisation of the whole L n x L n system: Cholesky for a definite Sigma, else LU."""
+    del refine
     depth, n = len(grams), grams[0].shape[0]
     if np.linalg.eigvalsh(sigma)[0] > 0:
         inverse = np.linalg.inv(sigma)
@@ -49,7 +55,12 @@ def solve_coupled(
 
 
 def solve_tridiagonal(
-    grams: list[Array], targets: list[Array], shift: Array | float, *, refine: bool
+    sigma: np.ndarray,
+    grams: list[Array],
+    targets: list[Array],
+    shift: Array | float,
+    *,
+    refine: bool,
 ) -> list[Array]:
     """The damped tri-diagonal system by odd-even elimination (science: 3.3).
 
@@ -60,6 +71,7 @@ def solve_tridiagonal(
     in the ranges of the layers.
 
     Args:
+      sigma: the tri-diagonal coupling.
       grams: K_l, L arrays (n, n).
       targets: b, L arrays (n,) or (n, k).
       shift: s.
@@ -73,8 +85,6 @@ def solve_tridiagonal(
             for i, (target, dual) in enumerate(zip(targets, duals, strict=True))
         ]
         duals = [dual + more for dual, more in zip(duals, eliminated(left), strict=True)]
-    depth = len(grams)
-    sigma = np.eye(depth) + np.eye(depth, k=1) + np.eye(depth, k=-1)
     return jax.lax.cond(
         jnp.all(jnp.isfinite(jnp.stack(duals))),
         lambda: duals,
@@ -163,19 +173,30 @@ def solve_in_ranges(
     With J_l = U s V^T it is u = U s^{-1} (M + N rho)^+ s U^T b, M = s U^T (Sigma (x) I) U s: one
     eigendecomposition a layer, and one of the whole L n x L n system.
     """
-    spectra = [eigh(gram) for gram in grams]
-    roots = [jnp.sqrt(jnp.maximum(above_rounding(values), 0)) for values, _ in spectra]
-    halves = [vectors * root for (_, vectors), root in zip(spectra, roots, strict=True)]
+    inside, halves, spectra = coupled_gram(sigma, grams)
+    inner = jnp.concatenate([a.T @ b for a, b in zip(halves, targets, strict=True)])
+    parts = jnp.split(pinv_solve(add_diagonal(inside, shift), inner), len(grams))
+    return [
+        (vectors * reciprocal(root)) @ part
+        for (root, vectors), part in zip(spectra, parts, strict=True)
+    ]
+
+
+def coupled_gram(
+    sigma: np.ndarray, grams: list[Array]
+) -> tuple[Array, list[Array], list[tuple[Array, Array]]]:
+    """M = s U^T (Sigma (x) I) U s, whose eigenvalues but zeros are those of N G, shape (L n, L n).
+
+    Also U_l s_l of every layer, and the pairs s_l, U_l: J_l = U_l s_l V_l^T.
+    """
+    decomposed = [eigh(gram) for gram in grams]
+    spectra = [(jnp.sqrt(jnp.maximum(above_rounding(a), 0)), u) for a, u in decomposed]
+    halves = [vectors * root for root, vectors in spectra]
     rows = [
         jnp.concatenate([c * (a.T @ b) for c, b in zip(row, halves, strict=True)], axis=1)
         for row, a in zip(sigma.tolist(), halves, strict=True)
     ]
-    inner = jnp.concatenate([a.T @ b for a, b in zip(halves, targets, strict=True)])
-    parts = jnp.split(pinv_solve(add_diagonal(jnp.concatenate(rows), shift), inner), len(grams))
-    return [
-        (vectors * reciprocal(root)) @ part
-        for (_, vectors), root, part in zip(spectra, roots, parts, strict=True)
-    ]
+    return jnp.concatenate(rows), halves, spectra
 
 
 def _is_regular(sigma: np.ndarray) -> bool:
@@ -193,8 +214,8 @@ def _minimum_norm(sigma: np.ndarray, grams: list[Array], duals: list[Array]) -> 
     active = [i for i in range(len(grams)) if abs(null[i]) > 1e-9]
     inverses = {i: inverse_psd(grams[i], shifted=False) for i in active}
     metric = sum(null[i] ** 2 * inverses[i] for i in active)
-    slope = -sum(null[i] * duals[i] for i in active)
-    step = solve_psd(jnp.asarray(metric), jnp.asarray(slope), shifted=False)
+    target = -sum(null[i] * duals[i] for i in active)
+    step = solve_psd(jnp.asarray(metric), jnp.asarray(target), shifted=False)
     return [
         dual + null[i] * (inverses[i] @ step) if i in inverses else dual
         for i, dual in enumerate(duals)

@@ -1,0 +1,1 @@
+"""Matrices on the parameters of layers, known by their products and solves."""

@@ -1,0 +1,211 @@
+"""One factor A = r^T r / d of a Kronecker product, from its rows r."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from natgrad_flax.damping import is_zero
+from natgrad_flax.layer_signals import matrix_of
+from natgrad_flax.linalg import (
+    add_diagonal,
+    eigh,
+    inverse_psd,
+    psd_eigenvalues,
+    solve_psd,
+    symmetric_product,
+)
+from natgrad_flax.operators.base import Space, in_parameters
+from natgrad_flax.operators.least_squares import least_squares, normal_solve
+from natgrad_flax.signals import DenseSignals
+
+
+class Rows(Protocol):
+    """A matrix r (R, P) by its products; at infinite width only Gram matrices are known."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, P)."""
+
+    def array(self) -> Array:
+        """r itself."""
+
+    def gram(self, other: Any = None) -> Array:
+        """r r'^T, shape (R, R')."""
+
+    def transposed_times(self, matrix: Array) -> Array:
+        """r^T c for c (R, k), shape (P, k)."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=[])
+@dataclass(frozen=True)
+class ArrayRows:
+    """Rows that are held."""
+
+    rows: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, P)."""
+        rows, params = self.rows.shape
+        return rows, params
+
+    def array(self) -> Array:
+        """r."""
+        return self.rows
+
+    def gram(self, other: ArrayRows | None = None) -> Array:
+        """r r'^T."""
+        return symmetric_product(self.rows) if other is None else self.rows @ other.rows.T
+
+    def transposed_times(self, matrix: Array) -> Array:
+        """r^T c."""
+        return self.rows.T @ matrix
+
+
+@dataclass(frozen=True)
+class InputRows:
+    """The inputs of a layer, one row a sample; the column of the bias is not held."""
+
+    layer: DenseSignals
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, fan_in)."""
+        return self.layer.num_samples, self.layer.fan_in
+
+    def array(self) -> Array:
+        """a, shape (N, fan_in)."""
+        return self.layer.augmented_inputs()
+
+    def gram(self, other: InputRows | None = None) -> Array:
+        """a a'^T."""
+        return self.layer.input_gram(None if other is None else other.layer)
+
+    def transposed_times(self, matrix: Array) -> Array:
+        """a^T c."""
+        return matrix_of(self.layer.pull_back(matrix))
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """The derivatives of the outputs with respect to the units, one row a sample and seed."""
+
+    layer: DenseSignals
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N S, M)."""
+        return self.layer.num_samples * self.layer.num_seeds, self.layer.num_units
+
+    def array(self) -> Array:
+        """D, shape (N S, M)."""
+        return self.layer.flat_derivatives()
+
+    def gram(self, other: UnitRows | None = None) -> Array:
+        """D D'^T."""
+        return self.layer.derivative_gram(None if other is None else other.layer)
+
+    def transposed_times(self, matrix: Array) -> Array:
+        """D^T c."""
+        return self.array().T @ matrix
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["divisor", "space"])
+@dataclass(frozen=True)
+class Factor:
+    """A = r^T r / d, solved with on the smaller side.
+
+    Attributes:
+      rows: r, shape (R, P).
+      divisor: d.
+      space: "sample" for (R, R) systems, "parameter" for (P, P), "auto" for the smaller.
+    """
+
+    rows: Any
+    divisor: float
+    space: Space = "auto"
+
+    @property
+    def in_parameters(self) -> bool:
+        """Whether systems are (P, P)."""
+        return in_parameters(self.space, *self.rows.shape)
+
+    @property
+    def side(self) -> int:
+        """Of the systems that are solved."""
+        return self.rows.shape[self.in_parameters]
+
+    def to_dense(self, damping: Array | float = 0.0) -> Array:
+        """A + rho, shape (P, P)."""
+        return add_diagonal(symmetric_product(self.rows.array().T) / self.divisor, damping)
+
+    def system(self, damping: Array | float) -> Array:
+        """What is factorised: A + rho, or r r^T + d rho."""
+        if self.in_parameters:
+            return self.to_dense(damping)
+        return add_diagonal(self.rows.gram(), self.divisor * damping)
+
+    def solve(self, target: Array, damping: Array | float) -> Array:
+        """(A + rho)^{-1} G for any G of shape (P, k)."""
+        if is_zero(damping):
+            return normal_solve(self.rows.array(), self.divisor * target)
+        if self.in_parameters:
+            return solve_psd(self.system(damping), target, shifted=True)
+        dual = self._dual(damping, target.shape[1])(self.rows.array() @ target)
+        return (target - self.rows.transposed_times(dual)) / damping
+
+    def solve_range(self, coefficients: Array, damping: Array | float) -> Array:
+        """(A + rho)^{-1} r^T C for C of shape (R, k), without a division by rho."""
+        if not self.in_parameters:
+            dual = self._dual(damping, coefficients.shape[1])(self.divisor * coefficients)
+            return self.rows.transposed_times(dual)
+        if is_zero(damping):
+            return self.divisor * least_squares(self.rows.array(), coefficients)
+        target = self.rows.transposed_times(coefficients)
+        return solve_psd(self.system(damping), target, shifted=True)
+
+    def _dual(self, damping: Array | float, columns: int) -> Callable[[Array], Array]:
+        """Solves in sample space; an explicit inverse leaves one product with wide sides."""
+        system, shifted = self.system(damping), not is_zero(damping)
+        if columns < len(system):
+            return lambda target: solve_psd(system, target, shifted=shifted)
+        inverse = inverse_psd(system, shifted=shifted)
+        return lambda target: inverse @ target
+
+    def cross(self, test: Rows, damping: Array | float) -> Array:
+        """r' (A + rho)^{-1} r^T, shape (R', R); in sample space by Gram matrices alone."""
+        system, shifted = self.system(damping), not is_zero(damping)
+        if self.in_parameters:
+            return test.array() @ solve_psd(system, self.rows.array().T, shifted=shifted)
+        return self.divisor * solve_psd(system, self.rows.gram(test), shifted=shifted).T
+
+    def root(self, damping: Array | float) -> Array:
+        """The symmetric square root of A + rho, shape (P, P)."""
+        values, vectors = eigh(self.to_dense())
+        return vectors * jnp.sqrt(jnp.maximum(values, 0) + damping) @ vectors.T
+
+    def logdet(self, damping: Array | float) -> Array:
+        """log det(A + rho), shape ()."""
+        values = self.eigenvalues()
+        rest = self.rows.shape[1] - len(values)
+        total = jnp.sum(jnp.log(values + damping))
+        return total + rest * jnp.log(damping) if rest else total
+
+    def extremes(self, damping: Array | float) -> tuple[Array, Array]:
+        """The smallest and the largest eigenvalue of A + rho."""
+        values = self.eigenvalues()
+        low = jnp.min(values) if len(values) == self.rows.shape[1] else 0.0
+        return low + damping, jnp.max(values) + damping
+
+    def eigenvalues(self) -> Array:
+        """Of A, those that may be other than zero."""
+        if self.rows.shape[1] < self.rows.shape[0]:
+            return psd_eigenvalues(self.to_dense())
+        return psd_eigenvalues(self.rows.gram() / self.divisor)

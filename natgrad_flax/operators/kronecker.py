@@ -1,0 +1,226 @@
+"""Kronecker products of two factors, for an affine layer or for each group of its units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from natgrad_flax.damping import is_zero
+from natgrad_flax.layer_signals import LayerUpdate, matrix_of
+from natgrad_flax.linalg import inverse_psd
+from natgrad_flax.operators.base import Operator, Space
+from natgrad_flax.operators.factor import ArrayRows, Factor, InputRows, UnitRows
+from natgrad_flax.operators.gradient import Gradient, Residual
+from natgrad_flax.shared_signals import SharedSignals, Sharing
+from natgrad_flax.signals import DenseSignals, expand_samples
+
+AffineSignals = DenseSignals | SharedSignals
+"""Signals of an affine layer, which has Kronecker factors."""
+
+Dampings = tuple[Array | float, Array | float]
+"""What is added to A and to B."""
+
+
+def factor_rows(layer: AffineSignals, sharing: Sharing) -> tuple[Array, Array]:
+    """Rows of A and B for each group, (G, R, fan_in) and (G, R', M/G)."""
+    if isinstance(layer, SharedSignals):
+        return layer.rows(sharing)
+    return layer.augmented_inputs()[None], layer.flat_derivatives()[None]
+
+
+@dataclass(frozen=True)
+class Kronecker(Operator):
+    """A (x) B of an affine layer, for each group of units; (A + rho_A) (x) (B + rho_B) damped.
+
+    Attributes:
+      layer: the signals.
+      left: A; of shared weights with the rows of all groups, (G, R, fan_in).
+      right: B, likewise.
+      split: from a damping to what is added to both factors.
+    """
+
+    layer: AffineSignals
+    left: Factor
+    right: Factor
+    split: Callable[[Array | float], Dampings]
+
+    @classmethod
+    def of(
+        cls,
+        layer: AffineSignals,
+        sharing: Sharing,
+        divisors: tuple[float, float],
+        space: Space,
+        split: Callable[[Array | float], Dampings],
+    ) -> Kronecker:
+        """The factors of a layer.
+
+        Args:
+          layer: the signals.
+          sharing: how positions that share weights are counted.
+          divisors: of A and of B.
+          space: of the solves.
+          split: as the attribute.
+        """
+        sides: tuple[Any, Any] = InputRows(layer), UnitRows(layer)  # type: ignore[arg-type]
+        if isinstance(layer, SharedSignals):
+            left, right = layer.rows(sharing)
+            sides = ArrayRows(left), ArrayRows(right)
+        a, b = (Factor(rows, over, space) for rows, over in zip(sides, divisors, strict=True))
+        return cls(layer, a, b, split)
+
+    @property
+    def num_params(self) -> int:
+        """P of the layer."""
+        return self.layer.num_params
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.layer.num_groups if isinstance(self.layer, SharedSignals) else 1
+
+    def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
+        """A^{-1} G B^{-1}."""
+        by_a, by_b = self.split(damping)
+        if isinstance(gradient, Residual) and isinstance(self.layer, DenseSignals):
+            half = self._solve_units(gradient, by_b) / self.layer.num_samples
+            return (self.layer.update(self.left.solve_range(half, by_a)),)
+
+        def group(left: Factor, right: Factor, matrix: Array) -> Array:
+            return right.solve(left.solve(matrix, by_a).T, by_b).T
+
+        (g,) = gradient.vector((self.layer,))
+        return (self.layer.update(self._over_groups(group, matrix_of(g))),)
+
+    def _solve_units(self, residual: Residual, damping: Array | float) -> Array:
+        """r^T D (B + rho)^{-1} sample by sample, shape (N, M)."""
+        right, w = self.right, residual.coefficients
+        flat = right.rows.array()
+        if right.in_parameters or w is None:
+            direction = residual.direction(self.layer, 0)
+            return right.solve(direction.T, damping).T
+        n, s = w.shape
+        inverse = inverse_psd(right.system(damping), shifted=not is_zero(damping))
+        rows = jnp.einsum("ns,nsm->nm", w, inverse.reshape(n, s, n * s))
+        return right.divisor * rows @ flat
+
+    def _over_groups(self, function: Callable[..., Array], matrix: Array) -> Array:
+        """A function of A, B and the part of (fan_in, M), group by group."""
+        if isinstance(self.layer, DenseSignals):
+            return function(self.left, self.right, matrix)
+        parts = (self.left, self.right, grouped(matrix, self.groups))
+        return ungrouped(over_groups(lambda part: function(*part), parts))
+
+    def cross(self, test: DenseSignals, damping: Array | float) -> Array:
+        """J' (A (x) B)^{-1} J^T between samples, shape (N' S', N S), of a dense layer."""
+        by_a, by_b = self.split(damping)
+        units = self.right.cross(UnitRows(test), by_b)
+        inputs = self.left.cross(InputRows(test), by_a)
+        return units * expand_samples(inputs, test.num_seeds, self.layer.num_seeds)
+
+    def matvec(self, vector: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
+        """A G B."""
+
+        def group(left: Factor, right: Factor, matrix: Array) -> Array:
+            a, b = left.rows.array(), right.rows.array()
+            half = a.T @ (a @ matrix) / left.divisor
+            return (half @ b.T) @ b / right.divisor
+
+        return (self.layer.update(self._over_groups(group, matrix_of(vector[0]))),)
+
+    def diagonal(self) -> tuple[LayerUpdate, ...]:
+        """See ``Operator.diagonal``."""
+
+        def group(left: Factor, right: Factor, matrix: Array) -> Array:
+            del matrix
+            a, b = (jnp.sum(f.rows.array() ** 2, axis=0) / f.divisor for f in (left, right))
+            return jnp.outer(a, b)
+
+        like = jnp.zeros((self.layer.fan_in, self.layer.num_units), self.layer.inputs.dtype)
+        return (self.layer.update(self._over_groups(group, like)),)
+
+    def trace(self) -> Array:
+        """See ``Operator.trace``."""
+        return jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in self.diagonal()[0].values()]))
+
+    def eigenvalues(self) -> Array:
+        """All products of an eigenvalue of A and one of B."""
+        return jnp.concatenate(
+            [
+                jnp.outer(left.eigenvalues(), right.eigenvalues()).reshape(-1)
+                for left, right in self._pairs()
+            ]
+        )
+
+    def sample(self, key: Array, damping: Array | float) -> tuple[LayerUpdate, ...]:
+        """(A + rho_A)^(1/2) Z (B + rho_B)^(1/2) with Z standard normal."""
+        by_a, by_b = self.split(damping)
+        shape = (self.layer.fan_in, self.layer.num_units)
+        draw = jax.random.normal(key, shape, self.layer.inputs.dtype)
+
+        def group(left: Factor, right: Factor, matrix: Array) -> Array:
+            return left.root(by_a) @ matrix @ right.root(by_b)
+
+        return (self.layer.update(self._over_groups(group, draw)),)
+
+    def logdet(self, damping: Array | float) -> Array:
+        """M log det(A + rho_A) + K log det(B + rho_B)."""
+        by_a, by_b = self.split(damping)
+        units, fan_in = self.layer.num_units // self.groups, self.layer.fan_in
+        return jnp.sum(
+            jnp.stack(
+                [
+                    units * left.logdet(by_a) + fan_in * right.logdet(by_b)
+                    for left, right in self._pairs()
+                ]
+            )
+        )
+
+    def extremes(self, damping: Array | float) -> tuple[Array, Array]:
+        """See ``Operator.extremes``; of the damped product."""
+        by_a, by_b = self.split(damping)
+        pairs = [(a.extremes(by_a), b.extremes(by_b)) for a, b in self._pairs()]
+        low = jnp.stack([a[0] * b[0] for a, b in pairs])
+        return jnp.min(low), jnp.max(jnp.stack([a[1] * b[1] for a, b in pairs]))
+
+    def to_dense(self, damping: Array | float = 0.0) -> Array:
+        """(A + rho_A) (x) (B + rho_B), units of group after group within each input."""
+        by_a, by_b = self.split(damping)
+        blocks = [
+            jnp.einsum("jk,im->jikm", left.to_dense(by_a), right.to_dense(by_b))
+            for left, right in self._pairs()
+        ]
+        eye = jnp.eye(len(blocks), dtype=blocks[0].dtype)
+        block = jnp.einsum("gjikm,gh->jgikhm", jnp.stack(blocks), eye)
+        return block.reshape(self.layer.num_params, self.layer.num_params)
+
+    def _pairs(self) -> list[tuple[Factor, Factor]]:
+        """A and B of every group."""
+        if isinstance(self.layer, DenseSignals):
+            return [(self.left, self.right)]
+        both = (self.left, self.right)
+        return [jax.tree.map(lambda leaf, g=g: leaf[g], both) for g in range(self.groups)]
+
+
+def grouped(matrix: Array, groups: int) -> Array:
+    """(K, g m) with units in groups as (g, K, m)."""
+    return jnp.moveaxis(matrix.reshape(matrix.shape[0], groups, -1), 1, 0)
+
+
+def ungrouped(matrices: Array) -> Array:
+    """The inverse of ``grouped``."""
+    g, k, m = matrices.shape
+    return jnp.moveaxis(matrices, 0, 1).reshape(k, g * m)
+
+
+def over_groups(function: Callable[[Any], Any], parts: Any) -> Any:
+    """A function of every group, one after the other; without a loop where there is but one."""
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        first = function(jax.tree.map(lambda leaf: leaf[0], parts))
+        return jax.tree.map(lambda leaf: leaf[None], first)
+    return jax.lax.map(function, parts)

@@ -3,7 +3,6 @@
 import pytest
 from golden_steps import CELLS, FILE, descend, difference, read
 
-
 CASES = [
     pytest.param(cell, marks=() if name in setting.quick.split() else pytest.mark.slow, id=cell)
     for cell, (name, setting) in CELLS.items()

@@ -8,11 +8,14 @@ from typing import ClassVar, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.structures.style import Style, style_of_class
 
 Space = Literal["auto", "sample", "parameter"]
 
@@ -59,8 +62,69 @@ class Structure(abc.ABC):
     pseudo-inverse.
     """
 
+    style: ClassVar[Style]
+    """How it is called and drawn; made of the name of the class unless the class says it."""
+
+    default_damping: ClassVar[float | RelativeDamping] = 0.0
+    """The damping at which networks are trained with it, where a user gives none."""
+
+    takes_damping: ClassVar[bool] = True
+    """Whether it has a matrix that can be damped."""
+
+    optimal_rate: ClassVar[str] = ""
+    """1 / alpha in symbols, with its source in brackets; "" where theory knows no alpha."""
+
+    without_biases: ClassVar[str] = ""
+    """Which structure it is in a network without biases; "" for itself."""
+
+    eigensystems: ClassVar[bool] = False
+    """Whether its systems are solved by eigendecompositions, 27 times the flops of Cholesky's."""
+
     infinite_width: ClassVar[Literal["none", "train", "all"]] = "none"
     """Where the coefficient matrix has a limit as the width goes to infinity."""
+
+    limit_kernels: ClassVar[tuple[str, ...]] = ("tangent",)
+    """The kernels of layers that this limit is made of: "inputs", "derivatives", "tangent"."""
+
+    coefficient_arrays: ClassVar[tuple[float, float]] = (1.0, 3.5)
+    """(a, b): building the coefficient matrix keeps a L + b arrays of its size, as measured."""
+
+    def __init_subclass__(cls, **options: object) -> None:
+        """Gives the class a style of its own, which it does not take from the one above it."""
+        super().__init_subclass__(**options)
+        if "style" not in vars(cls):
+            cls.style = style_of_class(cls.__name__)
+
+    def no_limit(self, shared: bool) -> str:
+        """Why this setting has no infinite-width coefficient matrix where its class has, or "".
+
+        Args:
+          shared: whether positions share the weights of the network.
+        """
+        return ""
+
+    def after_forster(self) -> Structure | None:
+        """The structure for inputs after a Forster transform, None where it gains nothing."""
+        return None
+
+    def coupling(self, depth: int) -> np.ndarray | None:
+        """Sigma (L, L) of a structure that is G = S^T (Sigma (x) I) S / N, else None.
+
+        Args:
+          depth: L.
+
+        Raises:
+          ValueError: Sigma is one of another depth.
+        """
+        return None
+
+    def largest_system(self, signals: Signals) -> int:
+        """The side of the largest dense system that a step solves.
+
+        Args:
+          signals: of a batch, or their shapes.
+        """
+        return self.gram_size(signals)
 
     @property
     def name(self) -> str:

@@ -22,6 +22,7 @@ from natgrad_flax.structures.base import (
 from natgrad_flax.structures.exact import mean_gram_diagonal
 from natgrad_flax.structures.layer_wise import LayerWise
 from natgrad_flax.structures.least_squares import least_squares, normal_solve
+from natgrad_flax.structures.style import styled
 
 
 class BlockDiagonal(LayerWise):
@@ -33,6 +34,13 @@ class BlockDiagonal(LayerWise):
     Args:
       space: "sample", "parameter", or "auto".
     """
+
+    style = styled("Block-diagonal", "#D55E00", "D", short="block-diag")
+    optimal_rate = "1/L"
+
+    def largest_system(self, signals: Signals) -> int:
+        """Each layer in the smaller space."""
+        return max(min(signals.size, layer.num_params) for layer in signals.layers)
 
     def __init__(self, space: Space = "auto") -> None:
         object.__setattr__(self, "sigma", ())

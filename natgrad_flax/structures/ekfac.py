@@ -33,6 +33,7 @@ from natgrad_flax.structures.kronecker import (
     over_groups,
     ungrouped,
 )
+from natgrad_flax.structures.style import styled
 from natgrad_flax.structures.units import invert_blocks, multiply_blocks, unit_blocks
 
 
@@ -56,6 +57,8 @@ class EKFAC(AveragedStructure):
     """
 
     sharing: Sharing = "expand"
+    style = styled("EKFAC", "#661100", "*", short="EKFAC")
+    eigensystems = True
     cheap_inverse = True
     has_basis = True
 

@@ -24,6 +24,7 @@ from natgrad_flax.structures.base import (
     woodbury,
 )
 from natgrad_flax.structures.least_squares import least_squares, normal_solve
+from natgrad_flax.structures.style import styled
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Exact(Structure):
     """
 
     space: Space = "auto"
+    style = styled("Exact", "#0072B2", "s")
+    optimal_rate = "1"
     infinite_width = "all"
 
     def __post_init__(self) -> None:

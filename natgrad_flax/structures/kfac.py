@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -41,7 +41,14 @@ from natgrad_flax.structures.kronecker import (
 )
 from natgrad_flax.structures.kronecker_average import KroneckerAverage, block_norms, scaled_norms
 from natgrad_flax.structures.least_squares import least_squares, normal_solve
+from natgrad_flax.structures.style import styled
 from natgrad_flax.structures.units import solve_units
+
+_NO_SHARED_LIMIT = (
+    "KFAC has no infinite-width kernel of a ConvNet here: the factors of shared weights are Gram "
+    "matrices over samples and positions, which the kernels of the layers do not hold; use "
+    'kernels="empirical"'
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,24 @@ class KFAC(KroneckerAverage):
     first_layer: Literal["literal", "scaled"] = "literal"
     space: Space = "auto"
     sharing: Sharing = "expand"
+    style = styled("K-FAC", "#CC79A7", "v", command="kfac", short="K-FAC")
+    optimal_rate = "1/(N L)"
     infinite_width = "all"
+    limit_kernels = ("inputs", "derivatives")
+    coefficient_arrays = (0.0, 8.0)
+
+    def no_limit(self, shared: bool) -> str:
+        """Factors of infinite size have no trace, and kernels of layers do not hold positions."""
+        if self.split == "pi":
+            return (
+                'KFAC(split="pi") compares traces of factors of infinite size; use split="plain", '
+                'or kernels="empirical"'
+            )
+        return _NO_SHARED_LIMIT if shared else ""
+
+    def after_forster(self) -> KFAC:
+        """The first layer is isotropic then, with alpha = N L."""
+        return replace(self, first_layer="scaled")
 
     def __post_init__(self) -> None:
         check_space(self.space)

@@ -37,6 +37,7 @@ from natgrad_flax.structures.coupling import (
     solve_undamped,
 )
 from natgrad_flax.structures.exact import mean_gram_diagonal
+from natgrad_flax.structures.style import styled
 
 
 class SingularCouplingWarning(UserWarning):
@@ -62,7 +63,10 @@ class LayerWise(Structure):
 
     sigma: tuple[tuple[float, ...], ...]
     space: Space = "auto"
+    style = styled("Layer-wise", "#6A3D9A", "h", command="")
+    optimal_rate = "1/alpha (Theorem 4.1)"
     infinite_width = "all"
+    coefficient_arrays = (4.0, 0.5)
 
     def __init__(
         self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto"
@@ -275,6 +279,15 @@ class BlockTriDiagonal(LayerWise):
     Args:
       space: "sample", "parameter", or "auto".
     """
+
+    style = styled(
+        "Block tri-diagonal", "#009E73", "^", short="tri-diag", aliases=("block-tridiagonal",)
+    )
+    optimal_rate = "1/alpha (Lemma 4.3)"
+
+    def largest_system(self, signals: Signals) -> int:
+        """Every other layer is eliminated."""
+        return min(len(signals.layers) // 2 * signals.size, signals.num_params)
 
     def __init__(self, space: Space = "auto") -> None:
         object.__setattr__(self, "sigma", ())

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.batched_solve import solve_scaled_gram
-from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.damping import RelativeDamping, is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, solve_psd
 from natgrad_flax.signals import DenseSignals, Residual, Signals
@@ -25,7 +25,14 @@ from natgrad_flax.structures.base import (
 )
 from natgrad_flax.structures.diagonal import divide, sum_over_units
 from natgrad_flax.structures.exact import mean_gram_diagonal
+from natgrad_flax.structures.style import styled
 from natgrad_flax.structures.units import solve_block, solve_units
+
+_NO_SHARED_LIMIT = (
+    "UnitWise has no infinite-width kernel of a ConvNet: a channel of the first convolution keeps "
+    "its few inputs at any width, and what the N C derivatives leave of their span is no function "
+    'of the kernels of the layers; use kernels="empirical"'
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,17 @@ class UnitWise(Structure):
     """
 
     space: Space = "auto"
+    style = styled("Unit-wise", "#E69F00", "P")
+    optimal_rate = "1/alpha (Theorem 5.1)"
+    # an undamped unit divides by derivatives that can be arbitrarily small (science: KO-Thm5.1)
+    default_damping = RelativeDamping(1e-3)
     infinite_width = "train"
+    limit_kernels = ("inputs",)
+    coefficient_arrays = (0.0, 8.0)
+
+    def no_limit(self, shared: bool) -> str:
+        """Channels of shared weights keep a finite number of inputs."""
+        return _NO_SHARED_LIMIT if shared else ""
 
     def __post_init__(self) -> None:
         check_space(self.space)

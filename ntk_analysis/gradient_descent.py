@@ -12,6 +12,7 @@ from natgrad_flax.damping import is_zero
 from natgrad_flax.layer_signals import LayerUpdate
 from natgrad_flax.structures import Geometry
 from natgrad_flax.structures.base import gradient
+from natgrad_flax.structures.style import styled
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class GradientDescent(Structure):
     constant learning rate of the linearised network is 1 / lambda_max(Theta).
     """
 
+    style = styled("Gradient descent", "#4d4d4d", "o", command="gd")
+    takes_damping = False
     infinite_width = "all"
 
     def solve(

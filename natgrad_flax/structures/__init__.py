@@ -29,9 +29,13 @@ STRUCTURES: tuple[type[Structure], ...] = (
 )
 """Every approximation of the Fisher, in the order of tables; a new one is a line more here."""
 
+NAMED: tuple[type[Structure], ...] = tuple(cls for cls in STRUCTURES if cls.style.command)
+"""Those that need no arguments, and so have a name on command lines."""
+
 __all__ = [
     "EKFAC",
     "KFAC",
+    "NAMED",
     "STRUCTURES",
     "AveragedStructure",
     "BlockDiagonal",

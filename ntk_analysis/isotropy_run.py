@@ -212,7 +212,11 @@ def _costs(point: SweepSettings, structures: dict[str, Structure]) -> dict[str, 
     costs = {}
     for name, structure in structures.items():
         damped = point.damping_of(structure) != 0
-        cost = structure_cost(structure, geometry, damped=damped)
+        try:
+            cost = structure_cost(structure, geometry, damped=damped)
+        except TypeError:
+            # of a structure of somebody else's it is not known
+            continue
         costs[name] = dataclasses.asdict(cost) | {"fraction_of_exact": cost.fraction_of_exact}
     return costs
 

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("found", type=Path)
     options = parser.parse_args()
-    chosen = ("--structures", "scalar", "exact", "--out")
+    chosen = ("--structures", "scalar", "--out")
     sizes = ("--values", "8", "--seeds", "0", "--num-samples", "4", "--num-inputs", "6")
     measured = step.measure(TINY, problems.STRUCTURES["scal."], 5)
     found = {

@@ -83,6 +83,9 @@ class Structure(abc.ABC):
     infinite_width: ClassVar[Literal["none", "train", "all"]] = "none"
     """Where the coefficient matrix has a limit as the width goes to infinity."""
 
+    damping_margin: ClassVar[float] = 1.0
+    """How many times the unit roundoff a damping must be for a step that is right to 1 %."""
+
     limit_kernels: ClassVar[tuple[str, ...]] = ("tangent",)
     """The kernels of layers that this limit is made of: "inputs", "derivatives", "tangent"."""
 

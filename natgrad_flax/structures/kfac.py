@@ -84,6 +84,7 @@ class KFAC(KroneckerAverage):
     style = styled("K-FAC", "#CC79A7", "v", command="kfac", short="K-FAC")
     optimal_rate = "1/(N L)"
     infinite_width = "all"
+    damping_margin = 100.0  # it stands in both factors
     limit_kernels = ("inputs", "derivatives")
     coefficient_arrays = (0.0, 8.0)
 

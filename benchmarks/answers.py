@@ -130,7 +130,8 @@ def metric_times(
             f"the metric of {structure.name} is known as a matrix alone, which {size} parameters "
             f"are too many for (at most {LARGEST_METRIC}): give benchmarks.answers a rule for it"
         )
-    return signals.unravel(structure.to_dense(signals, damping) @ ravel(update))
+    matrix = structure.to_dense(signals, damping)  # type: ignore[arg-type]
+    return signals.unravel(matrix @ ravel(update))
 
 
 @metric_times.register

@@ -19,7 +19,7 @@ from natgrad_flax import (
 )
 from natgrad_flax.spectrum import check_coefficient, rate_of_alpha, rate_of_largest
 from natgrad_flax.structures import NAMED
-from natgrad_flax.weight_sharing import SharedGeometry, shared_alpha, signals_geometry
+from natgrad_flax.weight_sharing import SharedGeometry, signals_geometry
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.conditions import failed_conditions, measured_ranks
 from ntk_analysis.empirical import Matrix
@@ -201,7 +201,7 @@ def _isotropic_rate(
     geometry = None if signals is None else signals_geometry(model, signals)
     if signals is None or not isinstance(geometry, SharedGeometry):
         return optimal_learning_rate(structure, model, num_samples)
-    alpha = shared_alpha(structure, geometry)
+    alpha = structure.shared_alpha(geometry)
     failures = failed_conditions(structure, geometry, measured_ranks(signals))
     if failures:
         raise ValueError(

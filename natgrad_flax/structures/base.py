@@ -15,6 +15,7 @@ from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Residual, Signals
+from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import Style, style_of_class
 
 Space = Literal["auto", "sample", "parameter"]
@@ -28,28 +29,6 @@ def check_space(space: str) -> None:
 
 class IsotropyWarning(UserWarning):
     """A learning rate rests on a preparation of the data that sizes cannot show."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes that decide the theory of a structure.
-
-    Attributes:
-      layers: for each layer the parameters a unit (inputs, plus 1 with a bias) and the units.
-      num_samples: N.
-      num_outputs: C.
-      active_fraction: gamma = P(phi' != 0) of the hidden activation, None where it is unknown.
-    """
-
-    layers: tuple[tuple[int, int], ...]
-    num_samples: int
-    num_outputs: int
-    active_fraction: float | None = None
-
-    @property
-    def depth(self) -> int:
-        """L."""
-        return len(self.layers)
 
 
 @dataclass(frozen=True)
@@ -97,6 +76,26 @@ class Structure(abc.ABC):
         super().__init_subclass__(**options)
         if "style" not in vars(cls):
             cls.style = style_of_class(cls.__name__)
+
+    def needed_ranks(self, geometry: Geometry) -> list[NeededRank] | None:
+        """The ranks that isotropy needs, layer by layer; None where it is no matter of ranks.
+
+        Args:
+          geometry: the sizes, of a network with shared weights too.
+        """
+        return None
+
+    def outside_theory(self, geometry: Geometry) -> list[str]:
+        """Why there is no alpha whatever the ranks, a sentence each."""
+        return []
+
+    def shared_alpha(self, geometry: SharedGeometry) -> float:
+        """alpha of the isotropy condition at zero damping, where positions share weights.
+
+        Raises:
+          ValueError: the structure has no alpha there.
+        """
+        return self.alpha(geometry)
 
     def no_limit(self, shared: bool) -> str:
         """Why this setting has no infinite-width coefficient matrix where its class has, or "".

@@ -12,7 +12,6 @@ from natgrad_flax.layer_signals import LayerUpdate
 from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
-    Geometry,
     Space,
     Structure,
     check_space,
@@ -23,6 +22,7 @@ from natgrad_flax.structures.base import (
     sample_targets,
     woodbury,
 )
+from natgrad_flax.structures.geometry import Geometry, NeededRank
 from natgrad_flax.structures.least_squares import least_squares, normal_solve
 from natgrad_flax.structures.style import styled
 
@@ -42,6 +42,12 @@ class Exact(Structure):
     style = styled("Exact", "#0072B2", "s")
     optimal_rate = "1"
     infinite_width = "all"
+
+    def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
+        """N C of the Jacobian of the network."""
+        params = sum(fan_in * units for fan_in, units in geometry.layers)
+        outputs = geometry.num_samples * geometry.num_outputs
+        return [NeededRank(0, "network", outputs, params)]
 
     def __post_init__(self) -> None:
         check_space(self.space)

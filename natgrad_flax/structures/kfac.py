@@ -23,7 +23,6 @@ from natgrad_flax.linalg import (
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Residual, Signals, expand_samples
 from natgrad_flax.structures.base import (
-    Geometry,
     IsotropyWarning,
     Space,
     check_space,
@@ -31,6 +30,7 @@ from natgrad_flax.structures.base import (
     dense_layer,
     has_shared_layers,
 )
+from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.kronecker import (
     factor_rows,
     grouped,
@@ -87,6 +87,58 @@ class KFAC(KroneckerAverage):
     damping_margin = 100.0  # it stands in both factors
     limit_kernels = ("inputs", "derivatives")
     coefficient_arrays = (0.0, 8.0)
+
+    def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
+        """N T_l of the inputs, and N C T_l of the derivatives of all layers but the last.
+
+        Fully connected, the inputs of layer 1 may have equal leverages instead, as a Forster
+        transform makes them (Section 4.2). Parameters without inputs and units are left out.
+        """
+        shared = isinstance(geometry, SharedGeometry)
+        if shared and self.sharing == "reduce":
+            return []
+        n, c = geometry.num_samples, geometry.num_outputs
+        needs = []
+        for index, ((fan_in, units), count) in enumerate(
+            zip(geometry.layers, geometry.positions, strict=True)
+        ):
+            if count is None:
+                continue
+            first = index == 0 and not shared
+            needs.append(
+                NeededRank(index, "equal leverages" if first else "inputs", n * count, fan_in)
+            )
+            if index < geometry.depth - 1:
+                needs.append(NeededRank(index, "derivatives", n * c * count, units))
+        return needs
+
+    def outside_theory(self, geometry: Geometry) -> list[str]:
+        """Means over positions, and parameters without inputs and units."""
+        if self.sharing == "reduce" and isinstance(geometry, SharedGeometry):
+            return [
+                'KFAC(sharing="reduce") takes means over positions, which span no Jacobian of them'
+            ]
+        return [
+            f"{geometry.where(index)} has no inputs and units"
+            for index, count in enumerate(geometry.positions)
+            if count is None
+        ]
+
+    def shared_alpha(self, geometry: SharedGeometry) -> float:
+        """N sum_l T_l^2, with 1 in place of N for a literal last layer."""
+        positions = geometry.positions
+        if None in positions or positions[-1] != 1:
+            raise ValueError(
+                "alpha of KFAC is known for layers with inputs and units, the last of one position"
+            )
+        if self.sharing == "reduce":
+            raise ValueError(
+                'alpha of KFAC(sharing="reduce") is known without shared weights only: the means '
+                "over positions do not span the Jacobians"
+            )
+        n = geometry.num_samples
+        hidden = sum(n * count**2 for count in positions[:-1] if count is not None)
+        return float(hidden + (n if self.last_layer == "scaled" else 1))
 
     def no_limit(self, shared: bool) -> str:
         """Factors of infinite size have no trace, and kernels of layers do not hold positions."""

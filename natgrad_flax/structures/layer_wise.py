@@ -16,7 +16,6 @@ from natgrad_flax.layer_signals import LayerUpdate
 from natgrad_flax.linalg import has_full_rank, lu_solve, pinv_solve
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
-    Geometry,
     Space,
     Structure,
     check_space,
@@ -37,6 +36,7 @@ from natgrad_flax.structures.coupling import (
     solve_undamped,
 )
 from natgrad_flax.structures.exact import mean_gram_diagonal
+from natgrad_flax.structures.geometry import Geometry, NeededRank
 from natgrad_flax.structures.style import styled
 
 
@@ -67,6 +67,14 @@ class LayerWise(Structure):
     optimal_rate = "1/alpha (Theorem 4.1)"
     infinite_width = "all"
     coefficient_arrays = (4.0, 0.5)
+
+    def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
+        """N C of every J_l (Theorem 4.1)."""
+        wanted = geometry.num_samples * geometry.num_outputs
+        return [
+            NeededRank(index, "jacobian", wanted, fan_in * units)
+            for index, (fan_in, units) in enumerate(geometry.layers)
+        ]
 
     def __init__(
         self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto"

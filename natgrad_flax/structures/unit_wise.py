@@ -15,7 +15,6 @@ from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, solve_psd
 from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.base import (
-    Geometry,
     Space,
     Structure,
     check_space,
@@ -25,6 +24,7 @@ from natgrad_flax.structures.base import (
 )
 from natgrad_flax.structures.diagonal import divide, sum_over_units
 from natgrad_flax.structures.exact import mean_gram_diagonal
+from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import styled
 from natgrad_flax.structures.units import solve_block, solve_units
 
@@ -61,6 +61,31 @@ class UnitWise(Structure):
     infinite_width = "train"
     limit_kernels = ("inputs",)
     coefficient_arrays = (0.0, 8.0)
+
+    def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
+        """N of the inputs of a unit where nothing is shared, elsewhere N C."""
+        n, c = geometry.num_samples, geometry.num_outputs
+        shared = isinstance(geometry, SharedGeometry)
+        return [
+            NeededRank(index, "channel" if shared else "inputs", n if count == 1 else n * c, fan_in)
+            for index, ((fan_in, _), count) in enumerate(
+                zip(geometry.layers, geometry.positions, strict=True)
+            )
+        ]
+
+    def shared_alpha(self, geometry: SharedGeometry) -> float:
+        """1 + sum_{l<L} M_l, with gamma / C of those units that share nothing."""
+        total = 1.0
+        for (_, units), count in zip(geometry.layers[:-1], geometry.positions[:-1], strict=True):
+            share = 1.0
+            if count == 1:
+                if geometry.active_fraction is None:
+                    raise ValueError(
+                        "alpha of UnitWise needs the fraction of active units of its dense layers"
+                    )
+                share = geometry.active_fraction / geometry.num_outputs
+            total += share * units
+        return total
 
     def no_limit(self, shared: bool) -> str:
         """Channels of shared weights keep a finite number of inputs."""

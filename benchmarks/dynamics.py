@@ -37,8 +37,8 @@ SMALLEST_GAP = 1e-6
 """Smaller gaps are rounding, and are shown as this."""
 TOLERANCE = 1e-6
 
-NAMES = [name for name in STRUCTURES if name != "quasi-diagonal"]
-"""Without biases, as here, the quasi-diagonal structure is the diagonal one."""
+NAMES = [name for name, structure in STRUCTURES.items() if not structure.without_biases]
+"""Without biases, as here, the others are one of these."""
 
 
 @dataclass(frozen=True, eq=False)

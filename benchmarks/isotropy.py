@@ -19,8 +19,8 @@ from ntk_analysis.methods import STRUCTURES
 SAMPLES = 40
 """No more digits than their 64 pixels have rank, which K-FAC needs to be isotropic."""
 CLASSES = (0, 7)
-# without biases it is the diagonal
-BIAS_VARIANCES = {"quasi-diagonal": 0.1}
+BIAS_VARIANCE = 0.1
+"""For structures that are another one without biases."""
 ROUNDING = 1e-8
 """What float64 leaves of a deviation that is zero; smaller ones are shown as this."""
 TOLERANCE = 1e-6
@@ -60,7 +60,7 @@ class Isotropy(Suite):
             (data.input_dim, width, width, data.output_dim),
             activation="relu",
             weight_variance=2.0,
-            bias_variance=BIAS_VARIANCES.get(structure, 0.0),
+            bias_variance=BIAS_VARIANCE if STRUCTURES[structure].without_biases else 0.0,
             rngs=nnx.Rngs(0),
         )
         report = na.isotropy(STRUCTURES[structure], model, data.x_train)
@@ -126,7 +126,8 @@ def check(structure: str, width: int, report: na.IsotropyReport, error: float) -
     if math.isnan(error) or report.failed_conditions:
         return
     # two hidden layers: isotropic up to about 1 / sqrt(M (L - 1))
-    allowed = LIMIT_FACTOR / math.sqrt(2 * width) if structure == "unit-wise" else TOLERANCE
+    limit = STRUCTURES[structure].infinite_width == "train"
+    allowed = LIMIT_FACTOR / math.sqrt(2 * width) if limit else TOLERANCE
     if report.deviation > allowed or error > allowed:
         raise ArithmeticError(
             f"{where} must be isotropic with alpha {report.theoretical_alpha:g}, to {allowed:.1e}; "

@@ -294,11 +294,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
-    cells = [
-        Cell(line, structure, measure(LINES[line], STRUCTURES[structure], options.repeats))
+    wanted = [
+        (line, structure)
         for line in options.line
         for structure in options.structure
         if structure in LINES[line].targets
+    ]
+    if not wanted:
+        parser.error(
+            f"{', '.join(options.line)}: no target for {', '.join(options.structure)}; "
+            "benchmarks/problems.py has them"
+        )
+    cells = [
+        Cell(line, structure, measure(LINES[line], STRUCTURES[structure], options.repeats))
+        for line, structure in wanted
     ]
     about = environment()
     print(table(cells, options.markdown))

@@ -28,7 +28,7 @@ from natgrad_flax.losses import Loss
 from natgrad_flax.parts import in_parts
 from natgrad_flax.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.signals import Signals
-from natgrad_flax.structures import AveragedStructure, Moments
+from natgrad_flax.structures import STRUCTURES, AveragedStructure, Moments
 from natgrad_flax.structures.base import gradient as gradient_of
 from natgrad_flax.taps import Path
 from natgrad_flax.trees import by_path, moved_by
@@ -121,9 +121,10 @@ def check_average(average: object, structure: object, example: object) -> None:
     if not isinstance(average, MovingAverage):
         raise TypeError(f"average must be an ng.MovingAverage, got {average!r}")
     if not isinstance(structure, AveragedStructure):
+        *most, last = [f"ng.{c.__name__}()" for c in STRUCTURES if issubclass(c, AveragedStructure)]
         raise TypeError(
-            "average= needs a structure that means over samples make up: ng.KFAC(), ng.EKFAC(), "
-            f"ng.Diagonal() or ng.QuasiDiagonal(); {getattr(structure, 'name', structure)} solves "
+            "average= needs a structure that means over samples make up: "
+            f"{', '.join(most)} or {last}; {getattr(structure, 'name', structure)} solves "
             "each batch by itself, for which ng.Exact() and ng.BlockDiagonal() take momentum="
         )
     if (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from natgrad_flax.losses import Loss
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
 from natgrad_flax.plans import check_model
 from natgrad_flax.scalars import as_number, check_integer, check_number, is_real, shown
-from natgrad_flax.structures import BlockDiagonal, Exact, Structure
+from natgrad_flax.structures import STRUCTURES, BlockDiagonal, Exact, Structure
 
 HOST_SIZE = 2**18
 """Entries up to which an array is looked at by NumPy."""
@@ -28,11 +29,14 @@ def check_structure(structure: object) -> None:
     if isinstance(structure, type) and issubclass(structure, Structure):
         raise TypeError(f"structure must be an instance: write {structure.__name__}()")
     if not isinstance(structure, Structure):
-        raise TypeError(
-            "structure must be one of ng.Exact(), ng.LayerWise(sigma), ng.BlockDiagonal(), "
-            "ng.BlockTriDiagonal(), ng.KFAC(), ng.EKFAC(), ng.UnitWise(), ng.Diagonal(), "
-            f"ng.QuasiDiagonal(), got {structure!r}"
-        )
+        known = ", ".join(f"ng.{cls.__name__}({_needed(cls)})" for cls in STRUCTURES)
+        raise TypeError(f"structure must be one of {known}, got {structure!r}")
+
+
+def _needed(cls: type[Structure]) -> str:
+    """The arguments that a class cannot do without."""
+    arguments = inspect.signature(cls).parameters.values()
+    return ", ".join(arg.name for arg in arguments if arg.default is arg.empty)
 
 
 def check_settings(structure: object, loss: object, fisher: object, damping: object) -> None:

@@ -40,7 +40,7 @@ from natgrad_flax.taps import dotted
 from natgrad_flax.trees import as_state, by_path
 
 if TYPE_CHECKING:
-    import lineax
+    import lineax  # type: ignore[import-untyped]
     from scipy.sparse.linalg import LinearOperator
 
 
@@ -406,11 +406,11 @@ def _run(
 ) -> Any:
     """A method of the operator, or ``Structure.coefficient``."""
     with full_products():
-        rhos = ()
-        if damped:
-            chosen = static if damping is None else damping
-            assert chosen is not None
-            rhos = (resolve_damping(structure, signals, chosen),)
+        if not damped:
+            return getattr(structure.operator(signals), name)(*arguments)
+        chosen = static if damping is None else damping
+        assert chosen is not None
+        rho = resolve_damping(structure, signals, chosen)
         if name == "coefficient":
-            return structure.coefficient(*arguments, signals, *rhos)
-        return getattr(structure.operator(signals), name)(*arguments, *rhos)
+            return structure.coefficient(arguments[0], signals, rho)
+        return getattr(structure.operator(signals), name)(*arguments, rho)

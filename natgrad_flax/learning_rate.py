@@ -29,7 +29,6 @@ from natgrad_flax.taps import Path
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
     geometry_at,
-    shared_alpha,
     shared_failures,
     traced_geometry,
 )
@@ -101,7 +100,7 @@ def optimal_learning_rate(
     num_samples = check_integer("num_samples", num_samples, 1)
     geometry = _geometry(model, num_samples, x)
     if isinstance(geometry, SharedGeometry):
-        alpha, failures = shared_alpha(structure, geometry), shared_failures(structure, geometry)
+        alpha, failures = structure.shared_alpha(geometry), shared_failures(structure, geometry)
     else:
         alpha, failures = structure.alpha(geometry), structure.failed_conditions(geometry)
     if failures:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax import KFAC, MLP, ConvNet, Signals, Structure, UnitWise
+from natgrad_flax import MLP, ConvNet, Signals, Structure
 from natgrad_flax.damping import is_zero
 from natgrad_flax.layers import Conv, Dense
 from natgrad_flax.signals import DenseSignals
@@ -161,13 +161,6 @@ def limit_signals(
         return inside, None if cross is None or x_test is None else signals(cross, x_test)
 
 
-def needed_parts(structure: Structure) -> tuple[str, ...]:
-    """The parts of ``analytic_kernels`` that the theory of a structure is made of."""
-    if isinstance(structure, UnitWise):
-        return ("inputs",)
-    return ("inputs", "derivatives") if isinstance(structure, KFAC) else ("tangent",)
-
-
 def check_limit(structure: Structure, has_test: bool, damping: object) -> None:
     """Raises ValueError where a structure has no infinite-width coefficient matrix.
 
@@ -188,11 +181,8 @@ def check_limit(structure: Structure, has_test: bool, damping: object) -> None:
             "damping, alpha I (Theorem 5.1); elsewhere its entries have no limit of finite "
             'variance; use kernels="empirical"'
         )
-    if isinstance(structure, KFAC) and structure.split == "pi":
-        raise ValueError(
-            'KFAC(split="pi") compares traces of factors of infinite size; use split="plain", or '
-            'kernels="empirical"'
-        )
+    if reason := structure.no_limit(shared=False):
+        raise ValueError(reason)
 
 
 def check_shared_weights(structure: Structure, model: nnx.Module) -> None:
@@ -202,17 +192,5 @@ def check_shared_weights(structure: Structure, model: nnx.Module) -> None:
       structure: the Fisher approximation.
       model: the network.
     """
-    if not isinstance(model, ConvNet):
-        return
-    if isinstance(structure, KFAC):
-        raise ValueError(
-            f"{structure.name} has no infinite-width kernel of a ConvNet here: the factors of "
-            "shared weights are Gram matrices over samples and positions, which the kernels of the "
-            'layers do not hold; use kernels="empirical"'
-        )
-    if isinstance(structure, UnitWise):
-        raise ValueError(
-            f"{structure.name} has no infinite-width kernel of a ConvNet: a channel of the first "
-            "convolution keeps its few inputs at any width, and what the N C derivatives leave of "
-            'their span is no function of the kernels of the layers; use kernels="empirical"'
-        )
+    if reason := structure.no_limit(shared=isinstance(model, ConvNet)):
+        raise ValueError(reason)

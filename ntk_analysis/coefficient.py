@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax import KFAC, LayerWise, RelativeDamping, Signals, Structure, UnitWise
+from natgrad_flax import RelativeDamping, Signals, Structure
 from natgrad_flax.checks import check_damping, check_structure
 from natgrad_flax.gradient import resolve_damping
 from natgrad_flax.learning_rate import model_geometry
@@ -23,7 +23,6 @@ from ntk_analysis.analytic_signals import (
     check_limit,
     check_shared_weights,
     limit_signals,
-    needed_parts,
 )
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
 from ntk_analysis.limit_conditions import limit_failures
@@ -194,7 +193,7 @@ def analytic_signals(
     check_shared_weights(structure, model)
     inside = analytic_inputs(x_train, model, "x_train")
     outside = None if x_test is None else analytic_inputs(x_test, model, "x_test")
-    parts = needed_parts(structure)
+    parts = structure.limit_kernels
     train = analytic_kernels(model, inside, parts=parts, **options)
     cross = None
     if outside is not None:
@@ -217,12 +216,9 @@ def check_coefficient_fits(structure: Structure, signals: Signals, *, few: bool 
       ValueError: it does not fit.
     """
     depth = len(signals.layers)
-    if few or not isinstance(structure, LayerWise | KFAC | UnitWise):
-        arrays = depth + (2.5 if few else 3.5)
-    else:
-        arrays = 4 * depth + 0.5 if isinstance(structure, LayerWise) else 8.0
+    each, more = (1.0, 2.5) if few else structure.coefficient_arrays
     what = f"the coefficient matrix of {structure.name}, which it solves for,"
-    check_fits(signals.size, 8, what, arrays)
+    check_fits(signals.size, 8, what, each * depth + more)
 
 
 def check_theory_arguments(structure: object, damping: object, kernels: object) -> None:

@@ -6,18 +6,17 @@ The sizes of a network bound the ranks that the theory asks for; only the data t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import singledispatch
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from natgrad_flax import KFAC, Exact, LayerWise, Signals, Structure, UnitWise
+from natgrad_flax import Signals, Structure
 from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.shared_signals import SharedSignals
 from natgrad_flax.signals import DenseSignals
 from natgrad_flax.structures import Geometry
-from natgrad_flax.weight_sharing import SharedGeometry, kfac_ranks, unit_wise_ranks
+from natgrad_flax.structures.geometry import NeededRank, SharedGeometry
 from ntk_analysis.empirical import Matrix
 
 # a Forster transform leaves leverages that differ by its tolerance, 1e-3 by default
@@ -103,19 +102,19 @@ def _rows(layer: LayerSignals) -> tuple[Matrix, Matrix]:
     return np.asarray(inputs, np.float64), np.asarray(derivatives, np.float64)
 
 
-@singledispatch
 def failed_conditions(
     structure: Structure, geometry: Geometry, ranks: NetworkRanks
 ) -> tuple[str, ...]:
     """What fails of the assumptions behind alpha, from measured ranks; a sentence each.
 
-    Exact: J of row rank N C. Layer-wise: every J_l of row rank N C (Karakida & Osawa 2020,
-    Theorem 4.1). K-FAC: the inputs of every layer of rank N (of the first one: or equal leverages,
-    as a Forster transform makes them) and the derivatives of every hidden layer of rank N C
-    (Section 4.2). Unit-wise: the inputs of every layer of rank N (Theorem 5.1). All hold at zero
-    damping. A rank that sizes rule out is named once, with the size as its cause. Other structures
-    name what their own ``failed_conditions`` finds in the sizes. Where T_l positions share weights,
-    K-FAC needs ranks N T_l and N C T_l, and a channel of the unit-wise Fisher N C inputs
+    The assumptions are the ranks that the structure needs (``Structure.needed_ranks``): Exact: J
+    of row rank N C. Layer-wise: every J_l of row rank N C (Karakida & Osawa 2020, Theorem 4.1).
+    K-FAC: the inputs of every layer of rank N (of the first one: or equal leverages, as a Forster
+    transform makes them) and the derivatives of every hidden layer of rank N C (Section 4.2).
+    Unit-wise: the inputs of every layer of rank N (Theorem 5.1). All hold at zero damping. A rank
+    that sizes rule out is named once, with the size as its cause. Other structures name what their
+    own ``failed_conditions`` finds in the sizes. Where T_l positions share weights, K-FAC needs
+    ranks N T_l and N C T_l, and a channel of the unit-wise Fisher N C inputs
     (``natgrad_flax.weight_sharing``).
 
     Args:
@@ -123,155 +122,97 @@ def failed_conditions(
       geometry: the sizes of the network and the batch.
       ranks: of the same network and batch.
     """
-    return tuple(structure.failed_conditions(geometry))
-
-
-@failed_conditions.register
-def _(structure: Exact, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ...]:
-    wanted = geometry.num_samples * geometry.num_outputs
-    if ranks.kernel == wanted:
-        return ()
-    params = sum(fan_in * units for fan_in, units in geometry.layers)
-    if params < wanted:
-        remedy = f"the network has {params} parameters; use a wider one, or fewer samples"
-    else:
-        remedy = _twin_remedy(ranks) or "use a wider network, other inputs or fewer samples"
-    return (
-        f"the Jacobian of the network has row rank {ranks.kernel} of the {wanted} that "
-        f"{structure.name} needs: {remedy}",
-    )
-
-
-@failed_conditions.register
-def _(structure: LayerWise, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ...]:
-    sentences = []
-    wanted = geometry.num_samples * geometry.num_outputs
-    for index, layer in enumerate(ranks.layers):
-        if layer.jacobian == wanted:
-            continue
-        if index == geometry.depth - 1:
-            # D_L = I, so the rank of J_L is C times the rank of the layer's inputs
-            sentences.append(_inputs_sentence(structure, index, geometry, ranks))
-            continue
-        fan_in, units = geometry.layers[index]
-        bottleneck = _bottleneck(geometry, index)
-        if fan_in * units < wanted:
-            remedy = f"it has {fan_in * units} parameters; use more units, or fewer samples"
-        elif bottleneck < geometry.num_outputs:
-            remedy = (
-                f"{geometry.num_outputs} outputs reach it through {bottleneck} units; use at "
-                f"least {geometry.num_outputs} in every hidden layer"
-            )
-        else:
-            remedy = _twin_remedy(ranks) or "use wider layers, other inputs or fewer samples"
-        sentences.append(
-            f"{_where(index, geometry)}: its Jacobian has row rank {layer.jacobian} of the "
-            f"{wanted} that {structure.name} needs: {remedy}"
-        )
-    return tuple(sentences)
-
-
-@failed_conditions.register
-def _(structure: KFAC, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ...]:
-    if isinstance(geometry, SharedGeometry):
-        return _shared_kfac(structure, geometry, ranks)
-    sentences = []
-    n = geometry.num_samples
-    wanted = n * geometry.num_outputs
-    for index, layer in enumerate(ranks.layers):
-        assert layer.inputs is not None
-        assert layer.derivatives is not None
-        if index == 0 and layer.inputs < n:
-            low, high = ranks.leverages
-            if high - low > _EQUAL_LEVERAGES * high:
-                sentences.append(
-                    f"{_where(0, geometry)}: its inputs have rank {layer.inputs} for {n} samples, "
-                    f"and their leverages range from {low:.3g} to {high:.3g} where "
-                    f"{structure.name} needs equal ones: apply a Forster transform to the inputs "
-                    "(natgrad_datasets.forster_transform), or use fewer samples"
-                )
-        elif layer.inputs < n:
-            sentences.append(_inputs_sentence(structure, index, geometry, ranks))
-        if index < geometry.depth - 1 and layer.derivatives < wanted:
-            units = geometry.layers[index][1]
-            if units < wanted:
-                remedy = f"use at least {wanted} units in this layer, or fewer samples"
-            else:
-                remedy = _twin_remedy(ranks) or (
-                    "use wider layers, another activation or fewer samples"
-                )
-            sentences.append(
-                f"{_where(index, geometry)}: its derivatives have rank {layer.derivatives} of the "
-                f"{wanted} that {structure.name} needs: {remedy}"
-            )
-    return tuple(sentences)
-
-
-@failed_conditions.register
-def _(structure: UnitWise, geometry: Geometry, ranks: NetworkRanks) -> tuple[str, ...]:
-    if isinstance(geometry, SharedGeometry):
-        return _shared_unit_wise(structure, geometry, ranks)
-    return tuple(
-        _inputs_sentence(structure, index, geometry, ranks)
-        for index, layer in enumerate(ranks.layers)
-        if layer.inputs is not None and layer.inputs < geometry.num_samples
-    )
-
-
-def _shared_kfac(structure: KFAC, geometry: SharedGeometry, ranks: NetworkRanks) -> tuple[str, ...]:
-    if structure.sharing == "reduce":
-        return (
-            'KFAC(sharing="reduce") takes means over positions, which span no Jacobian of them',
-        )
-    sentences = [
-        f"{_where(index, geometry)} has no inputs and units"
-        for index, count in enumerate(geometry.positions)
-        if count is None
-    ]
-    for need in kfac_ranks(geometry):
-        layer = ranks.layers[need.layer]
-        found = layer.inputs if need.what == "inputs" else layer.derivatives
+    needs = structure.needed_ranks(geometry)
+    if needs is None:
+        return tuple(structure.failed_conditions(geometry))
+    sentences = structure.outside_theory(geometry)
+    for need in needs:
+        found = _found(need, geometry, ranks)
         if found is not None and found < need.rank:
-            sentences.append(
-                f"{_where(need.layer, geometry)}: its {need.what} have rank {found} of the "
-                f"{need.rank} (N times {geometry.positions[need.layer]} positions) that "
-                f"{structure.name} needs, and it has {need.size} "
-                f"{'inputs' if need.what == 'inputs' else 'channels'}"
-            )
+            where = "" if need.what == "network" else f"{geometry.where(need.layer)}: "
+            sentences.append(where + _what_fails(need, found, structure.name, geometry, ranks))
     return tuple(sentences)
 
 
-def _shared_unit_wise(
-    structure: UnitWise, geometry: SharedGeometry, ranks: NetworkRanks
-) -> tuple[str, ...]:
-    sentences = []
-    for need in unit_wise_ranks(geometry):
-        inputs, count = ranks.layers[need.layer].inputs, geometry.positions[need.layer]
-        found = inputs if count == 1 and inputs is not None else need.size
-        if found < need.rank:
-            sentences.append(
-                f"{_where(need.layer, geometry)}: a channel has {found} independent inputs of the "
-                f"{need.rank} that {structure.name} needs: use larger kernels, more channels in "
-                "front of it, or fewer samples"
-            )
-    return tuple(sentences)
+def _found(need: NeededRank, geometry: Geometry, ranks: NetworkRanks) -> int | None:
+    """The rank that there is, None where there is none to look at."""
+    layer = ranks.layers[need.layer]
+    if need.what == "network":
+        return ranks.kernel
+    if need.what == "jacobian":
+        return layer.jacobian
+    if need.what == "derivatives":
+        return layer.derivatives
+    if need.what == "equal leverages":
+        low, high = ranks.leverages
+        return layer.inputs if high - low > _EQUAL_LEVERAGES * high else None
+    if need.what == "channel":
+        alone = geometry.positions[need.layer] == 1 and layer.inputs is not None
+        return layer.inputs if alone else need.size
+    return layer.inputs
+
+
+def _what_fails(
+    need: NeededRank, found: int, name: str, geometry: Geometry, ranks: NetworkRanks
+) -> str:
+    """The sentence without the layer."""
+    needed = f"of the {need.rank} that {name} needs"
+    if need.what == "network":
+        remedy = f"the network has {need.size} parameters; use a wider one, or fewer samples"
+        if need.size >= need.rank:
+            remedy = _twin_remedy(ranks) or "use a wider network, other inputs or fewer samples"
+        return f"the Jacobian of the network has row rank {found} {needed}: {remedy}"
+    if need.what == "jacobian" and need.layer < geometry.depth - 1:
+        remedy = _jacobian_remedy(need, geometry, ranks)
+        return f"its Jacobian has row rank {found} {needed}: {remedy}"
+    if need.what == "channel":
+        return (
+            f"a channel has {found} independent inputs {needed}: use larger kernels, more channels "
+            "in front of it, or fewer samples"
+        )
+    if need.what == "equal leverages":
+        low, high = ranks.leverages
+        return (
+            f"its inputs have rank {found} for {need.rank} samples, and their leverages range from "
+            f"{low:.3g} to {high:.3g} where {name} needs equal ones: apply a Forster transform to "
+            "the inputs (natgrad_datasets.forster_transform), or use fewer samples"
+        )
+    if need.what == "jacobian":
+        # D_L = I, so the rank of J_L is C times the rank of the layer's inputs
+        return _inputs_sentence(need.layer, name, geometry, ranks)
+    if isinstance(geometry, SharedGeometry):
+        return (
+            f"its {need.what} have rank {found} of the {need.rank} (N times "
+            f"{geometry.positions[need.layer]} positions) that {name} needs, and it has "
+            f"{need.size} {'inputs' if need.what == 'inputs' else 'channels'}"
+        )
+    if need.what == "inputs":
+        return _inputs_sentence(need.layer, name, geometry, ranks)
+    remedy = f"use at least {need.rank} units in this layer, or fewer samples"
+    if need.size >= need.rank:
+        remedy = _twin_remedy(ranks) or "use wider layers, another activation or fewer samples"
+    return f"its derivatives have rank {found} {needed}: {remedy}"
+
+
+def _jacobian_remedy(need: NeededRank, geometry: Geometry, ranks: NetworkRanks) -> str:
+    if need.size < need.rank:
+        return f"it has {need.size} parameters; use more units, or fewer samples"
+    bottleneck = _bottleneck(geometry, need.layer)
+    if bottleneck < geometry.num_outputs:
+        return (
+            f"{geometry.num_outputs} outputs reach it through {bottleneck} units; use at "
+            f"least {geometry.num_outputs} in every hidden layer"
+        )
+    return _twin_remedy(ranks) or "use wider layers, other inputs or fewer samples"
 
 
 def _bottleneck(geometry: Geometry, index: int) -> int:
     """The fewest numbers through which outputs reach a layer."""
-    if not isinstance(geometry, SharedGeometry):
-        return min(width for _, width in geometry.layers[index:])
     behind = zip(geometry.layers[index:], geometry.positions[index:], strict=True)
     return min(width * (count or 1) for (_, width), count in behind)
 
 
-def _where(index: int, geometry: Geometry) -> str:
-    return f"layer {index + 1}" + (" (the last)" if index == geometry.depth - 1 else "")
-
-
-def _inputs_sentence(
-    structure: Structure, index: int, geometry: Geometry, ranks: NetworkRanks
-) -> str:
+def _inputs_sentence(index: int, name: str, geometry: Geometry, ranks: NetworkRanks) -> str:
     n = geometry.num_samples
     if geometry.layers[index][0] < n:
         what = "inputs" if index == 0 else "hidden units in the layer before it"
@@ -288,8 +229,7 @@ def _inputs_sentence(
             "fewer samples"
         )
     return (
-        f"{_where(index, geometry)}: its inputs have rank {ranks.layers[index].inputs} of the {n} "
-        f"that {structure.name} needs: {remedy}"
+        f"its inputs have rank {ranks.layers[index].inputs} of the {n} that {name} needs: {remedy}"
     )
 
 

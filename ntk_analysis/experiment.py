@@ -167,8 +167,9 @@ class _Laboratory:
                 )
         if rate.note:
             notes.append(rate.note)
-        if method.name == "quasi-diagonal" and self._settings.bias_variance == 0:
-            notes.append("without biases the quasi-diagonal structure is the diagonal one")
+        other = method.structure.without_biases
+        if other and self._settings.bias_variance == 0:
+            notes.append(f"without biases the {method.name} structure is the {other} one")
         predicted = theory.train_losses
         losses = squared_losses(run.outputs_train, data.y_train)
         lowest, largest = spectrum(train)

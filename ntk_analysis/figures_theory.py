@@ -221,7 +221,8 @@ def _draw_costs(
 ) -> list[Path]:
     with _figure((10, 4.6)) as figure:
         axes = figure.subplots(1, 2, sharey=True)
-        finite = [row for row in shown if np.isfinite(number(row, "condition_number"))]
+        known = [row for row in shown if row["cost"]]
+        finite = [row for row in known if np.isfinite(number(row, "condition_number"))]
         sizes = np.linspace(_MARKER_SIZES[0] + 3, _MARKER_SIZES[1] + 1, max(len(finite), 2))
         for row, size in zip(finite, sizes, strict=False):
             style, cost = STYLES[row["class"]], row["cost"]
@@ -246,7 +247,7 @@ def _draw_costs(
             f"{sweep_sentence(document)}",
             fontsize="medium",
         )
-        if len(finite) < len(shown):
+        if len(finite) < len(known):
             _footnote(figure, "Structures with a singular matrix are not shown.")
         return _save(figure, stem)
 

@@ -14,6 +14,7 @@ from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.entries import Entries
 from natgrad_flax.operators.gradient import Gradient
 from natgrad_flax.structures import Geometry
+from natgrad_flax.structures.style import styled
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class GradientDescent(Structure):
     constant learning rate of the linearised network is 1 / lambda_max(Theta).
     """
 
+    style = styled("Gradient descent", "#4d4d4d", "o", command="gd")
+    takes_damping = False
     infinite_width = "all"
 
     def operator(self, signals: Signals) -> Blocks:

@@ -14,7 +14,6 @@ from natgrad_flax.learning_rate import model_geometry
 from natgrad_flax.structures import Geometry
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
-    shared_alpha,
     signals_geometry,
     traced_geometry,
 )
@@ -213,7 +212,7 @@ def _theoretical_alpha(structure: Structure, geometry: Geometry) -> float | None
         warnings.simplefilter("ignore", IsotropyWarning)
         try:
             if isinstance(geometry, SharedGeometry):
-                return shared_alpha(structure, geometry)
+                return structure.shared_alpha(geometry)
             return structure.alpha(geometry)
         except ValueError:
             return None

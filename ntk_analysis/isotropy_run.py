@@ -14,7 +14,6 @@ import numpy as np
 
 from natgrad_flax import Signals, SingularCouplingWarning, Structure
 from natgrad_flax.learning_rate import model_geometry
-from ntk_analysis.analytic_signals import needed_parts
 from ntk_analysis.coefficient import Kernels, analytic_signals
 from ntk_analysis.cost import structure_cost
 from ntk_analysis.experiment import Experiment, Report
@@ -213,7 +212,11 @@ def _costs(point: SweepSettings, structures: dict[str, Structure]) -> dict[str, 
     costs = {}
     for name, structure in structures.items():
         damped = point.damping_of(structure) != 0
-        cost = structure_cost(structure, geometry, damped=damped)
+        try:
+            cost = structure_cost(structure, geometry, damped=damped)
+        except TypeError:
+            # of a structure of somebody else's it is not known
+            continue
         costs[name] = dataclasses.asdict(cost) | {"fraction_of_exact": cost.fraction_of_exact}
     return costs
 
@@ -255,7 +258,7 @@ class _Limit:
     def report(self, structure: Structure) -> IsotropyReport:
         """As ``isotropy`` with analytic kernels."""
         damping = self._point.damping_of(structure)
-        parts = needed_parts(structure)
+        parts = structure.limit_kernels
         if structure.infinite_width != "all":
             return isotropy(structure, self._model, self._x, damping, kernels="analytic")
         if parts not in self._signals:

@@ -3,57 +3,37 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from flax import nnx
 
 from natgrad_flax import (
-    EKFAC,
-    KFAC,
     BlockDiagonal,
-    BlockTriDiagonal,
-    Diagonal,
-    Exact,
     IsotropyWarning,
-    QuasiDiagonal,
     RelativeDamping,
     Signals,
     Structure,
-    UnitWise,
     optimal_learning_rate,
 )
 from natgrad_flax.spectrum import check_coefficient, rate_of_alpha, rate_of_largest
-from natgrad_flax.weight_sharing import SharedGeometry, shared_alpha, signals_geometry
+from natgrad_flax.structures import NAMED
+from natgrad_flax.weight_sharing import SharedGeometry, signals_geometry
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.conditions import failed_conditions, measured_ranks
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.names import find
 
-STRUCTURES: dict[str, Structure] = {
-    "gd": GradientDescent(),
-    "exact": Exact(),
-    "block-diagonal": BlockDiagonal(),
-    "block-tri-diagonal": BlockTriDiagonal(),
-    "kfac": KFAC(),
-    "ekfac": EKFAC(),
-    "unit-wise": UnitWise(),
-    "diagonal": Diagonal(),
-    "quasi-diagonal": QuasiDiagonal(),
-}
+_CLASSES: tuple[type[Structure], ...] = (GradientDescent, *NAMED)
+STRUCTURES: dict[str, Structure] = {cls.style.command: cls() for cls in _CLASSES}
 """Structures by the name that the command line gives them."""
 
-# an undamped unit divides by derivatives that can be arbitrarily small (science: KO-Thm5.1); so
-# does an undamped entry, whose network then leaves its linearisation in the first steps
-_DEFAULT_DAMPING = {
-    "unit-wise": RelativeDamping(1e-3),
-    "diagonal": RelativeDamping(1e-3),
-    "quasi-diagonal": RelativeDamping(1e-3),
+_ALIASES = {
+    alias: name for name, structure in STRUCTURES.items() for alias in structure.style.aliases
 }
-_WITHOUT_ALPHA = ("gd", "ekfac", "diagonal", "quasi-diagonal")
-_DEFAULT_SMALL_RATES = (0.25, 0.5)
-_ALIASES = {"gradient-descent": "gd", "k-fac": "kfac", "block-tridiagonal": "block-tri-diagonal"}
+_SMALL_RATES = {BlockDiagonal.style.command: (0.25, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -112,6 +92,38 @@ def find_structure(name: str) -> str:
     return find("structure", name, STRUCTURES, _ALIASES)
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them: "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def default_dampings() -> list[tuple[str, str, str]]:
+    """Kind ("relative damping") and value of every default but 0, and who has it, in words."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, structure in STRUCTURES.items():
+        rho = structure.default_damping
+        if isinstance(rho, RelativeDamping):
+            groups.setdefault(("relative damping", f"{rho.ratio:g}"), []).append(name)
+        elif rho:
+            groups.setdefault(("damping", f"{rho:g}"), []).append(name)
+    return [(*damping, listed(names)) for damping, names in groups.items()]
+
+
+def learning_rates() -> str:
+    """The learning rate of every structure in theory, in words."""
+    known, others = [], []
+    for name, structure in STRUCTURES.items():
+        rate, bracket, source = structure.optimal_rate.partition(" (")
+        if rate:
+            known.append(f"{rate} for {name}{bracket}{source}")
+        else:
+            others.append(name)
+    return (
+        f"{', '.join(known)}, and 1/lambda_max of the coefficient matrix at initialisation for "
+        f"{listed(others)}"
+    )
+
+
 def select_methods(
     structures: tuple[str, ...] | None, scale: float, damping: Damping | None
 ) -> tuple[Method, ...]:
@@ -126,14 +138,15 @@ def select_methods(
     """
 
     def method(name: str, factor: float) -> Method:
-        rho = _DEFAULT_DAMPING.get(name, 0.0) if damping is None else damping
-        return Method(name, factor * scale, 0.0 if name == "gd" else rho)
+        structure = STRUCTURES[name]
+        rho = structure.default_damping if damping is None else damping
+        return Method(name, factor * scale, rho if structure.takes_damping else 0.0)
 
     chosen = []
     for name in structures or STRUCTURES:
         chosen.append(method(name, 1.0))
-        if structures is None and name == "block-diagonal":
-            chosen.extend(method(name, factor) for factor in _DEFAULT_SMALL_RATES)
+        if structures is None:
+            chosen.extend(method(name, factor) for factor in _SMALL_RATES.get(name, ()))
     return tuple(chosen)
 
 
@@ -166,7 +179,7 @@ def theoretical_learning_rate(
             warnings.simplefilter("error", IsotropyWarning)
             rate = _isotropic_rate(method.structure, model, num_samples, signals)
     except (ValueError, TypeError, IsotropyWarning) as error:
-        note = "" if method.name in _WITHOUT_ALPHA else str(error)
+        note = str(error) if method.structure.optimal_rate else ""
         return LearningRate(method.factor * inverse, "1/lambda_max", note)
     if rate * largest > 2:
         note = (
@@ -188,7 +201,7 @@ def _isotropic_rate(
     geometry = None if signals is None else signals_geometry(model, signals)
     if signals is None or not isinstance(geometry, SharedGeometry):
         return optimal_learning_rate(structure, model, num_samples)
-    alpha = shared_alpha(structure, geometry)
+    alpha = structure.shared_alpha(geometry)
     failures = failed_conditions(structure, geometry, measured_ranks(signals))
     if failures:
         raise ValueError(

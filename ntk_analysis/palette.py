@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any
+
+from natgrad_flax import Structure
+from natgrad_flax.structures import STRUCTURES, Style
+from natgrad_flax.structures.style import style_of_class
+from ntk_analysis.gradient_descent import GradientDescent
 
 
-class Style(NamedTuple):
-    """How a structure is drawn.
-
-    Attributes:
-      label: its name in figures and tables.
-      color: told apart under the common colour-vision deficiencies (Okabe & Ito 2008).
-      marker: a Matplotlib marker, so that colour is never the only difference.
-    """
-
-    label: str
-    color: str
-    marker: str
+class _Styles(dict[str, Style]):
+    def __missing__(self, name: str) -> Style:
+        """That of a class of somebody else's; made of the name where there is no such class."""
+        found = (cls.style for cls in _subclasses(Structure) if cls.__name__ == name)
+        return next(found, style_of_class(name))
 
 
-STYLES: dict[str, Style] = {
-    "GradientDescent": Style("Gradient descent", "#4d4d4d", "o"),
-    "Exact": Style("Exact", "#0072B2", "s"),
-    "BlockDiagonal": Style("Block-diagonal", "#D55E00", "D"),
-    "BlockTriDiagonal": Style("Block tri-diagonal", "#009E73", "^"),
-    "KFAC": Style("K-FAC", "#CC79A7", "v"),
-    "EKFAC": Style("EKFAC", "#661100", "*"),
-    "UnitWise": Style("Unit-wise", "#E69F00", "P"),
-    "Diagonal": Style("Diagonal", "#56B4E9", "X"),
-    "QuasiDiagonal": Style("Quasi-diagonal", "#8C6D1F", "p"),
-    "LayerWise": Style("Layer-wise", "#6A3D9A", "h"),
-}
-"""Styles by the class name of the structure."""
+def _subclasses(cls: Any) -> Iterator[type[Structure]]:
+    for below in cls.__subclasses__():
+        yield below
+        yield from _subclasses(below)
+
+
+_CLASSES: tuple[type[Structure], ...] = (GradientDescent, *STRUCTURES)
+STYLES = _Styles((cls.__name__, cls.style) for cls in _CLASSES)
+"""Styles by the class name of the structure; whatever the name, there is one."""
 
 
 def tint(color: str, strength: float) -> str:

@@ -12,16 +12,16 @@ import natgrad_datasets
 import numpy as np
 from natgrad_datasets import Dataset, DatasetError
 
-from natgrad_flax import KFAC, MLP, Signals, SingularCouplingWarning, Structure
+from natgrad_flax import MLP, Signals, SingularCouplingWarning, Structure
 from natgrad_flax.activations import get_activation
 from natgrad_flax.scalars import check_integer, check_number, check_seed, keep_plain
 from ntk_analysis.analytic import Progress, analytic_kernels
-from ntk_analysis.analytic_signals import check_limit, needed_parts
+from ntk_analysis.analytic_signals import check_limit
 from ntk_analysis.coefficient import Kernels, analytic_signals
 from ntk_analysis.dynamics import squared_losses
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.experiment import Experiment, Report, describe_data
-from ntk_analysis.methods import Method, find_structure, select_methods
+from ntk_analysis.methods import STRUCTURES, Method, find_structure, select_methods
 from ntk_analysis.networks import build_network, check_damping_size, check_variances
 from ntk_analysis.prediction import (
     Prediction,
@@ -45,7 +45,10 @@ from ntk_analysis.results import (
 from ntk_analysis.settings import data_arrays, find_dataset
 
 COMMAND = "natgrad predict"
-DEFAULT_STRUCTURES = ("exact", "block-diagonal", "block-tri-diagonal", "kfac")
+WITH_LIMIT = tuple(name for name, s in STRUCTURES.items() if s.infinite_width == "all")
+"""Structures that have analytic kernels between training and test inputs."""
+DEFAULT_STRUCTURES = tuple(name for name in WITH_LIMIT if STRUCTURES[name].takes_damping)
+"""Those of a Fisher: gradient descent ends where the exact natural gradient does."""
 _NUM_SAMPLES = {"digits": (1437, 360)}
 _INITIALISATIONS = 10
 # directions that images hardly use have no Forster transform, or one that magnifies their noise
@@ -68,7 +71,7 @@ class PredictionSettings:
       activation: of the hidden layers.
       weight_variance: sigma_w^2.
       bias_variance: sigma_b^2; 0 means no biases.
-      structures: names; exact, block-diagonal, block-tri-diagonal and kfac by default.
+      structures: names; ``DEFAULT_STRUCTURES`` unless given.
       damping: rho in the 1/N convention for every structure but gradient descent, or None.
       ridge: lambda of ``predict``.
       kernels: "analytic" or "empirical".
@@ -284,7 +287,7 @@ def kfac_data(data: Dataset, rank_tolerance: float | None = None) -> tuple[Datas
 
 
 class _Laboratory:
-    """The data, and what structures in a row share; K-FAC may have inputs of its own."""
+    """The data, and what structures in a row share; transformed inputs are not shared."""
 
     def __init__(
         self,
@@ -300,8 +303,9 @@ class _Laboratory:
 
     def run(self, method: Method) -> dict[str, Any]:
         structure, data, note = method.structure, self._data, ""
-        if isinstance(structure, KFAC) and self._settings.forster:
-            structure = KFAC(first_layer="scaled")
+        transformed = structure.after_forster() if self._settings.forster else None
+        if transformed is not None:
+            structure = transformed
             data, note = kfac_data(data, self._settings.rank_tolerance)
         with warnings.catch_warnings():
             # at zero damping the structure is isotropic all the same
@@ -350,7 +354,7 @@ class _Laboratory:
         def make() -> tuple[Signals, Signals | None]:
             return analytic_signals(structure, model, data.x_train, data.x_test, **self._options)
 
-        train, test = self._share("signals", needed_parts(structure), make)
+        train, test = self._share("signals", (structure.limit_kernels, data is self._data), make)
         return train, test
 
     def _initial(self, structure: Structure, model: MLP, data: Dataset) -> Matrix | None:
@@ -362,7 +366,7 @@ class _Laboratory:
         def make() -> Matrix:
             return initial_outputs(model, everything, range(seed, seed + count))
 
-        drawn: Matrix = self._share("initial", isinstance(structure, KFAC), make)
+        drawn: Matrix = self._share("initial", data is self._data, make)
         return drawn
 
     def _prior(
@@ -376,9 +380,7 @@ class _Laboratory:
             test_inputs = np.asarray(data.x_test, np.float64)
             return inner, cross, prior_variances(model, test_inputs)
 
-        kernels: tuple[Matrix, Matrix, Matrix] = self._share(
-            "prior", isinstance(structure, KFAC), make
-        )
+        kernels: tuple[Matrix, Matrix, Matrix] = self._share("prior", data is self._data, make)
         return kernels
 
     def _share(self, what: str, key: object, make: Callable[[], Any]) -> Any:

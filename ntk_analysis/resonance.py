@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax import LayerWise, RelativeDamping, Signals, Structure
+from natgrad_flax import RelativeDamping, Signals, Structure
 from natgrad_flax.checks import check_damping, check_structure
 from natgrad_flax.gradient import resolve_damping
 from natgrad_flax.memory import check_fits
@@ -107,10 +107,10 @@ def spectral_radius(
 
 def signal_resonances(structure: Structure, signals: Signals) -> Matrix:
     """``resonances`` from float64 signals of the training samples, seeded or not."""
-    if not isinstance(structure, LayerWise):
-        return np.empty(0)
     depth, n = len(signals.layers), signals.size
     sigma = structure.coupling(depth)
+    if sigma is None:
+        return np.empty(0)
     signs = np.linalg.eigvalsh(sigma)
     if signs[0] >= -1e-12 * np.abs(signs).max():
         return np.empty(0)
@@ -177,7 +177,7 @@ def warn_of_resonance(structure: Structure, signals: Signals, damping: Damping) 
       signals: float64 signals of the training samples.
       damping: rho in the 1/N convention, or an ``ng.RelativeDamping``.
     """
-    if not isinstance(structure, LayerWise) or len(signals.layers) * signals.size > LARGEST_CHECK:
+    if len(signals.layers) * signals.size > LARGEST_CHECK:
         return
     if not isinstance(damping, RelativeDamping) and damping == 0:
         return

@@ -20,7 +20,6 @@ from natgrad_flax.weight_sharing import signals_geometry
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.conditions import NetworkRanks, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
-from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.isotropy import IsotropyReport, isotropy_of
 from ntk_analysis.networks import (
     build_network,
@@ -192,7 +191,7 @@ class SweepSettings:
 
     def damping_of(self, structure: Structure) -> Damping:
         """The damping of a structure: a number or a ratio, and 0 for gradient descent."""
-        if isinstance(structure, GradientDescent) or self.damping == 0:
+        if not structure.takes_damping or self.damping == 0:
             return 0.0
         return RelativeDamping(self.damping) if self.relative_damping else self.damping
 

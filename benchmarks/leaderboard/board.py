@@ -337,10 +337,7 @@ def _winners(
             zip(rows, times, strict=True), key=lambda pair: -pair[1]
         ) if row["family"] == OURS and time < baseline
     }  # fmt: skip
-    workload["faster"][clock] = [
-        STYLES[name].label if name in STYLES else name
-        for name in sorted(ours, key=ours.__getitem__)
-    ]
+    workload["faster"][clock] = [STYLES[name].label for name in sorted(ours, key=ours.__getitem__)]
 
 
 def _structures(records: list[Record], names: list[str]) -> list[dict[str, Any]]:

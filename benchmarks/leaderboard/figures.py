@@ -53,8 +53,8 @@ def looks(rows: Iterable[dict[str, Any]]) -> dict[str, Look]:
     result = {}
     for name in sorted(unique, key=lambda name: (len(name), name)):
         row = unique[name]
-        style = STYLES.get(row["structure"]) if row["family"] == "natural-gradient" else None
-        kind = row["structure"] if style else ""
+        kind = row["structure"] if row["family"] == "natural-gradient" else ""
+        style = STYLES[kind] if kind else None
         number = variants[kind]
         variants[kind] += 1
         dash = _DASHES[number % len(_DASHES)]

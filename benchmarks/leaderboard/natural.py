@@ -50,8 +50,6 @@ MOMENTUM = 0.9
 
 
 def variants(
-    name: str,
-    title: str,
     structure: ng.Structure,
     *,
     damping: Damping = THEORY,
@@ -61,9 +59,8 @@ def variants(
     """A structure with true and Monte-Carlo Fisher, fixed and adaptive damping, and tuned rates.
 
     Args:
-      name: key of the first variant, and prefix of the others.
-      title: what the board calls it.
-      structure: the Fisher approximation.
+      structure: the Fisher approximation; its style has the key of the first variant, which is the
+        prefix of the others, and what the board calls it.
       damping: of the first variant, the one of the theory.
       rates: learning rates of the tuned variants, TUNING_TRIALS of them.
       damped: the approximation of all variants but the first; the same without it.
@@ -79,8 +76,8 @@ def variants(
     )
     return tuple(
         Contestant(
-            name=f"{name}{suffix}",
-            title=f"{title}{words}",
+            name=f"{structure.style.command}{suffix}",
+            title=f"{structure.style.label}{words}",
             family="natural-gradient",
             rate_rule=rule,
             optimizer=partial(_optimizer, chosen, fisher, rho),
@@ -116,18 +113,11 @@ def _optimizer(
 
 
 def averaged(
-    name: str,
-    title: str,
-    structure: AveragedStructure,
-    *,
-    damping: Damping,
-    rates: tuple[float, ...],
+    structure: AveragedStructure, *, damping: Damping, rates: tuple[float, ...]
 ) -> Contestant:
     """A structure as people run it on mini-batches: averages over batches, and momentum behind.
 
     Args:
-      name: key of its variants; this one ends with "-average".
-      title: what the board calls it.
       structure: one that is a function of means over samples.
       damping: of the averaged Fisher.
       rates: learning rates, TUNING_TRIALS of them.
@@ -149,8 +139,8 @@ def averaged(
         )
 
     return Contestant(
-        name=f"{name}-average",
-        title=f"{title}, averaged, momentum {MOMENTUM:g}, Monte-Carlo, tuned",
+        name=f"{structure.style.command}-average",
+        title=f"{structure.style.label}, averaged, momentum {MOMENTUM:g}, Monte-Carlo, tuned",
         family="natural-gradient",
         rate_rule="tuned",
         optimizer=optimizer,
@@ -163,20 +153,18 @@ def averaged(
 
 
 def projected_momentum(
-    name: str, title: str, structure: ng.Structure, *, damping: Damping, rates: tuple[float, ...]
+    structure: ng.Structure, *, damping: Damping, rates: tuple[float, ...]
 ) -> Contestant:
     """A structure that solves every batch anew, with the previous step projected (SPRING).
 
     Args:
-      name: key of its variants; this one ends with "-momentum".
-      title: what the board calls it.
       structure: ``ng.Exact`` or ``ng.BlockDiagonal``.
       damping: positive, and not adaptive.
       rates: learning rates, TUNING_TRIALS of them.
     """
     return Contestant(
-        name=f"{name}-momentum",
-        title=f"{title}, projected momentum {MOMENTUM:g}, Monte-Carlo, tuned",
+        name=f"{structure.style.command}-momentum",
+        title=f"{structure.style.label}, projected momentum {MOMENTUM:g}, Monte-Carlo, tuned",
         family="natural-gradient",
         rate_rule="tuned",
         optimizer=partial(_optimizer, structure, "mc", damping, momentum=MOMENTUM),
@@ -228,8 +216,8 @@ def unsuitable(
     """
     signals = signal_shapes(workload, fisher)
     layers = signals.layers
-    if isinstance(structure, ng.QuasiDiagonal) and all(a.bias_scale is None for a in layers):
-        return "without biases it is the diagonal"
+    if structure.without_biases and all(a.bias_scale is None for a in layers):
+        return f"without biases it is the {structure.without_biases}"
     full_batch = workload.batch_size is None and isinstance(workload.loss, ng.MeanSquaredError)
     if is_zero(damping) and not full_batch:
         return (
@@ -245,8 +233,8 @@ def unsuitable(
             f"the true Fisher needs {signals.num_seeds} backward passes of {signals.num_samples} "
             f"samples at once, {size}; the Monte-Carlo one is in the race"
         )
-    side = dense_side(structure, signals)
-    if isinstance(structure, ng.EKFAC) and side > LARGEST_EIGENSYSTEM:
+    side = structure.largest_system(signals)
+    if structure.eigensystems and side > LARGEST_EIGENSYSTEM:
         return f"an eigendecomposition of side {side} at every step does not fit the budget"
     if side > LARGEST_SYSTEM:
         return f"a dense system of side {side} at every step does not fit the budget"
@@ -302,18 +290,3 @@ def is_dense(model: nnx.Module) -> bool:
     except TypeError:
         return False
     return True
-
-
-def dense_side(structure: ng.Structure, signals: ng.Signals) -> int:
-    """The side of the largest dense system that a step solves, sample or parameter space.
-
-    Args:
-      structure: the Fisher approximation.
-      signals: of a batch, or their shapes.
-    """
-    if isinstance(structure, ng.BlockDiagonal):
-        return max(min(signals.size, layer.num_params) for layer in signals.layers)
-    if isinstance(structure, ng.BlockTriDiagonal):
-        # every other layer is eliminated
-        return min(len(signals.layers) // 2 * signals.size, signals.num_params)
-    return structure.gram_size(signals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import natgrad_flax as ng
 from benchmarks.peer_comparison import exchange
 from benchmarks.peer_comparison.examples import Example, as_problem, layers_of
 from natgrad_flax.fisher_kinds import FisherKind
+from natgrad_flax.structures import NAMED
 
 RATE = 1e-3
 """Learning rate of the timed steps."""
@@ -23,14 +25,11 @@ KFAC = ng.KFAC(last_layer="literal", split="pi")
 
 STRUCTURES: dict[str, ng.Structure] = {
     "fisher": ng.Exact(),
-    "block-diagonal": ng.BlockDiagonal(),
+    **{cls.style.command: cls() for cls in NAMED},
     "kfac": KFAC,
-    "kfac-reduce": ng.KFAC(last_layer="literal", split="pi", sharing="reduce"),
-    "ekfac": ng.EKFAC(),
-    "diagonal": ng.Diagonal(),
-    "quasi-diagonal": ng.QuasiDiagonal(),
+    "kfac-reduce": replace(KFAC, sharing="reduce"),
 }
-"""Names of quantities: each has a matrix, and each but the last a step to compare."""
+"""Structures by the names of quantities, which those of the peers are compared with."""
 
 
 class Side:

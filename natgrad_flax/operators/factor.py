@@ -201,7 +201,8 @@ class Factor:
     def extremes(self, damping: Array | float) -> tuple[Array, Array]:
         """The smallest and the largest eigenvalue of A + rho."""
         values = self.eigenvalues()
-        low = jnp.min(values) if len(values) == self.rows.shape[1] else 0.0
+        whole = len(values) == self.rows.shape[1]
+        low = jnp.min(values) if whole else jnp.zeros(())
         return low + damping, jnp.max(values) + damping
 
     def eigenvalues(self) -> Array:

@@ -13,11 +13,30 @@ from natgrad_flax.structures.layer_wise import (
     SingularCouplingWarning,
 )
 from natgrad_flax.structures.quasi_diagonal import QuasiDiagonal
+from natgrad_flax.structures.style import Style, styled
 from natgrad_flax.structures.unit_wise import UnitWise
+
+STRUCTURES: tuple[type[Structure], ...] = (
+    Exact,
+    LayerWise,
+    BlockDiagonal,
+    BlockTriDiagonal,
+    KFAC,
+    EKFAC,
+    UnitWise,
+    Diagonal,
+    QuasiDiagonal,
+)
+"""Every approximation of the Fisher, in the order of tables; a new one is a line more here."""
+
+NAMED: tuple[type[Structure], ...] = tuple(cls for cls in STRUCTURES if cls.style.command)
+"""Those that need no arguments, and so have a name on command lines."""
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "NAMED",
+    "STRUCTURES",
     "AveragedStructure",
     "BlockDiagonal",
     "BlockTriDiagonal",
@@ -30,5 +49,7 @@ __all__ = [
     "QuasiDiagonal",
     "SingularCouplingWarning",
     "Structure",
+    "Style",
     "UnitWise",
+    "styled",
 ]

@@ -7,39 +7,21 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import jax
+import numpy as np
 from jax import Array
 
+from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.operators.base import Operator, ravel
 from natgrad_flax.operators.gradient import Gradient, ParameterGradient, Residual
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
+from natgrad_flax.structures.style import Style, style_of_class
 
 
 class IsotropyWarning(UserWarning):
     """A learning rate rests on a preparation of the data that sizes cannot show."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes that decide the theory of a structure.
-
-    Attributes:
-      layers: for each layer the parameters a unit (inputs, plus 1 with a bias) and the units.
-      num_samples: N.
-      num_outputs: C.
-      active_fraction: gamma = P(phi' != 0) of the hidden activation, None where it is unknown.
-    """
-
-    layers: tuple[tuple[int, int], ...]
-    num_samples: int
-    num_outputs: int
-    active_fraction: float | None = None
-
-    @property
-    def depth(self) -> int:
-        """L."""
-        return len(self.layers)
 
 
 @dataclass(frozen=True)
@@ -52,11 +34,92 @@ class Structure(abc.ABC):
     pseudo-inverse.
     """
 
+    style: ClassVar[Style]
+    """How it is called and drawn; made of the name of the class unless the class says it."""
+
+    default_damping: ClassVar[float | RelativeDamping] = 0.0
+    """The damping at which networks are trained with it, where a user gives none."""
+
+    takes_damping: ClassVar[bool] = True
+    """Whether it has a matrix that can be damped."""
+
+    optimal_rate: ClassVar[str] = ""
+    """1 / alpha in symbols, with its source in brackets; "" where theory knows no alpha."""
+
+    without_biases: ClassVar[str] = ""
+    """Which structure it is in a network without biases; "" for itself."""
+
+    eigensystems: ClassVar[bool] = False
+    """Whether its systems are solved by eigendecompositions, 27 times the flops of Cholesky's."""
+
     infinite_width: ClassVar[Literal["none", "train", "all"]] = "none"
     """Where the coefficient matrix has a limit as the width goes to infinity."""
 
     damping_margin: ClassVar[float] = 1.0
     """How many times the unit roundoff a damping must be for a step that is right to 1 %."""
+
+    limit_kernels: ClassVar[tuple[str, ...]] = ("tangent",)
+    """The kernels of layers that this limit is made of: "inputs", "derivatives", "tangent"."""
+
+    coefficient_arrays: ClassVar[tuple[float, float]] = (1.0, 3.5)
+    """(a, b): building the coefficient matrix keeps a L + b arrays of its size, as measured."""
+
+    def __init_subclass__(cls, **options: object) -> None:
+        """Gives the class a style of its own, which it does not take from the one above it."""
+        super().__init_subclass__(**options)
+        if "style" not in vars(cls):
+            cls.style = style_of_class(cls.__name__)
+
+    def needed_ranks(self, geometry: Geometry) -> list[NeededRank] | None:
+        """The ranks that isotropy needs, layer by layer; None where it is no matter of ranks.
+
+        Args:
+          geometry: the sizes, of a network with shared weights too.
+        """
+        return None
+
+    def outside_theory(self, geometry: Geometry) -> list[str]:
+        """Why there is no alpha whatever the ranks, a sentence each."""
+        return []
+
+    def shared_alpha(self, geometry: SharedGeometry) -> float:
+        """alpha of the isotropy condition at zero damping, where positions share weights.
+
+        Raises:
+          ValueError: the structure has no alpha there.
+        """
+        return self.alpha(geometry)
+
+    def no_limit(self, shared: bool) -> str:
+        """Why this setting has no infinite-width coefficient matrix where its class has, or "".
+
+        Args:
+          shared: whether positions share the weights of the network.
+        """
+        return ""
+
+    def after_forster(self) -> Structure | None:
+        """The structure for inputs after a Forster transform, None where it gains nothing."""
+        return None
+
+    def coupling(self, depth: int) -> np.ndarray | None:
+        """Sigma (L, L) of a structure that is G = S^T (Sigma (x) I) S / N, else None.
+
+        Args:
+          depth: L.
+
+        Raises:
+          ValueError: Sigma is one of another depth.
+        """
+        return None
+
+    def largest_system(self, signals: Signals) -> int:
+        """The side of the largest dense system that a step solves.
+
+        Args:
+          signals: of a batch, or their shapes.
+        """
+        return self.gram_size(signals)
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from natgrad_flax.operators.base import Blocks, Space, check_space, mean_gram_di
 from natgrad_flax.operators.low_rank import LowRank
 from natgrad_flax.signals import Signals
 from natgrad_flax.structures.layer_wise import LayerWise
+from natgrad_flax.structures.style import styled
 
 
 class BlockDiagonal(LayerWise):
@@ -23,6 +24,13 @@ class BlockDiagonal(LayerWise):
     Args:
       space: "sample", "parameter", or "auto".
     """
+
+    style = styled("Block-diagonal", "#D55E00", "D", short="block-diag")
+    optimal_rate = "1/L"
+
+    def largest_system(self, signals: Signals) -> int:
+        """Each layer in the smaller space."""
+        return max(min(signals.size, layer.num_params) for layer in signals.layers)
 
     def __init__(self, space: Space = "auto") -> None:
         object.__setattr__(self, "sigma", ())

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.damping import per_layer
+from natgrad_flax.damping import RelativeDamping, per_layer
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.operators.base import Blocks, ravel
 from natgrad_flax.operators.entries import Entries, divide
@@ -21,6 +21,7 @@ from natgrad_flax.structures.base import (
     dense_layer,
     has_shared_layers,
 )
+from natgrad_flax.structures.style import styled
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Diagonal(AveragedStructure):
     Not isotropic at any width (Karakida & Osawa 2020, Fig. 3), so it has no alpha.
     """
 
+    style = styled("Diagonal", "#56B4E9", "X")
+    # an undamped entry can be so small that the network leaves its linearisation in a few steps
+    default_damping = RelativeDamping(1e-3)
     cheap_inverse = True
 
     def operator(self, signals: Signals) -> Blocks:

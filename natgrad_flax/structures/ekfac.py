@@ -24,9 +24,10 @@ from natgrad_flax.operators.units import UnitBlocks, invert_blocks, multiply_blo
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
-from natgrad_flax.structures.base import Geometry
 from natgrad_flax.structures.exact import mean_diagonal
+from natgrad_flax.structures.geometry import Geometry
 from natgrad_flax.structures.kronecker_average import factor_means
+from natgrad_flax.structures.style import styled
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class EKFAC(AveragedStructure):
     """
 
     sharing: Sharing = "expand"
+    style = styled("EKFAC", "#661100", "*", short="EKFAC")
+    eigensystems = True
     cheap_inverse = True
     has_basis = True
 

@@ -12,7 +12,9 @@ from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.operators.base import Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.low_rank import LowRank
 from natgrad_flax.signals import Signals
-from natgrad_flax.structures.base import Geometry, Structure
+from natgrad_flax.structures.base import Structure
+from natgrad_flax.structures.geometry import Geometry, NeededRank
+from natgrad_flax.structures.style import styled
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,15 @@ class Exact(Structure):
     """
 
     space: Space = "auto"
+    style = styled("Exact", "#0072B2", "s")
+    optimal_rate = "1"
     infinite_width = "all"
+
+    def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
+        """N C of the Jacobian of the network."""
+        params = sum(fan_in * units for fan_in, units in geometry.layers)
+        outputs = geometry.num_samples * geometry.num_outputs
+        return [NeededRank(0, "network", outputs, params)]
 
     def __post_init__(self) -> None:
         check_space(self.space)

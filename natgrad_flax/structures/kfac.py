@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -18,17 +18,24 @@ from natgrad_flax.operators.units import UnitBlocks
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.base import (
-    Geometry,
     IsotropyWarning,
     coefficient_by_columns,
     dense_layer,
     has_shared_layers,
 )
+from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.kronecker_average import (
     KroneckerAverage,
     block_norms,
     num_positions,
     scaled_norms,
+)
+from natgrad_flax.structures.style import styled
+
+_NO_SHARED_LIMIT = (
+    "KFAC has no infinite-width kernel of a ConvNet here: the factors of shared weights are Gram "
+    "matrices over samples and positions, which the kernels of the layers do not hold; use "
+    'kernels="empirical"'
 )
 
 
@@ -62,8 +69,77 @@ class KFAC(KroneckerAverage):
     first_layer: Literal["literal", "scaled"] = "literal"
     space: Space = "auto"
     sharing: Sharing = "expand"
+    style = styled("K-FAC", "#CC79A7", "v", command="kfac", short="K-FAC")
+    optimal_rate = "1/(N L)"
     infinite_width = "all"
     damping_margin = 100.0  # it stands in both factors
+    limit_kernels = ("inputs", "derivatives")
+    coefficient_arrays = (0.0, 8.0)
+
+    def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
+        """N T_l of the inputs, and N C T_l of the derivatives of all layers but the last.
+
+        Fully connected, the inputs of layer 1 may have equal leverages instead, as a Forster
+        transform makes them (Section 4.2). Parameters without inputs and units are left out.
+        """
+        shared = isinstance(geometry, SharedGeometry)
+        if shared and self.sharing == "reduce":
+            return []
+        n, c = geometry.num_samples, geometry.num_outputs
+        needs = []
+        for index, ((fan_in, units), count) in enumerate(
+            zip(geometry.layers, geometry.positions, strict=True)
+        ):
+            if count is None:
+                continue
+            first = index == 0 and not shared
+            needs.append(
+                NeededRank(index, "equal leverages" if first else "inputs", n * count, fan_in)
+            )
+            if index < geometry.depth - 1:
+                needs.append(NeededRank(index, "derivatives", n * c * count, units))
+        return needs
+
+    def outside_theory(self, geometry: Geometry) -> list[str]:
+        """Means over positions, and parameters without inputs and units."""
+        if self.sharing == "reduce" and isinstance(geometry, SharedGeometry):
+            return [
+                'KFAC(sharing="reduce") takes means over positions, which span no Jacobian of them'
+            ]
+        return [
+            f"{geometry.where(index)} has no inputs and units"
+            for index, count in enumerate(geometry.positions)
+            if count is None
+        ]
+
+    def shared_alpha(self, geometry: SharedGeometry) -> float:
+        """N sum_l T_l^2, with 1 in place of N for a literal last layer."""
+        positions = geometry.positions
+        if None in positions or positions[-1] != 1:
+            raise ValueError(
+                "alpha of KFAC is known for layers with inputs and units, the last of one position"
+            )
+        if self.sharing == "reduce":
+            raise ValueError(
+                'alpha of KFAC(sharing="reduce") is known without shared weights only: the means '
+                "over positions do not span the Jacobians"
+            )
+        n = geometry.num_samples
+        hidden = sum(n * count**2 for count in positions[:-1] if count is not None)
+        return float(hidden + (n if self.last_layer == "scaled" else 1))
+
+    def no_limit(self, shared: bool) -> str:
+        """Factors of infinite size have no trace, and kernels of layers do not hold positions."""
+        if self.split == "pi":
+            return (
+                'KFAC(split="pi") compares traces of factors of infinite size; use split="plain", '
+                'or kernels="empirical"'
+            )
+        return _NO_SHARED_LIMIT if shared else ""
+
+    def after_forster(self) -> KFAC:
+        """The first layer is isotropic then, with alpha = N L."""
+        return replace(self, first_layer="scaled")
 
     def __post_init__(self) -> None:
         check_space(self.space)

@@ -18,7 +18,9 @@ from natgrad_flax.operators.base import Operator, Space, check_space, mean_gram_
 from natgrad_flax.operators.coupled import Coupled, Solver
 from natgrad_flax.operators.coupling import solve_coupled, solve_tridiagonal
 from natgrad_flax.signals import Signals
-from natgrad_flax.structures.base import Geometry, Structure, has_shared_layers, rank_failures
+from natgrad_flax.structures.base import Structure, has_shared_layers, rank_failures
+from natgrad_flax.structures.geometry import Geometry, NeededRank
+from natgrad_flax.structures.style import styled
 
 
 class SingularCouplingWarning(UserWarning):
@@ -44,8 +46,19 @@ class LayerWise(Structure):
 
     sigma: tuple[tuple[float, ...], ...]
     space: Space = "auto"
+    style = styled("Layer-wise", "#6A3D9A", "h", command="")
+    optimal_rate = "1/alpha (Theorem 4.1)"
     infinite_width = "all"
     _solver: ClassVar[Solver] = staticmethod(solve_coupled)
+    coefficient_arrays = (4.0, 0.5)
+
+    def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
+        """N C of every J_l (Theorem 4.1)."""
+        wanted = geometry.num_samples * geometry.num_outputs
+        return [
+            NeededRank(index, "jacobian", wanted, fan_in * units)
+            for index, (fan_in, units) in enumerate(geometry.layers)
+        ]
 
     def __init__(
         self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto"
@@ -173,6 +186,14 @@ class BlockTriDiagonal(LayerWise):
     """
 
     _solver = staticmethod(solve_tridiagonal)
+    style = styled(
+        "Block tri-diagonal", "#009E73", "^", short="tri-diag", aliases=("block-tridiagonal",)
+    )
+    optimal_rate = "1/alpha (Lemma 4.3)"
+
+    def largest_system(self, signals: Signals) -> int:
+        """Every other layer is eliminated."""
+        return min(len(signals.layers) // 2 * signals.size, signals.num_params)
 
     def __init__(self, space: Space = "auto") -> None:
         object.__setattr__(self, "sigma", ())

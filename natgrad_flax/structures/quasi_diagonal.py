@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.damping import per_layer
+from natgrad_flax.damping import RelativeDamping, per_layer
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.linalg import eigvalsh, rank_cutoff, reciprocal
 from natgrad_flax.operators.base import Blocks, Operator, ravel
@@ -32,6 +32,7 @@ from natgrad_flax.structures.diagonal import (
     sum_over_units,
 )
 from natgrad_flax.structures.exact import mean_diagonal
+from natgrad_flax.structures.style import styled
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class QuasiDiagonal(AveragedStructure):
     diagonal. Not isotropic (Karakida & Osawa 2020, Fig. 3).
     """
 
+    style = styled("Quasi-diagonal", "#8C6D1F", "p", short="quasi-diag")
+    default_damping = RelativeDamping(1e-3)  # as for ``Diagonal``
+    without_biases = "diagonal"
     cheap_inverse = True
 
     def operator(self, signals: Signals) -> Blocks:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.batched_solve import solve_scaled_gram
-from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.damping import RelativeDamping, is_zero, per_layer
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import (
@@ -25,13 +25,20 @@ from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.operators.units import UnitBlocks, solve_block
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.base import (
-    Geometry,
     Structure,
     coefficient_by_columns,
     dense_layer,
     has_shared_layers,
 )
 from natgrad_flax.structures.diagonal import sum_over_units
+from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
+from natgrad_flax.structures.style import styled
+
+_NO_SHARED_LIMIT = (
+    "UnitWise has no infinite-width kernel of a ConvNet: a channel of the first convolution keeps "
+    "its few inputs at any width, and what the N C derivatives leave of their span is no function "
+    'of the kernels of the layers; use kernels="empirical"'
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,42 @@ class UnitWise(Structure):
     """
 
     space: Space = "auto"
+    style = styled("Unit-wise", "#E69F00", "P")
+    optimal_rate = "1/alpha (Theorem 5.1)"
+    # an undamped unit divides by derivatives that can be arbitrarily small (science: KO-Thm5.1)
+    default_damping = RelativeDamping(1e-3)
     infinite_width = "train"
+    limit_kernels = ("inputs",)
+    coefficient_arrays = (0.0, 8.0)
+
+    def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
+        """N of the inputs of a unit where nothing is shared, elsewhere N C."""
+        n, c = geometry.num_samples, geometry.num_outputs
+        shared = isinstance(geometry, SharedGeometry)
+        return [
+            NeededRank(index, "channel" if shared else "inputs", n if count == 1 else n * c, fan_in)
+            for index, ((fan_in, _), count) in enumerate(
+                zip(geometry.layers, geometry.positions, strict=True)
+            )
+        ]
+
+    def shared_alpha(self, geometry: SharedGeometry) -> float:
+        """1 + sum_{l<L} M_l, with gamma / C of those units that share nothing."""
+        total = 1.0
+        for (_, units), count in zip(geometry.layers[:-1], geometry.positions[:-1], strict=True):
+            share = 1.0
+            if count == 1:
+                if geometry.active_fraction is None:
+                    raise ValueError(
+                        "alpha of UnitWise needs the fraction of active units of its dense layers"
+                    )
+                share = geometry.active_fraction / geometry.num_outputs
+            total += share * units
+        return total
+
+    def no_limit(self, shared: bool) -> str:
+        """Channels of shared weights keep a finite number of inputs."""
+        return _NO_SHARED_LIMIT if shared else ""
 
     def __post_init__(self) -> None:
         check_space(self.space)

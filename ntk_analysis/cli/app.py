@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -28,6 +28,7 @@ Document = dict[str, Any]
 Present = Callable[[Document, Sequence[Document]], "Table"]
 Notes = Callable[[Document, Sequence[Document]], Iterable[str]]
 Draw = Callable[[Document, Sequence[Document], Path], Iterable[Path]]
+_Command = TypeVar("_Command", bound=Callable[..., None])
 
 _STANDARD_OUTPUT = "standard output"
 
@@ -62,6 +63,16 @@ class _Output(Console):
 
 output = _Output(**_AS_IT_IS)
 errors = Console(stderr=True, **_AS_IT_IS)
+
+
+def filled(**words: str) -> Callable[[_Command], _Command]:
+    """Decorates a command: its docstring, which is its help, gets words from elsewhere."""
+
+    def fill(command: _Command) -> _Command:
+        command.__doc__ = (command.__doc__ or "").format(**words)
+        return command
+
+    return fill
 
 
 class WithLists(TyperCommand):

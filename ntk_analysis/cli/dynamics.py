@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ntk_analysis.cli.app import WithLists, app, complain, progress_bar, show, work
+from ntk_analysis.cli.app import WithLists, app, complain, filled, progress_bar, show, work
 from ntk_analysis.cli.options import (
     ActivationOption,
     BiasVarianceOption,
@@ -19,11 +19,13 @@ from ntk_analysis.cli.options import (
     WeightVarianceOption,
 )
 from ntk_analysis.experiment import run_dynamics, work_units
+from ntk_analysis.methods import STRUCTURES, learning_rates
 from ntk_analysis.settings import DynamicsSettings
 from ntk_analysis.tables import dynamics_table, method_label
 
 
 @app.command(cls=WithLists)
+@filled(learning_rates=learning_rates())
 def dynamics(
     dataset: DatasetOption = None,
     classes: Annotated[
@@ -50,8 +52,7 @@ def dynamics(
     structures: Annotated[
         list[str] | None,
         typer.Option(
-            help="gd, exact, block-diagonal, block-tri-diagonal, kfac, ekfac, unit-wise, "
-            "diagonal, quasi-diagonal [default: all, and block-diagonal at c = 0.25 and 0.5]"
+            help=f"{', '.join(STRUCTURES)} [default: all, and block-diagonal at c = 0.25 and 0.5]"
         ),
     ] = None,
     damping: DampingOption = None,
@@ -78,9 +79,7 @@ def dynamics(
     Fig. 1a of Karakida & Osawa (2020) at a smaller width. Every finished method is kept: after
     Ctrl-C, or with more structures, the same command goes on where it ended.
 
-    Learning rates: 1 for exact, 1/L for block-diagonal, 1/alpha for block-tri-diagonal (Lemma 4.3),
-    1/(N L) for kfac, 1/alpha for unit-wise (Theorem 5.1), and 1/lambda_max of the coefficient
-    matrix at initialisation for gd, ekfac, diagonal and quasi-diagonal.
+    Learning rates: {learning_rates}.
 
     Exit code: 0; 1 where a loss ceased to be finite though theory lets it fall; 2 on bad arguments;
     130 when interrupted.

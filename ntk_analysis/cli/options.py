@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ntk_analysis.methods import STRUCTURES, default_dampings
+
 DatasetOption = Annotated[
     str | None,
     typer.Option(
@@ -26,16 +28,14 @@ WeightVarianceOption = Annotated[float, typer.Option(help="sigma_w^2")]
 BiasVarianceOption = Annotated[float, typer.Option(help="sigma_b^2; 0 means no biases")]
 StructuresOption = Annotated[
     list[str] | None,
-    typer.Option(
-        help="gd, exact, block-diagonal, block-tri-diagonal, kfac, ekfac, unit-wise, "
-        "diagonal, quasi-diagonal [default: all]"
-    ),
+    typer.Option(help=f"{', '.join(STRUCTURES)} [default: all]"),
 ]
 DampingOption = Annotated[
     float | None,
     typer.Option(
-        help="rho, added to every Fisher in the 1/N convention [default: 0, but relative damping "
-        "0.001 for unit-wise, diagonal and quasi-diagonal]"
+        help="rho, added to every Fisher in the 1/N convention [default: 0"
+        + "".join(f", but {kind} {value} for {names}" for kind, value, names in default_dampings())
+        + "]"
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="of the initial parameters")]

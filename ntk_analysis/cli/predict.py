@@ -18,8 +18,14 @@ from ntk_analysis.cli.options import (
     WeightVarianceOption,
 )
 from ntk_analysis.coefficient import Kernels
+from ntk_analysis.methods import STRUCTURES
 from ntk_analysis.palette import STYLES
-from ntk_analysis.prediction_run import DEFAULT_STRUCTURES, PredictionSettings, run_prediction
+from ntk_analysis.prediction_run import (
+    DEFAULT_STRUCTURES,
+    WITH_LIMIT,
+    PredictionSettings,
+    run_prediction,
+)
 from ntk_analysis.tables_theory import prediction_table
 
 
@@ -52,9 +58,9 @@ def predict(
     structures: Annotated[
         list[str] | None,
         typer.Option(
-            help="gd, exact, block-diagonal, block-tri-diagonal, kfac; with empirical kernels "
-            "ekfac, unit-wise, diagonal, quasi-diagonal too "
-            "[default: exact block-diagonal block-tri-diagonal kfac]"
+            help=f"{', '.join(WITH_LIMIT)}; with empirical kernels "
+            f"{', '.join(name for name in STRUCTURES if name not in WITH_LIMIT)} too "
+            f"[default: {' '.join(DEFAULT_STRUCTURES)}]"
         ),
     ] = None,
     damping: DampingOption = None,

@@ -24,7 +24,7 @@ from ntk_analysis.tables import setting_sentence
 PAGE_NAME = "report.html"
 _TEMPLATE = "template.html"
 # one sign for each Matplotlib marker of the palette
-_SIGNS = dict(zip("osD^vPXph*", "●■◆▲▼✚✖⬟⬢★", strict=True))
+_SIGNS = dict(zip("osD^vPXph*<>8d", "●■◆▲▼✚✖⬟⬢★◀▶⯃◊", strict=True))
 _FORMULAS = {
     "Θ̄": '<span class="bar">Θ</span>',
     "σ_w²": "σ<sub>w</sub>²",
@@ -53,7 +53,7 @@ def render(document: dict[str, Any], settings: ReportSettings, drawn: Mapping[st
         papers=PAPERS,
         papers_folder=FOLDER,
         gpu=any(not name.startswith("CPU") for name in document["devices"]),
-        signs={name: (style.color, _SIGNS[style.marker]) for name, style in STYLES.items()},
+        signs={name: (s.color, _SIGNS.get(s.marker, "●")) for name, s in STYLES.items()},
         limits={
             "isotropic": ISOTROPIC, "nearly": NEARLY_ISOTROPIC, "fast": FAST, "follows": FOLLOWS
         },

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ntk_analysis.methods import default_dampings
 from ntk_analysis.palette import STYLES
 from ntk_analysis.report.commands import dynamics_command, isotropy_command, prediction_command
 from ntk_analysis.report.drawing import FINITE, Drawn
@@ -179,8 +180,9 @@ def _accuracy(
                 "network each; marker: their mean. Gradient descent ends where the exact natural "
                 "gradient does, only much later.",
                 f"{setting_sentence(finite[0])}, N' = {finite[0]['data']['num_test']}; empirical "
-                f"kernels, {len(finite)} seeds; unit-wise, diagonal and quasi-diagonal with a "
-                "relative damping of 0.001.",
+                f"kernels, {len(finite)} seeds; "
+                + "; ".join(f"{who} with a {kind} of {x}" for kind, x, who in default_dampings())
+                + ".",
                 tuple(prediction_command(part) for part in settings.finite),
             )
         )

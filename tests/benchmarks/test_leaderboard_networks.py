@@ -14,7 +14,7 @@ from flax import nnx
 import natgrad_flax as ng
 from benchmarks.leaderboard import natural, trial
 from benchmarks.leaderboard.contestant import contestants, find_contestant
-from benchmarks.leaderboard.natural import damping_on, dense_side, is_dense, signal_shapes
+from benchmarks.leaderboard.natural import damping_on, is_dense, signal_shapes
 from benchmarks.leaderboard.plan import make_plan
 from benchmarks.leaderboard.program import OptaxProgram
 from benchmarks.leaderboard.rates import TheoreticalRate
@@ -77,16 +77,16 @@ def test_shapes_are_those_of_real_signals(model: object, fisher: FisherKind) -> 
 def test_dense_sides_by_hand() -> None:
     signals = signal_shapes(toy(batch=6), "exact")
     # N = 6, S = 2; P = 5 * 3 and 49 * 3; rows of the convolution: 6 * 16 inputs, 12 * 16 units
-    assert dense_side(ng.Exact(), signals) == 12
-    assert dense_side(ng.BlockDiagonal(), signals) == 12
-    assert dense_side(ng.BlockTriDiagonal(), signals) == 12
+    assert ng.Exact().largest_system(signals) == 12
+    assert ng.BlockDiagonal().largest_system(signals) == 12
+    assert ng.BlockTriDiagonal().largest_system(signals) == 12
     # max of min(96, 5), min(192, 3) and of min(6, 49), min(12, 3)
-    assert dense_side(ng.KFAC(), signals) == dense_side(ng.EKFAC(), signals) == 6
-    assert dense_side(ng.Diagonal(), signals) == 0
+    assert ng.KFAC().largest_system(signals) == ng.EKFAC().largest_system(signals) == 6
+    assert ng.Diagonal().largest_system(signals) == 0
     # one seed: fewer rows
     alone = signal_shapes(toy(batch=4), "mc")
-    assert dense_side(ng.Exact(), alone) == dense_side(ng.BlockTriDiagonal(), alone) == 4
-    assert dense_side(ng.KFAC(), alone) == 5
+    assert ng.Exact().largest_system(alone) == ng.BlockTriDiagonal().largest_system(alone) == 4
+    assert ng.KFAC().largest_system(alone) == 5
 
 
 def test_theory_knows_the_sizes_of_fully_connected_networks_only() -> None:

@@ -8,12 +8,11 @@ import pytest
 from flax import nnx
 
 import natgrad_flax as ng
+from natgrad_flax.structures import Geometry
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
-    kfac_ranks,
     shared_failures,
     traced_geometry,
-    unit_wise_ranks,
 )
 
 # a convolution at 9 positions, a normalisation, and a readout of two outputs
@@ -33,16 +32,31 @@ class Stock(nnx.Module):
 
 
 def test_ranks_that_isotropy_needs():
-    assert [tuple(need) for need in kfac_ranks(NORMED)] == [
+    assert [tuple(need) for need in ng.KFAC().needed_ranks(NORMED)] == [
         (0, "inputs", 27, 18),
         (0, "derivatives", 54, 40),
         (2, "inputs", 3, 20),
     ]
-    assert [tuple(need) for need in unit_wise_ranks(NORMED)] == [
-        (0, "inputs", 6, 18),
-        (1, "inputs", 6, 2),
-        (2, "inputs", 3, 20),
+    assert [tuple(need) for need in ng.UnitWise().needed_ranks(NORMED)] == [
+        (0, "channel", 6, 18),
+        (1, "channel", 6, 2),
+        (2, "channel", 3, 20),
     ]
+
+
+@pytest.mark.parametrize(
+    ("structure", "needs"),
+    [
+        (ng.Exact(), [(0, "network", 12, 22)]),
+        (ng.BlockDiagonal(), [(0, "jacobian", 12, 12), (1, "jacobian", 12, 10)]),
+        (ng.KFAC(), [(0, "equal leverages", 6, 3), (0, "derivatives", 12, 4), (1, "inputs", 6, 5)]),
+        (ng.UnitWise(), [(0, "inputs", 6, 3), (1, "inputs", 6, 5)]),
+    ],
+)
+def test_ranks_that_a_fully_connected_network_needs(structure, needs):
+    geometry = Geometry(((3, 4), (5, 2)), 6, 2)
+    assert [tuple(need) for need in structure.needed_ranks(geometry)] == needs
+    assert ng.Diagonal().needed_ranks(geometry) is None
 
 
 def test_sizes_that_cannot_have_these_ranks_are_named():

@@ -15,7 +15,6 @@ import ntk_analysis as na
 from natgrad_flax.learning_rate import model_geometry
 from natgrad_flax.weight_sharing import (
     SharedGeometry,
-    shared_alpha,
     signals_geometry,
     traced_geometry,
 )
@@ -102,15 +101,15 @@ def test_constants_that_do_not_exist(wide):
     geometry = signals_geometry(model, signals.train)
     for structure in (ng.KFAC(sharing="reduce"), ng.Diagonal(), na.GradientDescent()):
         with pytest.raises(ValueError, match=r"alpha|isotropic"):
-            shared_alpha(structure, geometry)
+            structure.shared_alpha(geometry)
     explicit = SharedGeometry(((3, 2), (2, 1)), N, 1, None, (None, 1))
     with pytest.raises(ValueError, match="layers with inputs and units"):
-        shared_alpha(ng.KFAC(), explicit)
+        ng.KFAC().shared_alpha(explicit)
     dense = SharedGeometry(((3, 2), (2, 2), (2, 1)), N, 1, None, (4, 1, 1))
     with pytest.raises(ValueError, match="fraction of active units"):
-        shared_alpha(ng.UnitWise(), dense)
+        ng.UnitWise().shared_alpha(dense)
     with_gamma = SharedGeometry(((3, 2), (2, 6), (2, 3)), N, 3, 0.5, (4, 1, 1))
-    assert shared_alpha(ng.UnitWise(), with_gamma) == pytest.approx(1 + 2 + 0.5 * 6 / 3)
+    assert ng.UnitWise().shared_alpha(with_gamma) == pytest.approx(1 + 2 + 0.5 * 6 / 3)
 
 
 def test_conditions_that_fail_are_named():

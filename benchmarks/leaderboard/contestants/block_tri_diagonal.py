@@ -4,8 +4,6 @@ import natgrad_flax as ng
 from benchmarks.leaderboard.natural import variants
 
 CONTESTANTS = variants(
-    "block-tri-diagonal",
-    "Block tri-diagonal",
     ng.BlockTriDiagonal(),
     damping=0.0,
     rates=(0.01, 0.03, 0.1, 0.2, 0.5, 1.0),

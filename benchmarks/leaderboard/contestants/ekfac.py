@@ -5,14 +5,10 @@ from benchmarks.leaderboard.natural import averaged, variants
 
 CONTESTANTS = (
     *variants(
-        "ekfac",
-        "EKFAC",
         ng.EKFAC(),
         rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
     ),
     averaged(
-        "ekfac",
-        "EKFAC",
         ng.EKFAC(),
         damping=1e-3,
         rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),

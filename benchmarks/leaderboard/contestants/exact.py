@@ -5,15 +5,11 @@ from benchmarks.leaderboard.natural import projected_momentum, variants
 
 CONTESTANTS = (
     *variants(
-        "exact",
-        "Exact",
         ng.Exact(),
         damping=0.0,
         rates=(0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
     ),
     projected_momentum(
-        "exact",
-        "Exact",
         ng.Exact(),
         damping=1e-2,
         rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),

@@ -5,8 +5,6 @@ from benchmarks.leaderboard.natural import averaged, variants
 
 CONTESTANTS = (
     *variants(
-        "kfac",
-        "K-FAC",
         ng.KFAC(),
         damping=0.0,
         # with more samples than inputs and units, the theory of the scaled last layer does not hold
@@ -14,8 +12,6 @@ CONTESTANTS = (
         rates=(0.001, 0.004, 0.015, 0.05, 0.15, 0.5),
     ),
     averaged(
-        "kfac",
-        "K-FAC",
         ng.KFAC(last_layer="literal", split="pi"),
         damping=1e-3,
         rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),

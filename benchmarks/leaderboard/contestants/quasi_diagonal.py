@@ -4,8 +4,6 @@ import natgrad_flax as ng
 from benchmarks.leaderboard.natural import variants
 
 CONTESTANTS = variants(
-    "quasi-diagonal",
-    "Quasi-diagonal",
     ng.QuasiDiagonal(),
     rates=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
 )

@@ -4,8 +4,6 @@ import natgrad_flax as ng
 from benchmarks.leaderboard.natural import variants
 
 CONTESTANTS = variants(
-    "unit-wise",
-    "Unit-wise",
     ng.UnitWise(),
     rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
 )

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad_flax.structures import Style
 from ntk_analysis.methods import STRUCTURES
-from ntk_analysis.palette import STYLES, Style, tint
+from ntk_analysis.palette import STYLES, tint
 from ntk_analysis.report.papers.frame import GREY, INKS, Ink, panels
 from ntk_analysis.tables import PROPER_NAMES
 
@@ -24,7 +25,7 @@ _RIGHT_DAMPINGS = (0.0, 1e-1, 1e-3, 1e-5, 1e-8, 1e-12)
 _TOP = 1e4
 _FAR = 1e30
 # names of the entries that are not called after a structure
-_STYLES = {"NTK": Style("Tangent kernel (gradient descent)", *STYLES["GradientDescent"][1:])}
+_STYLES = {"NTK": STYLES["GradientDescent"]._replace(label="Tangent kernel (gradient descent)")}
 
 
 def draw_figure_1a(data: dict[str, Any]) -> Figure:
@@ -203,7 +204,7 @@ def draw_figure_3(data: dict[str, Any]) -> Figure:
 
 def _style(name: str) -> Style:
     """Of a structure by its name on the command line."""
-    return _STYLES.get(name) or STYLES[STRUCTURES[name].name]
+    return _STYLES.get(name) or STRUCTURES[name].style
 
 
 def _numbers(values: Sequence[float | None]) -> NDArray[np.float64]:

@@ -96,13 +96,11 @@ def accuracies(
         report(f"kernels of {data.num_train} and {data.num_test} samples, {done}/{blocks} blocks")
 
     found = []
-    groups = [
-        {name: s for name, s in structures.items() if isinstance(s, KFAC) == factored}
-        for factored in (False, True)
-    ]
-    for group in groups:
-        if not group:
-            continue
+    # structures that are made of the same kernels share them
+    groups: dict[tuple[str, ...], dict[str, Structure]] = {}
+    for name, structure in structures.items():
+        groups.setdefault(structure.limit_kernels, {})[name] = structure
+    for group in groups.values():
         train, test = analytic_signals(
             next(iter(group.values())), model, data.x_train, data.x_test, progress=kernels
         )
@@ -229,12 +227,13 @@ def _flops(structures: dict[str, Structure], n: int, test: int, outputs: int) ->
     columns = outputs * (1 + _INITIALISATIONS)
     total = _INITIALISATIONS * (n + test) * 2.0 * _WIDTH**2
     for structure in structures.values():
-        if isinstance(structure, KFAC):
+        if "derivatives" in structure.limit_kernels:
             # two Gram matrices a hidden layer, and the inputs of the last; N' right-hand sides
             total += (2 * _DEPTH - 1) * (n**3 / 3 + 2 * n**2 * test)
             continue
-        systems = 1
-        if isinstance(structure, (BlockDiagonal, BlockTriDiagonal)):
-            systems = int(np.count_nonzero(np.abs(structure.weights(_DEPTH)) > 1e-12))
+        sigma = structure.coupling(_DEPTH)
+        # a layer counts where its entry of Sigma^+ 1 is not 0
+        weights = np.ones(1) if sigma is None else np.linalg.pinv(sigma, hermitian=True).sum(axis=1)
+        systems = int(np.count_nonzero(np.abs(weights) > 1e-12))
         total += systems * (n**3 / 3 + 2 * (n**2 + n * test) * columns)
     return total

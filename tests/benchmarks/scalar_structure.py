@@ -1,0 +1,73 @@
+"""A structure in one file, as anybody adds one: everything that is known of it stands here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from natgrad_flax.damping import RelativeDamping, per_layer
+from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.structures.averaged import AveragedStructure, Moments
+from natgrad_flax.structures.base import Geometry, gradient
+from natgrad_flax.structures.style import styled
+
+
+@dataclass(frozen=True)
+class Scalar(AveragedStructure):
+    """G_l = (t_l + rho) I, with t_l the mean diagonal of the Fisher block of layer l."""
+
+    style = styled("Scalar metric", command="scalar", short="scal.", aliases=("one-number",))
+    default_damping = RelativeDamping(0.01)
+    cheap_inverse = True
+
+    def solve(
+        self, signals: Signals, residual: Residual, damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        return self.precondition(signals, gradient(signals, residual), damping)
+
+    def precondition(
+        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
+    ) -> tuple[LayerUpdate, ...]:
+        inverse = self.invert(self.moments(signals), damping, signals.num_samples)
+        return self.apply(inverse, slope)
+
+    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
+        inverse = self.invert(self.moments(train), damping, train.num_samples)
+        layers = zip(inverse, test.layers, train.layers, strict=True)
+        return sum(factor * there.gram(here) for factor, there, here in layers) / train.num_samples
+
+    def to_dense(self, signals: Signals, damping: float = 0.0) -> Array:
+        scales = self.damping_scale(signals) + damping
+        sizes = jnp.array([layer.num_params for layer in signals.layers])
+        return jnp.diag(jnp.repeat(scales, sizes, total_repeat_length=signals.num_params))
+
+    def alpha(self, geometry: Geometry) -> float:
+        raise ValueError("one number a layer is isotropic at no width")
+
+    def failed_conditions(self, geometry: Geometry) -> list[str]:
+        return []
+
+    def gram_size(self, signals: Signals) -> int:
+        return 0
+
+    def statistics(self, signals: Signals) -> tuple[Any, ...]:
+        n = signals.num_samples
+        return tuple(jnp.sum(a.gram_norms()) / (n * a.num_params) for a in signals.layers)
+
+    def invert(self, moments: Moments, damping: Array | float, num_samples: int) -> tuple[Any, ...]:
+        rho = per_layer(damping, len(moments.factors))
+        return tuple(1 / (t + r) for t, r in zip(moments.factors, rho, strict=True))
+
+    def apply(
+        self, inverse: tuple[Any, ...], slope: tuple[LayerUpdate, ...]
+    ) -> tuple[LayerUpdate, ...]:
+        layers = zip(inverse, slope, strict=True)
+        return tuple(jax.tree.map(lambda g, f=f: f * g, update) for f, update in layers)
+
+    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+        return jnp.stack(moments.factors)

@@ -25,11 +25,10 @@ from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.fisher_kinds import FisherKind, check_key, population_signals
 from natgrad_flax.gradient import Damping, resolve_damping, static_damping
 from natgrad_flax.independence import check_samples_alone
-from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
+from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates, ravel, unravel
 from natgrad_flax.linalg import full_products, rank_cutoff
 from natgrad_flax.losses import Loss
 from natgrad_flax.memory import check_fits
-from natgrad_flax.operators.base import ravel, unravel
 from natgrad_flax.operators.gradient import ParameterGradient
 from natgrad_flax.plans import hashable_filter
 from natgrad_flax.preparation import prepare

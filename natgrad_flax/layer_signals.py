@@ -201,3 +201,29 @@ def matrix_of(update: LayerUpdate) -> Array:
     if "bias" not in update:
         return update["kernel"]
     return jnp.concatenate([update["kernel"], update["bias"][None]])
+
+
+def ravel(updates: Sequence[LayerUpdate]) -> Array:
+    """One vector (P,) in the column order of ``dense_jacobian``."""
+    return jnp.concatenate(
+        [
+            jnp.ravel(update[key])
+            for update in updates
+            for key in ("kernel", "bias")
+            if key in update
+        ]
+    )
+
+
+def unravel(layers: Sequence[LayerSignals], vector: Array) -> tuple[LayerUpdate, ...]:
+    """The inverse of ``ravel``: a vector (P,) as one update a layer."""
+    updates, first = [], 0
+    for layer in layers:
+        updates.append(layer.unravel(vector[first : first + layer.num_params]))
+        first += layer.num_params
+    return tuple(updates)
+
+
+def dense_jacobian(layers: Sequence[LayerSignals]) -> Array:
+    """J of some layers together, shape (N S, P), layer after layer."""
+    return jnp.concatenate([layer.to_dense() for layer in layers], axis=1)

@@ -18,9 +18,10 @@ from jax import Array
 
 from natgrad_flax.damping import per_layer
 from natgrad_flax.layer_signals import LayerUpdate, layer_updates
+from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.gradient import Gradient, ParameterGradient, Residual
 from natgrad_flax.signals import Signals
-from natgrad_flax.structures import BlockDiagonal, Structure
+from natgrad_flax.structures import Structure
 from natgrad_flax.taps import Path
 
 
@@ -56,7 +57,7 @@ class Momentum:
             return structure.solve(signals, ParameterGradient(pulled), damping)
         # inside the span of the seeds: what is left of the residual is solved for
         images = [layer.jvp(a) for layer, a in zip(signals.layers, carried, strict=True)]
-        if isinstance(structure.plain, BlockDiagonal):
+        if isinstance(structure.operator(signals), Blocks):
             rhos = per_layer(damping, len(images))
             solved = tuple(
                 structure.solve(Signals((layer,), signals.outputs), Residual(w - image, None), rho)[

@@ -22,7 +22,7 @@ from natgrad_flax.fisher_kinds import FisherKind, fisher_signals, population_sig
 from natgrad_flax.losses import Loss
 from natgrad_flax.memory import check_fits
 from natgrad_flax.signals import Signals
-from natgrad_flax.sizes_of_signals import check_signals_fit, system_arrays
+from natgrad_flax.sizes_of_signals import check_signals_fit
 from natgrad_flax.structures import Structure
 
 
@@ -65,7 +65,7 @@ def prepare(
         side,
         signals.outputs.dtype.itemsize,
         f"the system that {structure.name} solves",
-        system_arrays(structure, signals) if size is None else 2.0,
+        structure.system_arrays(signals) if size is None else 2.0,
     )
     if size is None:
         check_signals_fit(structure, signals)

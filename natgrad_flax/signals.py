@@ -15,10 +15,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ParameterForm
+from natgrad_flax.layer_signals import (
+    LayerSignals,
+    LayerUpdate,
+    ParameterForm,
+    dense_jacobian,
+    unravel,
+)
 from natgrad_flax.linalg import symmetric_product
 
 
@@ -212,13 +217,11 @@ class Signals:
 
     def to_dense(self) -> Array:
         """The Jacobian, shape (N S, P), layer after layer."""
-        return jnp.concatenate([layer.to_dense() for layer in self.layers], axis=1)
+        return dense_jacobian(self.layers)
 
     def unravel(self, vector: Array) -> tuple[LayerUpdate, ...]:
         """A vector (P,) in the column order of ``to_dense`` as one update a layer."""
-        ends = np.cumsum([layer.num_params for layer in self.layers])
-        parts = jnp.split(vector, ends[:-1])
-        return tuple(a.unravel(b) for a, b in zip(self.layers, parts, strict=True))
+        return unravel(self.layers, vector)
 
 
 def expand_samples(gram: Array, rows: int, columns: int) -> Array:

@@ -14,15 +14,7 @@ from natgrad_flax import memory
 from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import Signals
-from natgrad_flax.structures import (
-    EKFAC,
-    KFAC,
-    BlockDiagonal,
-    BlockTriDiagonal,
-    Exact,
-    LayerWise,
-    Structure,
-)
+from natgrad_flax.structures import Structure
 
 
 def signal_entries(layer: LayerSignals) -> int:
@@ -37,38 +29,13 @@ def sample_jacobian_entries(structure: Structure | None, layer: LayerSignals) ->
       structure: the structure; None for Gram matrices, as ``Exact`` builds them.
       layer: the signals of the layer, or their shapes.
     """
-    structure = None if structure is None else structure.plain
-    if not isinstance(layer, SharedSignals) or isinstance(structure, KFAC):
+    needs = "gram" if structure is None else structure.plain.shared_weights
+    if not isinstance(layer, SharedSignals) or needs == "rows":
         return 0
     n, s = layer.num_samples, layer.num_seeds
-    grams = structure is None or isinstance(structure, (Exact, LayerWise))
-    if grams and layer.pairs_are_cheaper():
+    if needs == "gram" and layer.pairs_are_cheaper():
         return (n * layer.num_positions) ** 2 * layer.num_groups * (1 + s**2)
     return n * s * layer.num_params
-
-
-def system_arrays(structure: Structure, signals: Signals) -> float:
-    """How many arrays of the size of its largest system a step of a structure holds at once.
-
-    Args:
-      structure: the structure.
-      signals: its signals, or their shapes.
-    """
-    plain, depth = structure.plain, len(signals.layers)
-    if plain is not structure:
-        # dealt out over devices, it counts its own arrays
-        return 2.0
-    in_samples = plain.gram_size(signals) in (signals.size, depth * signals.size)
-    if isinstance(plain, KFAC | EKFAC):
-        return 8.0
-    if isinstance(plain, Exact):
-        return 2 * depth + 1.5 if in_samples else 5.0
-    if isinstance(plain, BlockDiagonal):
-        return max(6.0, 2.0 * depth) if in_samples else 4.0
-    if isinstance(plain, BlockTriDiagonal) and in_samples:
-        # of one layer each; the system couples all
-        return (2 * depth + 10.0) / depth**2
-    return 5.0 if isinstance(plain, LayerWise) else 1.0
 
 
 def _copies(layer: LayerSignals) -> int:
@@ -90,7 +57,7 @@ def step_bytes(structure: Structure, signals: Signals) -> float:
     held = sum(_copies(layer) * signal_entries(layer) for layer in signals.layers)
     # built for one layer after the other
     built = max(sample_jacobian_entries(structure, layer) for layer in signals.layers)
-    system = system_arrays(structure, signals) * structure.gram_size(signals) ** 2
+    system = structure.system_arrays(signals) * structure.gram_size(signals) ** 2
     return signals.outputs.dtype.itemsize * (held + built + system)
 
 

@@ -222,6 +222,10 @@ class Sharded(Structure):
         # rows, and as many again while they are put together and factorised
         return math.ceil(side * math.sqrt(2 / self.placement.size))
 
+    def system_arrays(self, signals: Signals) -> float:
+        """2: what is dealt out is counted in ``gram_size``."""
+        return 2.0
+
 
 class ShardedAverage(Sharded, AveragedStructure):
     """``Sharded`` of a structure that means over samples make up, for moving averages.

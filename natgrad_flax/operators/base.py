@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, unravel
 from natgrad_flax.operators.gradient import Gradient, ParameterGradient
 
 Space = Literal["auto", "sample", "parameter"]
@@ -155,27 +155,6 @@ class Blocks(Operator):
 
 def _joined(parts: object) -> tuple[LayerUpdate, ...]:
     return tuple(update for part in parts for update in part)  # type: ignore[attr-defined]
-
-
-def ravel(updates: Sequence[LayerUpdate]) -> Array:
-    """One vector (P,) in the column order of ``Signals.to_dense``."""
-    return jnp.concatenate(
-        [
-            jnp.ravel(update[key])
-            for update in updates
-            for key in ("kernel", "bias")
-            if key in update
-        ]
-    )
-
-
-def unravel(layers: Sequence[LayerSignals], vector: Array) -> tuple[LayerUpdate, ...]:
-    """The inverse of ``ravel``: a vector (P,) as one update a layer."""
-    updates, first = [], 0
-    for layer in layers:
-        updates.append(layer.unravel(vector[first : first + layer.num_params]))
-        first += layer.num_params
-    return tuple(updates)
 
 
 def noise(

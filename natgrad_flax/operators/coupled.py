@@ -11,17 +11,9 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, dense_jacobian, ravel, unravel
 from natgrad_flax.linalg import eigvalsh, lu_solve, pinv_solve
-from natgrad_flax.operators.base import (
-    Operator,
-    Space,
-    add,
-    in_parameters,
-    noise,
-    ravel,
-    unravel,
-)
+from natgrad_flax.operators.base import Operator, Space, add, in_parameters, noise
 from natgrad_flax.operators.coupling import (
     coupled_gram,
     mix,
@@ -152,7 +144,7 @@ class Coupled(Operator):
 
     def to_dense(self, damping: Array | float = 0.0) -> Array:
         """The Hadamard product of J^T J / N with Sigma blown up to parameters, plus rho I."""
-        jacobian = jnp.concatenate([layer.to_dense() for layer in self.layers], axis=1)
+        jacobian = dense_jacobian(self.layers)
         owner = np.repeat(np.arange(len(self.layers)), [a.num_params for a in self.layers])
         mask = jnp.asarray(self.sigma[owner][:, owner], jacobian.dtype)
         dense = mask * (jacobian.T @ jacobian) / self.num_samples

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
-from natgrad_flax.operators.base import Operator, ravel
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
+from natgrad_flax.operators.base import Operator
 from natgrad_flax.operators.gradient import Gradient
 
 

@@ -9,17 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, dense_jacobian, ravel, unravel
 from natgrad_flax.linalg import add_diagonal, psd_eigenvalues, solve_psd
-from natgrad_flax.operators.base import (
-    Operator,
-    Space,
-    add,
-    in_parameters,
-    noise,
-    ravel,
-    unravel,
-)
+from natgrad_flax.operators.base import Operator, Space, add, in_parameters, noise
 from natgrad_flax.operators.gradient import Gradient
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
 
@@ -66,10 +58,6 @@ class LowRank(Operator):
         grams = [layer.gram() for layer in self.layers]
         return sum(grams[1:], start=grams[0])
 
-    def jacobian(self) -> Array:
-        """J, shape (N S, P)."""
-        return jnp.concatenate([layer.to_dense() for layer in self.layers], axis=1)
-
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """See ``Operator.solve``."""
         if self.in_parameters:
@@ -87,8 +75,8 @@ class LowRank(Operator):
             flat = ravel(gradient.vector(self.layers))
             return solve_psd(self.to_dense(damping), flat, shifted=True)
         if gradient.coefficients is not None:
-            return least_squares(self.jacobian(), gradient.coefficients.reshape(-1))
-        return normal_solve(self.jacobian(), n * ravel(gradient.vector(self.layers)))
+            return least_squares(dense_jacobian(self.layers), gradient.coefficients.reshape(-1))
+        return normal_solve(dense_jacobian(self.layers), n * ravel(gradient.vector(self.layers)))
 
     def matvec(self, vector: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
         """See ``Operator.matvec``."""
@@ -124,5 +112,5 @@ class LowRank(Operator):
 
     def to_dense(self, damping: Array | float = 0.0) -> Array:
         """J^T J / N + rho I."""
-        jacobian = self.jacobian()
+        jacobian = dense_jacobian(self.layers)
         return add_diagonal(jacobian.T @ jacobian / self.num_samples, damping)

@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
-from natgrad_flax.operators.base import Operator, ravel
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
+from natgrad_flax.operators.base import Operator
 from natgrad_flax.operators.gradient import Gradient, ParameterGradient, Residual
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Signals
@@ -57,6 +57,10 @@ class Structure(abc.ABC):
 
     damping_margin: ClassVar[float] = 1.0
     """How many times the unit roundoff a damping must be for a step that is right to 1 %."""
+
+    shared_weights: ClassVar[Literal["gram", "jacobians", "rows"]] = "jacobians"
+    """What it builds of weights that positions share: Gram matrices, which may come from pairs of
+    positions, the Jacobians of samples, or nothing but the rows of positions."""
 
     limit_kernels: ClassVar[tuple[str, ...]] = ("tangent",)
     """The kernels of layers that this limit is made of: "inputs", "derivatives", "tangent"."""
@@ -211,6 +215,14 @@ class Structure(abc.ABC):
     def gram_size(self, signals: Signals) -> int:
         """The side of the largest square array that ``solve`` builds."""
         return signals.size
+
+    def system_arrays(self, signals: Signals) -> float:
+        """How many arrays of that size a step holds at once, by XLA's plan on a CPU.
+
+        Args:
+          signals: of a batch, or their shapes.
+        """
+        return 1.0
 
 
 def coefficient_by_columns(

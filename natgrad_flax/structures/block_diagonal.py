@@ -62,6 +62,11 @@ class BlockDiagonal(LayerWise):
         """Mean diagonal of K_l / N, one value a layer."""
         return jnp.stack(mean_gram_diagonal(signals.layers))
 
+    def system_arrays(self, signals: Signals) -> float:
+        """The Gram matrices of all layers."""
+        in_samples = self.gram_size(signals) == signals.size
+        return max(6.0, 2.0 * len(signals.layers)) if in_samples else 4.0
+
     def gram_size(self, signals: Signals) -> int:
         """N S, or the largest P_l below it."""
         if self.space == "parameter":

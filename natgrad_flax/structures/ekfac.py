@@ -11,13 +11,13 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of, ravel
 from natgrad_flax.linalg import (
     eigh,
     qr,
     symmetric_product,
 )
-from natgrad_flax.operators.base import Blocks, ravel
+from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.eigenbasis import Eigenbasis, invert_squares, solve_in_basis
 from natgrad_flax.operators.kronecker import factor_rows, over_groups
 from natgrad_flax.operators.units import UnitBlocks, invert_blocks, multiply_blocks, unit_blocks
@@ -172,6 +172,10 @@ class EKFAC(AveragedStructure):
             whole = isinstance(layer, SharedSignals) and self.sharing == "reduce"
             sides.extend(params if whole else min(rows, params) for rows, params in pairs)
         return max(sides)
+
+    def system_arrays(self, signals: Signals) -> float:
+        """Both factors of the layers at work, their eigenvectors and what is between."""
+        return 8.0
 
     def scale_of(self, moments: Moments, num_samples: int) -> Array:
         """``damping_scale`` from moments, (L,)."""

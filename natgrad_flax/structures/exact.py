@@ -32,6 +32,7 @@ class Exact(Structure):
     style = styled("Exact", "#0072B2", "s")
     optimal_rate = "1"
     infinite_width = "all"
+    shared_weights = "gram"
 
     def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
         """N C of the Jacobian of the network."""
@@ -82,6 +83,10 @@ class Exact(Structure):
     def gram_size(self, signals: Signals) -> int:
         """N S or P."""
         return self.operator(signals).side
+
+    def system_arrays(self, signals: Signals) -> float:
+        """The Gram matrices of all layers, before they are added and factorised."""
+        return 5.0 if self.operator(signals).in_parameters else 2 * len(signals.layers) + 1.5
 
 
 def mean_diagonal(signals: Signals) -> Array:

@@ -72,6 +72,7 @@ class KFAC(KroneckerAverage):
     style = styled("K-FAC", "#CC79A7", "v", command="kfac", short="K-FAC")
     optimal_rate = "1/(N L)"
     infinite_width = "all"
+    shared_weights = "rows"
     damping_margin = 100.0  # it stands in both factors
     limit_kernels = ("inputs", "derivatives")
     coefficient_arrays = (0.0, 8.0)
@@ -271,6 +272,10 @@ class KFAC(KroneckerAverage):
             for samples, params in pairs:
                 sides.append(params if in_parameters(self.space, samples, params) else samples)
         return max(sides)
+
+    def system_arrays(self, signals: Signals) -> float:
+        """Both factors of the layers at work, their inverses and what is between."""
+        return 8.0
 
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonals of the Gram matrices of A* and of B*, over their divisors, (L, 2)."""

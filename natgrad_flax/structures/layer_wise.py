@@ -49,6 +49,7 @@ class LayerWise(Structure):
     style = styled("Layer-wise", "#6A3D9A", "h", command="")
     optimal_rate = "1/alpha (Theorem 4.1)"
     infinite_width = "all"
+    shared_weights = "gram"
     _solver: ClassVar[Solver] = staticmethod(solve_coupled)
     coefficient_arrays = (4.0, 0.5)
 
@@ -147,7 +148,7 @@ class LayerWise(Structure):
         sigma = self.coupling(depth)
         if (
             not is_zero(damping)
-            or Coupled(signals.layers, sigma, self.space).in_parameters
+            or self._sizes(signals).in_parameters
             or np.array_equal(sigma, np.eye(depth))
         ):
             return
@@ -170,7 +171,15 @@ class LayerWise(Structure):
 
     def gram_size(self, signals: Signals) -> int:
         """L N S or P."""
-        return Coupled(signals.layers, np.eye(len(signals.layers)), self.space).side
+        return self._sizes(signals).side
+
+    def _sizes(self, signals: Signals) -> Coupled:
+        """The operator of any Sigma, for its sizes."""
+        return Coupled(signals.layers, np.eye(len(signals.layers)), self.space)
+
+    def system_arrays(self, signals: Signals) -> float:
+        """See ``Structure.system_arrays``."""
+        return 5.0
 
 
 class BlockTriDiagonal(LayerWise):
@@ -194,6 +203,11 @@ class BlockTriDiagonal(LayerWise):
     def largest_system(self, signals: Signals) -> int:
         """Every other layer is eliminated."""
         return min(len(signals.layers) // 2 * signals.size, signals.num_params)
+
+    def system_arrays(self, signals: Signals) -> float:
+        """Arrays of one layer each; the system couples all."""
+        depth = len(signals.layers)
+        return 5.0 if self._sizes(signals).in_parameters else (2 * depth + 10.0) / depth**2
 
     def __init__(self, space: Space = "auto") -> None:
         object.__setattr__(self, "sigma", ())

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
 from natgrad_flax.linalg import eigvalsh, rank_cutoff, reciprocal
-from natgrad_flax.operators.base import Blocks, Operator, ravel
+from natgrad_flax.operators.base import Blocks, Operator
 from natgrad_flax.operators.entries import Entries, divide
 from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.shared_signals import SharedSignals

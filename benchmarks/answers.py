@@ -31,7 +31,6 @@ from natgrad_flax.layer_signals import (
 )
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Signals
-from natgrad_flax.structures.base import ravel
 from natgrad_flax.trees import as_state, leaf_names
 
 DEFECT = 0.1
@@ -39,9 +38,6 @@ DEFECT = 0.1
 
 SCALE = 0.02
 """Most of <G u, g> / <g, g> - 1, in which rounding averages out."""
-
-LARGEST_METRIC = 4096
-"""Most parameters of a network on which the metric of any structure is a matrix."""
 
 Updates = tuple[LayerUpdate, ...]
 
@@ -113,25 +109,19 @@ def _inner(one: Any, other: Any) -> Any:
 def metric_times(
     structure: ng.Structure, signals: Signals, damping: Array | float, update: Updates
 ) -> Updates:
-    """G u, without G where there is a rule for the structure, else by ``Structure.to_dense``.
+    """G u, without G, by a rule for the structure or else by its own operator.
 
     Args:
-      structure: what G is.
+      structure: what G is; ``Structure.to_dense`` is the same G in full.
       signals: of the seeded outputs.
       damping: in the 1/N convention, as ``Structure.solve`` takes it.
       update: u, one entry a layer.
-
-    Raises:
-      ValueError: there is no rule, and G is too large a matrix.
     """
-    size = signals.num_params
-    if size > LARGEST_METRIC:
-        raise ValueError(
-            f"the metric of {structure.name} is known as a matrix alone, which {size} parameters "
-            f"are too many for (at most {LARGEST_METRIC}): give benchmarks.answers a rule for it"
-        )
-    matrix = structure.to_dense(signals, damping)
-    return signals.unravel(matrix @ ravel(update))
+    applied = structure.operator(signals).matvec(update)
+    return tuple(
+        _sum(there, part, rho)
+        for there, (_, part, rho) in zip(applied, _rows(signals, update, damping), strict=True)
+    )
 
 
 @metric_times.register

@@ -109,6 +109,14 @@ def default_dampings() -> list[tuple[str, str, str]]:
     return [(*damping, listed(names)) for damping, names in groups.items()]
 
 
+def small_rates() -> str:
+    """Which structures run at smaller learning rates, too, and at which, in words."""
+    return ", ".join(
+        f"{name} at c = {listed([f'{factor:g}' for factor in factors])}"
+        for name, factors in _SMALL_RATES.items()
+    )
+
+
 def learning_rates() -> str:
     """The learning rate of every structure in theory, in words."""
     known, others = [], []

@@ -19,7 +19,7 @@ from ntk_analysis.cli.options import (
     WeightVarianceOption,
 )
 from ntk_analysis.experiment import run_dynamics, work_units
-from ntk_analysis.methods import STRUCTURES, learning_rates
+from ntk_analysis.methods import STRUCTURES, learning_rates, small_rates
 from ntk_analysis.settings import DynamicsSettings
 from ntk_analysis.tables import dynamics_table, method_label
 
@@ -51,9 +51,7 @@ def dynamics(
     bias_variance: BiasVarianceOption = 0.0,
     structures: Annotated[
         list[str] | None,
-        typer.Option(
-            help=f"{', '.join(STRUCTURES)} [default: all, and block-diagonal at c = 0.25 and 0.5]"
-        ),
+        typer.Option(help=f"{', '.join(STRUCTURES)} [default: all, and {small_rates()}]"),
     ] = None,
     damping: DampingOption = None,
     relative_damping: Annotated[

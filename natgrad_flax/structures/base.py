@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, get_args
 
@@ -48,6 +49,21 @@ class Geometry:
         """L."""
         return len(self.layers)
 
+    @property
+    def params(self) -> tuple[int, ...]:
+        """P_l."""
+        return tuple(fan_in * units for fan_in, units in self.layers)
+
+    @property
+    def biases(self) -> tuple[bool, ...]:
+        """Which layers have a bias, which shows where they follow each other.
+
+        Layer 1 is taken to be like layer 2, and a single layer to have none.
+        """
+        pairs = itertools.pairwise(self.layers)
+        shown = [fan_in > units for (_, units), (fan_in, _) in pairs]
+        return (*shown[:1], *shown) if shown else (False,) * self.depth
+
 
 @dataclass(frozen=True)
 class Structure(abc.ABC):
@@ -61,6 +77,9 @@ class Structure(abc.ABC):
 
     infinite_width: ClassVar[Literal["none", "train", "all"]] = "none"
     """Where the coefficient matrix has a limit as the width goes to infinity."""
+
+    couples_layers: ClassVar[bool] = False
+    """Whether layers are solved together, from the Gram matrix or Fisher block of each."""
 
     @property
     def name(self) -> str:
@@ -146,6 +165,18 @@ class Structure(abc.ABC):
         """The side of the largest square array that ``solve`` builds."""
         return signals.size
 
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Entries of the P x P matrix G that can be non-zero, and numbers stored to know them.
+
+        Raises:
+          TypeError: nobody has counted them.
+        """
+        raise TypeError(f"the cost of {self.name} is not known")
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """What it makes of the Fisher block of one layer, in words."""
+        return f"as {self.name} says"
+
 
 def coefficient_by_columns(
     structure: Structure, test: Signals, train: Signals, damping: Array | float
@@ -157,6 +188,11 @@ def coefficient_by_columns(
 
     columns = jax.lax.map(column, train.to_dense())
     return test.to_dense() @ columns.T / train.num_samples
+
+
+def block_words(layer: LayerSignals, small: bool) -> str:
+    """Which matrix of a Jacobian block is built, and what of: J_l^T J_l where ``small``."""
+    return "P x P" if small else f"by {layer.gram_by}"
 
 
 def has_shared_layers(signals: Signals) -> bool:
@@ -243,6 +279,11 @@ def ravel(updates: tuple[LayerUpdate, ...]) -> Array:
             if key in update
         ]
     )
+
+
+def triangle(side: int) -> int:
+    """Entries of a symmetric (side, side) matrix, those in pairs once."""
+    return side * (side + 1) // 2
 
 
 def rank_failures(geometry: Geometry) -> list[str]:

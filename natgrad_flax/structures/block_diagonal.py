@@ -12,6 +12,7 @@ from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
     Space,
+    block_words,
     check_space,
     dual_direction,
     pull_back_solution,
@@ -34,6 +35,8 @@ class BlockDiagonal(LayerWise):
       space: "sample", "parameter", or "auto".
     """
 
+    couples_layers = False
+
     def __init__(self, space: Space = "auto") -> None:
         object.__setattr__(self, "sigma", ())
         check_space(space)
@@ -52,7 +55,7 @@ class BlockDiagonal(LayerWise):
         for index, (layer, rho) in enumerate(
             zip(signals.layers, per_layer(damping, len(signals.layers)), strict=True)
         ):
-            if self._layer_in_parameters(layer, signals):
+            if self._layer_in_parameters(layer):
                 if not shifted and residual.coefficients is not None:
                     flat = least_squares(layer.to_dense(), residual.coefficients.reshape(-1))
                 else:
@@ -75,7 +78,7 @@ class BlockDiagonal(LayerWise):
         for layer, g, rho in zip(
             signals.layers, slope, per_layer(damping, len(signals.layers)), strict=True
         ):
-            if self._layer_in_parameters(layer, signals):
+            if self._layer_in_parameters(layer):
                 updates.append(layer.unravel(_solve_block(layer, ravel((g,)), rho)))
                 continue
             shift = signals.num_samples * rho
@@ -88,9 +91,9 @@ class BlockDiagonal(LayerWise):
                 updates.append(pull_back_solution(layer, again))
         return tuple(updates)
 
-    def _layer_in_parameters(self, layer: LayerSignals, signals: Signals) -> bool:
-        small = layer.num_params < signals.size if self.space == "auto" else False
-        return small or self.space == "parameter"
+    def _layer_in_parameters(self, layer: LayerSignals) -> bool:
+        small = layer.num_params < layer.num_samples * layer.num_seeds
+        return small if self.space == "auto" else self.space == "parameter"
 
     def _solve_grams(
         self,
@@ -116,6 +119,10 @@ class BlockDiagonal(LayerWise):
         if self.space == "parameter":
             return max(layer.num_params for layer in signals.layers)
         return signals.size
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return f"exact block, {block_words(layer, self._layer_in_parameters(layer))}"
 
 
 def _solve_block(layer: LayerSignals, slope: Array, rho: Array | float) -> Array:

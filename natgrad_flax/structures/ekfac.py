@@ -30,6 +30,7 @@ from natgrad_flax.structures.kronecker import (
     factor_means,
     factor_rows,
     grouped,
+    kronecker_words,
     over_groups,
     ungrouped,
 )
@@ -254,6 +255,16 @@ class EKFAC(AveragedStructure):
     def failed_conditions(self, geometry: Geometry) -> list[str]:
         """None: nothing is assumed."""
         return []
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those of the layers' blocks, of which eigenvectors and scaling are stored."""
+        stored = sum(k**2 + m**2 + k * m for k, m in geometry.layers)
+        return sum(params**2 for params in geometry.params), stored
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        affine = not isinstance(layer, ExplicitSignals)
+        return kronecker_words(layer, self.sharing) + " eigenbasis" * affine
 
 
 def _is_thin(basis: Array) -> bool:

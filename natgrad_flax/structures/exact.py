@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
@@ -21,6 +21,7 @@ from natgrad_flax.structures.base import (
     pull_back_solution,
     ravel,
     sample_targets,
+    triangle,
     woodbury,
 )
 from natgrad_flax.structures.least_squares import least_squares, normal_solve
@@ -39,6 +40,7 @@ class Exact(Structure):
 
     space: Space = "auto"
     infinite_width = "all"
+    couples_layers = True
 
     def __post_init__(self) -> None:
         check_space(self.space)
@@ -135,6 +137,15 @@ class Exact(Structure):
     def gram_size(self, signals: Signals) -> int:
         """N S or P."""
         return signals.num_params if self._in_parameters(signals) else signals.size
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """All, those in symmetric pairs stored once; see ``Structure.entries``."""
+        params = sum(geometry.params)
+        return params**2, triangle(params)
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return "exact"
 
 
 def mean_gram_diagonal(signals: Signals) -> list[Array]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
-from natgrad_flax.layer_signals import LayerUpdate, matrix_of
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import (
     add_diagonal,
     has_full_rank,
@@ -30,11 +30,13 @@ from natgrad_flax.structures.base import (
     coefficient_by_columns,
     dense_layer,
     has_shared_layers,
+    triangle,
 )
 from natgrad_flax.structures.kronecker import (
     factor_rows,
     grouped,
     in_parameters,
+    kronecker_words,
     num_positions,
     solve_kronecker,
     ungrouped,
@@ -412,6 +414,15 @@ class KFAC(KroneckerAverage):
             if index < geometry.depth - 1 and units < outputs:
                 failures.append(f"layer {index + 1} has {units} units for N C = {outputs} outputs")
         return failures
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those of the layers' blocks, of which the factors are stored."""
+        stored = sum(triangle(fan_in) + triangle(units) for fan_in, units in geometry.layers)
+        return sum(params**2 for params in geometry.params), stored
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return kronecker_words(layer, self.sharing)
 
 
 def _last(signals: Signals) -> int:

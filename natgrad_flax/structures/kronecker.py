@@ -9,14 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import add_diagonal, inverse_psd, solve_psd, symmetric_product
-from natgrad_flax.shared_signals import SharedSignals, Sharing
+from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals
 from natgrad_flax.structures.base import Space
 from natgrad_flax.structures.least_squares import normal_solve
 
 Rows = DenseSignals | SharedSignals
 """Signals of an affine layer, which has Kronecker factors."""
+
+
+def kronecker_words(layer: LayerSignals, sharing: Sharing) -> str:
+    """What becomes of the Fisher block of a layer, in words."""
+    if isinstance(layer, ExplicitSignals):
+        return "exact block a unit"
+    return f"Kronecker, {sharing}" if isinstance(layer, SharedSignals) else "Kronecker"
 
 
 def factor_rows(layer: Rows, sharing: Sharing) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from jax import Array
 
 from natgrad_flax.arrays import real_array
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.linalg import has_full_rank, lu_solve, pinv_solve
 from natgrad_flax.signals import Residual, Signals
 from natgrad_flax.structures.base import (
@@ -63,6 +63,7 @@ class LayerWise(Structure):
     sigma: tuple[tuple[float, ...], ...]
     space: Space = "auto"
     infinite_width = "all"
+    couples_layers = True
 
     def __init__(
         self, sigma: Sequence[Sequence[float]] | np.ndarray, space: Space = "auto"
@@ -262,6 +263,18 @@ class LayerWise(Structure):
         if self._in_parameters(signals):
             return signals.num_params
         return len(signals.layers) * signals.size
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those of the blocks that Sigma couples; see ``Structure.entries``."""
+        sigma, params = self.coupling(geometry.depth), geometry.params
+        nonzeros = sum(params[i] * params[j] for i, j in np.argwhere(sigma))
+        # blocks on the diagonal are symmetric, the others come in pairs
+        diagonal = sum(params[i] for i in np.flatnonzero(np.diagonal(sigma)))
+        return nonzeros, (nonzeros + diagonal) // 2
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return "exact, coupled"
 
 
 class BlockTriDiagonal(LayerWise):

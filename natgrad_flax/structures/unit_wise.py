@@ -11,7 +11,7 @@ from jax import Array
 
 from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerUpdate, matrix_of
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, solve_psd
 from natgrad_flax.signals import DenseSignals, Residual, Signals
 from natgrad_flax.structures.base import (
@@ -22,6 +22,7 @@ from natgrad_flax.structures.base import (
     coefficient_by_columns,
     dense_layer,
     has_shared_layers,
+    triangle,
 )
 from natgrad_flax.structures.diagonal import divide, sum_over_units
 from natgrad_flax.structures.exact import mean_gram_diagonal
@@ -195,6 +196,15 @@ class UnitWise(Structure):
     def gram_size(self, signals: Signals) -> int:
         """N: the units are solved in chunks of N x N systems."""
         return signals.num_samples
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those between parameters of the same unit; see ``Structure.entries``."""
+        layers = geometry.layers
+        return sum(m * k**2 for k, m in layers), sum(m * triangle(k) for k, m in layers)
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return "exact block a unit"
 
 
 def _weights(layer: DenseSignals) -> Array:

@@ -20,8 +20,9 @@ from rich.text import Text
 from natgrad_flax.arrays import own_promotion
 from natgrad_flax.capture import linearise
 from natgrad_flax.checks import check_input_shape, check_inputs, check_structure
-from natgrad_flax.costs import Approximation, approximate, gram_by, gram_flops, shared_system
+from natgrad_flax.costs import Approximation, approximate, shared_system
 from natgrad_flax.fisher_kinds import FisherKind, check_kind
+from natgrad_flax.flops import cost_of
 from natgrad_flax.losses import Loss
 from natgrad_flax.plans import LayerPlan, parameter_paths, plan_layers
 from natgrad_flax.scalars import check_integer
@@ -148,9 +149,8 @@ class Description:
         else:
             parts = [a.approximation for a in self.layers if a.approximation]
             parts += [self.system] if self.system else []
-            known = [part for part in parts if part.held is not None and part.flops is not None]
-            line = f"{self.structure}: {_bytes(sum(part.held or 0 for part in known))}, "
-            line += _flops(sum(part.flops or 0 for part in known))
+            line = f"{self.structure}: {_bytes(sum(part.held for part in parts))}, "
+            line += _flops(sum(part.flops for part in parts))
             lines.append(line + (f"; {self.system.form}" if self.system else ""))
         if self.left_out:
             names = ", ".join(f"{path} {shape}" for path, shape in self.left_out)
@@ -210,9 +210,13 @@ def describe(
     signals = jax.eval_shape(run, state, x)
     types = {tuple(path): type(module).__name__ for path, module in nnx.iter_modules(model)}
     layers = tuple(
-        _describe(plan, signals, index, structure, types.get(plan.path, ""), fisher == "mc")
+        _describe(plan, signals, index, structure, types.get(plan.path, ""), fisher != "mc")
         for index, plan in enumerate(plans)
     )
+    system = None
+    if structure is not None:
+        made = [layer.approximation for layer in layers if layer.approximation]
+        system = shared_system(structure, signals, made, inside=fisher != "mc")
     chosen = parameter_paths(model, wrt)
     others = nnx.to_flat_state(nnx.state(model, nnx.Param))
     left_out = [(path, leaf.shape) for path, leaf in others if tuple(path) not in chosen]
@@ -220,7 +224,7 @@ def describe(
         layers,
         tuple((_name(tuple(path)), tuple(shape)) for path, shape in left_out),
         structure.name if structure else "",
-        shared_system(structure, signals) if structure else None,
+        system,
         signals.num_samples,
         signals.num_seeds,
         signals.outputs.shape[1],
@@ -233,7 +237,12 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _describe(
-    plan: LayerPlan, signals: Signals, index: int, structure: Structure | None, kind: str, more: int
+    plan: LayerPlan,
+    signals: Signals,
+    index: int,
+    structure: Structure | None,
+    kind: str,
+    inside: bool,
 ) -> LayerDescription:
     layer = signals.layers[index]
     itemsize = signals.outputs.dtype.itemsize
@@ -247,9 +256,10 @@ def _describe(
         formula = "normalisation, explicit" if plan.is_norm else "explicit block"
     forms = [form for form in (plan.kernel, plan.bias) if form]
     n, s = layer.num_samples, layer.num_seeds
-    passes = 2 * n * positions * layer.num_params * (1 + s + more)
+    backward = s if inside else s + 1
+    passes = 2 * n * positions * layer.num_params * (1 + backward)
     if isinstance(layer, ExplicitSignals):
-        passes = 2 * n * (s + more) * layer.num_params
+        passes = 2 * n * backward * layer.num_params
     return LayerDescription(
         _name(plan.path),
         kind,
@@ -261,11 +271,11 @@ def _describe(
         layer.fan_in,
         layer.num_units,
         itemsize * signal_entries(layer),
-        gram_by(layer),
+        layer.gram_by,
         itemsize * (sample_jacobian_entries(None, layer) + (n * s) ** 2),
         passes,
-        gram_flops(layer),
-        approximate(structure, signals, index) if structure else None,
+        round(cost_of(lambda layer: layer.gram(), layer).flops),
+        approximate(structure, signals, index, inside=inside) if structure else None,
     )
 
 
@@ -276,8 +286,6 @@ def _cells(layer: LayerDescription) -> list[str]:
     made = layer.approximation
     if made is None:
         last = f"by {layer.gram_by}\n{_bytes(layer.gram)}, {_flops(layer.gram_flops)}"
-    elif made.held is None or made.flops is None:
-        last = made.form
     else:
         last = f"{made.form}\n{_bytes(made.held)}, {_flops(made.flops)}"
     return [

@@ -62,6 +62,11 @@ class LayerSignals(abc.ABC):
     bias_form: ParameterForm | None
 
     @property
+    def gram_by(self) -> str:
+        """What the Gram matrix is built from, in words."""
+        return "Jacobians"
+
+    @property
     @abc.abstractmethod
     def num_samples(self) -> int:
         """N."""

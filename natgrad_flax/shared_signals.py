@@ -220,6 +220,11 @@ class SharedSignals(LayerSignals):
         held = rows * columns * g * (1 + s * there.num_seeds)
         return pairs < blocks and held < (n * s + there.num_samples) * self.num_params
 
+    @property
+    def gram_by(self) -> str:
+        """Pairs of positions, or Jacobians."""
+        return "pairs of positions" if self.pairs_are_cheaper() else "Jacobians"
+
     def gram(self, other: SharedSignals | None = None) -> Array:
         """J_l J'_l^T, shape (N S, N' S')."""
         if not self.pairs_are_cheaper(other):

@@ -54,6 +54,11 @@ class DenseSignals(LayerSignals):
     bias_form: ParameterForm | None = None
 
     @property
+    def gram_by(self) -> str:
+        """Inputs and units."""
+        return "inputs and units"
+
+    @property
     def num_samples(self) -> int:
         """N."""
         return self.inputs.shape[0]

@@ -9,7 +9,7 @@ from jax import Array
 
 from natgrad_flax import Signals, Structure
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.entries import Entries
 from natgrad_flax.operators.gradient import Gradient
@@ -68,6 +68,14 @@ class GradientDescent(Structure):
         """Raises ValueError on a damping other than 0."""
         if not is_zero(damping):
             raise ValueError(_NO_DAMPING)
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those of the identity, of which nothing is stored."""
+        return sum(geometry.params), 0
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return "identity"
 
 
 _NO_DAMPING = "gradient descent inverts no Fisher, so it takes no damping: pass damping=0"

@@ -71,7 +71,7 @@ def _cost(structure: ng.Structure, model: nnx.Module, workload: Workload) -> dic
         batch = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
         made = ng.describe(model, batch, structure=structure, loss=workload.loss, fisher="exact")
         parts = [layer.approximation for layer in made.layers] + [made.system]
-        solve = sum(part.flops or 0 for part in parts if part)
+        solve = sum(part.flops for part in parts if part)
         # forward, and backward to the inputs and to the weights: as many passes as "mc" has
         plain = ng.describe(model, batch, fisher="mc")
         return {

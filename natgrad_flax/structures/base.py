@@ -58,6 +58,9 @@ class Structure(abc.ABC):
     damping_margin: ClassVar[float] = 1.0
     """How many times the unit roundoff a damping must be for a step that is right to 1 %."""
 
+    couples_layers: ClassVar[bool] = False
+    """Whether layers are solved together, from the Gram matrix or Fisher block of each."""
+
     shared_weights: ClassVar[Literal["gram", "jacobians", "rows"]] = "jacobians"
     """What it builds of weights that positions share: Gram matrices, which may come from pairs of
     positions, the Jacobians of samples, or nothing but the rows of positions."""
@@ -224,6 +227,18 @@ class Structure(abc.ABC):
         """
         return 1.0
 
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Entries of the P x P matrix G that can be non-zero, and numbers stored to know them.
+
+        Raises:
+          TypeError: nobody has counted them.
+        """
+        raise TypeError(f"the cost of {self.name} is not known")
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """What it makes of the Fisher block of one layer, in words."""
+        return f"as {self.name} says"
+
 
 def coefficient_by_columns(
     structure: Structure, test: Signals, train: Signals, damping: Array | float
@@ -235,6 +250,11 @@ def coefficient_by_columns(
 
     columns = jax.lax.map(column, train.to_dense())
     return test.to_dense() @ columns.T / train.num_samples
+
+
+def block_words(layer: LayerSignals, small: bool) -> str:
+    """Which matrix of a Jacobian block is built, and what of: J_l^T J_l where ``small``."""
+    return "P x P" if small else f"by {layer.gram_by}"
 
 
 def has_shared_layers(signals: Signals) -> bool:
@@ -251,6 +271,11 @@ def dense_layer(layer: LayerSignals) -> DenseSignals:
 def gradient(signals: Signals, residual: Residual) -> tuple[LayerUpdate, ...]:
     """J^T r / N, the gradient of the loss, one entry a layer."""
     return residual.vector(signals.layers)
+
+
+def triangle(side: int) -> int:
+    """Entries of a symmetric (side, side) matrix, those in pairs once."""
+    return side * (side + 1) // 2
 
 
 def rank_failures(geometry: Geometry) -> list[str]:

@@ -7,10 +7,12 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.operators.base import Blocks, Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.low_rank import LowRank
 from natgrad_flax.signals import Signals
+from natgrad_flax.structures.base import block_words
 from natgrad_flax.structures.layer_wise import LayerWise
 from natgrad_flax.structures.style import styled
 
@@ -27,6 +29,7 @@ class BlockDiagonal(LayerWise):
 
     style = styled("Block-diagonal", "#D55E00", "D", short="block-diag")
     optimal_rate = "1/L"
+    couples_layers = False
 
     def largest_system(self, signals: Signals) -> int:
         """Each layer in the smaller space."""
@@ -72,3 +75,8 @@ class BlockDiagonal(LayerWise):
         if self.space == "parameter":
             return max(layer.num_params for layer in signals.layers)
         return signals.size
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        small = LowRank((layer,), self.space).in_parameters
+        return f"exact block, {block_words(layer, small)}"

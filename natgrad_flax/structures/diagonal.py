@@ -99,6 +99,15 @@ class Diagonal(AveragedStructure):
         """None: nothing is assumed."""
         return []
 
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """One a parameter."""
+        params = sum(geometry.params)
+        return params, params
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return "diagonal"
+
 
 def no_alpha(name: str) -> str:
     """Why an entry-wise Fisher has no alpha, and what to do."""

@@ -26,7 +26,7 @@ from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.geometry import Geometry
-from natgrad_flax.structures.kronecker_average import factor_means
+from natgrad_flax.structures.kronecker_average import factor_means, kronecker_words
 from natgrad_flax.structures.style import styled
 
 
@@ -205,6 +205,16 @@ class EKFAC(AveragedStructure):
     def failed_conditions(self, geometry: Geometry) -> list[str]:
         """None: nothing is assumed."""
         return []
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those of the layers' blocks, of which eigenvectors and scaling are stored."""
+        stored = sum(k**2 + m**2 + k * m for k, m in geometry.layers)
+        return sum(params**2 for params in geometry.params), stored
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        affine = not isinstance(layer, ExplicitSignals)
+        return kronecker_words(layer, self.sharing) + " eigenbasis" * affine
 
 
 def _eigenvectors(factor: Array) -> Array:

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
+from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.operators.base import Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.low_rank import LowRank
 from natgrad_flax.signals import Signals
-from natgrad_flax.structures.base import Structure
+from natgrad_flax.structures.base import Structure, triangle
 from natgrad_flax.structures.geometry import Geometry, NeededRank
 from natgrad_flax.structures.style import styled
 
@@ -32,6 +33,7 @@ class Exact(Structure):
     style = styled("Exact", "#0072B2", "s")
     optimal_rate = "1"
     infinite_width = "all"
+    couples_layers = True
     shared_weights = "gram"
 
     def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
@@ -87,6 +89,15 @@ class Exact(Structure):
     def system_arrays(self, signals: Signals) -> float:
         """The Gram matrices of all layers, before they are added and factorised."""
         return 5.0 if self.operator(signals).in_parameters else 2 * len(signals.layers) + 1.5
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """All, those in symmetric pairs stored once; see ``Structure.entries``."""
+        params = sum(geometry.params)
+        return params**2, triangle(params)
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return "exact"
 
 
 def mean_diagonal(signals: Signals) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,6 +27,21 @@ class Geometry:
     def depth(self) -> int:
         """L."""
         return len(self.layers)
+
+    @property
+    def params(self) -> tuple[int, ...]:
+        """P_l."""
+        return tuple(fan_in * units for fan_in, units in self.layers)
+
+    @property
+    def biases(self) -> tuple[bool, ...]:
+        """Which layers have a bias, which shows where they follow each other.
+
+        Layer 1 is taken to be like layer 2, and a single layer to have none.
+        """
+        pairs = itertools.pairwise(self.layers)
+        shown = [fan_in > units for (_, units), (fan_in, _) in pairs]
+        return (*shown[:1], *shown) if shown else (False,) * self.depth
 
     @property
     def positions(self) -> tuple[int | None, ...]:

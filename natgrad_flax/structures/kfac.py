@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import has_full_rank
 from natgrad_flax.operators.base import Blocks, Space, check_space, in_parameters
 from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker
@@ -22,11 +23,13 @@ from natgrad_flax.structures.base import (
     coefficient_by_columns,
     dense_layer,
     has_shared_layers,
+    triangle,
 )
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.kronecker_average import (
     KroneckerAverage,
     block_norms,
+    kronecker_words,
     num_positions,
     scaled_norms,
 )
@@ -322,6 +325,15 @@ class KFAC(KroneckerAverage):
             if index < geometry.depth - 1 and units < outputs:
                 failures.append(f"layer {index + 1} has {units} units for N C = {outputs} outputs")
         return failures
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those of the layers' blocks, of which the factors are stored."""
+        stored = sum(triangle(fan_in) + triangle(units) for fan_in, units in geometry.layers)
+        return sum(params**2 for params in geometry.params), stored
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return kronecker_words(layer, self.sharing)
 
 
 def _last(signals: Signals) -> int:

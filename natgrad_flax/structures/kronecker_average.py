@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
-from natgrad_flax.layer_signals import LayerUpdate, matrix_of
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, inverse_psd, symmetric_product
 from natgrad_flax.operators.kronecker import (
     AffineSignals,
@@ -214,3 +214,10 @@ def inverse_groups(factors: Array, rho: Array | float, *, shifted: bool) -> Arra
         return inverse_psd(add_diagonal(factor, rho), shifted=shifted)
 
     return over_groups(group, factors)
+
+
+def kronecker_words(layer: LayerSignals, sharing: Sharing) -> str:
+    """What becomes of the Fisher block of a layer, in words."""
+    if isinstance(layer, ExplicitSignals):
+        return "exact block a unit"
+    return f"Kronecker, {sharing}" if isinstance(layer, SharedSignals) else "Kronecker"

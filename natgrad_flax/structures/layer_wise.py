@@ -13,6 +13,7 @@ from jax import Array
 
 from natgrad_flax.arrays import real_array
 from natgrad_flax.damping import is_zero
+from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import has_full_rank
 from natgrad_flax.operators.base import Operator, Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.coupled import Coupled, Solver
@@ -49,6 +50,7 @@ class LayerWise(Structure):
     style = styled("Layer-wise", "#6A3D9A", "h", command="")
     optimal_rate = "1/alpha (Theorem 4.1)"
     infinite_width = "all"
+    couples_layers = True
     shared_weights = "gram"
     _solver: ClassVar[Solver] = staticmethod(solve_coupled)
     coefficient_arrays = (4.0, 0.5)
@@ -180,6 +182,18 @@ class LayerWise(Structure):
     def system_arrays(self, signals: Signals) -> float:
         """See ``Structure.system_arrays``."""
         return 5.0
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those of the blocks that Sigma couples; see ``Structure.entries``."""
+        sigma, params = self.coupling(geometry.depth), geometry.params
+        nonzeros = sum(params[i] * params[j] for i, j in np.argwhere(sigma))
+        # blocks on the diagonal are symmetric, the others come in pairs
+        diagonal = sum(params[i] for i in np.flatnonzero(np.diagonal(sigma)))
+        return nonzeros, (nonzeros + diagonal) // 2
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return "exact, coupled"
 
 
 class BlockTriDiagonal(LayerWise):

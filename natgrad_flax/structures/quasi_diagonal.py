@@ -155,6 +155,27 @@ class QuasiDiagonal(AveragedStructure):
         """None: nothing is assumed."""
         return []
 
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those of the inverse of G, which itself is filled in unit by unit.
+
+        Raises:
+          ValueError: a single layer, whose sizes do not show whether it has a bias.
+        """
+        if geometry.depth == 1:
+            raise ValueError(
+                "the sizes of a single layer do not show whether it has a bias, on which the cost "
+                "of QuasiDiagonal depends; take a network with a hidden layer"
+            )
+        params = sum(geometry.params)
+        layers = zip(geometry.layers, geometry.biases, strict=True)
+        mixed = sum((fan_in - 1) * units for (fan_in, units), bias in layers if bias)
+        return params + 2 * mixed, params + mixed
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        row = "" if layer.bias_scale is None else " and row of the bias, a unit"
+        return f"diagonal{row}"
+
 
 @dataclass(frozen=True)
 class BiasAndDiagonal(Operator):

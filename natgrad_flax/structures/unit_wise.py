@@ -10,7 +10,7 @@ from jax import Array
 
 from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.damping import RelativeDamping, is_zero, per_layer
-from natgrad_flax.layer_signals import LayerUpdate, matrix_of
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import (
     Blocks,
@@ -29,6 +29,7 @@ from natgrad_flax.structures.base import (
     coefficient_by_columns,
     dense_layer,
     has_shared_layers,
+    triangle,
 )
 from natgrad_flax.structures.diagonal import sum_over_units
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
@@ -180,6 +181,15 @@ class UnitWise(Structure):
     def gram_size(self, signals: Signals) -> int:
         """N: the units are solved in chunks of N x N systems."""
         return signals.num_samples
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those between parameters of the same unit; see ``Structure.entries``."""
+        layers = geometry.layers
+        return sum(m * k**2 for k, m in layers), sum(m * triangle(k) for k, m in layers)
+
+    def block_form(self, layer: LayerSignals) -> str:
+        """See ``Structure.block_form``."""
+        return "exact block a unit"
 
 
 @dataclass(frozen=True)

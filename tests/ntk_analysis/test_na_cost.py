@@ -107,78 +107,133 @@ def test_large_networks_do_not_overflow():
     assert structure_cost(ng.BlockTriDiagonal(), huge).nonzeros == (params**2 - 2 * 10**12 * 10**6)
 
 
-def test_flops_by_hand():
-    n, m0, m = 10, 30, 50
-    sizes = geometry((m0, m, 1), n)
-    forward = backward_to_parameters = 2 * n * (m0 * m + m)
-    derivatives, combine = 2 * n * m, 2 * n * (m + 1)
-    gradient = forward + derivatives + combine + backward_to_parameters
+def test_flops_of_a_gradient_by_hand():
+    n, m0, m, c = 10, 30, 50, 3
+    sizes = geometry((m0, m, c), n)
+    forward = backward_to_parameters = 2 * n * (m0 * m + m * c)
+    derivatives, combine, mean = 2 * n * c * m * c, 2 * n * c * (m + c), n * (m + c)
+    gradient = forward + derivatives + combine + backward_to_parameters + mean
     assert gradient_flops(sizes) == gradient
     assert structure_cost(na.GradientDescent(), sizes).step_flops == gradient
+    for structure in (ng.Exact(), ng.KFAC()):
+        found = structure_cost(structure, sizes)
+        assert found.step_flops == gradient + found.inversion_flops
 
-    def inversion(structure, damped=False, of=sizes):
-        found = structure_cost(structure, of, damped=damped)
-        assert found.step_flops == gradient_flops(of) + found.inversion_flops
-        return found.inversion_flops
 
-    grams = 2 * n**2 * (m0 + m + m + 1)
-    cholesky = n**3 / 3 + 2 * n**2
-    np.testing.assert_allclose(inversion(ng.Exact()), grams + cholesky)
-    for damped in (False, True):
-        np.testing.assert_allclose(inversion(ng.BlockDiagonal(), damped), grams + 2 * cholesky)
-    coupled = ng.LayerWise([[2, 1], [1, 2]])
-    np.testing.assert_allclose(inversion(coupled), grams + 2 * cholesky)
-    np.testing.assert_allclose(
-        inversion(coupled, True), grams + (2 * n) ** 3 / 3 + 2 * (2 * n) ** 2
-    )
-    indefinite = ng.LayerWise([[1, 2], [2, 1]])
-    np.testing.assert_allclose(
-        inversion(indefinite, True), grams + 2 * (2 * n) ** 3 / 3 + 2 * (2 * n) ** 2
-    )
-    np.testing.assert_allclose(inversion(ng.Diagonal()), 2 * n * (m + 1) + 2 * n * (m0 * m + m))
-    # one output: the derivatives of the last layer are a 1 x 1 factor
-    np.testing.assert_allclose(
-        inversion(ng.KFAC()),
-        2 * n**2 * (m0 + m)
-        + 2 * n**3
-        + 2 * n**2 * (m + 1)
-        + (2 * n**2 * m + n**3 + 2 * n**2 * m)
-        + (2 * n + 1 / 3 + 2 * n),
-    )
+def cholesky(side, columns=1):
+    return side**3 / 3 + 2 * side**2 * columns
 
-    def basis(side):
-        return 4 * side * n**2 - 4 * n**3 / 3 + 11 * n**3 + 2 * side * n**2
 
-    def eigenvalues(k, units, r):
-        turned = 2 * n * k * n + 2 * n * units * r + 2 * n * n * r
-        return turned + 2 * n * n * units + 4 * n * units * r
+def leading_order(name, n, m, depth, damped):
+    """What is added to a gradient by sizes alone, for layers (m, m) and one output, n < m."""
+    widths = [*[m] * (depth - 1), 1]
+    grams = sum(2 * n**2 * (m + units) for units in widths)
+    if name == "exact":
+        return grams + cholesky(n)
+    if name == "block-diagonal":
+        return grams + depth * cholesky(n)
+    if name == "coupled":
+        return grams + (cholesky(depth * n) if damped else depth * cholesky(n))
+    if name == "indefinite":
+        side = depth * n
+        return grams + (2 * side**3 / 3 + 2 * side**2 if damped else depth * cholesky(n))
+    if name == "kfac":
+        # a factor, its inverse, and X^T X for X the inverse; all in full for few samples
+        inverse = n**3 / 3 + n**3 + 2 * n**3
+        hidden = 2 * (2 * n**2 * m + inverse) + 2 * n**2 * m + 2 * n**2 * m
+        return (depth - 1) * hidden + 2 * n**2 * m + inverse + 2 * n**2
+    if name == "ekfac":
+        basis = 4 * m * n**2 - 4 * n**3 / 3 + 2 * n**3 + 9 * n**3 + 2 * m * n**2
+        # a and twice D in their bases, S*, and the gradient into both bases and out of one: the way
+        # out of the other is in place of the gradient's last product
+        hidden = 2 * basis + 3 * 2 * n**2 * m + 2 * n**3 + 3 * 2 * n**2 * m
+        return (depth - 1) * hidden + basis + 2 * n**2 * m + 4 * n**2
+    if name == "unit-wise":
+        factors = [units * cholesky(n) if damped else cholesky(n, units) for units in widths]
+        return sum(2 * n**2 * m + 2 * n * units for units in widths) + sum(factors)
+    products = {"diagonal": 1, "quasi-diagonal": 2}[name]
+    return products * sum(2 * n * m * units for units in widths)
 
-    np.testing.assert_allclose(
-        inversion(ng.EKFAC()),
-        basis(m0) + basis(m) + eigenvalues(m0, m, n)
-        + basis(m) + (2 * n + 9) + eigenvalues(m, 1, 1),
-    )  # fmt: skip
-    shared = 2 * n**3 / 3 + 2 * n**2 * (m + 1)
-    inputs = 2 * n**2 * (m0 + m) + 2 * n * (m + 1)
-    np.testing.assert_allclose(inversion(ng.UnitWise()), inputs + shared)
-    np.testing.assert_allclose(inversion(ng.UnitWise(), True), inputs + (m + 1) * cholesky)
-    relu = geometry((m0, m, 1), n, active=0.5)
-    np.testing.assert_allclose(inversion(ng.UnitWise(), of=relu), inputs + m * cholesky + cholesky)
+
+REFERENCES = {
+    "coupled": ng.LayerWise([[2, 1, 0], [1, 2, 1], [0, 1, 2]]),
+    "indefinite": ng.LayerWise([[1, 2, 0], [2, 1, 0], [0, 0, 1]]),
+}
+
+
+@pytest.mark.parametrize("damped", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("exact", "block-diagonal", "coupled", "indefinite", "kfac", "ekfac"),
+        *("unit-wise", "diagonal", "quasi-diagonal"),
+    ],
+)
+def test_counts_are_the_leading_order_of_theory(name, damped):
+    """Below 512 rows, from where Gram matrices are halved; undamped, ranks are looked at."""
+    n, m = 100, 400
+    structure = REFERENCES.get(name) or STRUCTURES[name]
+    found = structure_cost(structure, geometry((m, m, m, 1), n, bias=True), damped=damped)
+    theory = leading_order(name, n, m, 3, damped)
+    ratio = found.inversion_flops / theory
+    if name == "unit-wise" and damped:
+        # blocks of many units at once, with what is above their diagonals
+        assert 1 < ratio < 2.5
+    else:
+        # passes over the parameters, which are 2 / N of a product with the inputs
+        assert ratio == pytest.approx(1, abs=0.08 if name == "quasi-diagonal" else 0.03)
+
+
+def test_gram_matrices_of_many_rows_are_halved_twice():
+    n, m = 1024, 64
+    found = structure_cost(ng.Exact(), geometry((m, m, m, 1), n))
+    inputs, units = 2 * n**2 * 3 * m, 5 / 8 * 2 * n**2 * (2 * m + 1)
+    assert found.inversion_flops == pytest.approx(inputs + units + cholesky(n), rel=0.03)
+
+
+def test_the_smaller_space_is_counted():
+    sizes = geometry((9, 9, 1), 10**4)
+    params = 9 * 9 + 9
+    auto = structure_cost(ng.Exact(), sizes, damped=True).inversion_flops
+    assert auto < structure_cost(ng.Exact("sample"), sizes, damped=True).inversion_flops / 1000
+    assert auto == pytest.approx(2 * params**2 * 10**4 + params**3 / 3, rel=0.03)
 
 
 def test_biases_make_the_quasi_diagonal_dearer():
-    without, beside = geometry((30, 50, 1)), geometry((30, 50, 1), bias=True)
+    n = 1000
+    without, beside = geometry((30, 50, 1), n), geometry((30, 50, 1), n, bias=True)
     costs = [structure_cost(s, without).step_flops for s in (ng.Diagonal(), ng.QuasiDiagonal())]
     assert costs[0] == costs[1]
     costs = [structure_cost(s, beside).step_flops for s in (ng.Diagonal(), ng.QuasiDiagonal())]
-    np.testing.assert_allclose(costs[1] - costs[0], 2 * 100 * (30 * 50 + 50))
+    assert costs[1] - costs[0] == pytest.approx(2 * n * (30 * 50 + 50), rel=0.12)
 
 
-def test_only_used_layers_of_an_undamped_tri_diagonal_metric_cost():
-    # Sigma^{-1} 1 = (0, 1, 0)
-    sizes = geometry((300, 400, 400, 1))
-    middle = 2 * 100**2 * 800 + 100**3 / 3 + 2 * 100**2
-    np.testing.assert_allclose(structure_cost(ng.BlockTriDiagonal(), sizes).inversion_flops, middle)
+def test_an_undamped_coupling_looks_at_the_rank_of_every_layer():
+    """Sigma^{-1} 1 = (0, 1, 0): of three factorisations one is used, and made again."""
+    n = 100
+    grams = 2 * n**2 * (300 + 400 + 400 + 400 + 400 + 1)
+    ranks = 3 * (n**3 / 3 + 4 * n**2)
+    found = structure_cost(ng.BlockTriDiagonal(), geometry((300, 400, 400, 1)))
+    assert found.inversion_flops == pytest.approx(grams + ranks + cholesky(n), rel=0.01)
+
+
+def test_a_damped_tri_diagonal_metric_eliminates_every_other_layer():
+    n = 100
+    grams = 2 * n**2 * (300 + 400 + 400 + 400 + 400 + 1)
+    inverses, product, rest = 2 * 10 * n**3 / 3, 2 * n**3, 2 * n**3 / 3
+    found = structure_cost(ng.BlockTriDiagonal(), geometry((300, 400, 400, 1)), damped=True)
+    assert found.inversion_flops == pytest.approx(grams + inverses + product + rest, rel=0.01)
+
+
+def test_singular_coupling_costs_its_step_of_least_norm():
+    # Sigma^+ 1 = (1, 1, 0, 1, 1) / 2, and layers 1, 2, 4 and 5 carry the null vector of Sigma
+    n, width = 100, 200
+    grams = 2 * n**2 * (2 * width) * 4 + 2 * n**2 * (width + 1)
+    ranks, used = 5 * (n**3 / 3 + 4 * n**2), 4 * cholesky(n)
+    # inverses from factors that are there already, and one system more
+    least = 4 * (3 * n**3 + 4 * n**2) + cholesky(n)
+    found = structure_cost(ng.BlockTriDiagonal(), geometry((*[width] * 5, 1), n))
+    assert found.inversion_flops == pytest.approx(grams + ranks + used + least, rel=0.02)
 
 
 @pytest.mark.parametrize("damped", [False, True])
@@ -187,41 +242,34 @@ def test_cost_of_very_wide_networks(name, damped):
     """Over the flops of a gradient, 10 N M^2 here: an entry a parameter adds 2 N (2 M^2)."""
     limit = {"diagonal": 1.4, "quasi-diagonal": 1.8}.get(name, 1.0)
     errors = []
-    for width in (10**3, 10**4, 10**5, 10**6):
+    for width in (10**3, 10**6):
         sizes = geometry((width, width, width, 1), n=50, bias=True)
         found = structure_cost(STRUCTURES[name], sizes, damped=damped)
         errors.append(abs(found.step_flops / gradient_flops(sizes) - limit))
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-3
+    # divisions and other passes over the parameters stay beside the N samples
+    assert errors[-1] < {"diagonal": 0.02, "quasi-diagonal": 0.1}.get(name, 1e-3)
 
 
 @pytest.mark.parametrize("outputs", [1, 10])
 def test_samples_times_outputs_set_the_cubic_part(outputs):
-    small, large = (geometry((9, 9, outputs), n) for n in (10**4, 2 * 10**4))
-    for name in ("exact", "block-diagonal", "block-tri-diagonal"):
+    small, large = (geometry((9, 9, outputs), n // outputs) for n in (10**4, 2 * 10**4))
+    for structure in (
+        ng.Exact("sample"),
+        ng.BlockDiagonal("sample"),
+        ng.BlockTriDiagonal("sample"),
+    ):
         ratio = (
-            structure_cost(STRUCTURES[name], large, damped=True).inversion_flops
-            / structure_cost(STRUCTURES[name], small, damped=True).inversion_flops
+            structure_cost(structure, large, damped=True).inversion_flops
+            / structure_cost(structure, small, damped=True).inversion_flops
         )
         np.testing.assert_allclose(ratio, 8, rtol=0.02)
     # a small network is inverted on its parameter side by K-FAC
     ratio = (
-        structure_cost(ng.KFAC(), large).inversion_flops
-        / structure_cost(ng.KFAC(), small).inversion_flops
+        structure_cost(ng.KFAC(), large, damped=True).inversion_flops
+        / structure_cost(ng.KFAC(), small, damped=True).inversion_flops
     )
     np.testing.assert_allclose(ratio, 2, rtol=0.02)
-
-
-def test_singular_coupling_costs_its_step_of_least_norm():
-    # Sigma^+ 1 = (1, 1, 0, 1, 1) / 2, and layers 1, 2, 4 and 5 carry the null vector of Sigma
-    n, width = 100, 200
-    sizes = geometry((width, width, width, width, width, 1), n)
-    grams = 2 * n**2 * (2 * width) * 3 + 2 * n**2 * (width + 1)
-    cholesky = n**3 / 3 + 2 * n**2
-    np.testing.assert_allclose(
-        structure_cost(ng.BlockTriDiagonal(), sizes).inversion_flops,
-        grams + 5 * cholesky + 4 * n**3,
-    )
 
 
 def test_bad_arguments():

@@ -11,9 +11,11 @@ from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, per_layer
 from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.signals import Residual, Signals
+from natgrad_flax.operators.base import Blocks, Operator
+from natgrad_flax.operators.entries import Entries
+from natgrad_flax.signals import Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
-from natgrad_flax.structures.base import Geometry, gradient
+from natgrad_flax.structures.base import Geometry
 from natgrad_flax.structures.style import styled
 
 
@@ -25,26 +27,10 @@ class Scalar(AveragedStructure):
     default_damping = RelativeDamping(0.01)
     cheap_inverse = True
 
-    def solve(
-        self, signals: Signals, residual: Residual, damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        return self.precondition(signals, gradient(signals, residual), damping)
-
-    def precondition(
-        self, signals: Signals, slope: tuple[LayerUpdate, ...], damping: Array | float
-    ) -> tuple[LayerUpdate, ...]:
-        inverse = self.invert(self.moments(signals), damping, signals.num_samples)
-        return self.apply(inverse, slope)
-
-    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
-        inverse = self.invert(self.moments(train), damping, train.num_samples)
-        layers = zip(inverse, test.layers, train.layers, strict=True)
-        return sum(factor * there.gram(here) for factor, there, here in layers) / train.num_samples
-
-    def to_dense(self, signals: Signals, damping: float = 0.0) -> Array:
-        scales = self.damping_scale(signals) + damping
-        sizes = jnp.array([layer.num_params for layer in signals.layers])
-        return jnp.diag(jnp.repeat(scales, sizes, total_repeat_length=signals.num_params))
+    def operator(self, signals: Signals) -> Operator:
+        pairs = zip(signals.layers, self.statistics(signals), strict=True)
+        ones = [(a, jnp.full((a.fan_in, a.num_units), t)) for a, t in pairs]
+        return Blocks(tuple(Entries(a, a.update(t)) for a, t in ones))
 
     def alpha(self, geometry: Geometry) -> float:
         raise ValueError("one number a layer is isotropic at no width")
@@ -64,9 +50,9 @@ class Scalar(AveragedStructure):
         return tuple(1 / (t + r) for t, r in zip(moments.factors, rho, strict=True))
 
     def apply(
-        self, inverse: tuple[Any, ...], slope: tuple[LayerUpdate, ...]
+        self, inverse: tuple[Any, ...], gradient: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:
-        layers = zip(inverse, slope, strict=True)
+        layers = zip(inverse, gradient, strict=True)
         return tuple(jax.tree.map(lambda g, f=f: f * g, update) for f, update in layers)
 
     def scale_of(self, moments: Moments, num_samples: int) -> Array:

@@ -161,7 +161,6 @@ class Structure(abc.ABC):
         """G^{-1} g for any g in the space of the parameters, one entry a layer."""
         return self.solve(signals, ParameterGradient(gradient), damping)
 
-    @abc.abstractmethod
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """Theta-bar(x', x) = J(x') G^{-1} J(x)^T / N (Karakida & Osawa 2020, Eq. 11).
 
@@ -174,6 +173,13 @@ class Structure(abc.ABC):
           Shape (N' C, N S). It acts on the coefficients w of the residual r = R w; for the mean
           squared error R = I, and this is the matrix of the paper.
         """
+        operator = self.operator(train)
+
+        def column(row: Array) -> Array:
+            return ravel(operator.solve(ParameterGradient(train.unravel(row)), damping))
+
+        columns = jax.lax.map(column, train.to_dense())
+        return test.to_dense() @ columns.T / train.num_samples
 
     def coefficient_times(
         self, test: Signals, train: Signals, damping: Array | float, vectors: Array
@@ -238,18 +244,6 @@ class Structure(abc.ABC):
     def block_form(self, layer: LayerSignals) -> str:
         """What it makes of the Fisher block of one layer, in words."""
         return f"as {self.name} says"
-
-
-def coefficient_by_columns(
-    structure: Structure, test: Signals, train: Signals, damping: Array | float
-) -> Array:
-    """``Structure.coefficient`` for layers of any kind: J' (G^{-1} J^T) / N, column by column."""
-
-    def column(row: Array) -> Array:
-        return ravel(structure.precondition(train, train.unravel(row), damping))
-
-    columns = jax.lax.map(column, train.to_dense())
-    return test.to_dense() @ columns.T / train.num_samples
 
 
 def block_words(layer: LayerSignals, small: bool) -> str:

@@ -17,7 +17,6 @@ from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import (
     Geometry,
-    coefficient_by_columns,
     dense_layer,
     has_shared_layers,
 )
@@ -64,7 +63,7 @@ class Diagonal(AveragedStructure):
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_l sum_i (d'_i d_i^T) . (a' diag(1 / (F_i + rho)) a^T) / N (science: 3.5b)."""
         if has_shared_layers(train):
-            return coefficient_by_columns(self, test, train, damping)
+            return super().coefficient(test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
         for there, here, rho in zip(
             map(dense_layer, test.layers),

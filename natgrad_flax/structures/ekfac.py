@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of, ravel
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import (
     eigh,
     qr,
@@ -146,16 +145,6 @@ class EKFAC(AveragedStructure):
             else:
                 updates.append(update_like(g, multiply_blocks(blocks, matrix)))
         return tuple(updates)
-
-    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
-        """J' (G^{-1} J^T) / N, column by column with one eigenbasis for all of them."""
-        inverse = self.invert(self.moments(train), damping, train.num_samples)
-
-        def column(row: Array) -> Array:
-            return ravel(self.apply(inverse, train.unravel(row)))
-
-        columns = jax.lax.map(column, train.to_dense())
-        return test.to_dense() @ columns.T / train.num_samples
 
     def gram_size(self, signals: Signals) -> int:
         """The larger side of the two factors, or of the rows where these are fewer."""

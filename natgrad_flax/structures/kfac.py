@@ -20,7 +20,6 @@ from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.base import (
     IsotropyWarning,
-    coefficient_by_columns,
     dense_layer,
     has_shared_layers,
     triangle,
@@ -232,7 +231,7 @@ class KFAC(KroneckerAverage):
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_l (B(x',x) B^{-1}) . (A(x',x) A^{-1}), times N (Karakida & Osawa 2020, Eq. 21)."""
         if has_shared_layers(train):
-            return coefficient_by_columns(self, test, train, damping)
+            return super().coefficient(test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
         rhos = per_layer(damping, len(train.layers))
         for index, (there, rho) in enumerate(zip(map(dense_layer, test.layers), rhos, strict=True)):

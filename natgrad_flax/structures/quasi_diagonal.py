@@ -20,7 +20,6 @@ from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import (
     Geometry,
-    coefficient_by_columns,
     dense_layer,
     has_shared_layers,
 )
@@ -99,7 +98,7 @@ class QuasiDiagonal(AveragedStructure):
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """As for the diagonal with inputs a_j - (M_0j / M_00) a_0, plus the bias direction."""
         if has_shared_layers(train):
-            return coefficient_by_columns(self, test, train, damping)
+            return super().coefficient(test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
         for there, here, rho in zip(
             map(dense_layer, test.layers),

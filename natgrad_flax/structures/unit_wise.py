@@ -26,7 +26,6 @@ from natgrad_flax.operators.units import UnitBlocks, solve_block
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.base import (
     Structure,
-    coefficient_by_columns,
     dense_layer,
     has_shared_layers,
     triangle,
@@ -115,7 +114,7 @@ class UnitWise(Structure):
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_i D'_i (a' (F_i + rho)^{-1} a^T) D_i^T / N, unit after unit."""
         if has_shared_layers(train):
-            return coefficient_by_columns(self, test, train, damping)
+            return super().coefficient(test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
         for there, here, rho in zip(
             map(dense_layer, test.layers),

@@ -11,7 +11,7 @@ from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, per_layer
 from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.operators.base import Blocks
+from natgrad_flax.operators.base import Blocks, Operator
 from natgrad_flax.operators.entries import Entries
 from natgrad_flax.signals import Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
@@ -27,19 +27,10 @@ class Scalar(AveragedStructure):
     default_damping = RelativeDamping(0.01)
     cheap_inverse = True
 
-    def operator(self, signals: Signals) -> Blocks:
+    def operator(self, signals: Signals) -> Operator:
         pairs = zip(signals.layers, self.statistics(signals), strict=True)
-        return Blocks(
-            tuple(
-                Entries(layer, layer.update(jnp.full((layer.fan_in, layer.num_units), mean)))
-                for layer, mean in pairs
-            )
-        )
-
-    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
-        inverse = self.invert(self.moments(train), damping, train.num_samples)
-        layers = zip(inverse, test.layers, train.layers, strict=True)
-        return sum(factor * there.gram(here) for factor, there, here in layers) / train.num_samples
+        ones = [(a, jnp.full((a.fan_in, a.num_units), t)) for a, t in pairs]
+        return Blocks(tuple(Entries(a, a.update(t)) for a, t in ones))
 
     def alpha(self, geometry: Geometry) -> float:
         raise ValueError("one number a layer is isotropic at no width")

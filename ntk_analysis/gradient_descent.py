@@ -60,10 +60,6 @@ class GradientDescent(Structure):
             "use 1 / lambda_max of its coefficient matrix"
         )
 
-    def failed_conditions(self, geometry: Geometry) -> list[str]:
-        """None: nothing is assumed."""
-        return []
-
     def check(self, signals: Signals, damping: object) -> None:
         """Raises ValueError on a damping other than 0."""
         if not is_zero(damping):

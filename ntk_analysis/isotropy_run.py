@@ -215,7 +215,7 @@ def _costs(point: SweepSettings, structures: dict[str, Structure]) -> dict[str, 
         try:
             cost = structure_cost(structure, geometry, damped=damped)
         except TypeError:
-            # of a structure of somebody else's it is not known
+            # the structure does not tell its entries
             continue
         costs[name] = dataclasses.asdict(cost) | {"fraction_of_exact": cost.fraction_of_exact}
     return costs

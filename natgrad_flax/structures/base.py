@@ -210,13 +210,20 @@ class Structure(abc.ABC):
         where each of two Kronecker factors has.
         """
 
-    @abc.abstractmethod
     def alpha(self, geometry: Geometry) -> float:
-        """alpha of the isotropy condition Theta-bar(x, x) = alpha I at zero damping."""
+        """alpha of the isotropy condition Theta-bar(x, x) = alpha I at zero damping.
 
-    @abc.abstractmethod
+        Raises:
+          ValueError: theory knows none.
+        """
+        raise ValueError(
+            f"{self.name} has no alpha that theory knows, so sizes alone give no learning rate; "
+            "pass inputs as x= for 1 / lambda_max of its coefficient matrix"
+        )
+
     def failed_conditions(self, geometry: Geometry) -> list[str]:
         """What the sizes violate of the assumptions behind alpha, a sentence each."""
+        return []
 
     def check(self, signals: Signals, damping: object) -> None:  # noqa: B027
         """Raises ValueError, or warns, where this structure does not suit the network."""

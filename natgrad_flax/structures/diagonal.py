@@ -94,10 +94,6 @@ class Diagonal(AveragedStructure):
         """Raises ValueError: not isotropic."""
         raise ValueError(no_alpha(self.name))
 
-    def failed_conditions(self, geometry: Geometry) -> list[str]:
-        """None: nothing is assumed."""
-        return []
-
     def entries(self, geometry: Geometry) -> tuple[int, int]:
         """One a parameter."""
         params = sum(geometry.params)

@@ -191,10 +191,6 @@ class EKFAC(AveragedStructure):
             "give no learning rate; pass inputs as x= for 1 / lambda_max of its coefficient matrix"
         )
 
-    def failed_conditions(self, geometry: Geometry) -> list[str]:
-        """None: nothing is assumed."""
-        return []
-
     def entries(self, geometry: Geometry) -> tuple[int, int]:
         """Those of the layers' blocks, of which eigenvectors and scaling are stored."""
         stored = sum(k**2 + m**2 + k * m for k, m in geometry.layers)

@@ -150,10 +150,6 @@ class QuasiDiagonal(AveragedStructure):
         """Raises ValueError: not isotropic."""
         raise ValueError(no_alpha(self.name))
 
-    def failed_conditions(self, geometry: Geometry) -> list[str]:
-        """None: nothing is assumed."""
-        return []
-
     def entries(self, geometry: Geometry) -> tuple[int, int]:
         """Those of the inverse of G, which itself is filled in unit by unit.
 

@@ -15,7 +15,6 @@ from natgrad_flax.operators.base import Blocks, Operator
 from natgrad_flax.operators.entries import Entries
 from natgrad_flax.signals import Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
-from natgrad_flax.structures.base import Geometry
 from natgrad_flax.structures.style import styled
 
 
@@ -31,12 +30,6 @@ class Scalar(AveragedStructure):
         pairs = zip(signals.layers, self.statistics(signals), strict=True)
         ones = [(a, jnp.full((a.fan_in, a.num_units), t)) for a, t in pairs]
         return Blocks(tuple(Entries(a, a.update(t)) for a, t in ones))
-
-    def alpha(self, geometry: Geometry) -> float:
-        raise ValueError("one number a layer is isotropic at no width")
-
-    def failed_conditions(self, geometry: Geometry) -> list[str]:
-        return []
 
     def gram_size(self, signals: Signals) -> int:
         return 0

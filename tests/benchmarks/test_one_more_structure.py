@@ -145,6 +145,8 @@ def test_isotropy(x64):
     found = na.isotropy(Scalar(), model, np.asarray(x))
     np.testing.assert_allclose(found.eigenvalues, np.linalg.eigvalsh(sum(kernels)), rtol=1e-8)
     assert found.theoretical_alpha is None
+    with pytest.raises(ValueError, match="Scalar has no alpha that theory knows"):
+        ng.optimal_learning_rate(Scalar(), model, 4)
     settings = na.SweepSettings("width", (4,), (0,), num_samples=3, num_inputs=3)
     table = na.isotropy_sweep({"toy": Scalar()}, settings)
     assert table["failure"].tolist() == [""]

@@ -210,7 +210,8 @@ class LayerWise(Structure):
         owner = np.repeat(
             np.arange(len(signals.layers)), [layer.num_params for layer in signals.layers]
         )
-        mask = jnp.asarray(self.coupling(len(signals.layers))[owner][:, owner], jacobian.dtype)
+        # a constant of (P, P) numbers would lie in the program
+        mask = jnp.asarray(self.coupling(len(signals.layers)), jacobian.dtype)[owner][:, owner]
         dense = mask * (jacobian.T @ jacobian) / signals.num_samples
         values = jnp.stack([jnp.asarray(v) for v in per_layer(damping, len(signals.layers))])
         return dense + jnp.diag(values[owner].astype(dense.dtype))

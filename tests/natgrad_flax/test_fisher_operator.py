@@ -139,7 +139,7 @@ def test_vectors_are_trees_of_parameters(mixed):
     solved = np.linalg.solve(truth + RHO * np.eye(len(v)), v)
 
     def agree(found, wanted):
-        np.testing.assert_allclose(ravel_pytree(found)[0], wanted, atol=1e-10)
+        np.testing.assert_allclose(ravel_pytree(found)[0], np.ravel(wanted), atol=1e-10)
 
     agree(made.to_dense(), truth)
     agree(made @ tree, truth @ v)

@@ -52,9 +52,11 @@ report: .venv/.run ## every structure on real images beside theory: report/repor
 leaderboard: .venv/.run ## optimizers against frozen targets: leaderboard/leaderboard.html, in about 15 minutes
 	$(BIN)/python -m benchmarks.leaderboard run --out leaderboard
 
+# test-jax and test-slow compile as users do; here XLA optimises no program, since each runs once on
+# a few numbers, and optimising was half of the time of the suite (tests/conftest.py)
 .PHONY: test
 test: .venv/.dev ## the test suite, without the slow tests
-	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(PYTEST_ARGS)
+	NATGRAD_QUICK_COMPILATION=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: .venv/.dev ## the tests at the sizes of the papers; minutes each

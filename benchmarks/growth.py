@@ -101,7 +101,7 @@ class Growth(Suite):
     def track_theoretical_exponent(self, *case: Any) -> float:
         """Fitted to ``ntk_analysis.structure_cost(...).step_flops`` at the same sizes.
 
-        Leading-order flops with Gram matrices and factorisations: it moves only with that formula.
+        The flops of the traced program with its factorisations: it moves with the program only.
         """
         return self.figures["theory"]
 
@@ -117,7 +117,7 @@ def damped(case: Case) -> Line:
 
 
 def theoretical_flops(structure: str, case: Case) -> float:
-    """Leading-order flops of a damped step (``ntk_analysis.cost``)."""
+    """Flops of a damped step (``ntk_analysis.cost``)."""
     line, entry = case.line(), STRUCTURES[structure]
     bias = entry.bias_variance > 0
     layers = tuple((a + bias, b) for a, b in itertools.pairwise(line.widths))

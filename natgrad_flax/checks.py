@@ -78,6 +78,21 @@ def check_damping(damping: object) -> None:
     check_normal(damping, np.float64)
 
 
+def check_one_damping(damping: object) -> None:
+    """As ``check_damping`` where nothing counts steps.
+
+    Raises:
+      TypeError: a schedule or an adaptive damping, besides.
+      ValueError: as ``check_damping``.
+    """
+    check_damping(damping)
+    if callable(damping) or isinstance(damping, LevenbergMarquardt):
+        raise TypeError(
+            "damping must be one number or an ng.RelativeDamping here: schedules and adaptive "
+            "damping need the step count, which natural_gradient_descent has"
+        )
+
+
 def check_normal(damping: object, dtype: Any) -> None:
     """Raises ValueError on a positive damping that the arithmetic of a dtype takes for 0."""
     if isinstance(damping, RelativeDamping) or not is_concrete(damping):

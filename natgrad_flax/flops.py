@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal, jaxprs_in_params
 
+from natgrad_flax.arrays import own_promotion
+
 Shape = tuple[int, ...]
 Rule = Callable[[list[Shape], list[Shape], dict[str, Any]], float]
 
@@ -57,7 +59,8 @@ def cost_of(function: Callable[..., Any], *shapes: Any) -> Cost:
       ValueError: it has a loop whose length only its values tell, or a factorisation without a
         formula here.
     """
-    return _cost(jax.make_jaxpr(function)(*shapes).jaxpr)
+    with own_promotion():
+        return _cost(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
 class _Step(NamedTuple):

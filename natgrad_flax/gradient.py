@@ -16,10 +16,11 @@ from natgrad_flax.checks import (
     check_fisher_batch,
     check_microbatches,
     check_needed_batch,
+    check_one_damping,
     check_settings,
 )
 from natgrad_flax.convolution import with_fast_gradients
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, damping_as, is_zero
+from natgrad_flax.damping import RelativeDamping, damping_as, is_zero
 from natgrad_flax.fisher_kinds import (
     FisherKind,
     check_key,
@@ -104,10 +105,7 @@ def natural_gradient(
     wrt = hashable_filter(wrt)
     check_settings(structure, loss, fisher, damping)
     mc_samples = check_integer("mc_samples", mc_samples, 1)
-    if callable(damping) or isinstance(damping, LevenbergMarquardt):
-        raise TypeError(
-            "schedules and adaptive damping need the step count: use natural_gradient_descent"
-        )
+    check_one_damping(damping)
     check_key(fisher, key)
     needed = gradient is None or (fisher == "empirical" and fisher_x is None)
     x, y = check_needed_batch(model, x, y, loss, needed)

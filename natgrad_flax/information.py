@@ -16,12 +16,12 @@ from natgrad_flax.arrays import own_promotion
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
     check_batch,
-    check_damping,
     check_microbatches,
     check_model_inputs,
+    check_one_damping,
     check_settings,
 )
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
+from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.fisher_kinds import FisherKind, check_key, population_signals
 from natgrad_flax.gradient import Damping, resolve_damping, static_damping
 from natgrad_flax.independence import check_samples_alone
@@ -351,9 +351,7 @@ class FisherOperator:
         """A method of the operator, with a damping or without."""
         given, static = None, None
         if damping is not None:
-            check_damping(damping)
-            if callable(damping) or isinstance(damping, LevenbergMarquardt):
-                raise TypeError("damping must be a number or an ng.RelativeDamping here")
+            check_one_damping(damping)
             static = static_damping(damping)
             given = None if static is not None else jnp.asarray(damping, self.dtype)
         return _run(

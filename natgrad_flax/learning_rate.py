@@ -12,13 +12,12 @@ from natgrad_flax.activations import active_fraction
 from natgrad_flax.arrays import check_concrete, own_promotion
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
-    check_damping,
     check_input_shape,
     check_inputs,
     check_model_inputs,
+    check_one_damping,
     check_structure,
 )
-from natgrad_flax.damping import LevenbergMarquardt
 from natgrad_flax.gradient import Damping, resolve_damping
 from natgrad_flax.linalg import full_products
 from natgrad_flax.plans import dense_layers
@@ -83,9 +82,7 @@ def optimal_learning_rate(
       TypeError: layers that are not fully connected, and no shape of the inputs.
     """
     check_structure(structure)
-    check_damping(damping)
-    if callable(damping) or isinstance(damping, LevenbergMarquardt):
-        raise TypeError("a learning rate needs one damping: a number or an ng.RelativeDamping")
+    check_one_damping(damping)
     if x is not None:
         x = check_inputs(x, model)
         check_input_shape(model, x)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from natgrad_flax import DenseSignals, Signals, Structure
-from natgrad_flax.arrays import own_promotion
 from natgrad_flax.checks import check_structure
 from natgrad_flax.costs import solve_cost
 from natgrad_flax.flops import cost_of
+from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.structures import Geometry
 from ntk_analysis.gradient_descent import GradientDescent
 
@@ -87,20 +89,20 @@ def gradient_flops(geometry: Geometry) -> float:
     ordinary back-propagation. Activations are not counted.
     """
     layers = _signals(geometry).layers
-    updates = [jax.eval_shape(lambda a: a.pull_back(a.direction(0)), layer) for layer in layers]
-    passes = [
-        cost_of(lambda a, u: a.push_forward(u), layer, update).flops
-        for layer, update in zip(layers, updates, strict=True)
-    ]
-    back = geometry.num_outputs * sum(passes[1:])
-    return sum(passes) + back + _solve_flops(GradientDescent(), geometry, False)
+    updates = jax.eval_shape(lambda layers: [a.pull_back(a.direction(0)) for a in layers], layers)
+
+    def through(layers: Sequence[LayerSignals], updates: Sequence[LayerUpdate]) -> list[Array]:
+        return [a.push_forward(u) for a, u in zip(layers, updates, strict=True)]
+
+    forward = cost_of(through, layers, updates).flops
+    back = geometry.num_outputs * cost_of(through, layers[1:], updates[1:]).flops
+    return forward + back + _solve_flops(GradientDescent(), geometry, False)
 
 
 @lru_cache
 def _solve_flops(structure: Structure, geometry: Geometry, damped: bool) -> float:
-    with own_promotion():
-        cost = solve_cost(structure, _signals(geometry), inside=True, damping=float(damped))
-    return cost.flops
+    signals = _signals(geometry)
+    return solve_cost(structure, signals, inside=True, damping=float(damped)).flops
 
 
 def _signals(geometry: Geometry) -> Signals:

@@ -99,7 +99,8 @@ class IsotropySettings:
         common = {k: v for k, v in dataclasses.asdict(self.sweep).items() if k not in ignored}
         # data of files count, not only their name
         inputs = self.sweep.at(self.sweep.values[0]).inputs(0)
-        return content_hash([plain([common, self.kernels, versions]), inputs])
+        # earlier rows have costs by formulas, and are not taken over
+        return content_hash([plain([common, self.kernels, versions, "counted"]), inputs])
 
 
 def run_isotropy(

@@ -17,10 +17,11 @@ from natgrad_flax.checks import (
     check_fisher_batch,
     check_microbatches,
     check_needed_batch,
+    check_one_damping,
     check_settings,
     is_concrete,
 )
-from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
+from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.devices.linear_solve import Solution
 from natgrad_flax.devices.passes import over_devices
 from natgrad_flax.devices.placement import (
@@ -127,8 +128,7 @@ def sharded_natural_gradient(
     check_settings(structure, loss, fisher, damping)
     mc_samples = check_integer("mc_samples", mc_samples, 1)
     microbatches = check_integer("microbatches", microbatches, 1)
-    if callable(damping) or isinstance(damping, LevenbergMarquardt):
-        raise TypeError("a single gradient needs one damping: a number or an ng.RelativeDamping")
+    check_one_damping(damping)
     check_key(fisher, key)
     here = local_model(model)
     needed = gradient is None or (fisher == "empirical" and fisher_x is None)

@@ -146,7 +146,8 @@ class Coupled(Operator):
         """The Hadamard product of J^T J / N with Sigma blown up to parameters, plus rho I."""
         jacobian = dense_jacobian(self.layers)
         owner = np.repeat(np.arange(len(self.layers)), [a.num_params for a in self.layers])
-        mask = jnp.asarray(self.sigma[owner][:, owner], jacobian.dtype)
+        # a constant of (P, P) numbers would lie in the program
+        mask = jnp.asarray(self.sigma, jacobian.dtype)[owner][:, owner]
         dense = mask * (jacobian.T @ jacobian) / self.num_samples
         values = jnp.stack([jnp.asarray(v) for v in per_layer(damping, len(self.layers))])
         return dense + jnp.diag(values[owner].astype(dense.dtype))

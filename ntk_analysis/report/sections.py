@@ -202,8 +202,8 @@ def _cost(
         "Entries are what an implementation stores that forms G. The arithmetic is that of this "
         "project, which solves in sample space and forms no G: over that of a gradient, it runs "
         f"from {_cost_range(document)}.",
-        f"{_point_words(document, settings)}. Flops are leading orders of this project's solves, "
-        "counted and not timed.",
+        f"{_point_words(document, settings)}. Flops are those of this project's solves, "
+        "counted in their programs and not timed.",
         (isotropy_command(settings.sweep),),
     )
     lead = "What does isotropy cost?"

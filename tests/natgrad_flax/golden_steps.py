@@ -1,9 +1,9 @@
 """Forty steps of every structure in many settings, and the file that keeps what they gave.
 
-``python tests/natgrad_flax/golden_steps.py`` adds the cells that the file lacks, and drops those
-that are no cells any more; with ``--rewrite NAME ...`` it writes these anew. It takes none that
-carries rounding of its inputs further than a tenth of what the test allows. A cell that changes is
-a change of results: rewrite it only where that is meant.
+``PYTHONPATH=tests python tests/natgrad_flax/golden_steps.py`` adds the cells that the file lacks,
+and drops those that are no cells any more; with ``--rewrite NAME ...`` it writes these anew. It
+takes none that carries rounding of its inputs further than a tenth of what the test allows. A cell
+that changes is a change of results: rewrite it only where that is meant.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from battery import STRUCTURES
+from battery import QUICK, STRUCTURES
 from flax import nnx
 
 import natgrad_flax as ng
@@ -27,7 +27,6 @@ import natgrad_flax as ng
 FILE = Path(__file__).with_suffix(".json")
 STEPS, EVERY, BATCHES = 40, 4, 4
 MSE, SOFTMAX = ng.MeanSquaredError(), ng.SoftmaxCrossEntropy()
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Images(nnx.Module):

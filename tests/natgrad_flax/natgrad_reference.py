@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import dense_metrics
 import jax
 import jax.numpy as jnp
 import numpy as np
+from dense_metrics import DenseLayer
 from flax import nnx
 from scipy import special, stats
 
@@ -138,67 +140,19 @@ def make_mlp(widths, seed, dtype=np.float64, **settings) -> ng.MLP:
 
 
 def metric(structure: ng.Structure, ref: Reference, damping: float) -> np.ndarray:
-    """G of a structure from the dense Fisher, shape (P, P)."""
-    size = len(ref.owner)
-    eye = np.eye(size)
-    if isinstance(structure, ng.Exact):
-        return ref.fisher + damping * eye
-    if isinstance(structure, ng.LayerWise):
-        sigma = structure.coupling(ref.owner[-1] + 1)
-        return sigma[ref.owner][:, ref.owner] * ref.fisher + damping * eye
-    if isinstance(structure, ng.UnitWise):
-        return (ref.unit[:, None] == ref.unit) * ref.fisher + damping * eye
-    if isinstance(structure, ng.Diagonal):
-        return np.diag(np.diag(ref.fisher)) + damping * eye
-    if isinstance(structure, ng.QuasiDiagonal):
-        return _quasi_diagonal(ref, damping)
-    assert isinstance(structure, ng.KFAC)
-    return _kronecker(structure, ref, damping)
-
-
-def _quasi_diagonal(ref: Reference, damping: float) -> np.ndarray:
-    full = ref.fisher + damping * np.eye(len(ref.owner))
-    out = np.diag(np.diag(full)).copy()
-    for unit in np.unique(ref.unit):
-        rows = np.flatnonzero(ref.unit == unit)
-        bias = rows[ref.bias[rows]]
-        if len(bias) == 0 or full[bias[0], bias[0]] == 0:
-            continue
-        row = full[rows][:, bias[0]]
-        block = np.outer(row, row) / full[bias[0], bias[0]]
-        np.fill_diagonal(block, np.diag(full)[rows])
-        out[np.ix_(rows, rows)] = block
-    return out
-
-
-def _kronecker(structure: ng.KFAC, ref: Reference, damping: float) -> np.ndarray:
-    blocks, n = [], ref.num_samples
+    """G of a structure, shape (P, P)."""
+    layers = []
     for index, (a, d) in enumerate(zip(ref.inputs, ref.backward, strict=True)):
-        flat = d.reshape(-1, d.shape[2])
-        left, right = a.T @ a / n, flat.T @ flat / n
-        if index == len(ref.inputs) - 1 and structure.last_layer == "scaled":
-            right = right / n
-        if index == 0 and structure.first_layer == "scaled" and a.shape[1] < n:
-            left = left * a.shape[1] / n
-        rho_a = rho_b = damping
-        if structure.split == "pi" and damping:
-            mean_a, mean_b = np.mean(np.diag(left)), np.mean(np.diag(right))
-            pi = np.sqrt(mean_a / mean_b) if mean_a > 0 and mean_b > 0 else 1.0
-            rho_a, rho_b = pi * np.sqrt(damping), np.sqrt(damping) / pi
-        blocks.append(np.kron(left + rho_a * np.eye(len(left)), right + rho_b * np.eye(len(right))))
-    size = sum(map(len, blocks))
-    out, at = np.zeros((size, size)), 0
-    for block in blocks:
-        out[at : at + len(block), at : at + len(block)] = block
-        at += len(block)
-    return out
+        bias = bool(ref.bias[ref.owner == index].any())
+        layers.append(DenseLayer.affine(a[:, None, None], d[:, :, None, None], bias, shared=False))
+    return dense_metrics.metric(structure, layers, damping)
 
 
 def blocks_of(structure: ng.Structure, ref: Reference) -> list[np.ndarray]:
     """Index sets of the diagonal blocks that a structure inverts on their own."""
     if isinstance(structure, (ng.UnitWise, ng.QuasiDiagonal, ng.Diagonal)):
         label = ref.unit
-    elif isinstance(structure, (ng.BlockDiagonal, ng.KFAC)):
+    elif isinstance(structure, (ng.BlockDiagonal, ng.KFAC, ng.EKFAC)):
         label = ref.owner
     else:
         label = np.zeros_like(ref.owner)

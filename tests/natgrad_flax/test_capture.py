@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from battery import QUICK
 from flax import nnx
 
 import natgrad_flax as ng
@@ -16,8 +17,6 @@ from natgrad_flax.signals import DenseSignals
 pytestmark = pytest.mark.usefixtures("x64")
 
 OUTPUTS = 2
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""The programs run once: compiling is what costs."""
 
 
 def rngs(seed=0):

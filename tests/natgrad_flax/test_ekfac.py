@@ -1,106 +1,17 @@
-"""EKFAC against its definition in NumPy, on signals of every kind of layer."""
+"""What is true of EKFAC alone; against its definition it is in ``test_structure_battery.py``."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_signals import dense, explicit, jacobian_of, network, rows_of, shared
+from random_signals import dense, explicit, jacobian_of, network, shared
 
 import natgrad_flax as ng
-from natgrad_flax.shared_signals import ExplicitSignals
 from natgrad_flax.structures import ekfac
-from natgrad_flax.structures.base import gradient, ravel
+from natgrad_flax.structures.base import ravel
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-MIXED = (
-    (dense, 3, 4),
-    (dense, 9, 2, None),  # more inputs than samples
-    (shared, 3, 1, 2, 3),
-    (shared, 2, 2, 2, 2, None),
-    (explicit, 2, 3),
-    (explicit, 1, 3),
-    (dense, 4, 2),
-)
-
-
-def reference(signals, sharing, rho):
-    """G by its definition, layer after layer, with the eigenvectors of NumPy."""
-    n, blocks = signals.num_samples, []
-    for layer in signals.layers:
-        jacobian = jacobian_of(layer)
-        if isinstance(layer, ExplicitSignals):
-            unit = np.arange(jacobian.shape[1]) % layer.num_units
-            blocks.append((unit[:, None] == unit) * (jacobian.T @ jacobian) / n)
-            continue
-        a, d = rows_of(layer)
-        groups, fan_in, units = a.shape[2], a.shape[3], d.shape[4]
-        left = a.mean(axis=1, keepdims=True) if sharing == "reduce" else a
-        right = d.sum(axis=2, keepdims=True) if sharing == "reduce" else d
-        block = np.zeros((fan_in, groups, units, fan_in, groups, units))
-        for g in range(groups):
-            one = jacobian.reshape(-1, fan_in, groups, units)[:, :, g]
-            u = np.linalg.eigh(np.einsum("ntk,ntj->kj", left[:, :, g], left[:, :, g]))[1]
-            v = np.linalg.eigh(np.einsum("nstm,nstk->mk", right[..., g, :], right[..., g, :]))[1]
-            squares = np.sum((u.T @ one @ v) ** 2, axis=0) / n
-            basis = np.kron(u, v)
-            part = (basis * squares.ravel()) @ basis.T
-            block[:, g, :, :, g, :] = part.reshape(fan_in, units, fan_in, units)
-        blocks.append(block.reshape(fan_in * groups * units, -1))
-    total = sum(len(block) for block in blocks)
-    matrix, start = rho * np.eye(total), 0
-    for block in blocks:
-        stop = start + len(block)
-        matrix[start:stop, start:stop] += block
-        start = stop
-    return matrix
-
-
-def everything(structure, signals, residual, rho):
-    """All that a structure answers, in one program."""
-
-    @jax.jit
-    def run(signals, residual):
-        slope = gradient(signals, residual)
-        return (
-            structure.to_dense(signals, rho),
-            ravel(structure.solve(signals, residual, rho)),
-            ravel(structure.precondition(signals, jax.tree.map(jnp.cos, slope), rho)),
-            ravel(jax.tree.map(jnp.cos, slope)),
-            structure.coefficient(signals, signals, rho),
-        )
-
-    return run(signals, residual)
-
-
-@pytest.mark.parametrize("rho", [0.05, 0.0])
-def test_expand_is_its_definition(rho):
-    signals, residual = network(np.random.default_rng(0), 5, 2, *MIXED)
-    found = everything(ng.EKFAC(), signals, residual, rho)
-    check_against_dense(found, reference(signals, "expand", rho), signals, residual)
-
-
-def test_reduce_is_its_definition():
-    layers = ((dense, 3, 4), (shared, 4, 1, 2, 3), (shared, 2, 2, 2, 2, None))
-    signals, residual = network(np.random.default_rng(1), 5, 2, *layers)
-    found = everything(ng.EKFAC(sharing="reduce"), signals, residual, 0.05)
-    check_against_dense(found, reference(signals, "reduce", 0.05), signals, residual)
-
-
-def check_against_dense(found, matrix, signals, residual):
-    metric, solved, other, cosines, coefficient = map(np.asarray, found)
-    jacobian = np.concatenate([jacobian_of(layer) for layer in signals.layers], axis=1)
-    n = signals.num_samples
-    inverse = np.linalg.pinv(matrix, rcond=1e-12, hermitian=True)
-    slope = jacobian.T @ np.asarray(residual.coefficients).ravel() / n
-    np.testing.assert_allclose(metric, matrix, atol=1e-11)
-    for value, wanted in (
-        (solved, inverse @ slope),
-        (other, inverse @ cosines),
-        (coefficient, jacobian @ inverse @ jacobian.T / n),
-    ):
-        np.testing.assert_allclose(value, wanted, atol=1e-8 * np.abs(wanted).max())
 
 
 def test_one_sample_of_a_dense_layer_has_its_exact_block():
@@ -141,22 +52,6 @@ def test_both_ways_to_turn_the_jacobians_are_taken_and_agree():
         wanted = np.sum((np.asarray(u[0]).T @ jacobian @ np.asarray(v[0])) ** 2, axis=0) / 4
         np.testing.assert_allclose(ekfac._mean_squares(layer, u, v)[0], wanted, rtol=1e-12)
     assert ways == [True, False]
-
-
-def test_relative_damping_is_relative_to_the_mean_diagonal():
-    signals, _ = network(np.random.default_rng(5), 5, 2, *MIXED)
-    structure = ng.EKFAC()
-
-    @jax.jit
-    def scales(signals):
-        factors = structure.statistics(signals)
-        basis = structure.basis(factors)
-        moments = ng.structures.Moments(factors, basis, structure.rotated(signals, basis))
-        return structure.damping_scale(signals), structure.scale_of(moments, 5)
-
-    wanted = [np.mean(np.sum(jacobian_of(a) ** 2, axis=0)) / 5 for a in signals.layers]
-    for found in scales(signals):
-        np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 def test_rounding_outside_of_the_basis_is_not_magnified():

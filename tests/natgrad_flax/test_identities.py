@@ -84,37 +84,6 @@ def test_theorem_4_1_holds_for_any_nonsingular_sigma(definite):
     assert ng.optimal_learning_rate(structure, model, 4) == pytest.approx(1 / alpha)
 
 
-@pytest.mark.parametrize(
-    "structure",
-    [
-        ng.Exact(),
-        ng.BlockDiagonal(),
-        ng.LayerWise(random_sigma(3, True)),
-        ng.LayerWise(random_sigma(3, False)),
-        ng.BlockTriDiagonal(),
-        ng.KFAC(),
-        ng.KFAC("literal", "pi"),
-        ng.UnitWise(),
-        ng.Diagonal(),
-        ng.QuasiDiagonal(),
-    ],
-    ids=lambda s: s.name,
-)
-@pytest.mark.parametrize("damping", [0.0, 1e-2])
-def test_coefficient_matrix_against_dense(structure, damping):
-    """Eq. 11 at test points, every structure, two outputs, biases."""
-    model, x, _ = problem((7, 9, 12, 2), 4, activation="gelu", bias_variance=0.2)
-    points = jnp.asarray(np.random.default_rng(5).normal(size=(3, 7)))
-    there, here = signals_of(model, points), signals_of(model, x)
-    ref = reference(model, x, np.zeros((4, 2)), MSE)
-    other = reference(model, points, np.zeros((3, 2)), MSE)
-    matrix = metric(structure, ref, damping)
-    inverse = np.linalg.pinv(matrix, rtol=1e-12)
-    expected = other.jacobian @ inverse @ ref.jacobian.T / 4
-    found = compiled_coefficient(structure, there, here, damping)
-    np.testing.assert_allclose(found, expected, atol=1e-8 * np.abs(expected).max())
-
-
 @pytest.mark.parametrize("c", [0.25, 0.5, 1.0, 1.5, 1.9, 2.1])
 @pytest.mark.parametrize("structure", [ng.Exact(), ng.BlockDiagonal(), ng.BlockTriDiagonal()])
 def test_corollary_4_2_rates_of_the_linearised_network(structure, c):

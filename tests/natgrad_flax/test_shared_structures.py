@@ -1,4 +1,4 @@
-"""Every structure on networks with shared weights, against dense matrices in NumPy."""
+"""Signals of networks with shared weights, and steps from them, against dense matrices in NumPy."""
 
 from functools import partial
 
@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from battery import QUICK
+from dense_metrics import DenseLayer, factors, metric
 from flax import nnx
-from natgrad_reference import Reference, loss_terms, metric, solve_dense
+from natgrad_reference import loss_terms
+from random_signals import rows_of
 
 import natgrad_flax as ng
 from natgrad_flax.layer_signals import matrix_of, named_updates
@@ -15,8 +18,6 @@ from natgrad_flax.shared_signals import SharedSignals
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""The programs run once: compiling is what costs."""
 
 MSE, SOFTMAX = ng.MeanSquaredError(), ng.SoftmaxCrossEntropy()
 DAMPING = 0.02
@@ -110,80 +111,37 @@ def seeds_of(loss, fisher, outputs, y, key):
     return (vectors * np.sqrt(np.maximum(values, 0))[:, None, :]).swapaxes(1, 2)
 
 
-def layer_of(path, layers):
-    """The place of the layer that a parameter belongs to."""
-    names = [
-        {form.name if form else name for name, form in forms if form or name != "bias"}
-        for forms in (
-            (("kernel", a.kernel_form), ("bias", a.bias_form if a.bias_scale else None))
-            for a in layers
+def weighted(jacobian, seeds):
+    """The Jacobian (N, C, ...) of each parameter with its outputs seeded, (N S, size)."""
+    return {
+        tuple(path): np.einsum("nsc,nc...->ns...", seeds, np.asarray(leaf[...])).reshape(
+            seeds.shape[0] * seeds.shape[1], -1
         )
-    ]
-    (place,) = (
-        i
-        for i, a in enumerate(layers)
-        if a.path == path[:-1] and path[-1] in names[i] | ({"bias"} if a.bias_scale else set())
-    )
-    return place
+        for path, leaf in nnx.to_flat_state(jacobian)
+    }
 
 
-def dense_reference(jacobian, outputs, layers, loss, y, seeds):
-    """Everything dense about a network, and the order of its parameters, by layer.
+def columns_of(signals):
+    """Where every parameter stands in the Jacobian of the signals, by its path."""
+    places = signals.unravel(jnp.arange(signals.num_params))
+    named = named_updates(signals.layers, places)
+    return {
+        (*path, name): np.asarray(leaf)
+        for path, tree in named.items()
+        for name, leaf in tree.items()
+    }
+
+
+def units_of(columns, path):
+    """The unit of every entry of a parameter.
 
     The units of a layer are the last axes of its kernel, as many as its bias has; those of a
     parameter without a bias its last axis.
-
-    Args:
-      jacobian: by path of the parameter, (N, C, *shape).
-      outputs: (N, C).
-      layers: signals, of which only the order, the paths and the names are taken.
-      loss, y: as ever.
-      seeds: (N, S, C).
     """
-    n = len(outputs)
-    residual, _ = loss_terms(loss, outputs, np.asarray(y))
-    order = sorted(jacobian, key=lambda path: layer_of(path, layers))
-    columns, owner, unit, bias = [], [], [], []
-    for path in order:
-        leaf, layer = jacobian[path], layer_of(path, layers)
-        shape, other = leaf.shape[2:], jacobian.get((*path[:-1], "bias"))
-        axes = other.ndim - 2 if other is not None and len(shape) > 1 else 1
-        if path[-1] == "bias":
-            axes = len(shape)
-        units = int(np.prod(shape[len(shape) - axes :]))
-        columns.append(leaf.reshape(*leaf.shape[:2], -1))
-        size = columns[-1].shape[2]
-        owner.append(np.full(size, layer))
-        unit.append(1000 * layer + np.tile(np.arange(units), size // units))
-        bias.append(np.full(size, path[-1] == "bias" and layers[layer].bias_scale is not None))
-    flat = np.concatenate(columns, axis=2)
-    weighted = np.einsum("nsc,ncp->nsp", seeds, flat)
-    reference = Reference(
-        flat.reshape(-1, flat.shape[2]),
-        np.einsum("ncp,nc->p", flat, residual) / n,
-        np.einsum("nsp,nsq->pq", weighted, weighted) / n,
-        *([], []),
-        *map(np.concatenate, (owner, unit, bias)),
-        n,
-    )
-    return reference, order
-
-
-def coupling(depth, seed=0):
-    matrix = np.random.default_rng(seed).normal(size=(depth, depth))
-    return matrix @ matrix.T / depth + np.eye(depth)
-
-
-def structures(depth, space):
-    return {
-        "exact": ng.Exact(space),
-        "layer-wise": ng.LayerWise(coupling(depth), space),
-        "blocks": ng.BlockDiagonal(space),
-        "tri-diagonal": ng.BlockTriDiagonal("sample"),
-        "units": ng.UnitWise(space),
-        "diagonal": ng.Diagonal(),
-        "quasi-diagonal": ng.QuasiDiagonal(),
-    }
+    shape, other = columns[path].shape, columns.get((*path[:-1], "bias"))
+    axes = other.ndim if other is not None and len(shape) > 1 else 1
+    units = np.prod(shape[len(shape) - (len(shape) if path[-1] == "bias" else axes) :], dtype=int)
+    return np.arange(np.prod(shape, dtype=int)) % units
 
 
 CASES = [
@@ -192,127 +150,75 @@ CASES = [
     ("residual", SOFTMAX, "exact", "auto"),
     ("transformer", SOFTMAX, "empirical", "sample"),
     ("autoencoder", MSE, "exact", "sample"),
+    ("batch", MSE, "exact", "sample"),
 ]
 
 
-def flatten(named, paths):
-    """Updates by path of the layer and name as one vector."""
-    return np.concatenate([np.ravel(named[path[:-1]][path[-1]]) for path in paths])
-
-
 @pytest.mark.parametrize(("name", "loss", "fisher", "space"), CASES)
-def test_against_dense(name, loss, fisher, space):
+def test_signals_and_steps_against_dense(name, loss, fisher, space):
+    """The Jacobian, parameter by parameter and unit by unit, and what the public call makes of it.
+
+    On such signals every structure is in ``test_structure_battery.py``.
+    """
     model, x, y = problem(name, loss)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     key = jax.random.key(2)
-    made = structures(len(ng.describe(model, x).layers), space)
-    cases = {case: (structure, DAMPING) for case, structure in made.items()}
-    # a singular value of 1e-7 in the residual network leaves its rank in doubt
-    if fisher == "exact" and name != "residual":
-        cases |= {f"undamped {case}": (made[case], 0.0) for case in ("exact", "blocks")}
+    structures = (ng.Exact(space), ng.UnitWise(space), ng.Diagonal())
 
     @partial(jax.jit, compiler_options=QUICK)
     def run(params, x, y):
         model = nnx.merge(graphdef, params, rest)
         settings = {"loss": loss, "fisher": fisher, "key": key}
-        signals, residual = ng.fisher_signals(model, x, y, num_samples=2, **settings)
-        found = {
-            case: named_updates(signals.layers, structure.solve(signals, residual, rho))
-            for case, (structure, rho) in cases.items()
-        }
-        public = ng.natural_gradient(
-            model, x, y, structure=ng.Diagonal(), damping=DAMPING, mc_samples=2, **settings
-        )
+        signals, _ = ng.fisher_signals(model, x, y, num_samples=2, **settings)
         jacobian = jax.jacobian(lambda p: nnx.merge(graphdef, p, rest)(x))(params)
-        return signals, jacobian, found, public
+        settings |= {"mc_samples": 2, "damping": DAMPING}
+        steps = [ng.natural_gradient(model, x, y, structure=s, **settings) for s in structures]
+        return signals, signals.to_dense(), jacobian, steps
 
-    signals, jacobian, found, public = run(params, x, y)
-    outputs = np.asarray(signals.outputs)
-    jacobian = {tuple(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(jacobian)}
-    seeds = seeds_of(loss, fisher, outputs, y, key)
-    reference, order = dense_reference(jacobian, outputs, signals.layers, loss, y, seeds)
-    public = {tuple(path): leaf[...] for path, leaf in nnx.to_flat_state(public)}
-    for case, (structure, rho) in cases.items():
-        expected, condition = solve_dense(structure, reference, rho)
-        assert condition < 1e8
-        scale = np.abs(expected).max()
-        got = flatten(found[case], order)
-        np.testing.assert_allclose(got / scale, expected / scale, atol=1e-8, err_msg=case)
-        if case == "diagonal":
-            got = np.concatenate([np.ravel(public[path]) for path in order])
-            np.testing.assert_allclose(got / scale, expected / scale, atol=1e-8)
-
-
-def kronecker(reference, order, seen, derivatives, sharing, last_layer, damping):
-    """G of K-FAC on ``Mixed``, from what its layers see and the derivatives of seeded outputs.
-
-    Args:
-      reference, order: of the network.
-      seen: inputs by layer, (N, T, G, K).
-      derivatives: by layer, (N, S, T, G, M/G).
-      sharing, last_layer: as in ``ng.KFAC``.
-      damping: added to both factors.
-    """
-    n = reference.num_samples
-    starts = np.cumsum([0] + [int(np.prod(shape)) for _, shape in order])
-    index = {
-        path: np.arange(a, b).reshape(shape)
-        for (path, shape), a, b in zip(order, starts[:-1], starts[1:], strict=True)
-    }
-    # without factors: a block a unit
-    matrix = (reference.unit[:, None] == reference.unit) * reference.fisher
-    matrix = matrix + damping * np.eye(len(matrix))
-    for name, a in seen.items():
-        d, groups = derivatives[name], a.shape[2]
-        a = np.concatenate([a, np.ones((*a.shape[:3], 1))], axis=3)
-        over_a = n * a.shape[1]
-        if sharing == "reduce":
-            a, d, over_a = a.mean(1, keepdims=True), d.sum(2, keepdims=True), n
-        over_b = n**2 if name == "readout" and last_layer == "scaled" else n
-        rows = [index[name, "kernel"].reshape(a.shape[3] - 1, groups, -1)]
-        rows = np.concatenate([*rows, index[name, "bias"].reshape(1, groups, -1)])
-        for g in range(groups):
-            left = np.einsum("ntj,ntk->jk", a[:, :, g], a[:, :, g]) / over_a
-            right = np.einsum("nsti,nstm->im", d[:, :, :, g], d[:, :, :, g]) / over_b
-            left, right = left + damping * np.eye(len(left)), right + damping * np.eye(len(right))
-            places = rows[:, g].reshape(-1)
-            matrix[places] = 0
-            matrix[np.ix_(places, places)] = np.kron(left, right)
-    return matrix
+    signals, found, jacobian, steps = run(params, x, y)
+    outputs, n = np.asarray(signals.outputs), len(x)
+    seeded = weighted(jacobian, seeds_of(loss, fisher, outputs, y, key))
+    columns = columns_of(signals)
+    assert columns.keys() == seeded.keys()
+    rows = np.zeros((len(next(iter(seeded.values()))), signals.num_params))
+    for path, places in columns.items():
+        rows[:, places.ravel()] = seeded[path]
+    # the seeds are unique up to a rotation
+    fisher = rows.T @ rows
+    np.testing.assert_allclose(found.T @ found, fisher, atol=1e-9 * np.abs(fisher).max())
+    layers, first = [], 0
+    unit = np.zeros(signals.num_params, int)
+    for path, places in columns.items():
+        unit[places.ravel()] = units_of(columns, path)
+    for layer in signals.layers:
+        last = first + layer.num_params
+        shape = (n, -1, layer.fan_in, layer.num_units)
+        made = DenseLayer(rows[:, first:last].reshape(shape), layer.bias_scale is not None)
+        np.testing.assert_array_equal(unit[first:last], made.units)
+        layers.append(made)
+        first = last
+    residual, _ = loss_terms(loss, outputs, np.asarray(y))
+    slope = np.zeros(signals.num_params)
+    for path, leaf in weighted(jacobian, residual[:, None, :]).items():
+        slope[columns[path].ravel()] = leaf.sum(axis=0) / n
+    for structure, step in zip(structures, steps, strict=True):
+        expected = np.linalg.solve(metric(structure, layers, DAMPING), slope)
+        got = np.zeros_like(expected)
+        for path, leaf in nnx.to_flat_state(step):
+            got[columns[tuple(path)].ravel()] = np.ravel(leaf[...])
+        atol = 1e-8 * np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, atol=atol, err_msg=structure.name)
 
 
-def test_kfac_and_coefficients_of_a_mixed_network():
-    """K-FAC in all its forms; and J' G^{-1} J^T / N of every structure."""
+def test_kronecker_factors_of_a_mixed_network():
+    """What its layers see, and the derivatives with respect to what they give, by hand."""
     model, x, y = problem("mixed", SOFTMAX)
-    other = x[:2] + 0.3
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    made = structures(5, "sample") | {"kfac": ng.KFAC()}
-    variants = {
-        (sharing, last, space): ng.KFAC(sharing=sharing, last_layer=last, space=space)
-        for sharing, last, space in (
-            ("expand", "scaled", "sample"),
-            ("expand", "literal", "parameter"),
-            ("reduce", "scaled", "sample"),
-            ("reduce", "literal", "auto"),
-        )
-    }
 
     @partial(jax.jit, compiler_options=QUICK)
     def run(params, x, y, patches):
         model = nnx.merge(graphdef, params, rest)
-        signals, residual = ng.fisher_signals(model, x, y, loss=SOFTMAX)
-        there = ng.jacobian_signals(model, other)
-        found = {
-            key: named_updates(signals.layers, kfac.solve(signals, residual, DAMPING))
-            for key, kfac in variants.items()
-        }
-        coefficients = {
-            case: structure.coefficient(there, signals, DAMPING) for case, structure in made.items()
-        }
-
-        def jacobian(x):
-            return jax.jacobian(lambda p: nnx.merge(graphdef, p, rest)(x))(params)
-
+        signals, _ = ng.fisher_signals(model, x, y, loss=SOFTMAX)
         pure = nnx.as_pure(params)
         zeros = {"conv": (4, 4), "tokens": (8, 4), "readout": (1, 3)}
         zeros = {name: jnp.zeros(shape) for name, shape in zeros.items()}
@@ -320,47 +226,26 @@ def test_kfac_and_coefficients_of_a_mixed_network():
         derivatives = jax.vmap(jax.jacobian(lambda e, a: twin(pure, a, e)[0]), (None, 0))(
             zeros, patches
         )
-        twins = outputs, seen, derivatives
-        return signals, found, coefficients, jacobian(x), jacobian(other), twins
+        return signals, outputs, seen, derivatives
 
-    patches = patches_by_hand(np.asarray(x))
-    signals, found, coefficients, *jacobians, twins = run(params, x, y, patches)
-    outputs, seen, derivatives = jax.tree.map(np.asarray, twins)
+    found = run(params, x, y, patches_by_hand(np.asarray(x)))
+    signals, outputs, seen, derivatives = jax.tree.map(np.asarray, found)
     np.testing.assert_allclose(outputs, signals.outputs, rtol=1e-10)
-    here, there = (
-        {tuple(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(jacobian)}
-        for jacobian in jacobians
-    )
-    # the seeds that the library takes: coefficients depend on the basis
     seeds = np.swapaxes(SOFTMAX.factor(signals.outputs), 1, 2)
-    reference, order = dense_reference(here, outputs, signals.layers, SOFTMAX, y, seeds)
-    shapes = [(path, here[path].shape[2:]) for path in order]
-    groups = {"conv": 2, "tokens": 1, "readout": 1}
-    seeded = {
-        name: np.einsum("nsc,nctm->nstm", seeds, d).reshape(
-            *seeds.shape[:2], len(d[0, 0]), groups[name], -1
-        )
-        for name, d in derivatives.items()
-    }
-    metrics = {
-        case: metric(structure, reference, DAMPING)
-        for case, structure in made.items()
-        if case != "kfac"
-    }
-    for key in variants:
-        dense = kronecker(reference, shapes, seen, seeded, *key[:2], DAMPING)
-        expected = np.linalg.solve(dense, reference.gradient)
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(flatten(found[key], order) / scale, expected / scale, atol=1e-8)
-        if key == ("expand", "scaled", "sample"):
-            metrics["kfac"] = dense
-    left = np.concatenate([there[path].reshape(2 * 3, -1) for path in order], axis=1)
-    right = np.einsum("nsc,ncp->nsp", seeds, reference.jacobian.reshape(len(x), 3, -1))
-    right = right.reshape(-1, left.shape[1])
-    for case, found in coefficients.items():
-        expected = left @ np.linalg.solve(metrics[case], right.T) / len(x)
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(found / scale, expected / scale, atol=1e-8, err_msg=case)
+    affine = {a.path[0]: a for a in signals.layers if a.path and a.path[0] in seen}
+    assert affine.keys() == seen.keys()
+    for name, layer in affine.items():
+        a, d = seen[name], np.einsum("nsc,nctm->nstm", seeds, derivatives[name])
+        d = d.reshape(*d.shape[:3], a.shape[2], -1)
+        by_hand = DenseLayer.affine(np.concatenate([a, np.ones((*a.shape[:3], 1))], 3), d, True)
+        for sharing in ("expand", "reduce"):
+            pairs = zip(
+                factors(sharing, DenseLayer.affine(*rows_of(layer), bias=True)),
+                factors(sharing, by_hand),
+                strict=True,
+            )
+            for got, wanted in pairs:
+                np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_pairs_of_positions_and_jacobians_give_one_gram_matrix(monkeypatch):

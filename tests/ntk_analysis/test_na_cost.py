@@ -88,12 +88,12 @@ def test_zeros_between_outputs_are_counted_all_the_same(x64):
 
 @pytest.mark.parametrize(("width", "depth"), [(200, 3), (500, 5), (1000, 4)])
 def test_unit_wise_fraction_of_wide_networks(width, depth):
-    found = structure_cost(ng.UnitWise(), geometry((*[width] * depth, 1)))
+    found = structure_cost(ng.UnitWise(), geometry((*[width] * depth, 1), n=8))
     np.testing.assert_allclose(found.fraction_of_exact, 1 / (width * (depth - 1)), rtol=0.1)
 
 
 def test_order_of_the_entries():
-    wide = geometry((100, 256, 256, 1), bias=True)
+    wide = geometry((100, 256, 256, 1), n=8, bias=True)
     names = ("gd", "quasi-diagonal", "unit-wise", "block-diagonal", "block-tri-diagonal", "exact")
     counts = [structure_cost(STRUCTURES[name], wide).nonzeros for name in names]
     assert counts == sorted(counts)

@@ -1,12 +1,15 @@
-"""The structures of the tests: every approximation with its constructor options, once."""
+"""What tests share: every approximation with its constructor options, once, and how to compile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 import natgrad_flax as ng
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options of programs that run once: compiling is what costs."""
 
 
 def coupling(depth: int, *, definite: bool = True) -> np.ndarray:
@@ -36,3 +39,17 @@ STRUCTURES: dict[str, Callable[[int, str], ng.Structure]] = {
 
 Those without a space take none.
 """
+
+ONE_OF_EACH = tuple(
+    name
+    for name in STRUCTURES
+    if name not in ("layer-wise-indefinite", "kfac-literal-pi", "kfac-reduce", "ekfac-reduce")
+)
+"""Names of structures, one of each class."""
+
+
+def made(
+    depth: int, names: Iterable[str] = ONE_OF_EACH, space: str = "auto"
+) -> dict[str, ng.Structure]:
+    """These structures by name, for a network of this depth."""
+    return {name: STRUCTURES[name](depth, space) for name in names}

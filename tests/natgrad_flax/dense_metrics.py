@@ -1,0 +1,164 @@
+"""Every structure as an explicit matrix, by its definition, in NumPy.
+
+Parameters are ordered layer by layer, in a layer input by input (the bias is the last one), then
+group by group, then unit by unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+import natgrad_flax as ng
+
+
+@dataclass
+class DenseLayer:
+    """What is known of one layer.
+
+    Attributes:
+      jacobian: of the seeded outputs, (N, S, fan_in, M).
+      bias: whether the last parameter of each unit is a bias.
+      inputs: with the bias column, (N, T, G, fan_in), of an affine layer with T positions and G
+        groups of units; None for a parameter without a formula.
+      derivatives: (N, S, T, G, M/G).
+      shared: whether positions may share the weights.
+    """
+
+    jacobian: np.ndarray
+    bias: bool
+    inputs: np.ndarray | None = None
+    derivatives: np.ndarray | None = None
+    shared: bool = True
+
+    @classmethod
+    def affine(
+        cls, inputs: np.ndarray, derivatives: np.ndarray, bias: bool, shared: bool = True
+    ) -> DenseLayer:
+        """With the Jacobian that these have."""
+        jacobian = np.einsum("ntgk,nstgm->nskgm", inputs, derivatives)
+        jacobian = jacobian.reshape(*jacobian.shape[:3], -1)
+        return cls(jacobian, bias, inputs, derivatives, shared)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The Jacobian, (N S, P)."""
+        return self.jacobian.reshape(self.jacobian.shape[0] * self.jacobian.shape[1], -1)
+
+    @property
+    def units(self) -> np.ndarray:
+        """The unit of every parameter, (P,)."""
+        _, _, fan_in, units = self.jacobian.shape
+        return np.tile(np.arange(units), fan_in)
+
+
+def metric(structure: ng.Structure, layers: list[DenseLayer], damping) -> np.ndarray:
+    """G, shape (P, P).
+
+    Args:
+      structure: the approximation.
+      layers: of the network.
+      damping: one number; one a layer, (L,); or for ``ng.KFAC`` one a factor, (L, 2).
+    """
+    n = len(layers[0].jacobian)
+    rhos = np.asarray(damping, float)
+    rhos = np.broadcast_to(rhos, (len(layers),)) if rhos.ndim == 0 else rhos
+    if isinstance(structure, ng.Exact | ng.LayerWise):
+        rows = np.concatenate([layer.rows for layer in layers], axis=1)
+        owner = np.repeat(np.arange(len(layers)), [layer.rows.shape[1] for layer in layers])
+        sigma = np.ones((len(layers),) * 2)
+        if isinstance(structure, ng.LayerWise):
+            sigma = structure.coupling(len(layers))
+        return sigma[owner][:, owner] * (rows.T @ rows) / n + np.diag(rhos[owner])
+    last = max((i for i, layer in enumerate(layers) if layer.inputs is not None), default=-1)
+    blocks = [
+        _block(structure, layer, rho, index == 0, index == last)
+        for index, (layer, rho) in enumerate(zip(layers, rhos, strict=True))
+    ]
+    total = sum(map(len, blocks))
+    out, at = np.zeros((total, total)), 0
+    for block in blocks:
+        out[at : at + len(block), at : at + len(block)] = block
+        at += len(block)
+    return out
+
+
+def _block(structure, layer, rho, first, last):
+    rows = layer.rows
+    fisher, eye = rows.T @ rows / len(layer.jacobian), np.eye(rows.shape[1])
+    if layer.inputs is not None and isinstance(structure, ng.KFAC):
+        return _kronecker(structure, layer, rho, first, last)
+    if layer.inputs is not None and isinstance(structure, ng.EKFAC):
+        return _eigenbasis(structure, layer) + rho * eye
+    of_block = rho if np.ndim(rho) == 0 else rho[0]
+    if isinstance(structure, ng.BlockDiagonal):
+        return fisher + of_block * eye
+    if isinstance(structure, ng.Diagonal):
+        return (fisher + of_block) * eye
+    same = layer.units[:, None] == layer.units
+    if isinstance(structure, ng.QuasiDiagonal):
+        return _quasi_diagonal(fisher + of_block * eye, layer)
+    assert isinstance(structure, ng.UnitWise | ng.KFAC | ng.EKFAC)
+    return same * fisher + of_block * eye
+
+
+def _quasi_diagonal(full, layer):
+    out = full * np.eye(len(full))
+    if layer.bias:
+        units = layer.jacobian.shape[3]
+        for unit in range(units):
+            rows = np.flatnonzero(layer.units == unit)
+            corner, mixed = full[rows[-1], rows[-1]], full[rows, rows[-1]]
+            if corner:
+                block = np.outer(mixed, mixed) / corner
+                np.fill_diagonal(block, np.diag(full)[rows])
+                out[np.ix_(rows, rows)] = block
+    return out
+
+
+def factors(sharing: str, layer: DenseLayer) -> tuple[np.ndarray, np.ndarray]:
+    """A* (G, K, K) and B* (G, M/G, M/G)."""
+    a, d = layer.inputs, layer.derivatives
+    if sharing == "reduce":
+        a, d = a.mean(axis=1, keepdims=True), d.sum(axis=2, keepdims=True)
+    n, positions = a.shape[:2]
+    left = np.einsum("ntgk,ntgj->gkj", a, a) / (n * positions)
+    return left, np.einsum("nstgm,nstgi->gmi", d, d) / n
+
+
+def _kronecker(structure, layer, rho, first, last):
+    n, (left, right) = len(layer.jacobian), factors(structure.sharing, layer)
+    fan_in = left.shape[1]
+    if last and structure.last_layer == "scaled":
+        right = right / n
+    if first and structure.first_layer == "scaled" and fan_in < n and not layer.shared:
+        left = left * fan_in / n
+    rho_a, rho_b = np.broadcast_to(rho, (2,))
+    if structure.split == "pi" and np.ndim(rho) == 0 and rho:
+        mean_a, mean_b = (np.einsum("gii->", f) / (len(f) * f.shape[1]) for f in (left, right))
+        pi = np.sqrt(mean_a / mean_b) if mean_a > 0 and mean_b > 0 else 1.0
+        rho_a, rho_b = pi * np.sqrt(rho), np.sqrt(rho) / pi
+    left, right = left + rho_a * np.eye(fan_in), right + rho_b * np.eye(right.shape[1])
+    return _over_groups([np.kron(a, b) for a, b in zip(left, right, strict=True)], fan_in)
+
+
+def _eigenbasis(structure, layer):
+    n, s, fan_in, _ = layer.jacobian.shape
+    left, right = factors(structure.sharing, layer)
+    jacobian, blocks = layer.jacobian.reshape(n, s, fan_in, len(left), -1), []
+    for group in range(len(left)):
+        u, v = np.linalg.eigh(left[group])[1], np.linalg.eigh(right[group])[1]
+        squares = np.sum((u.T @ jacobian[:, :, :, group] @ v) ** 2, axis=(0, 1)) / n
+        basis = np.kron(u, v)
+        blocks.append((basis * squares.ravel()) @ basis.T)
+    return _over_groups(blocks, fan_in)
+
+
+def _over_groups(blocks, fan_in):
+    """Blocks of groups, (K M/G, K M/G), as one block in the order of the parameters."""
+    groups, units = len(blocks), len(blocks[0]) // fan_in
+    out = np.zeros((fan_in, groups, units) * 2)
+    for group, block in enumerate(blocks):
+        out[:, group, :, :, group, :] = block.reshape((fan_in, units) * 2)
+    return out.reshape((fan_in * groups * units,) * 2)

@@ -257,7 +257,7 @@ class AveragedStep:
         if incoming is not None:
             slope = layer_updates(shapes.layers, incoming)
             kept = self._at(steps, self.average.every, aside, lambda: kept)
-            return self.structure.apply(kept.inverse, slope), slope, None, kept
+            return self._apply(kept, slope), slope, None, kept
 
         def gradient() -> tuple[tuple[LayerUpdate, ...], Array]:
             assert y is not None

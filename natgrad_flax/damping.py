@@ -157,8 +157,14 @@ def check_damping_shape(damping: Any, scale: tuple[int, ...], name: str, depth: 
     )
 
 
-def warn_of_rounding(damping: object, dtype: jnp.dtype) -> None:
-    """Warns of a concrete positive damping that is below the rounding of a precision.
+def warn_of_rounding(damping: object, dtype: jnp.dtype, margin: float = 1.0) -> None:
+    """Warns of a concrete positive damping that is lost in the rounding of a precision.
+
+    Args:
+      damping: a number or an array of numbers.
+      dtype: of the solves.
+      margin: how many times the unit roundoff a damping must be; 1 suits one that is added to a
+        Gram matrix, of what is divided by a damping each step loses more.
 
     Warns:
       SmallDampingWarning: with what of a step may be rounding.
@@ -168,11 +174,13 @@ def warn_of_rounding(damping: object, dtype: jnp.dtype) -> None:
     values = np.asarray(damping, np.float64)
     least = float(values[values > 0].min(initial=np.inf))
     roundoff = float(jnp.finfo(dtype).eps) / 2
-    if least < roundoff:
+    if least < margin * roundoff:
+        times = "" if margin == 1 else f"{margin:g} times "
         warnings.warn(
-            f"a damping of {least:.2g} is below the rounding of {dtype}: beside an eigenvalue "
-            f"lambda of the Fisher, {roundoff / least:.0e} lambda of the step may be rounding; use "
-            "a larger one, ng.RelativeDamping, the number 0 for the pseudo-inverse, or float64",
+            f"a damping of {least:.2g} is below {times}the rounding of {dtype}: beside an "
+            f"eigenvalue lambda of the Fisher, {roundoff / least:.0e} lambda of the step may be "
+            f"rounding; use {margin * roundoff:.0e} or more, ng.RelativeDamping, the number 0 for "
+            "the pseudo-inverse, or float64",
             SmallDampingWarning,
             stacklevel=4,
         )

@@ -69,12 +69,14 @@ def prepare(
     )
     if size is None:
         check_signals_fit(structure, signals)
-    _check_damping(structure, signals, damping)
+    _check_damping(structure, signals, damping, fisher)
     structure.check(signals, damping)
     return signals
 
 
-def _check_damping(structure: Structure, signals: Signals, damping: Any) -> None:
+def _check_damping(
+    structure: Structure, signals: Signals, damping: Any, fisher: FisherKind
+) -> None:
     """Its shape beside that of the structure's own scale, and its size beside the rounding."""
     if callable(damping) or isinstance(damping, (RelativeDamping, LevenbergMarquardt)):
         return
@@ -82,7 +84,10 @@ def _check_damping(structure: Structure, signals: Signals, damping: Any) -> None
         scale = jax.eval_shape(structure.damping_scale, signals).shape
         check_damping_shape(damping, scale, structure.name, len(signals.layers))
     check_normal(damping, signals.outputs.dtype)
-    warn_of_rounding(damping, signals.outputs.dtype)
+    # a gradient outside of the span of the seeds is divided by the damping (Woodbury)
+    outside = 100.0 if fisher == "mc" else 1.0
+    margin = max(structure.damping_margin, outside)
+    warn_of_rounding(damping, signals.outputs.dtype, margin)
 
 
 @partial(jax.jit, static_argnames=("loss", "fisher", "mc_samples", "wrt"))

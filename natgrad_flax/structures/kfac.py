@@ -77,6 +77,7 @@ class KFAC(KroneckerAverage):
     space: Space = "auto"
     sharing: Sharing = "expand"
     infinite_width = "all"
+    damping_margin = 100.0  # it stands in both factors
 
     def __post_init__(self) -> None:
         check_space(self.space)

@@ -92,6 +92,12 @@ SMALL = {
     "an entry below it": (partial(held, [1.0, 1e-9]), Warned("below the rounding")),
     "below that of float64": (partial(held, 1e-17, float), Warned("below the rounding of float64")),
     "a step with it": (partial(step, ng.Diagonal(), 1e-9), Warned("below the rounding")),
+    "a step of K-FAC": (partial(step, ng.KFAC(), 1e-6), Warned("below 100 times the rounding")),
+    "other structures there": (partial(step, ng.Diagonal(), 1e-6), Right()),
+    "Monte-Carlo": (
+        partial(step, ng.Exact(), 1e-6, fisher="mc", key=jax.random.key(1)),
+        Warned("use 6e-06 or more"),
+    ),
     "above it": (partial(held, 1e-7), Right()),
     "an array above it": (partial(held, np.array([1e-7, 1.0])), Right()),
     "zero": (partial(held, 0), Right()),

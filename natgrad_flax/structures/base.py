@@ -81,6 +81,9 @@ class Structure(abc.ABC):
     couples_layers: ClassVar[bool] = False
     """Whether layers are solved together, from the Gram matrix or Fisher block of each."""
 
+    masks_units: ClassVar[bool] = False
+    """Whether, undamped, a unit that is off on a sample has a system of its own, as if damped."""
+
     damping_margin: ClassVar[float] = 1.0
     """How many times the unit roundoff a damping must be for a step that is right to 1 %."""
 

@@ -49,6 +49,7 @@ class UnitWise(Structure):
 
     space: Space = "auto"
     infinite_width = "train"
+    masks_units = True
 
     def __post_init__(self) -> None:
         check_space(self.space)

@@ -178,7 +178,7 @@ def test_counts_are_the_leading_order_of_theory(name, damped):
     ratio = found.inversion_flops / theory
     if name == "unit-wise" and damped:
         # blocks of many units at once, with what is above their diagonals
-        assert 1 < ratio < 2.5
+        assert 0.9 < ratio < 2.5
     else:
         # passes over the parameters, which are 2 / N of a product with the inputs
         assert ratio == pytest.approx(1, abs=0.08 if name == "quasi-diagonal" else 0.03)

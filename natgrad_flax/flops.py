@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -113,25 +115,17 @@ class _Flat:
 
     def __init__(self) -> None:
         self.steps: dict[Any, _Step] = {}
-        self._numbers = 0
-        self._consts: dict[Any, int] = {}
-
-    def new(self) -> int:
-        """The number of another value."""
-        self._numbers += 1
-        return self._numbers
-
-    def _constant(self, key: Any) -> int:
-        return self._consts.setdefault(key, self.new())
+        self.new = itertools.count().__next__
+        self._consts = defaultdict[Any, int](self.new)
 
     def run(self, jaxpr: Any, consts: Any, ins: list[int]) -> list[int]:
         """The numbers of what a program makes of values."""
         values = dict(zip(jaxpr.invars, ins, strict=True))
-        values |= {v: self._constant(id(c)) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+        values |= {v: self._consts[id(c)] for v, c in zip(jaxpr.constvars, consts, strict=True)}
 
         def read(v: Any) -> int:
             if isinstance(v, Literal):
-                return self._constant((str(v.aval), str(v.val)))
+                return self._consts[str(v.aval), str(v.val)]
             return values[v]
 
         for equation in jaxpr.eqns:

@@ -60,12 +60,13 @@ def structure_cost(
 
     The flops are counted in the program of ``Structure.solve`` on signals of these sizes
     (``natgrad_flax.flops.cost_of``), so they follow its choice of space, its symmetric products and
-    its decisions: matrices of full rank, and units that are active on every sample.
+    its decisions, for matrices of full rank.
 
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``.
       geometry: sizes of the network and the batch. Layers that follow each other show whether they
-        have biases, which ``QuasiDiagonal`` counts; layer 1 is taken to be like layer 2.
+        have biases, which ``QuasiDiagonal`` counts; layer 1 is taken to be like layer 2. With an
+        active fraction other than 1 the units of an undamped ``UnitWise`` share no factorisation.
       damped: whether there is a damping; layer-wise and unit-wise structures then solve larger
         systems.
 
@@ -76,8 +77,9 @@ def structure_cost(
     """
     check_structure(structure)
     nonzeros, stored = structure.entries(geometry)
+    alone = damped or (structure.masks_units and geometry.active_fraction != 1)
     gradient = _solve_flops(GradientDescent(), geometry, False)
-    inversion = _solve_flops(structure, geometry, damped) - gradient
+    inversion = _solve_flops(structure, geometry, alone) - gradient
     step = gradient_flops(geometry) + inversion
     return StructureCost(structure.name, sum(geometry.params), nonzeros, stored, inversion, step)
 

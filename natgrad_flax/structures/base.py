@@ -61,6 +61,9 @@ class Structure(abc.ABC):
     couples_layers: ClassVar[bool] = False
     """Whether layers are solved together, from the Gram matrix or Fisher block of each."""
 
+    masks_units: ClassVar[bool] = False
+    """Whether, undamped, a unit that is off on a sample has a system of its own, as if damped."""
+
     shared_weights: ClassVar[Literal["gram", "jacobians", "rows"]] = "jacobians"
     """What it builds of weights that positions share: Gram matrices, which may come from pairs of
     positions, the Jacobians of samples, or nothing but the rows of positions."""

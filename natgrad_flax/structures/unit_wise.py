@@ -65,6 +65,7 @@ class UnitWise(Structure):
     # an undamped unit divides by derivatives that can be arbitrarily small (science: KO-Thm5.1)
     default_damping = RelativeDamping(1e-3)
     infinite_width = "train"
+    masks_units = True
     limit_kernels = ("inputs",)
     coefficient_arrays = (0.0, 8.0)
 

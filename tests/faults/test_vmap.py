@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from battery import ONE_OF_EACH, made
 from fault_harness import Right, over
 from flax import nnx
 
@@ -183,15 +184,7 @@ def test_a_solve_and_its_derivatives(run, answer):
 MSE = ng.MeanSquaredError()
 X, Y = RNG.normal(size=(3, 4)), RNG.normal(size=(3, 2))
 DAMPINGS = (0.1, 0.7)
-STRUCTURES = {
-    "exact": ng.Exact(),
-    "block-diag": ng.BlockDiagonal(),
-    "tri-diag": ng.BlockTriDiagonal(),
-    "layer-wise": ng.LayerWise([[2, 1], [1, 2]]),
-    "K-FAC": ng.KFAC(),
-    "EKFAC": ng.EKFAC(),
-    "unit-wise": ng.UnitWise(),
-}
+STRUCTURES = made(2, [name for name in ONE_OF_EACH if name not in ("diagonal", "quasi-diagonal")])
 
 
 def members(widths, count, dtype):
@@ -211,7 +204,7 @@ def stacked(trees):
 @functools.cache
 def small(name=""):
     # fewer layers compile faster; two have a singular tri-diagonal coupling
-    widths = (4, 4, 4, 2) if name == "tri-diag" else (4, 4, 2)
+    widths = (4, 4, 4, 2) if name == "block-tri-diagonal" else (4, 4, 2)
     with jax.enable_x64(True):
         return members(widths, 2, jnp.float64)
 
@@ -313,8 +306,8 @@ STEPS = {
         for name in STRUCTURES
     },
     "optimizer": (lambda: trained()[0], Right(lambda: trained()[1], 1e-10)),
-    "undamped": (lambda: undamped("block-diag"), Right(lambda: zeros(small()[2]), 1e-9)),
-    "slope": (lambda: slopes("tri-diag"), Right(np.zeros(2), 1e-8)),
+    "undamped": (lambda: undamped("block-diagonal"), Right(lambda: zeros(small()[2]), 1e-9)),
+    "slope": (lambda: slopes("block-tri-diagonal"), Right(np.zeros(2), 1e-8)),
 }
 
 

@@ -1,6 +1,6 @@
 """Forty steps of every structure in many settings, and the file that keeps what they gave.
 
-``PYTHONPATH=tests python tests/natgrad_flax/golden_steps.py`` adds the cells that the file lacks,
+``PYTHONPATH=.:tests python tests/natgrad_flax/golden_steps.py`` adds the cells that the file lacks,
 and drops those that are no cells any more; with ``--rewrite NAME ...`` it writes these anew. It
 takes none that carries rounding of its inputs further than a tenth of what the test allows. A cell
 that changes is a change of results: rewrite it only where that is meant.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from battery import made
 from emulated_precision import MANTISSA_BITS, products_rounded_to
 from flax import nnx
 from jax import export, lax
@@ -12,18 +13,8 @@ from natgrad_reference import flatten, make_mlp
 import natgrad_flax as ng
 
 LOSS = ng.SoftmaxCrossEntropy()
-STRUCTURES = [
-    ng.Exact(),
-    ng.Exact(space="parameter"),
-    ng.BlockDiagonal(),
-    ng.BlockTriDiagonal(),
-    ng.KFAC(),
-    ng.EKFAC(),
-    ng.UnitWise(),
-    ng.Diagonal(),
-    ng.QuasiDiagonal(),
-]
-structures = pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
+STRUCTURES = made(3) | {"exact in parameters": ng.Exact("parameter")}
+structures = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
 
 
 def problem(dtype):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from battery import made
 from flax import nnx
 from natgrad_reference import flatten, make_mlp, reference, solve_dense
 from sklearn.datasets import load_digits
@@ -28,16 +29,7 @@ def gradient_like(model, seed=3):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("structure", "damping"),
-    [
-        (ng.Exact(), 0.1),
-        (ng.Exact(), 0.0),
-        (ng.BlockDiagonal(), 0.1),
-        (ng.BlockTriDiagonal(), 0.1),
-        (ng.KFAC(), 0.1),
-        (ng.UnitWise(), 0.1),
-        (ng.Diagonal(), 0.1),
-        (ng.QuasiDiagonal(), 0.1),
-    ],
+    [(ng.Exact(), 0.0), *((structure, 0.1) for structure in made(3).values())],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_it_is_the_dense_inverse_of_any_gradient(structure, damping):

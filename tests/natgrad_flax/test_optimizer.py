@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from battery import made
 from flax import nnx
 
 import natgrad_flax as ng
@@ -92,21 +93,7 @@ def test_relative_damping_is_relative_to_the_gram_diagonal():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "structure",
-    [
-        ng.Exact(),
-        ng.LayerWise(np.eye(3) * 2),
-        ng.BlockDiagonal(),
-        ng.BlockTriDiagonal(),
-        ng.KFAC(),
-        ng.EKFAC(),
-        ng.UnitWise(),
-        ng.Diagonal(),
-        ng.QuasiDiagonal(),
-    ],
-    ids=lambda s: s.name,
-)
+@pytest.mark.parametrize("structure", made(3).values(), ids=made(3))
 def test_relative_damping_is_invariant_to_the_scale_of_the_network(structure):
     """A network whose outputs are ten times as large takes a tenth of the step, damped too."""
     model, x, y = setup(param_dtype=jnp.float64, bias_variance=0.1)

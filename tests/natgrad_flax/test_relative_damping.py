@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from battery import made
 from natgrad_reference import flatten, make_mlp
 
 import natgrad_flax as ng
@@ -12,17 +13,8 @@ RATIO = 1e-3
 EPS = np.finfo(np.float32).eps
 LABELS = np.asarray([0, 1, 2, 0, 1, 2, 0])
 Y = jnp.asarray(np.eye(3)[LABELS], jnp.float32)
-STRUCTURES = [
-    ng.Exact(),
-    ng.BlockDiagonal(),
-    ng.BlockTriDiagonal(),
-    ng.KFAC(),
-    ng.EKFAC(),
-    ng.UnitWise(),
-    ng.Diagonal(),
-    ng.QuasiDiagonal(),
-]
-structures = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.name)
+STRUCTURES = made(3)
+structures = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
 
 
 def fitted(margin):

@@ -28,6 +28,10 @@ IN_PARALLEL := -n $(WORKERS) --dist worksteal
 PYTEST_ARGS ?=
 PEERS_ARGS ?=
 
+# most programs of the suite run once, on a few numbers: optimising them was half of its time.
+# test-jax, test-jax11, test-slow and bench-check compile as users do
+COMPILED_QUICKLY = XLA_FLAGS="$$($(BIN)/python tests/quick_flags.py)"
+
 # $(call find_python,MINOR,COMMANDS): prints the first of the commands that runs as Python >= 3.MINOR.
 # They are run, not only looked up: the shims of version managers are on PATH for absent versions.
 find_python = for python in $(2); do \
@@ -52,11 +56,9 @@ report: .venv/.run ## every structure on real images beside theory: report/repor
 leaderboard: .venv/.run ## optimizers against frozen targets: leaderboard/leaderboard.html, in about 15 minutes
 	$(BIN)/python -m benchmarks.leaderboard run --out leaderboard
 
-# test-jax and test-slow compile as users do; here XLA optimises no program, since each runs once on
-# a few numbers, and optimising was half of the time of the suite (tests/conftest.py)
 .PHONY: test
 test: .venv/.dev ## the test suite, without the slow tests
-	NATGRAD_QUICK_COMPILATION=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(PYTEST_ARGS)
+	$(COMPILED_QUICKLY) $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: .venv/.dev ## the tests at the sizes of the papers; minutes each

@@ -1,11 +1,9 @@
 """Shared fixtures, hypothesis settings, and one store of compiled programs for all processes."""
 
-import os
 import time
 from pathlib import Path
 
 import jax
-import jaxlib.version
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
@@ -20,16 +18,6 @@ settings.register_profile(
 settings.load_profile("natgrad")
 
 DAYS_KEPT = 3
-
-QUICK = ["--xla_backend_optimization_level=0"]
-"""Flags of XLA that make compiling 2 to 4 times as cheap, and programs slower."""
-if jaxlib.version.__version__.startswith("0.10."):
-    # the emitters of before; jaxlib 0.12 has no others, and ends the process over the flag
-    QUICK.append("--xla_cpu_use_fusion_emitters=false")
-if os.environ.get("NATGRAD_QUICK_COMPILATION"):
-    # before the first computation, and for the processes that tests start
-    missing = [flag for flag in QUICK if flag not in os.environ.get("XLA_FLAGS", "")]
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *missing]).strip()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
         port = listener.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
     }
     script = Path(__file__).with_name("block_devices_run.py")
     runs = [

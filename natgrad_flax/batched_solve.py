@@ -10,6 +10,7 @@ from jax.custom_batching import sequential_vmap
 _UNITS = 64  # solved at once on a CPU, always: layers of all widths share their compiled kernels
 _BASE = 16  # most rows of a block that is eliminated row by row
 _BLOCK = 2 * _BASE  # rows of a block in products, which reach 140 GFLOP/s a core from 32 on
+_FEW = 16  # units that are solved one by one on a CPU: no slower, and much less to compile
 _MAX_BLOCKS = 8  # block columns per matrix: bounds the size of the compiled program
 
 
@@ -62,6 +63,8 @@ def _solve_in_chunks(
     if jax.default_backend() == "cpu":
         size, solve = chunk_size or _UNITS, _solve_blocked
         size_n = n if n <= _BASE else -(-n // 8) * 8  # products of odd sizes are slower
+        if m <= _FEW and not chunk_size:
+            size, size_n, solve = 1, n, _solve_lapack
     else:
         size, size_n, solve = min(chunk_size or 1024, m), n, _solve_lapack
     pad = ((0, size_n - n), (0, -m % size))
@@ -71,14 +74,14 @@ def _solve_in_chunks(
 
 def _solve_lapack(gram: Array, units: list[Array], size: int) -> Array:
     """Solve for scale, shift and rhs (N, M) by LAPACK or the like, ``size`` units at once."""
-    n, m = units[0].shape
 
-    def solve(scale: Array, shift: Array, rhs: Array) -> Array:
-        factor = jnp.linalg.cholesky(scale[:, None] * gram * scale + jnp.diag(shift))
+    def solve(unit: list[Array]) -> Array:
+        scale, shift, rhs = unit
+        matrix = scale[:, None] * gram * scale + jnp.diag(shift)
+        factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
         return jax.scipy.linalg.cho_solve((factor, True), rhs)
 
-    chunks = [x.T.reshape(-1, size, n) for x in units]
-    return lax.map(lambda chunk: jax.vmap(solve)(*chunk), chunks).reshape(m, n).T
+    return lax.map(solve, [x.T for x in units], batch_size=size if size > 1 else None).T
 
 
 def _solve_blocked(gram: Array, units: list[Array], size: int) -> Array:
@@ -90,22 +93,13 @@ def _solve_blocked(gram: Array, units: list[Array], size: int) -> Array:
     cuts = [slice(p, min(p + step, n)) for p in range(0, n, step)]
     grams = [[gram[rows, columns] for columns in cuts] for rows in cuts]
 
-    def load(index: Array) -> list[Array]:
+    def load(index: Array) -> Array:
         at = jnp.minimum(index, m // size - 1) * size
-        return [
-            jnp.stack(
-                [
-                    lax.dynamic_slice(x, (cut.start, at), (cut.stop - cut.start, size)).T
-                    for x in units
-                ],
-                axis=1,
-            )
-            for cut in cuts
-        ]
+        return jnp.stack([lax.dynamic_slice_in_dim(x, at, size, 1).T for x in units], axis=1)
 
-    def chunk(state: tuple[Array, list[Array], Array]) -> tuple[Array, list[Array], Array]:
+    def chunk(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         index, now, out = state
-        found = _solve_chunk(grams, now)
+        found = _solve_chunk(grams, [now[..., cut] for cut in cuts])
         # a slice that is fused into arithmetic is not vectorised: it comes a chunk ahead instead
         return index + 1, load(index), lax.dynamic_update_index_in_dim(out, found, index - 1, 0)
 

@@ -8,8 +8,9 @@ from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
 _UNITS = 64  # solved at once on a CPU, always: layers of all widths share their compiled kernels
-_BASE = 16  # rows of a block that is eliminated row by row
+_BASE = 16  # most rows of a block that is eliminated row by row
 _BLOCK = 2 * _BASE  # rows of a block in products, which reach 140 GFLOP/s a core from 32 on
+_FEW = 16  # units that are solved one by one on a CPU: no slower, and much less to compile
 _MAX_BLOCKS = 8  # block columns per matrix: bounds the size of the compiled program
 
 
@@ -61,7 +62,9 @@ def _solve_in_chunks(
     n, m = rhs.shape
     if jax.default_backend() == "cpu":
         size, solve = chunk_size or _UNITS, _solve_blocked
-        size_n = n if n <= _BASE else -(-n // _BASE) * _BASE
+        size_n = n if n <= _BASE else -(-n // 8) * 8  # products of odd sizes are slower
+        if m <= _FEW and not chunk_size:
+            size, size_n, solve = 1, n, _solve_lapack
     else:
         size, size_n, solve = min(chunk_size or 1024, m), n, _solve_lapack
     pad = ((0, size_n - n), (0, -m % size))
@@ -71,14 +74,14 @@ def _solve_in_chunks(
 
 def _solve_lapack(gram: Array, units: list[Array], size: int) -> Array:
     """Solve for scale, shift and rhs (N, M) by LAPACK or the like, ``size`` units at once."""
-    n, m = units[0].shape
 
-    def solve(scale: Array, shift: Array, rhs: Array) -> Array:
-        factor = jnp.linalg.cholesky(scale[:, None] * gram * scale + jnp.diag(shift))
+    def solve(unit: list[Array]) -> Array:
+        scale, shift, rhs = unit
+        matrix = scale[:, None] * gram * scale + jnp.diag(shift)
+        factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
         return jax.scipy.linalg.cho_solve((factor, True), rhs)
 
-    chunks = [x.T.reshape(-1, size, n) for x in units]
-    return lax.map(lambda chunk: jax.vmap(solve)(*chunk), chunks).reshape(m, n).T
+    return lax.map(solve, [x.T for x in units], batch_size=size if size > 1 else None).T
 
 
 def _solve_blocked(gram: Array, units: list[Array], size: int) -> Array:
@@ -89,26 +92,28 @@ def _solve_blocked(gram: Array, units: list[Array], size: int) -> Array:
         step *= 2
     cuts = [slice(p, min(p + step, n)) for p in range(0, n, step)]
     grams = [[gram[rows, columns] for columns in cuts] for rows in cuts]
-    parts = [[x[cut] for x in units] for cut in cuts]
 
-    def load(index: Array | int) -> list[Array]:
-        at = index * size
-        return [
-            jnp.stack([lax.dynamic_slice_in_dim(x, at, size, 1).T for x in part], axis=1)
-            for part in parts
-        ]
+    def load(index: Array) -> Array:
+        at = jnp.minimum(index, m // size - 1) * size
+        return jnp.stack([lax.dynamic_slice_in_dim(x, at, size, 1).T for x in units], axis=1)
 
-    def chunk(now: list[Array], index: Array) -> tuple[list[Array], list[Array]]:
+    def chunk(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        index, now, out = state
+        found = _solve_chunk(grams, [now[..., cut] for cut in cuts])
         # a slice that is fused into arithmetic is not vectorised: it comes a chunk ahead instead
-        ahead = load(jnp.minimum(index + 1, m // size - 1))
-        return ahead, [found[:, 2].T for found in _solve_chunk(grams, now)]
+        return index + 1, load(index), lax.dynamic_update_index_in_dim(out, found, index - 1, 0)
 
-    _, out = lax.scan(chunk, load(0), jnp.arange(m // size))
-    return jnp.concatenate([x.transpose(1, 0, 2).reshape(-1, m) for x in out])
+    # known at run time only, so that XLA does not unroll a single chunk, but compiles for it what
+    # other layers have
+    none, count = lax.optimization_barrier((jnp.asarray(0), jnp.asarray(m // size)))
+    start = (none + 1, load(none), jnp.zeros((m // size, n, size), gram.dtype))
+    _, _, out = lax.while_loop(lambda state: state[0] <= count, chunk, start)
+    return out.transpose(1, 0, 2).reshape(n, m)
 
 
-def _solve_chunk(grams: list[list[Array]], units: list[Array]) -> list[Array]:
-    """Solve one chunk by left-looking blocked Cholesky: the blocks of v, as the last of 3 rows.
+@jax.jit
+def _solve_chunk(grams: list[list[Array]], units: list[Array]) -> Array:
+    """Solve one chunk by left-looking blocked Cholesky, (N, B).
 
     Scale and shift ride along as right-hand sides: products of single rows are slower.
 
@@ -143,7 +148,7 @@ def _solve_chunk(grams: list[list[Array]], units: list[Array]) -> list[Array]:
         for i, found in zip(blocks[j + 1 :], out, strict=True):
             rhs = rhs - found @ lower[i, j]
         out.insert(0, rhs @ inverse[j])
-    return out
+    return jnp.concatenate([rows[:, 2].T for rows in out])
 
 
 def _times_transpose(x: Array, y: Array) -> Array:

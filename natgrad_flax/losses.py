@@ -156,9 +156,8 @@ class SoftmaxCrossEntropy(Loss):
         p, winner = _probabilities(outputs), _winner(outputs)
         root = _winning_root(p, winner)
         mean = jnp.where(winner, root, p / (1 + root))
-        others = _others(outputs)
-        chosen = jax.nn.one_hot(others, p.shape[1], axis=1, dtype=p.dtype)
-        columns = jnp.take_along_axis(_root(outputs), others, axis=1)
+        chosen = _of_others(jnp.eye(p.shape[1], dtype=p.dtype), winner[:, None, :])
+        columns = _of_others(_root(outputs), winner)
         return columns[:, None, :] * (chosen - mean[:, :, None])
 
     def coefficients(self, outputs: Array, targets: Array) -> Array:
@@ -174,7 +173,7 @@ class SoftmaxCrossEntropy(Loss):
         won = jnp.sum(winner * targets, axis=1, keepdims=True)
         along = (jnp.sum(targets, axis=1, keepdims=True) + won / root) / (1 + root)
         scaled = (p * along - targets) / _root(outputs)
-        return jnp.take_along_axis(scaled, _others(outputs), axis=1)
+        return _of_others(scaled, winner)
 
     def columns_in_range(self, outputs: Array) -> Array | None:
         """Classes whose probability is above eps times the largest of those that are not likeliest.
@@ -183,7 +182,7 @@ class SoftmaxCrossEntropy(Loss):
         """
         if self.output_damping:
             return None
-        p = jnp.take_along_axis(_probabilities(outputs), _others(outputs), axis=1)
+        p = _of_others(_probabilities(outputs), _winner(outputs))
         return p > jnp.finfo(p.dtype).eps * jnp.max(p)
 
     def _damped_terms(self, outputs: Array) -> tuple[Array, Array, Array]:
@@ -245,11 +244,9 @@ def _winning_root(p: Array, winner: Array) -> Array:
     return jnp.sqrt(jnp.sum(winner * p, axis=1, keepdims=True))
 
 
-def _others(outputs: Array) -> Array:
-    """The classes but the likeliest, shape (N, C - 1); the last class in the place of that one."""
-    c = outputs.shape[1]
-    places = jnp.arange(c - 1)
-    return jnp.where(places == jnp.argmax(outputs, axis=1, keepdims=True), c - 1, places)
+def _of_others(x: Array, winner: Array) -> Array:
+    """x (..., C) of the classes but the likeliest, the last class in the place of that one."""
+    return jnp.where(winner[..., :-1], x[..., -1:], x[..., :-1])
 
 
 def _root(outputs: Array) -> Array:

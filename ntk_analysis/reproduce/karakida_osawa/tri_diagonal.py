@@ -24,6 +24,7 @@ from natgrad_flax import (
     MeanSquaredError,
     Signals,
     SingularCouplingWarning,
+    SmallDampingWarning,
     jacobian_signals,
     natural_gradient,
 )
@@ -107,6 +108,8 @@ def train(
     losses = np.full(steps + 1, np.inf)
     with jax.enable_x64(precision == "float64"), warnings.catch_warnings():
         warnings.simplefilter("ignore", SingularCouplingWarning)
+        # what rounding makes of dampings that it swallows is what is looked at
+        warnings.simplefilter("ignore", SmallDampingWarning)
         x, y = jnp.asarray(inputs, precision), jnp.asarray(targets, precision)
         graphdef, state = nnx.split(nnx.clone(model))
         current = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(precision), state))

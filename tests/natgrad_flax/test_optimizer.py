@@ -169,7 +169,7 @@ def test_predicted_reduction_is_exact_for_a_quadratic_loss():
     y = jax.random.normal(jax.random.key(1), (12, 1), jnp.float64)
     signals, residual = ng.fisher_signals(model, x, y, loss=MSE)
     update = ng.Exact().solve(signals, residual, 0.0)
-    slope = ng.gradient._slope(signals, residual, update)
+    slope = residual.inner(signals.layers, update)
     moved = signals.layers[0].jvp(update[0])
     actual = MSE(signals.outputs - 0.3 * moved, y) - MSE(signals.outputs, y)
     np.testing.assert_allclose((-0.3 + 0.3**2 / 2) * slope, actual, rtol=1e-10)

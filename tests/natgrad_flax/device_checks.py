@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import jax.numpy as jnp
 import numpy as np
+from battery import STRUCTURES
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -29,12 +30,14 @@ from natgrad_flax.devices.placement import place
 
 LOSS = ng.SoftmaxCrossEntropy()
 CASES = {
-    "exact": (ng.Exact("sample"), "exact", 0.1, ("replicated", "cholesky", "cg")),
-    "block-diagonal": (ng.BlockDiagonal(), "mc", 0.1, ("cholesky",)),
-    "layer-wise": (ng.LayerWise([[1.0, 0.3], [0.3, 1.0]], "sample"), "mc", 0.1, ("cg",)),
-    "K-FAC": (ng.KFAC(), "mc", ng.RelativeDamping(1.0), ("auto",)),
-    "diagonal": (ng.Diagonal(), "empirical", 0.1, ("auto",)),
-    "unit-wise": (ng.UnitWise("sample"), "exact", 0.0, ("auto",)),
+    "exact": ("sample", "exact", 0.1, ("replicated", "cholesky", "cg")),
+    "block-diagonal": ("auto", "mc", 0.1, ("cholesky",)),
+    "block-tri-diagonal": ("sample", "exact", 0.1, ("auto",)),
+    "layer-wise": ("sample", "mc", 0.1, ("cg",)),
+    "kfac": ("auto", "mc", ng.RelativeDamping(1.0), ("auto",)),
+    "diagonal": ("auto", "empirical", 0.1, ("auto",)),
+    "quasi-diagonal": ("auto", "exact", 0.1, ("auto",)),
+    "unit-wise": ("sample", "exact", 0.0, ("auto",)),
 }
 
 
@@ -67,8 +70,8 @@ def compare_structures():
     mesh = jax.make_mesh((8,), ("data",))
     model, x, y = mlp((20, 40, 3), 16)
     found = {}
-    for name, (structure, fisher, damping, solvers) in CASES.items():
-        options = settings(structure, fisher, damping)
+    for name, (space, fisher, damping, solvers) in CASES.items():
+        options = settings(STRUCTURES[name](2, space), fisher, damping)
         one = ng.natural_gradient(model, x, y, **options)
         for solver in solvers:
             many = devices.sharded_natural_gradient(
@@ -98,12 +101,8 @@ def compare_conv():
 
     sharded = nnx.merge(graphdef, jax.tree.map(put, state))
     errors, places = {}, []
-    for name, structure in (
-        ("exact", ng.Exact("sample")),
-        ("unit-wise", ng.UnitWise()),
-        ("K-FAC", ng.KFAC()),
-        ("EKFAC", ng.EKFAC()),
-    ):
+    for name in ("exact", "unit-wise", "kfac", "ekfac"):
+        structure = STRUCTURES[name](2, "sample" if name == "exact" else "auto")
         options = settings(structure, "mc", 0.1) | {"fisher_x": -x}
         solver = "cholesky" if name == "exact" else "auto"
         one = ng.natural_gradient(model, x, y, **options)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_signals import dense, jacobian_of, network, rows_of, shared
+from random_signals import jacobian_of, rows_of
 
 import natgrad_flax as ng
 from natgrad_flax.shared_signals import ExplicitSignals
@@ -185,47 +185,6 @@ def test_averages_and_intervals_in_a_scan(structure, microbatches):
         )
     assert state.kept.renewals == 3
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
-
-
-SETTINGS = (
-    (ng.KFAC(split="pi"), RHO),
-    (ng.KFAC(first_layer="scaled", sharing="reduce"), "relative"),
-    (ng.QuasiDiagonal(), "relative"),
-)
-
-
-@pytest.mark.usefixtures("x64")
-def test_means_of_halves_give_the_inverse_of_the_whole():
-    """Statistics are linear in the samples, and what ``apply`` does with them is G^{-1}."""
-    layers = ((dense, 3, 4), (shared, 3, 2, 2, 3))
-    signals, _ = network(np.random.default_rng(0), 6, 2, *layers)
-    rng = np.random.default_rng(1)
-    slope = tuple(
-        layer.update(jnp.asarray(rng.normal(size=(layer.fan_in, layer.num_units))))
-        for layer in signals.layers
-    )
-
-    def halves(signals):
-        parts = [jax.tree.map(lambda leaf, i=i: leaf[3 * i : 3 * i + 3], signals) for i in (0, 1)]
-        return parts
-
-    @jax.jit
-    def both(signals, slope):
-        results = []
-        for structure, rho in SETTINGS:
-            first, second = map(structure.statistics, halves(signals))
-            factors = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
-            moments = ng.structures.Moments(factors)
-            scale = structure.damping_scale(signals), structure.scale_of(moments, 6)
-            damping = 0.1 * scale[0] if rho == "relative" else rho
-            found = structure.apply(structure.invert(moments, damping, 6), slope)
-            results.append((scale, (found, structure.precondition(signals, slope, damping))))
-        return results
-
-    for scales, updates in both(signals, slope):
-        np.testing.assert_allclose(*scales, rtol=1e-12)
-        found, wanted = map(flat, updates)
-        np.testing.assert_allclose(found, wanted, atol=1e-9 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("damping", [0.0, RHO, ng.RelativeDamping(0.1)])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,10 @@ class Cluster:
     processes: list[subprocess.Popen] = field(default_factory=list)
 
     @property
+    def workers(self) -> list[subprocess.Popen]:
+        return self.processes[1:]
+
+    @property
     def address_file(self) -> Path:
         return self.folder / "scheduler.json"
 
@@ -49,17 +54,16 @@ class Cluster:
         self.processes.append(process)
         return process
 
-    def start_workers(self, number: int = 1, cwd: Path = CHECKOUT) -> list[subprocess.Popen]:
-        arguments = ("worker", "--nthreads", "1", "--no-nanny")
-        workers = [self.start(*arguments, cwd=cwd) for _ in range(number)]
+    def start_workers(self, number: int = 1, cwd: Path = CHECKOUT) -> None:
+        for _ in range(number):
+            self.start("worker", "--nthreads", "1", "--no-nanny", cwd=cwd)
         log = self.folder / "log"
         wait_for(lambda: log.read_text().count("Registered to") == number)
-        return workers
 
 
-@pytest.fixture
-def scheduler(tmp_path: Path) -> Iterator[Cluster]:
-    found = Cluster(tmp_path)
+@contextmanager
+def cluster_in(folder: Path) -> Iterator[Cluster]:
+    found = Cluster(folder)
     try:
         found.start("scheduler", "--port", "0")
         wait_for(found.address_file.exists)
@@ -70,15 +74,60 @@ def scheduler(tmp_path: Path) -> Iterator[Cluster]:
             process.wait()
 
 
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[Cluster]:
+    with cluster_in(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """With two workers, of which the last test of these kills one."""
+    with cluster_in(tmp_path_factory.mktemp("pair")) as found:
+        found.start_workers(2)
+        yield found
+
+
 def started(tmp_path: Path) -> list[tuple[str, int]]:
     """Keys and processes of the trials begun so far."""
     return [(key, process) for event, key, process in events(tmp_path) if event == "start"]
 
 
-def test_a_worker_killed_at_work_loses_nothing(
-    scheduler: Cluster, store: Store, tmp_path: Path
-) -> None:
-    workers = scheduler.start_workers(2)
+def test_a_worker_of_other_code_refuses(pair: Cluster, store: Store, tmp_path: Path) -> None:
+    environment = IDENTITY()["environment"]
+    assert cluster.common_identity(pair.address, IDENTITY) == IDENTITY()
+    good = make_configs(tmp_path, 2, code="abc", environment=environment)
+    bad = make_configs(tmp_path, 2, code="other", environment={**environment, "jax": "0.11.0"})
+    assert run(good, store, torture.execute, scheduler=pair.address, identity=IDENTITY).complete
+    with pytest.raises(RefusedError) as caught:
+        run(bad, store, torture.execute, scheduler=pair.address, identity=IDENTITY)
+    sentence = str(caught.value)
+    assert "worker tcp://127.0.0.1:" in sentence
+    assert "code is 'abc', not 'other'" in sentence
+    assert "jax is '0.10.2', not '0.11.0'" in sentence
+    assert "device" not in sentence
+    assert len(started(tmp_path)) == len(store.records()) == 2
+
+
+def test_workers_that_differ_are_refused(pair: Cluster, store: Store, tmp_path: Path) -> None:
+    def process() -> dict:  # local, and so sent by value
+        import os
+
+        return {"code": str(os.getpid()), "environment": {}}
+
+    with pytest.raises(ValueError, match="differs from tcp://127") as caught:
+        run(
+            make_configs(tmp_path, 2),
+            store,
+            torture.execute,
+            scheduler=pair.address,
+            identity=process,
+        )
+    assert all(str(worker.pid) in str(caught.value) for worker in pair.workers)
+    assert started(tmp_path) == []
+
+
+def test_a_worker_killed_at_work_loses_nothing(pair: Cluster, store: Store, tmp_path: Path) -> None:
     configs = make_configs(tmp_path, 12, code="abc", environment=IDENTITY()["environment"])
     for config in configs:
         config["seconds"] = 0.25
@@ -98,11 +147,11 @@ def test_a_worker_killed_at_work_loses_nothing(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    summary = run(configs, store, torture.execute, scheduler=scheduler.address, identity=IDENTITY)
+    summary = run(configs, store, torture.execute, scheduler=pair.address, identity=IDENTITY)
     killer.join()
     ((key, victim),) = victims
-    assert victim in {worker.pid for worker in workers}
-    wait_for(lambda: next(w for w in workers if w.pid == victim).poll() is not None)
+    assert victim in {worker.pid for worker in pair.workers}
+    wait_for(lambda: next(w for w in pair.workers if w.pid == victim).poll() is not None)
     assert (summary.finished, summary.failed, summary.complete) == (12, [], True)
     assert {record["key"] for record in store.records()} == set(map(trial_key, configs))
     assert store.quarantined == []
@@ -111,59 +160,19 @@ def test_a_worker_killed_at_work_loses_nothing(
     assert len(again) == 2
     assert len(started(tmp_path)) == 13
     assert torture._collisions(torture.log_lines(tmp_path), configs) == 0
-    resumed = run(configs, store, torture.execute, scheduler=scheduler.address)
+    resumed = run(configs, store, torture.execute, scheduler=pair.address)
     assert (resumed.finished, resumed.resumed) == (0, 12)
 
 
-def test_a_worker_of_other_code_refuses(scheduler: Cluster, store: Store, tmp_path: Path) -> None:
-    scheduler.start_workers()
-    environment = IDENTITY()["environment"]
-    assert cluster.common_identity(scheduler.address, IDENTITY) == IDENTITY()
-    good = make_configs(tmp_path, 2, code="abc", environment=environment)
-    bad = make_configs(tmp_path, 2, code="other", environment={**environment, "jax": "0.11.0"})
-    assert run(
-        good, store, torture.execute, scheduler=scheduler.address, identity=IDENTITY
-    ).complete
-    with pytest.raises(RefusedError) as caught:
-        run(bad, store, torture.execute, scheduler=scheduler.address, identity=IDENTITY)
-    sentence = str(caught.value)
-    assert "worker tcp://127.0.0.1:" in sentence
-    assert "code is 'abc', not 'other'" in sentence
-    assert "jax is '0.10.2', not '0.11.0'" in sentence
-    assert "device" not in sentence
-    assert len(started(tmp_path)) == len(store.records()) == 2
-
-
-def test_workers_that_differ_are_refused(scheduler: Cluster, store: Store, tmp_path: Path) -> None:
-    def process() -> dict:  # local, and so sent by value
-        import os
-
-        return {"code": str(os.getpid()), "environment": {}}
-
-    workers = scheduler.start_workers(2)
-    with pytest.raises(ValueError, match="differs from tcp://127") as caught:
-        run(
-            make_configs(tmp_path, 2),
-            store,
-            torture.execute,
-            scheduler=scheduler.address,
-            identity=process,
-        )
-    assert all(str(worker.pid) in str(caught.value) for worker in workers)
-    assert started(tmp_path) == []
-
-
-def test_a_worker_outside_of_a_checkout(scheduler: Cluster, store: Store, tmp_path: Path) -> None:
-    scheduler.start_workers(cwd=tmp_path)
-    with pytest.raises(ValueError, match=r"cannot import the leaderboard .* in a checkout"):
-        run(make_configs(tmp_path, 2), store, torture.execute, scheduler=scheduler.address)
-
-
-def test_a_scheduler_without_workers(
+def test_a_scheduler_without_workers_and_with_one_outside_of_a_checkout(
     scheduler: Cluster, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "WORKER_SECONDS", 0.2)
-    with pytest.raises(ValueError, match="has no workers; start some in a checkout"):
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "WORKER_SECONDS", 0.2)
+        with pytest.raises(ValueError, match="has no workers; start some in a checkout"):
+            run(make_configs(tmp_path, 2), store, torture.execute, scheduler=scheduler.address)
+    scheduler.start_workers(cwd=tmp_path)
+    with pytest.raises(ValueError, match=r"cannot import the leaderboard .* in a checkout"):
         run(make_configs(tmp_path, 2), store, torture.execute, scheduler=scheduler.address)
 
 

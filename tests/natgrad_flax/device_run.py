@@ -87,10 +87,14 @@ def train(arguments: argparse.Namespace) -> None:
         print(f"step {step + 1}", flush=True)
         if step + 1 == arguments.kill_after and arguments.process == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+    # parts of the parameters can lie on the devices of the other process
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    flat = jax.jit(
+        lambda *leaves: jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]),
+        out_shardings=everywhere,
+    )(*jax.tree.leaves(nnx.state(model)))
     if arguments.process == 0:
-        leaves = jax.tree.leaves(nnx.state(model))
-        flat = jnp.concatenate([jnp.ravel(leaf.addressable_data(0)) for leaf in leaves])
-        np.save(arguments.folder / "parameters.npy", np.asarray(flat))
+        np.save(arguments.folder / "parameters.npy", np.asarray(flat.addressable_data(0)))
 
 
 if __name__ == "__main__":

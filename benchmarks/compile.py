@@ -14,9 +14,17 @@ from jax.experimental.compilation_cache import compilation_cache
 from benchmarks.answers import check_step
 from benchmarks.common import Suite, by_profile, unit
 from benchmarks.problems import STRUCTURES, Case, Line, Problem, make_problem
-from benchmarks.programs import check_finite, instructions, natural_step, sgd_step
+from benchmarks.programs import (
+    ADAM,
+    adam_step,
+    check_finite,
+    instructions,
+    natural_step,
+    sgd_step,
+)
 
 SGD = "SGD"
+FIRST_ORDER = [SGD, "Adam"]
 
 DEPTHS = by_profile(smoke=[3], fast=[3], regular=[3, 6, 12], large=[3, 6, 12])
 WIDTH = by_profile(smoke=32, fast=512, regular=512, large=4096)
@@ -24,17 +32,17 @@ SAMPLES = by_profile(smoke=8, fast=128, regular=128, large=512)
 REPEATS = by_profile(smoke=1, fast=1, regular=3, large=3)
 
 CHOSEN = by_profile(
-    smoke=[SGD, "exact"],
-    fast=[SGD, *STRUCTURES],
-    regular=[SGD, *STRUCTURES],
-    large=[SGD, *STRUCTURES],
+    smoke=[*FIRST_ORDER, "exact"],
+    fast=[*FIRST_ORDER, *STRUCTURES],
+    regular=[*FIRST_ORDER, *STRUCTURES],
+    large=[*FIRST_ORDER, *STRUCTURES],
 )
 
 STAGES = ("trace", "compile", "first_run")
 
 
 class Compile(Suite):
-    """Time to the first step of a fresh process, by structure and depth; SGD is the yardstick.
+    """Time to the first step of a fresh process, by structure and depth, beside SGD and Adam.
 
     A change here is what a user waits before training starts, and for every new shape again. Times
     move with JAX, XLA and the machine; ``track_instructions`` moves with our program alone.
@@ -96,22 +104,22 @@ def _begin(
       FloatingPointError, ArithmeticError: the first step is wrong.
     """
     graphdef, state = nnx.split(problem.model)
-    marks = [time.perf_counter()]
+    args: tuple[Any, ...] = (state, problem.x, problem.y)
     if structure == SGD:
-        lowered = sgd_step(line, graphdef).lower(state, problem.x, problem.y)
+        step = sgd_step(line, graphdef)
+    elif structure in FIRST_ORDER:
+        step, args = adam_step(line, graphdef), (state, ADAM.init(state), *args[1:])
     else:
-        step = natural_step(line, STRUCTURES[structure], graphdef)
-        lowered = step.lower(state, problem.x, problem.y, problem.key)
+        step, args = natural_step(line, STRUCTURES[structure], graphdef), (*args, problem.key)
+    marks = [time.perf_counter()]
+    lowered = step.lower(*args)
     marks.append(time.perf_counter())
     compiled = lowered.compile()
     marks.append(time.perf_counter())
-    if structure == SGD:
-        after = jax.block_until_ready(compiled(state, problem.x, problem.y))[0]
-    else:
-        after = jax.block_until_ready(compiled(state, problem.x, problem.y, problem.key))
+    after = jax.block_until_ready(compiled(*args))
     marks.append(time.perf_counter())
-    if structure == SGD:
-        check_finite(after)
+    if structure in FIRST_ORDER:
+        check_finite(after[0])
     else:
         check_step(line, STRUCTURES[structure], problem, after)
     seconds = [end - begin for begin, end in itertools.pairwise(marks)]

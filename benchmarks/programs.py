@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 
@@ -21,6 +22,7 @@ from natgrad_flax.trees import as_state
 
 LEARNING_RATE = 0.1
 SGD_PER_ROUND = 3
+ADAM = optax.adam(LEARNING_RATE)
 
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = ", re.MULTILINE)
 
@@ -46,9 +48,7 @@ class Steps:
 
 def sgd_step(line: Line, graphdef: Any) -> jax.stages.Wrapped:
     """The jitted step (parameters, x, y) -> (parameters, loss) of gradient descent."""
-
-    def loss(state: nnx.State, x: Array, y: Array) -> Array:
-        return line.loss(nnx.merge(graphdef, state)(x), y)
+    loss = _loss(line, graphdef)
 
     @jax.jit
     def step(state: nnx.State, x: Array, y: Array) -> tuple[nnx.State, Array]:
@@ -56,6 +56,25 @@ def sgd_step(line: Line, graphdef: Any) -> jax.stages.Wrapped:
         return _descend(state, gradient), value
 
     return step
+
+
+def adam_step(line: Line, graphdef: Any) -> jax.stages.Wrapped:
+    """The jitted step (parameters, moments, x, y) -> (parameters, moments, loss) of Adam."""
+    loss = _loss(line, graphdef)
+
+    @jax.jit
+    def step(
+        state: nnx.State, moments: optax.OptState, x: Array, y: Array
+    ) -> tuple[nnx.State, optax.OptState, Array]:
+        value, gradient = jax.value_and_grad(loss)(state, x, y)
+        updates, moments = ADAM.update(gradient, moments, state)
+        return optax.apply_updates(state, updates), moments, value
+
+    return step
+
+
+def _loss(line: Line, graphdef: Any) -> Callable[[nnx.State, Array, Array], Array]:
+    return lambda state, x, y: line.loss(nnx.merge(graphdef, state)(x), y)
 
 
 def natural_step(line: Line, entry: Entry, graphdef: Any) -> jax.stages.Wrapped:

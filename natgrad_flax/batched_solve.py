@@ -77,7 +77,7 @@ def _solve_lapack(gram: Array, units: list[Array], size: int) -> Array:
 
     def solve(unit: list[Array]) -> Array:
         scale, shift, rhs = unit
-        matrix = scale[:, None] * gram * scale + jnp.diag(shift)
+        matrix = scale[:, None] * gram * scale + shift * jnp.eye(len(rhs), dtype=rhs.dtype)
         factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
         return jax.scipy.linalg.cho_solve((factor, True), rhs)
 
@@ -106,14 +106,14 @@ def _solve_blocked(gram: Array, units: list[Array], size: int) -> Array:
     # known at run time only, so that XLA does not unroll a single chunk, but compiles for it what
     # other layers have
     none, count = lax.optimization_barrier((jnp.asarray(0), jnp.asarray(m // size)))
-    start = (none + 1, load(none), jnp.zeros((m // size, n, size), gram.dtype))
+    start = (none + 1, load(none), jnp.zeros((m // size, size, n), gram.dtype))
     _, _, out = lax.while_loop(lambda state: state[0] <= count, chunk, start)
-    return out.transpose(1, 0, 2).reshape(n, m)
+    return out.reshape(m, n).T
 
 
 @jax.jit
 def _solve_chunk(grams: list[list[Array]], units: list[Array]) -> Array:
-    """Solve one chunk by left-looking blocked Cholesky, (N, B).
+    """Solve one chunk by left-looking blocked Cholesky, (B, N).
 
     Scale and shift ride along as right-hand sides: products of single rows are slower.
 
@@ -148,7 +148,7 @@ def _solve_chunk(grams: list[list[Array]], units: list[Array]) -> Array:
         for i, found in zip(blocks[j + 1 :], out, strict=True):
             rhs = rhs - found @ lower[i, j]
         out.insert(0, rhs @ inverse[j])
-    return jnp.concatenate([rows[:, 2].T for rows in out])
+    return jnp.concatenate([rows[:, 2] for rows in out], axis=1)
 
 
 def _times_transpose(x: Array, y: Array) -> Array:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from natgrad_flax.arrays import own_promotion
+from natgrad_flax.arrays import check_real, is_concrete, own_promotion
 from natgrad_flax.capture import jacobian_signals
 from natgrad_flax.checks import (
     check_batch,
@@ -21,7 +21,7 @@ from natgrad_flax.checks import (
     check_one_damping,
     check_settings,
 )
-from natgrad_flax.damping import RelativeDamping
+from natgrad_flax.damping import RelativeDamping, is_zero
 from natgrad_flax.fisher_kinds import FisherKind, check_key, population_signals
 from natgrad_flax.gradient import Damping, resolve_damping, static_damping
 from natgrad_flax.independence import check_samples_alone
@@ -31,7 +31,7 @@ from natgrad_flax.losses import Loss
 from natgrad_flax.memory import check_fits
 from natgrad_flax.operators.gradient import ParameterGradient
 from natgrad_flax.plans import hashable_filter
-from natgrad_flax.preparation import prepare
+from natgrad_flax.preparation import check_damping_on_batch, prepare
 from natgrad_flax.scalars import check_integer
 from natgrad_flax.signals import Signals
 from natgrad_flax.structures import Structure
@@ -224,6 +224,7 @@ class FisherOperator:
         Raises:
           ValueError: F is not positive semi-definite (layer-wise structures with such a Sigma).
         """
+        check_key("mc", key)
         return self._tree(self._definite(self._run("sample", key, damping=damping)))
 
     def sample_inverse(self, key: Array, damping: Damping) -> Any:
@@ -232,6 +233,7 @@ class FisherOperator:
         Raises:
           ValueError: as ``sample``.
         """
+        check_key("mc", key)
         return self._tree(self._definite(self._run("sample_inverse", key, damping=damping)))
 
     def inner(self, left: Any, right: Any) -> Array:
@@ -262,7 +264,7 @@ class FisherOperator:
           ValueError: F + rho is not positive definite.
         """
         value = self._run("logdet", damping=damping)
-        if not jnp.isfinite(value):
+        if is_concrete(value) and not jnp.isfinite(value):
             raise ValueError(
                 f"the log-determinant of {self!r} with damping {damping!r} is not finite: the "
                 "matrix is singular or indefinite; pass a larger damping"
@@ -318,13 +320,14 @@ class FisherOperator:
         return LinearOperator(shape, matvec=times, rmatvec=times, dtype=np.dtype(self.dtype))
 
     def to_lineax(self, damping: Damping | None = None) -> lineax.FunctionLinearOperator:
-        """As ``to_scipy``, an operator of lineax, positive semi-definite."""
+        """As ``to_scipy``, an operator of lineax with its tags."""
         import lineax
 
+        sigma = self.structure.coupling(len(self._signals.layers))
+        definite = sigma is None or np.linalg.eigvalsh(sigma)[0] >= 0
+        tag = lineax.positive_semidefinite_tag if definite else lineax.symmetric_tag
         shape = jax.ShapeDtypeStruct((self.num_params,), self.dtype)
-        return lineax.FunctionLinearOperator(
-            partial(self._times, damping=damping), shape, lineax.positive_semidefinite_tag
-        )
+        return lineax.FunctionLinearOperator(partial(self._times, damping=damping), shape, tag)
 
     def _times(self, vector: Array, damping: Damping | None) -> Array:
         """F v or (F + rho)^{-1} v for a raveled v, (P,)."""
@@ -342,7 +345,8 @@ class FisherOperator:
         return ravel_pytree(self._tree(unravel(self._signals.layers, places), cast=False))[0]
 
     def _definite(self, found: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found)):
+        leaves = [leaf for leaf in jax.tree.leaves(found) if is_concrete(leaf)]
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
             raise ValueError(f"{self!r} is not positive semi-definite, so it is no covariance")
         return found
 
@@ -352,6 +356,9 @@ class FisherOperator:
         given, static = None, None
         if damping is not None:
             check_one_damping(damping)
+            check_damping_on_batch(self.structure, self._signals, damping, inside=False)
+            if is_zero(damping):
+                self.structure.check(self._signals, damping)
             static = static_damping(damping)
             given = None if static is not None else jnp.asarray(damping, self.dtype)
         return _run(
@@ -375,6 +382,7 @@ class FisherOperator:
                     f"a vector of {self!r} is a tree like nnx.state(model, wrt): at {dotted(path)} "
                     f"it has {_said(have)}, and the parameters have {_said(want)}"
                 )
+            check_real(found[path], f"the vector at {dotted(path)}")
         arrays = {path: jnp.asarray(leaf).astype(self.dtype) for path, leaf in found.items()}
         return layer_updates(self._signals.layers, arrays)
 

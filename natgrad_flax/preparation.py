@@ -69,15 +69,25 @@ def prepare(
     )
     if size is None:
         check_signals_fit(structure, signals)
-    _check_damping(structure, signals, damping, fisher)
+    check_damping_on_batch(structure, signals, damping, inside=fisher != "mc")
     structure.check(signals, damping)
     return signals
 
 
-def _check_damping(
-    structure: Structure, signals: Signals, damping: Any, fisher: FisherKind
+def check_damping_on_batch(
+    structure: Structure, signals: Signals, damping: Any, *, inside: bool
 ) -> None:
-    """Its shape beside that of the structure's own scale, and its size beside the rounding."""
+    """Its shape beside that of the structure's own scale, and its size beside the rounding.
+
+    Args:
+      structure: the structure.
+      signals: of the batch, or their shapes.
+      damping: rho.
+      inside: what is solved for lies in the span of the seeds.
+
+    Raises:
+      ValueError: another shape than the structure takes, or lost in the precision.
+    """
     if callable(damping) or isinstance(damping, (RelativeDamping, LevenbergMarquardt)):
         return
     if np.ndim(damping):
@@ -85,8 +95,7 @@ def _check_damping(
         check_damping_shape(damping, scale, structure.name, len(signals.layers))
     check_normal(damping, signals.outputs.dtype)
     # a gradient outside of the span of the seeds is divided by the damping (Woodbury)
-    outside = 100.0 if fisher == "mc" else 1.0
-    margin = max(structure.damping_margin, outside)
+    margin = max(structure.damping_margin, 1.0 if inside else 100.0)
     warn_of_rounding(damping, signals.outputs.dtype, margin)
 
 

@@ -223,13 +223,14 @@ class DenseUnits(UnitBlocks):
     def eigenvalues(self) -> Array:
         """Of all units, one after the other; of the smaller of block and Gram matrix."""
         layer, roots = self.layer, jnp.sqrt(_weights(self.layer) / self.layer.num_samples)
-        if layer.fan_in < layer.num_samples:
-            inputs = layer.augmented_inputs()
-            blocks = lambda root: (root[:, None] * inputs).T @ (root[:, None] * inputs)  # noqa: E731
-        else:
-            gram = layer.input_gram()
-            blocks = lambda root: root[:, None] * gram * root  # noqa: E731
-        return jax.lax.map(lambda root: psd_eigenvalues(blocks(root)), roots.T).reshape(-1)
+        by_gram = layer.fan_in >= layer.num_samples
+        shared = layer.input_gram() if by_gram else layer.augmented_inputs()
+
+        def unit(root: Array) -> Array:
+            rows = root[:, None] * shared
+            return psd_eigenvalues(rows * root if by_gram else rows.T @ rows)
+
+        return jax.lax.map(unit, roots.T).reshape(-1)
 
     def sample(self, key: Array, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """See ``Operator.sample``."""

@@ -202,6 +202,15 @@ def test_bad_input_is_told():
     ):
         with pytest.raises(ValueError, match=message):
             made.matvec(bad)
+    turned = jax.tree.map(lambda leaf: leaf * 1j, params)
+    with pytest.raises((TypeError, ValueError), match="complex"):
+        made.solve(turned, 0.1)
+    with pytest.raises(ValueError, match="array of shape"):
+        made.solve(params, np.ones(3))
+    with pytest.warns(ng.SmallDampingWarning, match="100 times the rounding"):
+        made.solve(params, 1e-20)
+    with pytest.raises(TypeError, match="key must be"):
+        made.sample(3)
     for damping, message in ((-1.0, "0 or positive"), (np.nan, "0 or positive")):
         with pytest.raises(ValueError, match=message):
             made.solve(params, damping)

@@ -323,12 +323,13 @@ def _qr_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
 
 
 def symmetric_product(x: Array, halvings: int = 2) -> Array:
-    """x x^T for x (n, m), with the blocks above the diagonal mirrored where n is large.
+    """x x^T for x (n, m), with the blocks above the diagonal mirrored where n and m are large.
 
-    XLA has no symmetric rank-k product; two halvings do 5/8 of the full product's work.
+    XLA has no symmetric rank-k product; two halvings do 5/8 of the full product's work. Below m of
+    about 256 the copies of blocks cost more than that saves.
     """
-    n = x.shape[0]
-    if halvings == 0 or n < 512:
+    n, m = x.shape
+    if halvings == 0 or n < 512 or m < 256:
         return x @ x.T
     upper, lower = x[: n // 2], x[n // 2 :]
     corner = lower @ upper.T

@@ -97,7 +97,7 @@ def test_products_over_signals():
         )
 
 
-@pytest.mark.parametrize("shape", [(1030, 7), (1000, 784), (777, 33), (512, 60)])
+@pytest.mark.parametrize("shape", [(1030, 7), (1000, 784), (777, 301), (512, 256)])
 def test_large_symmetric_product_is_the_full_product(shape):
     x = jax.random.normal(jax.random.key(0), shape, jnp.float64)
     for y in (x, x.T.reshape(shape)):

@@ -254,8 +254,8 @@ def _root(outputs: Array) -> Array:
 
     What it adds to p, the square root of the smallest normal number, is far below rounding.
     """
-    least = 0.5 * float(np.log(float(jnp.finfo(outputs.dtype).tiny)))
-    return jnp.exp(0.5 * jnp.maximum(jax.nn.log_softmax(outputs), least))
+    p = _probabilities(outputs)
+    return jnp.sqrt(jnp.maximum(p, float(jnp.finfo(p.dtype).tiny) ** 0.5))
 
 
 def _with_diagonal(diagonal: Array, matrices: Array) -> Array:

@@ -102,3 +102,23 @@ def test_lapack_path(monkeypatch):
     monkeypatch.setattr(batched_solve.jax, "default_backend", lambda: "gpu")
     v = solve_scaled_gram(*args, chunk_size=4)
     np.testing.assert_allclose(v, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_blocks_under_vmap():
+    with enable_x64(True):
+        a, d, e, b = (jnp.asarray(x) for x in _problem(5, 3, np.float64))
+
+        def blocks(d, b):
+            return jnp.sum(jnp.sin(solve_scaled_gram(a, d, e, b, chunk_size=2)))
+
+        def dense(d, b):
+            matrix = d.T[:, :, None] * a * d.T[:, None] + jnp.eye(5) * e.T[:, :, None]
+            return jnp.sum(jnp.sin(jnp.linalg.inv(matrix) @ b.T[..., None]))
+
+        rhs = jnp.stack([b, b[::-1]])
+        ours, theirs = (
+            jax.vmap(jax.grad(f, argnums=(0, 1)), in_axes=(None, 0))(d, rhs)
+            for f in (blocks, dense)
+        )
+        for x, y in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-8)

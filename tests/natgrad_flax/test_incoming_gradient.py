@@ -108,8 +108,9 @@ def test_on_a_mesh_it_is_that_of_one_device():
     settings = {"structure": ng.KFAC(), "loss": MSE, "damping": 0.1, "gradient": g}
     mesh = jax.make_mesh((1,), ("data",))
     found = devices.sharded_natural_gradient(MODEL, X, None, mesh=mesh, **settings)
-    expected = ng.natural_gradient(MODEL, X, None, **settings)
-    np.testing.assert_allclose(flatten(found), flatten(expected), atol=1e-5)
+    expected = flatten(ng.natural_gradient(MODEL, X, None, **settings))
+    # float32 rounds entries of 70 by 4e-6
+    np.testing.assert_allclose(flatten(found), expected, atol=1e-6 * np.abs(expected).max())
 
 
 class Net(nnx.Module):

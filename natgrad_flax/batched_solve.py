@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
+from natgrad_flax.flops import telling_steps
+
 _UNITS = 64  # solved at once on a CPU, always: layers of all widths share their compiled kernels
 _BASE = 16  # most rows of a block that is eliminated row by row
 _BLOCK = 2 * _BASE  # rows of a block in products, which reach 140 GFLOP/s a core from 32 on
@@ -98,7 +100,7 @@ def _solve_blocked(gram: Array, units: list[Array], size: int) -> Array:
         return jnp.stack([lax.dynamic_slice_in_dim(x, at, size, 1).T for x in units], axis=1)
 
     def chunk(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        index, now, out = state
+        index, now, out = telling_steps(state[0], m // size), *state[1:]
         found = _solve_chunk(grams, [now[..., cut] for cut in cuts])
         # a slice that is fused into arithmetic is not vectorised: it comes a chunk ahead instead
         return index + 1, load(index), lax.dynamic_update_index_in_dim(out, found, index - 1, 0)

@@ -76,6 +76,8 @@ def test_a_wrong_theory_fails_isotropy_and_dynamics(monkeypatch):
 
 
 SLOW = '''
+from natgrad_flax.operators.gradient import Residual
+
 _solve = Exact.solve
 
 

@@ -9,12 +9,12 @@ import pytest
 from jax.custom_batching import sequential_vmap
 from jax.lax import linalg
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from natgrad_flax.structures.least_squares import least_squares
 
 import natgrad_flax as ng
 from natgrad_flax.costs import solve_cost
-from natgrad_flax.flops import cost_of
+from natgrad_flax.flops import cost_of, telling_steps
 from natgrad_flax.linalg import lu_solve, pinv_solve, solve_psd, symmetric_product
+from natgrad_flax.operators.least_squares import least_squares
 
 
 def shape(*sizes):
@@ -132,9 +132,12 @@ def test_against_the_analysis_of_xla(name):
 
 
 def test_symmetric_products_save_three_eighths():
-    wide, narrow = (flops(symmetric_product, shape(n, 50)) for n in (1024, 511))
-    assert wide == 5 / 8 * 2 * 1024**2 * 50
-    assert narrow == 2 * 511**2 * 50
+    many, few, thin = (
+        flops(symmetric_product, shape(*sides)) for sides in ((1024, 256), (511, 256), (1024, 50))
+    )
+    assert many == 5 / 8 * 2 * 1024**2 * 256
+    assert few == 2 * 511**2 * 256
+    assert thin == 2 * 1024**2 * 50
 
 
 def test_the_regular_case_is_counted():
@@ -158,6 +161,17 @@ def test_a_program_on_a_mesh_counts_once_for_every_device():
     spec = PartitionSpec("d")
     program = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=spec, out_specs=spec)
     assert flops(program, shape(8, 6)) == 4 * (2 * 2 * 2 * 6)
+
+
+def test_a_while_loop_that_tells_its_length_counts_so_often():
+    def loop(a, count):
+        def body(state):
+            index, x = telling_steps(state[0], 7), state[1]
+            return index + 1, x @ a
+
+        return jax.lax.while_loop(lambda state: state[0] < count, body, (0, a))[1]
+
+    assert cost_of(loop, shape(3, 3), jax.ShapeDtypeStruct((), jnp.int32)).flops == 7 * 2 * 27
 
 
 def test_what_cannot_be_counted_is_refused():

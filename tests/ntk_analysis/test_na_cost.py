@@ -141,7 +141,8 @@ def leading_order(name, n, m, depth, damped):
         # a factor, its inverse, and X^T X for X the inverse; all in full for few samples
         inverse = n**3 / 3 + n**3 + 2 * n**3
         hidden = 2 * (2 * n**2 * m + inverse) + 2 * n**2 * m + 2 * n**2 * m
-        return (depth - 1) * hidden + 2 * n**2 * m + inverse + 2 * n**2
+        # the last layer has one unit: no inverse for it
+        return (depth - 1) * hidden + 2 * n**2 * m + cholesky(n) + 2 * n**2
     if name == "ekfac":
         basis = 4 * m * n**2 - 4 * n**3 / 3 + 2 * n**3 + 9 * n**3 + 2 * m * n**2
         # a and twice D in their bases, S*, and the gradient into both bases and out of one: the way
@@ -178,7 +179,7 @@ def test_counts_are_the_leading_order_of_theory(name, damped):
     ratio = found.inversion_flops / theory
     if name == "unit-wise" and damped:
         # blocks of many units at once, with what is above their diagonals
-        assert 0.9 < ratio < 2.5
+        assert 0.9 < ratio < 3
     else:
         # passes over the parameters, which are 2 / N of a product with the inputs
         assert ratio == pytest.approx(1, abs=0.08 if name == "quasi-diagonal" else 0.03)
@@ -194,7 +195,7 @@ def test_units_that_are_off_on_some_samples_share_no_factorisation():
 
 
 def test_gram_matrices_of_many_rows_are_halved_twice():
-    n, m = 1024, 64
+    n, m = 1024, 256
     found = structure_cost(ng.Exact(), geometry((m, m, m, 1), n))
     inputs, units = 2 * n**2 * 3 * m, 5 / 8 * 2 * n**2 * (2 * m + 1)
     assert found.inversion_flops == pytest.approx(inputs + units + cholesky(n), rel=0.03)
@@ -291,9 +292,7 @@ def test_bad_arguments():
         structure_cost(ng.QuasiDiagonal(), geometry((30, 1)))
 
     class Unknown(na.GradientDescent.__base__):
-        solve = precondition = coefficient = to_dense = damping_scale = alpha = (
-            failed_conditions
-        ) = lambda self, *arguments: jnp.zeros(())
+        operator = damping_scale = lambda self, *arguments: jnp.zeros(())
 
     with pytest.raises(TypeError, match="Unknown is not known"):
         structure_cost(Unknown(), sizes)

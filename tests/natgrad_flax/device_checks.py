@@ -238,7 +238,7 @@ def count_flops():
 def unrolled():
     """Loops over single units without loops, of which XLA counts one iteration only."""
 
-    def unit_by_unit(function, units):
+    def unit_by_unit(function, units, batch_size=None):
         size = len(jax.tree.leaves(units)[0])
         parts = [function(jax.tree.map(lambda leaf, i=i: leaf[i], units)) for i in range(size)]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)

@@ -29,7 +29,7 @@ PYTEST_ARGS ?=
 PEERS_ARGS ?=
 
 # most programs of the suite run once, on a few numbers: optimising them was half of its time.
-# test-jax, test-jax11, test-slow and bench-check compile as users do
+# test-steps, test-jax, test-jax11, test-slow and bench-check compile as users do
 COMPILED_QUICKLY = XLA_FLAGS="$$($(BIN)/python tests/quick_flags.py)"
 
 # $(call find_python,MINOR,COMMANDS): prints the first of the commands that runs as Python >= 3.MINOR.
@@ -59,6 +59,10 @@ leaderboard: .venv/.run ## optimizers against frozen targets: leaderboard/leader
 .PHONY: test
 test: .venv/.dev ## the test suite, without the slow tests
 	$(COMPILED_QUICKLY) $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: test-steps
+test-steps: .venv/.dev ## forty steps of every structure beside stored values, compiled as users do on this JAX
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" tests/natgrad_flax/test_golden_steps.py $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: .venv/.dev ## the tests at the sizes of the papers; minutes each

@@ -1,19 +1,18 @@
 """Batched solves of many small SPD systems that share one Gram matrix."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
-from natgrad_flax.flops import telling_steps
-
-_UNITS = 64  # solved at once on a CPU, always: layers of all widths share their compiled kernels
-_BASE = 16  # most rows of a block that is eliminated row by row
-_BLOCK = 2 * _BASE  # rows of a block in products, which reach 140 GFLOP/s a core from 32 on
-_FEW = 16  # units that are solved one by one on a CPU: no slower, and much less to compile
-_MAX_BLOCKS = 8  # block columns per matrix: bounds the size of the compiled program
+_LANES = 64  # units on the minor axis: enough for XLA CPU to vectorise, not to unroll
+_MAX_BLOCKS = 8  # column blocks per matrix: bounds the size of the compiled program
+_MIN_BLOCK = 10  # smallest worthwhile column block
+_MAX_TERMS = 32  # products per fused kernel: LLVM gives up vectorising beyond about 45
 
 
 @partial(jax.jit, static_argnames="chunk_size")
@@ -22,15 +21,15 @@ def solve_scaled_gram(
 ) -> Array:
     """Solve ``(diag(d_i) A diag(d_i) + diag(e_i)) v_i = b_i`` for every unit ``i``.
 
-    On CPU this is an own blocked Cholesky: batched products of small blocks, and eliminations of
-    16 rows at a time. Batched LAPACK calls run serially there (about 7 GFLOP/s) and, in JAX >=
-    0.10, block on XLA's intra-op pool, so that two independent ones can deadlock. Elsewhere it is
-    a vmapped Cholesky factorisation.
+    On CPU this is an own blocked Cholesky with the units on the minor axis, made of elementwise
+    operations only. Batched LAPACK calls run serially there (about 7 GFLOP/s) and, in JAX >= 0.10,
+    block on XLA's intra-op pool, so that two independent ones can deadlock. Elsewhere it is a
+    vmapped Cholesky factorisation.
 
-    Cost: about ``M N^3 / 3`` flops plus ``O(M N^2 K)`` for blocks of K = max(32, N / 8); memory
-    ``chunk_size N^2`` numbers plus copies of the inputs. On CPU the program grows with N / 16 and
-    not with the number of units. Under ``vmap`` it runs one by one; derivatives solve with the
-    same matrices.
+    Cost: about ``M N^3 / 3`` flops plus ``O(M N^2 K)`` for column blocks of K ~ max(10, N / 8);
+    memory ``chunk_size N^2`` numbers plus copies of the inputs. On CPU the program is unrolled:
+    compile time grows with N (meant for N <= 200). Under ``vmap`` it runs one by one; derivatives
+    solve with the same matrices.
 
     Args:
         gram: Symmetric positive semi-definite matrix A, (N, N).
@@ -38,7 +37,7 @@ def solve_scaled_gram(
         shift: e >= 0, broadcastable to (N, M).
         rhs: b, (N, M).
         chunk_size: Units solved at once (default 64 on CPU, where a chunk should stay in the
-            cache and smaller numbers of units are padded, and at most 1024 elsewhere).
+            cache, and 1024 elsewhere).
 
     Returns:
         v, (N, M). NaN for units whose matrix is not numerically positive definite.
@@ -62,135 +61,115 @@ def _solve_in_chunks(
 ) -> Array:
     """The solve itself, of arguments of one dtype and full shape, one chunk after the other."""
     n, m = rhs.shape
-    if jax.default_backend() == "cpu":
-        size, solve = chunk_size or _UNITS, _solve_blocked
-        size_n = n if n <= _BASE else -(-n // 8) * 8  # products of odd sizes are slower
-        if m <= _FEW and not chunk_size:
-            size, size_n, solve = 1, n, _solve_lapack
+    shape: tuple[int, ...]
+    if jax.default_backend() != "cpu":
+        size = min(chunk_size or 1024, m)
+        shape, size_n, solve = (size,), n, _solve_chunk_lapack
     else:
-        size, size_n, solve = min(chunk_size or 1024, m), n, _solve_lapack
+        lanes = min(_LANES, m, chunk_size or m)
+        groups = max(1, min(chunk_size or 64, m) // lanes)
+        size, shape, solve = groups * lanes, (groups, lanes), _solve_chunk_cpu
+        blocks = min(_MAX_BLOCKS, -(-n // _MIN_BLOCK))
+        size_n = -(-n // blocks) * blocks
     pad = ((0, size_n - n), (0, -m % size))
-    units = [jnp.pad(x, pad, constant_values=e) for x, e in ((scale, 0), (shift, 1), (rhs, 0))]
-    return solve(jnp.pad(gram, (pad[0], pad[0])), units, size)[:n, :m]
+    gram = jnp.pad(gram, (pad[0], pad[0]))
+
+    def split(x: Array, fill: float) -> Array:  # (N, M) -> (chunks, *shape[:-1], N, shape[-1])
+        x = jnp.pad(x, pad, constant_values=fill)
+        return jnp.moveaxis(x.reshape(size_n, -1, *shape), 0, -2)
+
+    out = lax.map(lambda x: solve(gram, *x), (split(scale, 0), split(shift, 1), split(rhs, 0)))
+    return jnp.moveaxis(out, -2, 0).reshape(size_n, -1)[:n, :m]
 
 
-def _solve_lapack(gram: Array, units: list[Array], size: int) -> Array:
-    """Solve for scale, shift and rhs (N, M) by LAPACK or the like, ``size`` units at once."""
+def _solve_chunk_lapack(gram: Array, scale: Array, shift: Array, rhs: Array) -> Array:
+    """Solve one chunk (N, B) by vmapped Cholesky factorisations."""
 
-    def solve(unit: list[Array]) -> Array:
-        scale, shift, rhs = unit
-        matrix = scale[:, None] * gram * scale + shift * jnp.eye(len(rhs), dtype=rhs.dtype)
-        factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
-        return jax.scipy.linalg.cho_solve((factor, True), rhs)
+    def solve(d: Array, e: Array, b: Array) -> Array:
+        factor = jnp.linalg.cholesky(d[:, None] * gram * d + jnp.diag(e))
+        return jax.scipy.linalg.cho_solve((factor, True), b)
 
-    return lax.map(solve, [x.T for x in units], batch_size=size if size > 1 else None).T
+    return jax.vmap(solve, in_axes=1, out_axes=1)(scale, shift, rhs)
 
 
-def _solve_blocked(gram: Array, units: list[Array], size: int) -> Array:
-    """Solve for scale, shift and rhs (N, M) block by block, ``size`` units at once."""
-    n, m = units[0].shape
-    step = _BLOCK
-    while step * _MAX_BLOCKS < n:
-        step *= 2
-    cuts = [slice(p, min(p + step, n)) for p in range(0, n, step)]
-    grams = [[gram[rows, columns] for columns in cuts] for rows in cuts]
+def _solve_chunk_cpu(gram: Array, scale: Array, shift: Array, rhs: Array) -> Array:
+    """Solve one chunk (C, N, W) by left-looking blocked Cholesky, units on axes 0 and -1."""
+    (c, n, w), dtype = rhs.shape, rhs.dtype
+    k = n // min(_MAX_BLOCKS, -(-n // _MIN_BLOCK))
+    # known at run time only, even if gram is a constant, so that XLA keeps the branches
+    go = jnp.isfinite(lax.optimization_barrier(gram[0, 0]))
 
-    def load(index: Array) -> Array:
-        at = jnp.minimum(index, m // size - 1) * size
-        return jnp.stack([lax.dynamic_slice_in_dim(x, at, size, 1).T for x in units], axis=1)
+    def kernel(fun: Callable[..., Array], *args: Any) -> Array:  # XLA fuses nothing across a cond
+        out = jax.eval_shape(fun, *args)
+        return lax.cond(go, fun, lambda *_: jnp.full(out.shape, jnp.nan, out.dtype), *args)
 
-    def chunk(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        index, now, out = telling_steps(state[0], m // size), *state[1:]
-        found = _solve_chunk(grams, [now[..., cut] for cut in cuts])
-        # a slice that is fused into arithmetic is not vectorised: it comes a chunk ahead instead
-        return index + 1, load(index), lax.dynamic_update_index_in_dim(out, found, index - 1, 0)
+    def add_products(acc: Array, sign: int, count: int, factors: Callable, *args: Any) -> Array:
+        """Return acc + sign * (sum over t < count of the product of factors(t, *args))."""
 
-    # known at run time only, so that XLA does not unroll a single chunk, but compiles for it what
-    # other layers have
-    none, count = lax.optimization_barrier((jnp.asarray(0), jnp.asarray(m // size)))
-    start = (none + 1, load(none), jnp.zeros((m // size, size, n), gram.dtype))
-    _, _, out = lax.while_loop(lambda state: state[0] <= count, chunk, start)
-    return out.reshape(m, n).T
+        def part(lo: int, acc: Array, *args: Any) -> Array:
+            for t in range(lo, min(count, lo + _MAX_TERMS)):
+                x, y = factors(t, *args)
+                acc = acc + x * y if sign > 0 else acc - x * y
+            return acc
 
+        for lo in range(0, count, _MAX_TERMS):
+            acc = kernel(partial(part, lo), acc, *args)
+        return acc
 
-@jax.jit
-def _solve_chunk(grams: list[list[Array]], units: list[Array]) -> Array:
-    """Solve one chunk by left-looking blocked Cholesky, (B, N).
+    def cut(x: Array, axis: int, lo: int, size: int = 1) -> Array:
+        return lax.slice_in_dim(x, lo, lo + size, axis=axis)
 
-    Scale and shift ride along as right-hand sides: products of single rows are slower.
+    # Column blocks of the factor of [[K, b], [b^T, .]]: its last row is the forward solution.
+    scale1 = jnp.pad(scale, ((0, 0), (0, 1), (0, 0)))
+    gram1 = jnp.pad(gram, ((0, 1), (0, 0)))
+    lower, inv = list[Array](), list[Array]()
+    for p in range(0, n, k):
+        rows = n + 1 - p
+        d, e, b = (cut(x, 1, p, k)[:, None] for x in (scale, shift, rhs))
+        eye = jnp.eye(rows, k, dtype=dtype)[None, :, :, None]
+        last = jnp.eye(rows, 1, 1 - rows, dtype)[None, :, :, None]
+        panel = gram1[None, p:, p : p + k, None] * scale1[:, p:, None] * d + eye * e + last * b
 
-    Args:
-        grams: Blocks of A, (K, K).
-        units: Scale, shift and rhs in blocks, (B, 3, K).
-    """
-    blocks = range(len(units))
+        def update(t: int, done: list[Array], p: int = p, rows: int = rows) -> tuple:
+            x = cut(cut(done[t // k], 1, p - t // k * k, rows), 2, t % k)
+            return x, cut(x, 1, 0, k).reshape(c, 1, k, w)
 
-    def matrix(i: int, j: int) -> Array:
-        block = units[i][:, 0, :, None] * grams[i][j] * units[j][:, :1]
-        if i > j:
-            return block
-        return block + units[i][:, 1, :, None] * jnp.eye(block.shape[1], dtype=block.dtype)
+        solve = lambda t, x, y: (cut(x, 2, t), cut(y, 2, t).reshape(c, 1, k, w))  # noqa: E731
+        panel = add_products(panel, -1, p, update, lower) if p else kernel(lambda x: x, panel)
+        inv.append(_inverse_cholesky(cut(panel, 1, 0, k)))
+        lower.append(add_products(jnp.zeros_like(panel), 1, k, solve, panel, inv[-1]))
 
-    lower: dict[tuple[int, int], Array] = {}
-    inverse, half, out = list[Array](), list[Array](), list[Array]()
-    for j in blocks:
-        pivot, rhs = matrix(j, j), units[j]
-        for t in range(j):
-            pivot = pivot - _times_transpose(lower[j, t], lower[j, t])
-            rhs = rhs - _times_transpose(half[t], lower[j, t])
-        inverse.append(_inverse_cholesky(pivot))
-        half.append(_times_transpose(rhs, inverse[j]))
-        for i in blocks[j + 1 :]:
-            block = matrix(i, j)
-            for t in range(j):
-                block = block - _times_transpose(lower[i, t], lower[j, t])
-            lower[i, j] = _times_transpose(block, inverse[j])
-    for j in reversed(blocks):
-        rhs = half[j]
-        for i, found in zip(blocks[j + 1 :], out, strict=True):
-            rhs = rhs - found @ lower[i, j]
-        out.insert(0, rhs @ inverse[j])
-    return jnp.concatenate([rows[:, 2] for rows in out], axis=1)
-
-
-def _times_transpose(x: Array, y: Array) -> Array:
-    """x y^T for stacks of matrices (B, N, K) and (B, M, K)."""
-    return jnp.einsum("bnk,bmk->bnm", x, y)
+    out: list[Array] = []  # back substitution, L^T v = y
+    for p in range(n - k, -1, -k):
+        low, y = lower[p // k], lower[p // k][:, n - p]
+        if out:
+            inner = lambda t, low, v: (cut(low, 1, (t + 1) * k, k), v[t][:, :, None])  # noqa: E731
+            zero = jnp.zeros((c, k, k, w), dtype)
+            sums = add_products(zero, 1, len(out), inner, low, out)
+            y = kernel(lambda y, s: y - sum(s[:, j] for j in range(k)), y, sums)
+        outer = lambda t, y, inverse: (cut(y, 1, t), inverse[:, t])  # noqa: E731
+        out.insert(0, add_products(jnp.zeros_like(y), 1, k, outer, y, inv[p // k]))
+    return jnp.concatenate(out, 1)
 
 
 def _inverse_cholesky(block: Array) -> Array:
-    """Inverse of the Cholesky factor of (B, K, K) blocks, by halves."""
-    k = block.shape[1]
-    if k <= _BASE:
-        return _inverse_by_rows(block.transpose(1, 2, 0)).transpose(2, 0, 1)
-    half = k // 2
-    first = _inverse_cholesky(block[:, :half, :half])
-    lower = _times_transpose(block[:, half:, :half], first)
-    second = _inverse_cholesky(block[:, half:, half:] - _times_transpose(lower, lower))
-    corner = -(second @ lower) @ first
-    top = jnp.pad(first, ((0, 0), (0, 0), (0, k - half)))
-    return jnp.concatenate([top, jnp.concatenate([corner, second], axis=2)], axis=1)
+    """Inverse of the Cholesky factor of (C, K, K, W) blocks, by K elimination steps.
 
-
-def _inverse_by_rows(block: Array) -> Array:
-    """Inverse of the Cholesky factor of (K, K, B) blocks, by K elimination steps in place.
-
-    Units are on the minor axis, which XLA CPU vectorises.
+    Each step eliminates with row and column 0 and rolls both axes by one (static slices only), so
+    that after K steps row r of the result is back in place; ``active`` marks unfinished rows.
     """
-    k = block.shape[0]
-    index = jnp.arange(k)
+    k, dtype = block.shape[1], block.dtype
 
-    def step(t: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        rest, row = state
-        here = index == t
-        scale = lax.rsqrt(lax.dynamic_slice_in_dim(row, t, 1))
-        factors = jnp.where(here[:, None], -scale, 0)
-        factors = jnp.where((index > t)[:, None], row * (scale * scale), factors)
-        row = jnp.where(here[:, None], 1, row)
-        keep = 1 - here.astype(block.dtype)
-        rest = rest * (keep[:, None] * keep)[:, :, None] - factors[:, None] * row
-        # the next row as part of the state: read from ``rest``, it would cost a copy of all of it
-        return rest, lax.dynamic_index_in_dim(rest, jnp.minimum(t + 1, k - 1), keepdims=False)
+    def append(x: Array, value: float, axis: int) -> Array:
+        return lax.pad(x, jnp.array(value, dtype), [(0, int(i == axis), 0) for i in range(x.ndim)])
 
-    done, _ = lax.fori_loop(0, k, step, (block, block[0]))
-    return jnp.where(jnp.tril(jnp.ones((k, k), bool))[:, :, None], done, 0)
+    def step(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        z, active = state
+        s = lax.rsqrt(z[:, :1, :1])
+        row = append(z[:, :1, 1:], 1, 2)
+        factor = z[:, 1:, :1] * (s * s) * active[None, 1:, None, None]
+        low = append(z[:, 1:, 1:], 0, 2) - factor * row
+        return jnp.concatenate([low, row * s], 1), append(active[1:], 0, 0)
+
+    z, _ = lax.fori_loop(0, k, step, (block, jnp.ones((k,), dtype)))
+    return jnp.where(jnp.tril(jnp.ones((k, k), bool))[None, :, :, None], z, 0)

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal, jaxprs_in_params
 
 from natgrad_flax.arrays import own_promotion
@@ -170,9 +168,10 @@ def _step_cost(equation: Any) -> Cost:
     if name in _RULES:
         return Cost(float(_RULES[name](ins, outs, params)), 0)
     if name == "while":
-        body = params["body_jaxpr"].jaxpr
-        found = _cost(body)
-        return Cost(_told_steps(body) * found.flops, found.held)
+        raise ValueError(
+            "the flops of a while loop depend on its values: give it a fixed length, with "
+            "lax.scan, lax.map or the bounds of lax.fori_loop as Python numbers"
+        )
     inner = list(jaxprs_in_params(params))
     if inner:
         times = params["mesh"].size if name == "shard_map" else params.get("length", 1)
@@ -187,29 +186,6 @@ def _step_cost(equation: Any) -> Cost:
     if name.startswith("reduce_"):
         entries = math.prod(ins[0]) - entries
     return Cost(float(entries), 0)
-
-
-def _told_steps(body: Any) -> int:
-    """How often the body of a while loop runs, where ``telling_steps`` says it."""
-    told = [str(e.params["name"]) for e in body.eqns if e.primitive.name == "name"]
-    for name in told:
-        if name.startswith(_STEPS):
-            return int(name.removeprefix(_STEPS))
-    raise ValueError(
-        "the flops of a while loop depend on its values: give it a fixed length, with lax.scan, "
-        "lax.map or the bounds of lax.fori_loop as Python numbers"
-    )
-
-
-def telling_steps(index: Array, steps: int) -> Array:
-    """The counter of a while loop, unchanged, with a note in the program of how often it runs.
-
-    For loops whose length XLA must not know.
-    """
-    return checkpoint_name(index, f"{_STEPS}{steps}")
-
-
-_STEPS = "steps of the loop: "
 
 
 def _product(ins: list[Shape], outs: list[Shape], params: dict[str, Any]) -> float:

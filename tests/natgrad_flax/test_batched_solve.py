@@ -49,11 +49,9 @@ def test_matches_numpy(n, m, chunk, dtype):
         assert err < 10 * tol
 
 
-@pytest.mark.parametrize(("n", "blocks"), [(100, 8), (90, 1)], ids=["small", "large"])
-def test_many_blocks(monkeypatch, n, blocks):
-    monkeypatch.setattr(batched_solve, "_MAX_BLOCKS", blocks)
-    args = _problem(n, 70, np.float32)
-    res, _ = _residual(*args, jax.jit(lambda *a: solve_scaled_gram(*a))(*args))
+def test_many_blocks():
+    args = _problem(100, 70, np.float32)
+    res, _ = _residual(*args, jax.jit(solve_scaled_gram)(*args))
     assert res < 1e-5
 
 
@@ -73,27 +71,20 @@ def test_broadcast_shift(shape):
     assert _residual(a, d, e, b, v)[0] < 1e-5
 
 
-def _program(closed=0, units=20):
-    args = [jnp.asarray(x) for x in _problem(12, units, np.float32)]
-    step = jax.jit(lambda *rest: solve_scaled_gram(*args[:closed], *rest))
-    text = step.lower(*args[closed:]).compile().as_text()
-    return text.count(" while("), text.count(" = ")
-
-
 @pytest.mark.parametrize("closed", [1, 4], ids=["gram", "everything"])
 def test_constants_compile_to_the_program_of_arguments(closed):
-    loops, size = _program()
-    assert loops == 2  # over chunks, though there is one, and over rows
-    ours = _program(closed)
-    assert ours[0] == loops
-    assert 0.8 < ours[1] / size < 1.1
+    # folded fences let XLA fuse the whole factorisation into a few kernels that are slow
+    args = [jnp.asarray(x) for x in _problem(12, 20, np.float32)]
 
+    def compiled(*constants):
+        step = jax.jit(lambda *rest: solve_scaled_gram(*constants, *rest))
+        return step.lower(*args[len(constants) :]).compile().as_text()
 
-def test_the_program_does_not_grow_with_the_units():
-    loops, size = _program(units=70)
-    more = _program(units=500)
-    assert more[0] == loops
-    assert more[1] < 1.05 * size
+    ours, plain = compiled(*args[:closed]), compiled()
+    fences = [text.count(" conditional(") for text in (ours, plain)]
+    assert fences[0] == fences[1] > 0
+    instructions = [text.count(" = ") for text in (ours, plain)]
+    assert 0.9 < instructions[0] / instructions[1] < 1.1
 
 
 def test_lapack_path(monkeypatch):

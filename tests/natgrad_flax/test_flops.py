@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import natgrad_flax as ng
 from natgrad_flax.costs import solve_cost
-from natgrad_flax.flops import cost_of, telling_steps
+from natgrad_flax.flops import cost_of
 from natgrad_flax.linalg import lu_solve, pinv_solve, solve_psd, symmetric_product
 from natgrad_flax.operators.least_squares import least_squares
 
@@ -161,17 +161,6 @@ def test_a_program_on_a_mesh_counts_once_for_every_device():
     spec = PartitionSpec("d")
     program = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=spec, out_specs=spec)
     assert flops(program, shape(8, 6)) == 4 * (2 * 2 * 2 * 6)
-
-
-def test_a_while_loop_that_tells_its_length_counts_so_often():
-    def loop(a, count):
-        def body(state):
-            index, x = telling_steps(state[0], 7), state[1]
-            return index + 1, x @ a
-
-        return jax.lax.while_loop(lambda state: state[0] < count, body, (0, a))[1]
-
-    assert cost_of(loop, shape(3, 3), jax.ShapeDtypeStruct((), jnp.int32)).flops == 7 * 2 * 27
 
 
 def test_what_cannot_be_counted_is_refused():

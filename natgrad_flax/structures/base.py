@@ -55,8 +55,9 @@ class Structure(abc.ABC):
     infinite_width: ClassVar[Literal["none", "train", "all"]] = "none"
     """Where the coefficient matrix has a limit as the width goes to infinity."""
 
-    damping_margin: ClassVar[float] = 1.0
-    """How many times the unit roundoff a damping must be for a step that is right to 1 %."""
+    damping_margin: ClassVar[float] = 100.0
+    """How many times the unit roundoff a damping must be, beside eigenvalues of 1, for a step right to
+    1 %: systems of Gram matrices lose eps times their condition."""
 
     couples_layers: ClassVar[bool] = False
     """Whether layers are solved together, from the Gram matrix or Fisher block of each."""

@@ -52,6 +52,7 @@ class EKFAC(AveragedStructure):
     style = styled("EKFAC", "#661100", "*", short="EKFAC")
     eigensystems = True
     cheap_inverse = True
+    damping_margin = 1.0  # no system is solved
     has_basis = True
 
     def __post_init__(self) -> None:

@@ -75,7 +75,6 @@ class KFAC(KroneckerAverage):
     optimal_rate = "1/(N L)"
     infinite_width = "all"
     shared_weights = "rows"
-    damping_margin = 100.0  # it stands in both factors
     limit_kernels = ("inputs", "derivatives")
     coefficient_arrays = (0.0, 8.0)
 

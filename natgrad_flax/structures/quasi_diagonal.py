@@ -48,6 +48,7 @@ class QuasiDiagonal(AveragedStructure):
     default_damping = RelativeDamping(1e-3)  # as for ``Diagonal``
     without_biases = "diagonal"
     cheap_inverse = True
+    damping_margin = 1.0  # no system is solved
 
     def operator(self, signals: Signals) -> Blocks:
         """The metric of every layer, the diagonal where it has no bias."""

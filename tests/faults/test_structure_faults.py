@@ -85,9 +85,14 @@ SMALL = {
     "below that of float64": (partial(held, 1e-17, float), Warned("below the rounding of float64")),
     "a step with it": (partial(step, ng.Diagonal(), 1e-9), Warned("below the rounding")),
     "a step of K-FAC": (partial(step, ng.KFAC(), 1e-6), Warned("below 100 times the rounding")),
-    "other structures there": (partial(step, ng.Diagonal(), 1e-6), Right()),
+    "a step of one system": (
+        partial(step, ng.Exact(), 1e-6),
+        Warned("below 100 times the rounding"),
+    ),
+    "without a system": (partial(step, ng.Diagonal(), 1e-6), Right()),
+    "in an eigenbasis": (partial(step, ng.EKFAC(), 1e-6), Right()),
     "Monte-Carlo": (
-        partial(step, ng.Exact(), 1e-6, fisher="mc", key=jax.random.key(1)),
+        partial(step, ng.Diagonal(), 1e-6, fisher="mc", key=jax.random.key(1)),
         Warned("use 6e-06 or more"),
     ),
     "above it": (partial(held, 1e-7), Right()),

@@ -56,8 +56,8 @@ class Structure(abc.ABC):
     """Where the coefficient matrix has a limit as the width goes to infinity."""
 
     damping_margin: ClassVar[float] = 100.0
-    """How many times the unit roundoff a damping must be, beside eigenvalues of 1, for a step right to
-    1 %: systems of Gram matrices lose eps times their condition."""
+    """How many times the unit roundoff a damping must be, beside eigenvalues of 1, for a step right
+    to 1 %: solves with Gram matrices lose eps times the condition."""
 
     couples_layers: ClassVar[bool] = False
     """Whether layers are solved together, from the Gram matrix or Fisher block of each."""

@@ -29,7 +29,6 @@ from natgrad_flax.parts import in_parts
 from natgrad_flax.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.signals import Signals
 from natgrad_flax.structures import STRUCTURES, AveragedStructure, Moments
-from natgrad_flax.structures.base import gradient as gradient_of
 from natgrad_flax.taps import Path
 from natgrad_flax.trees import by_path, moved_by
 
@@ -322,7 +321,7 @@ class AveragedStep:
             slope: Any = ()
             if own:
                 assert residual is not None
-                slope = gradient_of(signals, residual)
+                slope = residual.vector(signals.layers)
             one_part = self.microbatches == 1
             with full_products():
                 statistics = means(signals)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -306,8 +306,8 @@ class FisherOperator:
           ValueError: it does not fit into memory.
         """
         check_fits(self.num_params, jnp.dtype(self.dtype).itemsize, f"the matrix of {self!r}", 3.0)
-        order = self._order()
-        return self._run("to_dense", damping=damping)[order][:, order]
+        dense = self._run("to_dense", damping=damping)
+        return dense[self._order][:, self._order]
 
     def to_scipy(self, damping: Damping | None = None) -> LinearOperator:
         """v -> F v on raveled parameters, or (F + rho)^{-1} v where there is a damping."""
@@ -331,18 +331,19 @@ class FisherOperator:
 
     def _times(self, vector: Array, damping: Damping | None) -> Array:
         """F v or (F + rho)^{-1} v for a raveled v, (P,)."""
-        back = jnp.argsort(self._order())
-        layers = unravel(self._signals.layers, vector[back])
+        layers = unravel(self._signals.layers, vector[np.argsort(self._order)])
         if damping is None:
             found = self._run("matvec", layers)
         else:
             found = self._run("solve", ParameterGradient(layers), damping=damping)
-        return ravel(found)[self._order()]
+        return ravel(found)[self._order]
 
-    def _order(self) -> Array:
+    @cached_property
+    def _order(self) -> np.ndarray:
         """Where the entries of a raveled tree stand among those of the layers."""
-        places = jnp.arange(self.num_params)
-        return ravel_pytree(self._tree(unravel(self._signals.layers, places), cast=False))[0]
+        with jax.ensure_compile_time_eval():
+            places = unravel(self._signals.layers, jnp.arange(self.num_params))
+            return np.asarray(ravel_pytree(self._tree(places, cast=False))[0])
 
     def _definite(self, found: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
         leaves = [leaf for leaf in jax.tree.leaves(found) if is_concrete(leaf)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -71,21 +71,71 @@ class Operator(abc.ABC):
 
     def logdet(self, damping: Array | float) -> Array:
         """log det(F + rho), shape (); NaN or -inf where it is not positive definite."""
-        values = self.eigenvalues()
-        rest = self.num_params - len(values)
-        total = jnp.sum(jnp.log(values + damping))
-        return total + rest * jnp.log(damping) if rest else total
+        return log_determinant(self.eigenvalues(), self.num_params, damping)
 
     def extremes(self, damping: Array | float) -> tuple[Array, Array]:
         """The smallest and the largest eigenvalue of F + rho."""
-        values = self.eigenvalues()
-        if len(values) < self.num_params:
-            values = jnp.append(values, 0)
-        return jnp.min(values) + damping, jnp.max(values) + damping
+        return extreme_eigenvalues(self.eigenvalues(), self.num_params, damping)
 
     @abc.abstractmethod
     def to_dense(self, damping: Array | float = 0.0) -> Array:
         """F + rho, shape (P, P), parameters in the order of ``Signals.to_dense``."""
+
+
+@dataclass(frozen=True)
+class OfRows(Operator):
+    """An operator made of the rows of J of some layers.
+
+    Attributes:
+      layers: the signals, N samples and S seeds each.
+      space: "sample" for systems as large as the rows, "parameter" for (P, P), "auto" for the
+        smaller.
+    """
+
+    layers: tuple[LayerSignals, ...]
+    space: Space = "auto"
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.layers[0].num_samples
+
+    @property
+    def num_rows(self) -> int:
+        """N S."""
+        return self.num_samples * self.layers[0].num_seeds
+
+    @property
+    def num_params(self) -> int:
+        """P."""
+        return sum(layer.num_params for layer in self.layers)
+
+    @property
+    def in_parameters(self) -> bool:
+        """Whether systems are (P, P)."""
+        return in_parameters(self.space, self.num_rows, self.num_params)
+
+    @property
+    def side(self) -> int:
+        """Of the systems that are solved."""
+        return self.num_params if self.in_parameters else self.num_rows
+
+
+@dataclass(frozen=True)
+class OfLayer(Operator):
+    """An operator on the parameters of one layer.
+
+    Attributes:
+      layer: the signals.
+    """
+
+    layer: Any
+
+    @property
+    def num_params(self) -> int:
+        """P of the layer."""
+        count: int = self.layer.num_params
+        return count
 
 
 @dataclass(frozen=True)
@@ -155,6 +205,20 @@ class Blocks(Operator):
 
 def _joined(parts: object) -> tuple[LayerUpdate, ...]:
     return tuple(update for part in parts for update in part)  # type: ignore[attr-defined]
+
+
+def log_determinant(values: Array, size: int, damping: Array | float) -> Array:
+    """log det(F + rho) of F with these eigenvalues, and zeros besides up to a size."""
+    rest = size - len(values)
+    total = jnp.sum(jnp.log(values + damping))
+    return total + rest * jnp.log(damping) if rest > 0 else total
+
+
+def extreme_eigenvalues(values: Array, size: int, damping: Array | float) -> tuple[Array, Array]:
+    """The smallest and the largest eigenvalue of F + rho; the arguments as above."""
+    if len(values) < size:
+        values = jnp.append(values, 0)
+    return jnp.min(values) + damping, jnp.max(values) + damping
 
 
 def noise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,9 +12,9 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, dense_jacobian, ravel, unravel
+from natgrad_flax.layer_signals import LayerUpdate, dense_jacobian, ravel, unravel
 from natgrad_flax.linalg import eigvalsh, lu_solve, pinv_solve
-from natgrad_flax.operators.base import Operator, Space, add, in_parameters, noise
+from natgrad_flax.operators.base import OfRows, add, noise
 from natgrad_flax.operators.coupling import (
     coupled_gram,
     mix,
@@ -28,47 +29,23 @@ Solver = Callable[..., list[Array]]
 
 
 @dataclass(frozen=True)
-class Coupled(Operator):
+class Coupled(OfRows):
     """S^T (Sigma (x) I) S / N with S = blockdiag(J_1, ..., J_L) (Karakida & Osawa 2020, Eq. 15).
 
     It is as definite as Sigma is.
 
     Attributes:
-      layers: the signals.
       sigma: Sigma, shape (L, L).
-      space: "sample" for (L N S, L N S) systems, "parameter", "auto" for the smaller.
       solver: of damped systems in sample space.
     """
 
-    layers: tuple[LayerSignals, ...]
-    sigma: np.ndarray
-    space: Space = "auto"
+    sigma: np.ndarray = dataclasses.field(kw_only=True)
     solver: Solver = solve_coupled
-
-    @property
-    def num_samples(self) -> int:
-        """N."""
-        return self.layers[0].num_samples
-
-    @property
-    def num_params(self) -> int:
-        """P."""
-        return sum(layer.num_params for layer in self.layers)
 
     @property
     def num_rows(self) -> int:
         """L N S."""
-        return len(self.layers) * self.num_samples * self.layers[0].num_seeds
-
-    @property
-    def in_parameters(self) -> bool:
-        """Whether systems are (P, P)."""
-        return in_parameters(self.space, self.num_rows, self.num_params)
-
-    @property
-    def side(self) -> int:
-        """Of the systems that are solved."""
-        return self.num_params if self.in_parameters else self.num_rows
+        return len(self.layers) * super().num_rows
 
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """See ``Operator.solve``."""

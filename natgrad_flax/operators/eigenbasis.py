@@ -12,7 +12,7 @@ from jax import Array
 from natgrad_flax.damping import is_zero
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import above_rounding, add_diagonal, rank_cutoff, reciprocal
-from natgrad_flax.operators.base import Operator, add, noise
+from natgrad_flax.operators.base import OfLayer, add, noise
 from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.operators.kronecker import AffineSignals, grouped, ungrouped
 from natgrad_flax.signals import DenseSignals
@@ -22,7 +22,7 @@ Basis = dict[str, Array]
 
 
 @dataclass(frozen=True)
-class Eigenbasis(Operator):
+class Eigenbasis(OfLayer):
     """(U_A (x) U_B) diag(S) (U_A (x) U_B)^T of an affine layer, for each group of units.
 
     Attributes:
@@ -34,11 +34,6 @@ class Eigenbasis(Operator):
     layer: AffineSignals
     basis: Basis
     squares: Array
-
-    @property
-    def num_params(self) -> int:
-        """P of the layer."""
-        return self.layer.num_params
 
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """See ``Operator.solve``.

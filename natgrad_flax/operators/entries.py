@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
-from natgrad_flax.operators.base import Operator
+from natgrad_flax.operators.base import OfLayer
 from natgrad_flax.operators.gradient import Gradient
 
 
 @dataclass(frozen=True)
-class Entries(Operator):
+class Entries(OfLayer):
     """A diagonal of one layer.
 
     Attributes:
@@ -24,11 +24,6 @@ class Entries(Operator):
 
     layer: LayerSignals
     entries: LayerUpdate
-
-    @property
-    def num_params(self) -> int:
-        """P of the layer."""
-        return self.layer.num_params
 
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """The gradient over the diagonal; 0 where an entry of the undamped diagonal is 0."""

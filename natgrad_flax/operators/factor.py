@@ -21,7 +21,12 @@ from natgrad_flax.linalg import (
     solve_psd,
     symmetric_product,
 )
-from natgrad_flax.operators.base import Space, in_parameters
+from natgrad_flax.operators.base import (
+    Space,
+    extreme_eigenvalues,
+    in_parameters,
+    log_determinant,
+)
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
 from natgrad_flax.signals import DenseSignals
 
@@ -193,17 +198,11 @@ class Factor:
 
     def logdet(self, damping: Array | float) -> Array:
         """log det(A + rho), shape ()."""
-        values = self.eigenvalues()
-        rest = self.rows.shape[1] - len(values)
-        total = jnp.sum(jnp.log(values + damping))
-        return total + rest * jnp.log(damping) if rest else total
+        return log_determinant(self.eigenvalues(), self.rows.shape[1], damping)
 
     def extremes(self, damping: Array | float) -> tuple[Array, Array]:
         """The smallest and the largest eigenvalue of A + rho."""
-        values = self.eigenvalues()
-        whole = len(values) == self.rows.shape[1]
-        low = jnp.min(values) if whole else jnp.zeros(())
-        return low + damping, jnp.max(values) + damping
+        return extreme_eigenvalues(self.eigenvalues(), self.rows.shape[1], damping)
 
     def eigenvalues(self) -> Array:
         """Of A, those that may be other than zero."""

@@ -13,7 +13,7 @@ from jax import Array
 from natgrad_flax.damping import is_zero
 from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import inverse_psd
-from natgrad_flax.operators.base import Operator, Space
+from natgrad_flax.operators.base import OfLayer, Space
 from natgrad_flax.operators.factor import ArrayRows, Factor, InputRows, UnitRows
 from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.shared_signals import SharedSignals, Sharing
@@ -34,7 +34,7 @@ def factor_rows(layer: AffineSignals, sharing: Sharing) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True)
-class Kronecker(Operator):
+class Kronecker(OfLayer):
     """A (x) B of an affine layer, for each group of units; (A + rho_A) (x) (B + rho_B) damped.
 
     Attributes:
@@ -73,11 +73,6 @@ class Kronecker(Operator):
             sides = ArrayRows(left), ArrayRows(right)
         a, b = (Factor(rows, over, space) for rows, over in zip(sides, divisors, strict=True))
         return cls(layer, a, b, split)
-
-    @property
-    def num_params(self) -> int:
-        """P of the layer."""
-        return self.layer.num_params
 
     @property
     def groups(self) -> int:

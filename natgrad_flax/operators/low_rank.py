@@ -9,49 +9,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, dense_jacobian, ravel, unravel
+from natgrad_flax.layer_signals import LayerUpdate, dense_jacobian, ravel, unravel
 from natgrad_flax.linalg import add_diagonal, psd_eigenvalues, solve_psd
-from natgrad_flax.operators.base import Operator, Space, add, in_parameters, noise
+from natgrad_flax.operators.base import OfRows, add, noise
 from natgrad_flax.operators.gradient import Gradient
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
 
 
 @dataclass(frozen=True)
-class LowRank(Operator):
-    """J^T J / N of some layers together, solved with one matrix on the smaller side.
-
-    Attributes:
-      layers: the signals of the layers, N samples and S seeds each.
-      space: "sample" for (N S, N S) systems, "parameter" for (P, P), "auto" for the smaller.
-    """
-
-    layers: tuple[LayerSignals, ...]
-    space: Space = "auto"
-
-    @property
-    def num_samples(self) -> int:
-        """N."""
-        return self.layers[0].num_samples
-
-    @property
-    def num_rows(self) -> int:
-        """N S."""
-        return self.num_samples * self.layers[0].num_seeds
-
-    @property
-    def num_params(self) -> int:
-        """P."""
-        return sum(layer.num_params for layer in self.layers)
-
-    @property
-    def in_parameters(self) -> bool:
-        """Whether systems are (P, P)."""
-        return in_parameters(self.space, self.num_rows, self.num_params)
-
-    @property
-    def side(self) -> int:
-        """Of the systems that are solved."""
-        return self.num_params if self.in_parameters else self.num_rows
+class LowRank(OfRows):
+    """J^T J / N of some layers together, solved with one matrix on the smaller side."""
 
     def gram(self) -> Array:
         """J J^T, shape (N S, N S); no 1/N."""

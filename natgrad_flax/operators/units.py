@@ -12,13 +12,13 @@ from jax import Array
 from natgrad_flax.damping import is_zero, of_block
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, inverse_psd, psd_eigenvalues, solve_psd
-from natgrad_flax.operators.base import Operator, Space, add, noise
+from natgrad_flax.operators.base import OfLayer, Space, add, noise
 from natgrad_flax.operators.gradient import Gradient
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
 
 
 @dataclass(frozen=True)
-class UnitBlocks(Operator):
+class UnitBlocks(OfLayer):
     """J_i^T J_i / N of every unit i of a layer, from its per-sample Jacobians.
 
     Attributes:
@@ -28,11 +28,6 @@ class UnitBlocks(Operator):
 
     layer: LayerSignals
     space: Space = "auto"
-
-    @property
-    def num_params(self) -> int:
-        """P of the layer."""
-        return self.layer.num_params
 
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """See ``Operator.solve``; of a pair of dampings the first counts."""

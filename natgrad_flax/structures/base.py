@@ -13,7 +13,7 @@ from jax import Array
 from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
 from natgrad_flax.operators.base import Operator
-from natgrad_flax.operators.gradient import Gradient, ParameterGradient, Residual
+from natgrad_flax.operators.gradient import Gradient, ParameterGradient
 from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
 from natgrad_flax.signals import DenseSignals, Signals
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
@@ -271,11 +271,6 @@ def has_shared_layers(signals: Signals) -> bool:
 def dense_layer(layer: LayerSignals) -> DenseSignals:
     """A layer of which ``has_shared_layers`` says that it is not shared."""
     return cast(DenseSignals, layer)
-
-
-def gradient(signals: Signals, residual: Residual) -> tuple[LayerUpdate, ...]:
-    """J^T r / N, the gradient of the loss, one entry a layer."""
-    return residual.vector(signals.layers)
 
 
 def triangle(side: int) -> int:

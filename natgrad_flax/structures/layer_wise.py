@@ -102,7 +102,12 @@ class LayerWise(Structure):
 
     def operator(self, signals: Signals) -> Operator:
         """S^T (Sigma (x) I) S / N."""
-        return Coupled(signals.layers, self.coupling(len(signals.layers)), self.space, self._solver)
+        return Coupled(
+            signals.layers,
+            self.space,
+            sigma=self.coupling(len(signals.layers)),
+            solver=self._solver,
+        )
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """Eq. 16 at zero damping; sum_l K_l(x', x) U_l with damping (science: 3.3)."""
@@ -113,7 +118,7 @@ class LayerWise(Structure):
         self, test: Signals, train: Signals, damping: Array | float, vectors: Array
     ) -> Array:
         """sum_l K_l(x', x) U_l with the k columns of V as right-hand sides."""
-        coupled = Coupled(train.layers, self.coupling(len(train.layers)), solver=self._solver)
+        coupled = Coupled(train.layers, sigma=self.coupling(len(train.layers)), solver=self._solver)
         duals = coupled.solve_duals(vectors, damping)
         parts = [
             there.gram(here) @ dual
@@ -177,7 +182,7 @@ class LayerWise(Structure):
 
     def _sizes(self, signals: Signals) -> Coupled:
         """The operator of any Sigma, for its sizes."""
-        return Coupled(signals.layers, np.eye(len(signals.layers)), self.space)
+        return Coupled(signals.layers, self.space, sigma=np.eye(len(signals.layers)))
 
     def system_arrays(self, signals: Signals) -> float:
         """See ``Structure.system_arrays``."""

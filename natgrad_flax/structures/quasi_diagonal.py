@@ -12,7 +12,7 @@ from jax import Array
 from natgrad_flax.damping import RelativeDamping, per_layer
 from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
 from natgrad_flax.linalg import eigvalsh, rank_cutoff, reciprocal
-from natgrad_flax.operators.base import Blocks, Operator
+from natgrad_flax.operators.base import Blocks, OfLayer
 from natgrad_flax.operators.entries import Entries, divide
 from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.shared_signals import SharedSignals
@@ -174,7 +174,7 @@ class QuasiDiagonal(AveragedStructure):
 
 
 @dataclass(frozen=True)
-class BiasAndDiagonal(Operator):
+class BiasAndDiagonal(OfLayer):
     """M_0 M_0^T / M_00 + diag(0, M_jj - M_0j^2 / M_00) of every unit of a layer with a bias.
 
     A damping is added to M.
@@ -186,11 +186,6 @@ class BiasAndDiagonal(Operator):
 
     layer: LayerSignals
     moments: LayerUpdate
-
-    @property
-    def num_params(self) -> int:
-        """P of the layer."""
-        return self.layer.num_params
 
     def damped(self, damping: Array | float) -> LayerUpdate:
         """What solves the metric."""

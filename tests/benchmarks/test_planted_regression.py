@@ -15,7 +15,6 @@ import pytest
 
 import natgrad_flax as ng
 from benchmarks import accuracy, dynamics, isotropy, problems, step
-from natgrad_flax.structures.base import gradient
 from ntk_analysis import methods
 
 PROJECT = Path(__file__).parents[2]
@@ -26,7 +25,7 @@ class PlainGradient(ng.Exact):
     """Solves nothing."""
 
     def solve(self, signals, residual, damping):
-        return gradient(signals, residual)
+        return residual.vector(signals.layers)
 
 
 @dataclass(frozen=True)

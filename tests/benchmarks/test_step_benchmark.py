@@ -14,10 +14,9 @@ from benchmarks import answers, networks, programs, step
 from benchmarks.problems import LINES, STRUCTURES, Case, Entry, Line, make_problem
 from natgrad_flax.fisher_kinds import fisher_signals
 from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.layer_signals import LayerUpdate, ravel
 from natgrad_flax.operators.gradient import Residual
 from natgrad_flax.signals import Signals
-from natgrad_flax.structures.base import gradient, ravel
 from ntk_analysis.gradient_descent import GradientDescent
 
 
@@ -152,7 +151,7 @@ class PlainGradient(ng.Exact):
     def solve(
         self, signals: Signals, residual: Residual, damping: jax.Array | float
     ) -> tuple[LayerUpdate, ...]:
-        return gradient(signals, residual)
+        return residual.vector(signals.layers)
 
 
 class Scaled(ng.BlockDiagonal):

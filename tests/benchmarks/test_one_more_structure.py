@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import toy_leaderboard
 from flax import nnx
+from own_process import found_by
 from scalar_structure import Scalar
 
 import natgrad_flax as ng
@@ -47,22 +45,8 @@ def listed(tmp_path_factory):
     source = source.replace(LINE, LINE.replace("\n", "\n    Scalar,\n"))
     imported = "from natgrad_flax.structures.scalar import Scalar\n\nSTRUCTURES:"
     registry.write_text(source.replace("STRUCTURES:", imported, 1), encoding="utf-8")
-    path = os.pathsep.join(map(str, (package.parent, HERE.parents[1])))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    if store := jax.config.jax_compilation_cache_dir:
-        environment["JAX_COMPILATION_CACHE_DIR"] = store
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    found = folder / "found.json"
-    done = subprocess.run(
-        [sys.executable, str(HERE / "scalar_run.py"), str(folder), str(found)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(found.read_text(encoding="utf-8")) | {"folder": folder}
+    script, folders = HERE / "scalar_run.py", (package.parent, HERE.parents[1])
+    return found_by(script, folder, str(folder), folders=folders) | {"folder": folder}
 
 
 def problem(samples=4):

@@ -2,10 +2,6 @@
 
 import copy
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
+from own_process import found_by
 
 import natgrad_flax as ng
 from natgrad_flax import devices
@@ -27,26 +24,10 @@ LOSS = ng.MeanSquaredError()
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """What ``device_checks.py`` found on eight devices."""
-    found = tmp_path_factory.mktemp("devices") / "found.json"
     script = Path(__file__).with_name("device_checks.py")
     # with the root first, as the folder of tests has one of the package's name
-    folders = os.pathsep.join(str(script.parents[up]) for up in (2, 1))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": folders}
-    store = jax.config.jax_compilation_cache_dir
-    if store:
-        # most of its time is compilation
-        environment["JAX_COMPILATION_CACHE_DIR"] = store
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    done = subprocess.run(
-        [sys.executable, str(script), str(found)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(found.read_text(encoding="utf-8"))
+    folders = (script.parents[2], script.parents[1])
+    return found_by(script, tmp_path_factory.mktemp("devices"), folders=folders)
 
 
 def test_every_structure_gives_the_step_of_one_device(eight):

@@ -20,18 +20,18 @@ import natgrad_flax as ng
 from benchmarks.problems import Entry, Line, Problem
 from benchmarks.programs import LEARNING_RATE, check_finite, damping
 from natgrad_flax.damping import per_layer
-from natgrad_flax.fisher_kinds import fisher_signals
-from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.layer_signals import (
+from natgrad_flax.optimizer.gradient import resolve_damping
+from natgrad_flax.optimizer.trees import as_state, leaf_names
+from natgrad_flax.signals.base import (
     LayerSignals,
     LayerUpdate,
     layer_updates,
     matrix_of,
     named_updates,
 )
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Signals
-from natgrad_flax.trees import as_state, leaf_names
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.fisher import fisher_signals
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 
 DEFECT = 0.1
 """Most of |G u - g| / |g|. Rounding is about eps N S over the ratio of a relative damping."""

@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax.arrays import check_concrete
-from natgrad_flax.checks import check_array
-from natgrad_flax.memory import available_memory
+from natgrad_flax.arguments.arrays import check_concrete
+from natgrad_flax.arguments.memory import available_memory
+from natgrad_flax.optimizer.checks import check_array
 from ntk_analysis.block_devices import (
     AT_ONCE,
     Block,

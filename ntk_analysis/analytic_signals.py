@@ -17,8 +17,8 @@ from jax import Array
 
 from natgrad_flax import MLP, ConvNet, Signals, Structure
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layers import Conv, Dense
-from natgrad_flax.signals import DenseSignals
+from natgrad_flax.models.layers import Conv, Dense
+from natgrad_flax.signals.dense import DenseSignals
 from ntk_analysis.analytic import AnalyticKernels
 from ntk_analysis.empirical import Matrix
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad_flax import Signals, Structure
-from natgrad_flax.layer_signals import LayerSignals
-from natgrad_flax.shared_signals import SharedSignals
-from natgrad_flax.signals import DenseSignals
+from natgrad_flax.signals.base import LayerSignals
+from natgrad_flax.signals.dense import DenseSignals
+from natgrad_flax.signals.shared import SharedSignals
 from natgrad_flax.structures import Geometry
 from natgrad_flax.structures.geometry import NeededRank, SharedGeometry
 from ntk_analysis.empirical import Matrix
@@ -115,7 +115,7 @@ def failed_conditions(
     that sizes rule out is named once, with the size as its cause. Other structures name what their
     own ``failed_conditions`` finds in the sizes. Where T_l positions share weights, K-FAC needs
     ranks N T_l and N C T_l, and a channel of the unit-wise Fisher N C inputs
-    (``natgrad_flax.weight_sharing``).
+    (``natgrad_flax.structures.weight_sharing``).
 
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``.

@@ -16,8 +16,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, Residual, Signals, SoftmaxCrossEntropy, Structure
-from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.scalars import as_number, as_values, shown
+from natgrad_flax.arguments.scalars import as_number, as_values, shown
+from natgrad_flax.optimizer.gradient import resolve_damping
 from ntk_analysis.coefficient import Damping, check_coefficient_fits, check_theory_arguments
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals

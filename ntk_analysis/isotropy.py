@@ -10,9 +10,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, IsotropyWarning, Signals, Structure
-from natgrad_flax.learning_rate import model_geometry
+from natgrad_flax.optimizer.learning_rate import model_geometry
 from natgrad_flax.structures import Geometry
-from natgrad_flax.weight_sharing import (
+from natgrad_flax.structures.weight_sharing import (
     SharedGeometry,
     signals_geometry,
     traced_geometry,

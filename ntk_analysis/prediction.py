@@ -13,9 +13,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, Signals, Structure
+from natgrad_flax.arguments.scalars import check_integer, check_number, check_seed
 from natgrad_flax.damping import is_zero
-from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.scalars import check_integer, check_number, check_seed
+from natgrad_flax.optimizer.gradient import resolve_damping
 from ntk_analysis.analytic import Progress, analytic_inputs, analytic_kernels
 from ntk_analysis.analytic_signals import check_limit, check_shared_weights
 from ntk_analysis.coefficient import (

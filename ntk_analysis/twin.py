@@ -10,7 +10,7 @@ from typing import Any
 from flax import nnx
 
 from natgrad_flax import MLP, ConvNet
-from natgrad_flax.layers import Conv, Dense
+from natgrad_flax.models.layers import Conv, Dense
 from ntk_analysis._neural_tangents import stax
 from ntk_analysis.activation_kernels import ACTIVATION_KERNELS, HERMITE_TERMS
 from ntk_analysis.patches import Patches

@@ -14,7 +14,7 @@ from jax import Array
 import natgrad_flax as ng
 from benchmarks.peer_comparison import exchange
 from benchmarks.peer_comparison.examples import Example, as_problem, layers_of
-from natgrad_flax.fisher_kinds import FisherKind
+from natgrad_flax.signals.fisher import FisherKind
 from natgrad_flax.structures import NAMED
 
 RATE = 1e-3

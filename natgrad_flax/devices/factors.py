@@ -17,11 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from natgrad_flax.damping import is_zero
 from natgrad_flax.devices.dealing import Task, deal_out
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.operators.gradient import Gradient
 from natgrad_flax.operators.kronecker import factor_rows
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerUpdate
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 from natgrad_flax.structures import EKFAC, AveragedStructure, Moments
 
 Entries = tuple[dict[str, Any], ...]

@@ -12,15 +12,8 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 
-from natgrad_flax.arrays import batch_size, own_promotion
-from natgrad_flax.checks import (
-    check_fisher_batch,
-    check_microbatches,
-    check_needed_batch,
-    check_one_damping,
-    check_settings,
-    is_concrete,
-)
+from natgrad_flax.arguments.arrays import batch_size, own_promotion
+from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.devices.linear_solve import Solution
 from natgrad_flax.devices.passes import over_devices
@@ -32,26 +25,33 @@ from natgrad_flax.devices.placement import (
     on_mesh,
 )
 from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
-from natgrad_flax.fisher_kinds import FisherKind, check_key, in_range, part_signals, sampler
-from natgrad_flax.gradient import (
+from natgrad_flax.linalg import full_products
+from natgrad_flax.losses import Loss
+from natgrad_flax.optimizer.checks import (
+    check_fisher_batch,
+    check_microbatches,
+    check_needed_batch,
+    check_one_damping,
+    check_settings,
+    is_concrete,
+)
+from natgrad_flax.optimizer.gradient import (
     Damping,
     fisher_targets,
     loss_gradient,
     resolve_damping,
     static_damping,
 )
-from natgrad_flax.independence import check_samples_alone
-from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
-from natgrad_flax.linalg import full_products
-from natgrad_flax.losses import Loss
-from natgrad_flax.operators.gradient import Gradient, ParameterGradient
-from natgrad_flax.plans import hashable_filter
-from natgrad_flax.preparation import prepare
-from natgrad_flax.scalars import check_integer
-from natgrad_flax.signals import Signals
+from natgrad_flax.optimizer.preflight import prepare
+from natgrad_flax.optimizer.trees import as_state, by_path, moved_by_gradient
+from natgrad_flax.signals.base import LayerUpdate, layer_updates, named_updates
+from natgrad_flax.signals.dense import Signals
+from natgrad_flax.signals.fisher import FisherKind, check_key, in_range, part_signals, sampler
+from natgrad_flax.signals.gradient import Gradient, ParameterGradient
+from natgrad_flax.signals.independence import check_samples_alone
+from natgrad_flax.signals.plan import hashable_filter
+from natgrad_flax.signals.recording import Path
 from natgrad_flax.structures import Structure
-from natgrad_flax.taps import Path
-from natgrad_flax.trees import as_state, by_path, moved_by_gradient
 
 
 class UnsolvedError(RuntimeError):

@@ -16,13 +16,13 @@ from natgrad_flax.damping import per_layer
 from natgrad_flax.devices.dealing import Task, deal_out
 from natgrad_flax.devices.factors import cubed, split_last
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import symmetric_product
 from natgrad_flax.operators.base import in_parameters
-from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.operators.kronecker import factor_rows, grouped, ungrouped
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient, Residual
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 from natgrad_flax.structures import KFAC
 from natgrad_flax.structures.kronecker_average import inverse_groups
 

@@ -12,9 +12,9 @@ import jax
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from natgrad_flax.arrays import batch_size
+from natgrad_flax.arguments.arrays import batch_size
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.parts import Run, in_parts
+from natgrad_flax.signals.microbatches import Run, in_parts
 
 
 def over_devices(

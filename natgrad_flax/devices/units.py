@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec
 
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
-from natgrad_flax.operators.gradient import Gradient, ParameterGradient, Residual
 from natgrad_flax.operators.units import solve_units
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient, ParameterGradient, Residual
 from natgrad_flax.structures import UnitWise
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, unravel
-from natgrad_flax.operators.gradient import Gradient, ParameterGradient
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, unravel
+from natgrad_flax.signals.gradient import Gradient, ParameterGradient
 
 Space = Literal["auto", "sample", "parameter"]
 

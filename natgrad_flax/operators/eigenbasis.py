@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import above_rounding, add_diagonal, rank_cutoff, reciprocal
 from natgrad_flax.operators.base import OfLayer, add, noise
-from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.operators.kronecker import AffineSignals, grouped, ungrouped
-from natgrad_flax.signals import DenseSignals
+from natgrad_flax.signals.base import LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals
+from natgrad_flax.signals.gradient import Gradient, Residual
 
 Basis = dict[str, Array]
 """U_A as "inputs", (G, fan_in, r), and U_B as "units", (G, M/G, r')."""

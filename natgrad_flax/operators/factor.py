@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import matrix_of
 from natgrad_flax.linalg import (
     add_diagonal,
     eigh,
@@ -28,7 +27,8 @@ from natgrad_flax.operators.base import (
     log_determinant,
 )
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
-from natgrad_flax.signals import DenseSignals
+from natgrad_flax.signals.base import matrix_of
+from natgrad_flax.signals.dense import DenseSignals
 
 
 class Rows(Protocol):

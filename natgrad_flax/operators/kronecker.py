@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import inverse_psd
 from natgrad_flax.operators.base import OfLayer, Space
 from natgrad_flax.operators.factor import ArrayRows, Factor, InputRows, UnitRows
-from natgrad_flax.operators.gradient import Gradient, Residual
-from natgrad_flax.shared_signals import SharedSignals, Sharing
-from natgrad_flax.signals import DenseSignals, expand_samples
+from natgrad_flax.signals.base import LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, expand_samples
+from natgrad_flax.signals.gradient import Gradient, Residual
+from natgrad_flax.signals.shared import SharedSignals, Sharing
 
 AffineSignals = DenseSignals | SharedSignals
 """Signals of an affine layer, which has Kronecker factors."""

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jax import Array
 
-from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.signals import Signals
+from natgrad_flax.signals.base import LayerUpdate
+from natgrad_flax.signals.dense import Signals
 from natgrad_flax.structures.base import Structure
 
 

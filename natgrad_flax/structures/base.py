@@ -11,11 +11,11 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
 from natgrad_flax.operators.base import Operator
-from natgrad_flax.operators.gradient import Gradient, ParameterGradient
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ravel
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient, ParameterGradient
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import Style, style_of_class
 

@@ -7,11 +7,11 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.operators.base import Blocks, Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.low_rank import LowRank
-from natgrad_flax.signals import Signals
+from natgrad_flax.signals.base import LayerSignals
+from natgrad_flax.signals.dense import Signals
 from natgrad_flax.structures.base import block_words
 from natgrad_flax.structures.layer_wise import LayerWise
 from natgrad_flax.structures.style import styled

@@ -10,7 +10,6 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import (
     eigh,
     qr,
@@ -20,8 +19,9 @@ from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.eigenbasis import Eigenbasis, invert_squares, solve_in_basis
 from natgrad_flax.operators.kronecker import factor_rows, over_groups
 from natgrad_flax.operators.units import UnitBlocks, invert_blocks, multiply_blocks, unit_blocks
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.geometry import Geometry

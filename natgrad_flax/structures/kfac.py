@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import has_full_rank
 from natgrad_flax.operators.base import Blocks, Space, check_space, in_parameters
 from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker
 from natgrad_flax.operators.units import UnitBlocks
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.base import (
     IsotropyWarning,
     dense_layer,

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
 from natgrad_flax.linalg import eigvalsh, rank_cutoff, reciprocal
 from natgrad_flax.operators.base import Blocks, OfLayer
 from natgrad_flax.operators.entries import Entries, divide
-from natgrad_flax.operators.gradient import Gradient, Residual
-from natgrad_flax.shared_signals import SharedSignals
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ravel
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient, Residual
+from natgrad_flax.signals.shared import SharedSignals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import (
     Geometry,

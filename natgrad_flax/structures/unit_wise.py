@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.damping import RelativeDamping, is_zero, per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import (
     Blocks,
@@ -21,9 +19,10 @@ from natgrad_flax.operators.base import (
     noise,
 )
 from natgrad_flax.operators.entries import divide
-from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.operators.units import UnitBlocks, solve_block
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient, Residual
 from natgrad_flax.structures.base import (
     Structure,
     dense_layer,
@@ -33,6 +32,7 @@ from natgrad_flax.structures.base import (
 from natgrad_flax.structures.diagonal import sum_over_units
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import styled
+from natgrad_flax.xla.batched_solve import solve_scaled_gram
 
 _NO_SHARED_LIMIT = (
     "UnitWise has no infinite-width kernel of a ConvNet: a channel of the first convolution keeps "

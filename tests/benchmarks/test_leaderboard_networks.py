@@ -21,7 +21,7 @@ from benchmarks.leaderboard.rates import TheoreticalRate
 from benchmarks.leaderboard.spectra import structure_outcome
 from benchmarks.leaderboard.trial import configuration, execute
 from benchmarks.leaderboard.workload import Data, Workload, find_workload
-from natgrad_flax.fisher_kinds import FisherKind
+from natgrad_flax.signals.fisher import FisherKind
 
 ENTROPY = ng.SoftmaxCrossEntropy()
 AVERAGED = ("kfac-average", "ekfac-average")

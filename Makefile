@@ -81,6 +81,9 @@ test-jax-found: .venv-jax/.dev
 	@$(BIN_JAX)/python -c 'import platform, jax; print("Python", platform.python_version(), "JAX", jax.__version__)'
 	$(BIN_JAX)/python -m pytest $(IN_PARALLEL) -m "not slow" $(JAX_TESTS) $(PYTEST_ARGS)
 
+# the part of the suite that a release of JAX can break through neural-tangents
+KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py twin.py analytic.py)
+
 # what a release of JAX can break: capture, structures, optimizers, kernels, compiled steps. The rest
 # works on NumPy, files and text, or on JAX in the same way as these
 JAX_TESTS := tests/natgrad_flax $(addprefix --ignore=tests/natgrad_flax/, \
@@ -90,9 +93,6 @@ JAX_TESTS := tests/natgrad_flax $(addprefix --ignore=tests/natgrad_flax/, \
 	matrix_factorization.py references.py)) \
 	$(addprefix tests/benchmarks/test_, step_benchmark.py kernel_benchmark.py leaderboard_trial.py) \
 	$(KERNEL_TESTS) $(addprefix tests/ntk_analysis/test_, analytic_coefficient.py kernels.py)
-
-# the part of the suite that a release of JAX can break through neural-tangents
-KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py twin.py analytic.py)
 
 .PHONY: test-jax11
 test-jax11: .venv/.dev ## the tests of neural-tangents on JAX 0.11, where there is Python >= 3.12

@@ -82,7 +82,7 @@ test-jax-found: .venv-jax/.dev
 	$(BIN_JAX)/python -m pytest $(IN_PARALLEL) -m "not slow" $(JAX_TESTS) $(PYTEST_ARGS)
 
 # the part of the suite that a release of JAX can break through neural-tangents
-KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py twin.py analytic.py)
+KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py infinite_width.py analytic.py)
 
 # what a release of JAX can break: capture, structures, optimizers, kernels, compiled steps. The rest
 # works on NumPy, files and text, or on JAX in the same way as these

@@ -49,7 +49,7 @@ class LimitLayer:
         return len(next(iter(kernels.arrays.values())))
 
     @property
-    def num_seeds(self) -> int:
+    def num_directions(self) -> int:
         """1: outputs are independent at infinite width."""
         return 1
 
@@ -63,7 +63,7 @@ class LimitLayer:
     @property
     def num_units(self) -> int:
         """1 in the last layer; before it infinite, for which N stands."""
-        return 1 if self.index == self.train.twin.depth - 1 else self.num_samples
+        return 1 if self.index == self.train.limit.depth - 1 else self.num_samples
 
     @property
     def num_params(self) -> int:

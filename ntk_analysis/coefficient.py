@@ -25,8 +25,8 @@ from ntk_analysis.analytic_signals import (
     limit_signals,
 )
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.infinite_width import num_outputs, require_limit
 from ntk_analysis.limit_conditions import limit_failures
-from ntk_analysis.twin import num_outputs, require_limit
 
 Damping = float | RelativeDamping
 Kernels = Literal["empirical", "analytic"]

@@ -81,7 +81,7 @@ def measured_ranks(signals: Signals) -> NetworkRanks:
             layers.append(LayerRanks(inputs, derivatives, gram_rank(gram, len(gram))))
         first, _ = _rows(signals.layers[0])
     rank = gram_rank(kernel, len(kernel))
-    alike = parallel(kernel[:: signals.num_seeds, :: signals.num_seeds])
+    alike = parallel(kernel[:: signals.num_directions, :: signals.num_directions])
     if not len(first):
         return NetworkRanks(tuple(layers), rank, (1.0, 1.0), None, alike)
     samples = np.moveaxis(first, 1, 0).reshape(signals.num_samples, -1)

@@ -91,10 +91,10 @@ def gradient_flops(geometry: Geometry) -> float:
     ordinary back-propagation. Activations are not counted.
     """
     layers = _signals(geometry).layers
-    updates = jax.eval_shape(lambda layers: [a.pull_back(a.direction(0)) for a in layers], layers)
+    updates = jax.eval_shape(lambda layers: [a.local_vjp(a.cotangent(0)) for a in layers], layers)
 
     def through(layers: Sequence[LayerSignals], updates: Sequence[LayerUpdate]) -> list[Array]:
-        return [a.push_forward(u) for a, u in zip(layers, updates, strict=True)]
+        return [a.local_jvp(u) for a, u in zip(layers, updates, strict=True)]
 
     forward = cost_of(through, layers, updates).flops
     back = geometry.num_outputs * cost_of(through, layers[1:], updates[1:]).flops

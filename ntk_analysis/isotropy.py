@@ -29,9 +29,9 @@ from ntk_analysis.coefficient import (
 )
 from ntk_analysis.conditions import NetworkRanks, failed_conditions, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.infinite_width import require_limit
 from ntk_analysis.limit_conditions import limit_failures
 from ntk_analysis.symmetric import zero_below
-from ntk_analysis.twin import require_limit
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,8 +28,8 @@ from ntk_analysis.coefficient import (
 )
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import Matrix, initial_signals
+from ntk_analysis.infinite_width import num_outputs, require_limit
 from ntk_analysis.symmetric import symmetric_solve
-from ntk_analysis.twin import num_outputs, require_limit
 
 Covariance = Literal["none", "variance", "full"]
 _ROWS = 2000

@@ -106,7 +106,7 @@ def spectral_radius(
 
 
 def signal_resonances(structure: Structure, signals: Signals) -> Matrix:
-    """``resonances`` from float64 signals of the training samples, seeded or not."""
+    """``resonances`` from float64 signals of the training samples, of any output directions."""
     depth, n = len(signals.layers), signals.size
     sigma = structure.coupling(depth)
     if sigma is None:

@@ -227,7 +227,7 @@ def unsuitable(
     built = max(sample_jacobian_entries(structure, layer) for layer in layers)
     if held + built > LARGEST_SIGNALS:
         size = f"{(held + built) * 4 / 2**30:.1f} GiB"
-        if signals.num_seeds == 1:
+        if signals.num_directions == 1:
             return f"what a step holds of {signals.num_samples} samples, {size}, does not fit"
         return (
             f"the true Fisher needs {signals.num_seeds} backward passes of {signals.num_samples} "

@@ -46,7 +46,7 @@ class Side:
         self._example, self.problem = example, as_problem(example)
         self._found: dict[str, exchange.Array] = {}
         self._graphdef, self._state = nnx.split(example.model)
-        self._signals = jax.jit(self._seeded, static_argnames="fisher")
+        self._signals = jax.jit(self._of_fisher, static_argnames="fisher")
 
     def quantity(self, name: str) -> exchange.Array:
         """A matrix or vector, in the order of ``exchange``.
@@ -79,7 +79,7 @@ class Side:
         outputs = nnx.merge(self._graphdef, state)(self._example.x)
         return self._example.loss(outputs, self._example.y)
 
-    def _seeded(self, state: nnx.State, x: Array, y: Array, fisher: FisherKind) -> Any:
+    def _of_fisher(self, state: nnx.State, x: Array, y: Array, fisher: FisherKind) -> Any:
         model = nnx.merge(self._graphdef, state)
         return ng.fisher_signals(model, x, y, loss=self._example.loss, fisher=fisher)[0]
 

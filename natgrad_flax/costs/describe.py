@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from natgrad_flax.arguments.arrays import own_promotion
+from natgrad_flax.arguments.renamed import Renamed
 from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.costs.flops import cost_of
 from natgrad_flax.costs.programs import Approximation, approximate, shared_system
@@ -91,7 +92,7 @@ class Description:
       structure: its name, "" without.
       system: what the structure solves for all layers together, None where every layer is solved
         on its own.
-      num_samples, num_seeds, num_outputs: N, S, C.
+      num_samples, num_directions, num_outputs: N, S, C.
       dtype: of the outputs.
     """
 
@@ -100,9 +101,11 @@ class Description:
     structure: str
     system: Approximation | None
     num_samples: int
-    num_seeds: int
+    num_directions: int
     num_outputs: int
     dtype: str
+
+    num_seeds = Renamed("num_directions")
 
     @property
     def num_params(self) -> int:
@@ -135,8 +138,8 @@ class Description:
 
     def _totals(self) -> list[str]:
         lines = [
-            f"N = {self.num_samples} samples, S = {self.num_seeds} seeds a sample, "
-            f"C = {self.num_outputs} outputs, {self.num_params:,} parameters in "
+            f"N = {self.num_samples} samples, S = {self.num_directions} output directions a "
+            f"sample, C = {self.num_outputs} outputs, {self.num_params:,} parameters in "
             f"{len(self.layers)} blocks, {self.dtype}",
             f"signals: {_bytes(sum(a.signals for a in self.layers))}, "
             f"{_flops(sum(a.flops for a in self.layers))} in the layers",
@@ -178,7 +181,7 @@ def describe(
       x: inputs, an array (N, ...) or a tree of them, or of ``jax.ShapeDtypeStruct``.
       structure: the Fisher approximation; without one the Gram matrices are described. Of one on a
         mesh of devices, what all of them hold and compute together is described.
-      loss: for the number of seeds of the exact Fisher, C without it.
+      loss: for the number of output directions of the exact Fisher, C without it.
       fisher: "exact", "mc" or "empirical".
       mc_samples: targets drawn a sample, for "mc".
       wrt: the parameters that move.
@@ -202,10 +205,10 @@ def describe(
         traced = nnx.merge(graphdef, state)
         plans.extend(plan_layers(traced, x, wrt)[0])
         outputs, backward = linearise(traced, x, wrt)
-        seeds = {"exact": outputs.shape[1], "mc": mc_samples, "empirical": 1}[fisher]
+        directions = {"exact": outputs.shape[1], "mc": mc_samples, "empirical": 1}[fisher]
         if fisher == "exact" and loss is not None:
-            seeds = loss.factor(outputs).shape[2]
-        return backward(jnp.zeros((outputs.shape[0], seeds, outputs.shape[1]), outputs.dtype))
+            directions = loss.factor(outputs).shape[2]
+        return backward(jnp.zeros((outputs.shape[0], directions, outputs.shape[1]), outputs.dtype))
 
     signals = jax.eval_shape(run, state, x)
     types = {tuple(path): type(module).__name__ for path, module in nnx.iter_modules(model)}
@@ -226,7 +229,7 @@ def describe(
         structure.name if structure else "",
         system,
         signals.num_samples,
-        signals.num_seeds,
+        signals.num_directions,
         signals.outputs.shape[1],
         str(signals.outputs.dtype),
     )
@@ -255,7 +258,7 @@ def _describe(
     else:
         formula = "normalisation, explicit" if plan.is_norm else "explicit block"
     forms = [form for form in (plan.kernel, plan.bias) if form]
-    n, s = layer.num_samples, layer.num_seeds
+    n, s = layer.num_samples, layer.num_directions
     backward = s if inside else s + 1
     passes = 2 * n * positions * layer.num_params * (1 + backward)
     if isinstance(layer, ExplicitSignals):

@@ -42,7 +42,7 @@ def solve_cost(
     Args:
       structure: the structure.
       signals: shapes of signals, from ``jax.eval_shape``.
-      inside: the residual lies in the span of the seeds.
+      inside: the residual lies in the span of the output directions.
       damping: 0 for the undamped solve; other values cost the same.
     """
 
@@ -54,8 +54,8 @@ def solve_cost(
 
 def _residual(signals: Signals, inside: bool) -> Residual:
     if not inside:
-        return Residual(None, tuple(layer.direction(0) for layer in signals.layers))
-    shape = signals.num_samples, signals.num_seeds
+        return Residual(None, tuple(layer.cotangent(0) for layer in signals.layers))
+    shape = signals.num_samples, signals.num_directions
     return Residual(jnp.zeros(shape, signals.outputs.dtype), None)
 
 

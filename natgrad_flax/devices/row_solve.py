@@ -1,6 +1,7 @@
 """Structures of sample space whose Gram matrices stay sharded by rows.
 
-With N samples and S seeds the matrix is N S x N S; each of k devices holds N S / k of its rows.
+With N samples and S output directions the matrix is N S x N S; each of k devices holds N S / k of
+its rows.
 """
 
 from __future__ import annotations

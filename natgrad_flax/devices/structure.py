@@ -24,7 +24,7 @@ from natgrad_flax.devices.kfac import solve_kfac
 from natgrad_flax.devices.linear_solve import Solution
 from natgrad_flax.devices.placement import Placement, check_divisible, device_memory, place
 from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
-from natgrad_flax.devices.units import deal_out_units
+from natgrad_flax.devices.units import solve_units_on_mesh
 from natgrad_flax.operators.base import Operator
 from natgrad_flax.optimizer.checks import check_structure
 from natgrad_flax.signals.base import LayerUpdate
@@ -141,7 +141,7 @@ class Sharded(Structure):
         if isinstance(gradient, Residual):
             gradient = jax.lax.with_sharding_constraint(gradient, rows)
         if isinstance(self.structure, UnitWise):
-            found = deal_out_units(self.structure, signals, gradient, damping, self.placement)
+            found = solve_units_on_mesh(self.structure, signals, gradient, damping, self.placement)
             return found, None
         if isinstance(self.structure, KFAC) and not is_zero(damping):
             return solve_kfac(self.structure, signals, gradient, damping, self.placement), None

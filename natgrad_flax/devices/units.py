@@ -23,7 +23,7 @@ from natgrad_flax.signals.gradient import Gradient, ParameterGradient, Residual
 from natgrad_flax.structures import UnitWise
 
 
-def deal_out_units(
+def solve_units_on_mesh(
     structure: UnitWise,
     signals: Signals,
     gradient: Gradient,
@@ -79,7 +79,7 @@ def _solve_dense(
     residual = isinstance(gradient, Residual)
     seen: Any
     if isinstance(gradient, Residual):
-        seen = gradient.coefficients if inside else gradient.direction(layer, 0)
+        seen = gradient.coefficients if inside else gradient.cotangent(layer, 0)
     else:
         seen = matrix_of(gradient.vector((layer,))[0])
 

@@ -130,7 +130,7 @@ def online_natural_gradient_descent(
         root = jnp.sqrt(rho).astype(signals.outputs.dtype)
         with full_products():
             down = [
-                -matrix_of(layer.pull_back(residual.direction(layer, index))) / count
+                -matrix_of(layer.local_vjp(residual.cotangent(layer, index))) / count
                 for index, layer in enumerate(layers)
             ]
             inverses = {}

@@ -110,7 +110,7 @@ class Coupled(OfRows):
     def sample(self, key: Array, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """As for ``LowRank``, with z of covariance Sigma between layers; NaN without such z."""
         keys, n, layers = jax.random.split(key), self.num_samples, self.layers
-        shape, dtype = (n, layers[0].num_seeds), jax.tree.leaves(layers)[0].dtype
+        shape, dtype = (n, layers[0].num_directions), jax.tree.leaves(layers)[0].dtype
         draw = jax.random.normal(keys[0], (len(layers), *shape), dtype) / float(n) ** 0.5
         values, vectors = np.linalg.eigh(self.sigma)
         negative = values < -1e-12 * np.abs(values).max()

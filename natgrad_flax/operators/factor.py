@@ -95,19 +95,19 @@ class InputRows:
 
     def transposed_times(self, matrix: Array) -> Array:
         """a^T c."""
-        return matrix_of(self.layer.pull_back(matrix))
+        return matrix_of(self.layer.local_vjp(matrix))
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """The derivatives of the outputs with respect to the units, one row a sample and seed."""
+    """The derivatives D with respect to the units, one row a sample and output direction."""
 
     layer: DenseSignals
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N S, M)."""
-        return self.layer.num_samples * self.layer.num_seeds, self.layer.num_units
+        return self.layer.num_samples * self.layer.num_directions, self.layer.num_units
 
     def array(self) -> Array:
         """D, shape (N S, M)."""

@@ -72,7 +72,7 @@ class LowRank(OfRows):
     def sample(self, key: Array, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """J^T z / N^(1/2) and noise of variance rho, with z standard normal."""
         keys, n = jax.random.split(key), self.num_samples
-        shape, dtype = (n, self.layers[0].num_seeds), jax.tree.leaves(self.layers)[0].dtype
+        shape, dtype = (n, self.layers[0].num_directions), jax.tree.leaves(self.layers)[0].dtype
         draw = jax.random.normal(keys[0], shape, dtype) / float(n) ** 0.5
         seen = tuple(layer.vjp(draw) for layer in self.layers)
         return add(seen, noise(keys[1], self.layers, damping))

@@ -27,8 +27,8 @@ from natgrad_flax.optimizer.trees import by_path, moved_by
 from natgrad_flax.signals.base import LayerUpdate, layer_updates
 from natgrad_flax.signals.capture import jacobian_signals
 from natgrad_flax.signals.dense import Signals
-from natgrad_flax.signals.fisher import FisherKind, part_signals, sampler
-from natgrad_flax.signals.microbatches import in_parts
+from natgrad_flax.signals.fisher import FisherKind, microbatch_signals, sampler
+from natgrad_flax.signals.microbatches import in_microbatches
 from natgrad_flax.signals.recording import Path
 from natgrad_flax.structures import STRUCTURES, AveragedStructure, Moments
 
@@ -317,7 +317,7 @@ class AveragedStep:
         settings = {"loss": self.loss, "fisher": self.fisher, "draw": draw, "wrt": self.wrt}
 
         def first_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, Any]:
-            signals, residual = part_signals(model, x, y, first, **settings)
+            signals, residual = microbatch_signals(model, x, y, first, **settings)
             slope: Any = ()
             if own:
                 assert residual is not None
@@ -330,7 +330,7 @@ class AveragedStep:
                 signals if one_part else (),
             )
 
-        (new, slope), (outputs, signals) = in_parts(first_pass, arrays, self.microbatches)
+        (new, slope), (outputs, signals) = in_microbatches(first_pass, arrays, self.microbatches)
         _check_shapes(kept.moments.factors, new, size, average.decay == 0)
         count = kept.renewals + 1
         factors = average.mix(kept.moments.factors, new, count)
@@ -342,10 +342,10 @@ class AveragedStep:
                 return turn(signals, basis)
 
             def second_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, tuple[()]]:
-                part, _ = part_signals(model, x, y, first, **settings)
+                part, _ = microbatch_signals(model, x, y, first, **settings)
                 return turn(part, basis), ()
 
-            return in_parts(second_pass, arrays, self.microbatches)[0]
+            return in_microbatches(second_pass, arrays, self.microbatches)[0]
 
         def fresh() -> tuple[Any, Any, Array]:
             with full_products():

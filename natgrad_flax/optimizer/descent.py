@@ -30,7 +30,7 @@ from natgrad_flax.optimizer.checks import (
 )
 from natgrad_flax.optimizer.gradient import AtBatch, compute
 from natgrad_flax.optimizer.momentum import Momentum
-from natgrad_flax.optimizer.preflight import prepare
+from natgrad_flax.optimizer.preflight import preflight
 from natgrad_flax.optimizer.transformation import (
     Damping,
     NaturalGradientState,
@@ -156,7 +156,7 @@ def natural_gradient_descent(
         at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
         given = incoming if gradient == "incoming" else None
         size = averaged.structure.factor_size if averaged else None
-        shapes = prepare(structure, module, *at, loss, fisher, mc_samples, rho, wrt, size)
+        shapes = preflight(structure, module, *at, loss, fisher, mc_samples, rho, wrt, size)
         if check_samples:
             check_samples_alone(module, x)
         if averaged is not None:

@@ -24,7 +24,7 @@ from natgrad_flax.optimizer.checks import (
     check_settings,
 )
 from natgrad_flax.optimizer.momentum import Momentum
-from natgrad_flax.optimizer.preflight import prepare
+from natgrad_flax.optimizer.preflight import preflight
 from natgrad_flax.optimizer.trees import as_state, by_path, moved_by_gradient
 from natgrad_flax.signals.base import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.signals.dense import Signals
@@ -37,7 +37,7 @@ from natgrad_flax.signals.fisher import (
 )
 from natgrad_flax.signals.gradient import Gradient, ParameterGradient
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.microbatches import Passes, in_parts
+from natgrad_flax.signals.microbatches import Passes, in_microbatches
 from natgrad_flax.signals.plan import hashable_filter
 from natgrad_flax.signals.recording import Path, outputs_of, with_fast_gradients
 from natgrad_flax.structures import Structure
@@ -113,7 +113,7 @@ def natural_gradient(
     at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
     if gradient is not None:
         wrt = moved_by_gradient(model, gradient, wrt)
-    prepare(structure, model, *at, loss, fisher, mc_samples, damping, wrt)
+    preflight(structure, model, *at, loss, fisher, mc_samples, damping, wrt)
     if check_samples:
         check_samples_alone(model, x)
     static = static_damping(damping)
@@ -225,7 +225,7 @@ def loss_gradient(
     loss: Loss,
     wrt: Any,
     microbatches: int = 1,
-    passes: Passes = in_parts,
+    passes: Passes = in_microbatches,
 ) -> tuple[dict[Path, Array], Array]:
     """J^T r / N by the paths of the parameters, and the outputs (N, C); plain backpropagation."""
     graphdef, chosen, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]

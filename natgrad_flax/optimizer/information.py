@@ -26,7 +26,7 @@ from natgrad_flax.optimizer.checks import (
     check_settings,
 )
 from natgrad_flax.optimizer.gradient import Damping, resolve_damping, static_damping
-from natgrad_flax.optimizer.preflight import check_damping_on_batch, prepare
+from natgrad_flax.optimizer.preflight import check_damping_on_batch, preflight
 from natgrad_flax.optimizer.trees import as_state, by_path
 from natgrad_flax.signals.base import LayerUpdate, layer_updates, named_updates, ravel, unravel
 from natgrad_flax.signals.capture import jacobian_signals
@@ -135,7 +135,7 @@ def fisher(
     else:
         x = check_model_inputs(model, x)
     microbatches = check_microbatches(microbatches, x)
-    prepare(structure, model, x, y, loss, fisher, mc_samples, 1.0, wrt)
+    preflight(structure, model, x, y, loss, fisher, mc_samples, 1.0, wrt)
     if check_samples:
         check_samples_alone(model, x)
     graphdef, state = nnx.split(model)

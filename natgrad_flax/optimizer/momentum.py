@@ -55,7 +55,7 @@ class Momentum:
                 for *pair, rho in zip(gradient.vector(signals.layers), carried, rhos, strict=True)
             )
             return structure.solve(signals, ParameterGradient(pulled), damping)
-        # inside the span of the seeds: what is left of the residual is solved for
+        # inside the span of the output directions: what is left of the residual is solved for
         images = [layer.jvp(a) for layer, a in zip(signals.layers, carried, strict=True)]
         if isinstance(structure.operator(signals), Blocks):
             rhos = per_layer(damping, len(images))

@@ -26,7 +26,7 @@ from natgrad_flax.structures import Structure
 from natgrad_flax.structures.memory import check_signals_fit
 
 
-def prepare(
+def preflight(
     structure: Structure,
     model: nnx.Module,
     x: Any,
@@ -83,7 +83,7 @@ def check_damping_on_batch(
       structure: the structure.
       signals: of the batch, or their shapes.
       damping: rho.
-      inside: what is solved for lies in the span of the seeds.
+      inside: what is solved for lies in the span of the output directions.
 
     Raises:
       ValueError: another shape than the structure takes, or lost in the precision.
@@ -94,7 +94,7 @@ def check_damping_on_batch(
         scale = jax.eval_shape(structure.damping_scale, signals).shape
         check_damping_shape(damping, scale, structure.name, len(signals.layers))
     check_normal(damping, signals.outputs.dtype)
-    # a gradient outside of the span of the seeds is divided by the damping (Woodbury)
+    # a gradient outside of the span of the output directions is divided by the damping (Woodbury)
     margin = max(structure.damping_margin, 1.0 if inside else 100.0)
     warn_of_rounding(damping, signals.outputs.dtype, margin)
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from natgrad_flax.arguments.renamed import Renamed
+
 LayerUpdate = dict[str, Array]
 """A step in the parameters of one layer: ``kernel`` (K, M) and, with a bias, ``bias`` (M,).
 
@@ -49,10 +51,10 @@ class ParameterForm(NamedTuple):
 
 
 class LayerSignals(abc.ABC):
-    """Signals of one layer on a batch of N samples and S seeds.
+    """Signals of one layer on a batch of N samples and S output directions.
 
     The layer has ``num_units`` units of ``fan_in`` parameters each, of which the last belongs to
-    the bias where there is one. A direction is what the layer sees of a cotangent of the outputs,
+    the bias where there is one. Its cotangent is what the layer sees of a cotangent of the outputs,
     sample by sample; its shape is the layer's own affair.
     """
 
@@ -60,6 +62,13 @@ class LayerSignals(abc.ABC):
     bias_scale: float | None
     kernel_form: ParameterForm | None
     bias_form: ParameterForm | None
+
+    num_seeds = Renamed("num_directions")
+    take_seeds = Renamed("take_directions")
+    reseed = Renamed("mix_directions")
+    direction = Renamed("cotangent")
+    pull_back = Renamed("local_vjp")
+    push_forward = Renamed("local_jvp")
 
     @property
     def gram_by(self) -> str:
@@ -73,7 +82,7 @@ class LayerSignals(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def num_seeds(self) -> int:
+    def num_directions(self) -> int:
         """S, the number of output directions a sample."""
 
     @property
@@ -87,16 +96,16 @@ class LayerSignals(abc.ABC):
         """K, plus 1 with a bias: parameters a unit."""
 
     @abc.abstractmethod
-    def take_seeds(self, start: int, stop: int) -> LayerSignals:
-        """The same signals with some of the seeds only."""
+    def take_directions(self, start: int, stop: int) -> LayerSignals:
+        """The same signals with some of the output directions only."""
 
     @abc.abstractmethod
-    def reseed(self, factor: Array) -> LayerSignals:
-        """The signals of sum_s R[n,s,r] f[n,s] as seeds r, for R of shape (N, S, S')."""
+    def mix_directions(self, factor: Array) -> LayerSignals:
+        """The signals of sum_s R[n,s,r] f[n,s] as output directions, for R of shape (N, S, S')."""
 
     @abc.abstractmethod
-    def direction(self, seed: int) -> Array:
-        """The direction of one seed."""
+    def cotangent(self, index: int) -> Array:
+        """The cotangent of one output direction."""
 
     @abc.abstractmethod
     def gram(self, other: Any = None) -> Array:
@@ -108,15 +117,15 @@ class LayerSignals(abc.ABC):
 
     @abc.abstractmethod
     def combine(self, coefficients: Array) -> Array:
-        """The direction of sum_s v[n,s] f[n,s] for v of shape (N, S)."""
+        """The cotangent of sum_s v[n,s] f[n,s] for v of shape (N, S)."""
 
     @abc.abstractmethod
-    def pull_back(self, directions: Array) -> LayerUpdate:
-        """From a direction to the parameters: sum_n J_n^T of it."""
+    def local_vjp(self, cotangents: Array) -> LayerUpdate:
+        """From a cotangent of the layer to its parameters, summed over samples."""
 
     @abc.abstractmethod
-    def push_forward(self, update: LayerUpdate) -> Array:
-        """The dual of ``pull_back``: <pull_back(R), u> is the inner product of R with this."""
+    def local_jvp(self, update: LayerUpdate) -> Array:
+        """The dual of ``local_vjp``: <local_vjp(R), u> is the inner product of R with this."""
 
     @abc.abstractmethod
     def jvp(self, update: LayerUpdate) -> Array:
@@ -130,13 +139,13 @@ class LayerSignals(abc.ABC):
     def squares(self) -> LayerUpdate:
         """sum_n sum_s J_l^2, entry by entry."""
 
-    def gram_times(self, directions: Array) -> Array:
-        """J_l applied to the parameters that a direction pulls back to, shape (N, S)."""
-        return self.jvp(self.pull_back(directions))
+    def gram_times(self, cotangents: Array) -> Array:
+        """J_l applied to the ``local_vjp`` of a cotangent, shape (N, S)."""
+        return self.jvp(self.local_vjp(cotangents))
 
     def vjp(self, coefficients: Array) -> LayerUpdate:
         """J_l^T v for v of shape (N, S)."""
-        return self.pull_back(self.combine(coefficients))
+        return self.local_vjp(self.combine(coefficients))
 
     @property
     def num_params(self) -> int:

@@ -22,7 +22,7 @@ from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.independence import check_samples_alone
 from natgrad_flax.signals.plan import LayerPlan, parameter_paths, plan_layers
-from natgrad_flax.signals.recording import Call, Path, Tape, put, recorded_pass, tap
+from natgrad_flax.signals.recording import Call, Path, Tape, make_recording, put, recorded_pass
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 
 
@@ -37,9 +37,9 @@ def linearise(
       wrt: filter of the parameters, as ``nnx.Optimizer`` takes it; the others are held.
 
     Returns:
-      The outputs (N, C), and a function from seeds (N, S, C), the cotangents to carry back for
-      each sample, to the signals of the S seeded outputs. All of it has ``solve_dtype`` of the
-      outputs and parameters, whatever the layers compute in.
+      The outputs (N, C), and a function from output directions (N, S, C), the cotangents to
+      carry back for each sample, to their signals. All of it has ``solve_dtype`` of the outputs and
+      parameters, whatever the layers compute in.
 
     Raises:
       ValueError, TypeError: as in ``plan_layers``.
@@ -51,7 +51,7 @@ def linearise(
 
     def forward(perturbations: list[Array], free: dict[Path, Array], sample: Any) -> Any:
         copy = nnx.merge(graphdef, state, copy=True)
-        names = tap(copy)
+        names = make_recording(copy)
         put(copy, free)
         tape = Tape(names, {}, {}, perturbations)
         outputs = recorded_pass(copy, sample, tape)
@@ -68,8 +68,8 @@ def linearise(
     dtype = solve_dtype(computed.dtype, *(chosen[path].dtype for path in chosen))
     outputs = computed.astype(dtype)
 
-    def signals(seeds: Array) -> Signals:
-        found = jax.vmap(backward, in_axes=1, out_axes=1)(seeds.astype(computed.dtype))
+    def signals(directions: Array) -> Signals:
+        found = jax.vmap(backward, in_axes=1, out_axes=1)(directions.astype(computed.dtype))
         recorded, carried, blocks = jax.tree.map(lambda leaf: _cast(leaf, dtype), (inputs, *found))
         layers = tuple(_signals(plan, calls, recorded, carried, blocks) for plan in plans)
         return Signals(layers, outputs)
@@ -128,8 +128,8 @@ def _over_positions(derivatives: Array, inputs: Array | None) -> Array:
     return jnp.einsum("nsti,nti->nsi", flat, inputs.reshape(n, -1, features))
 
 
-def output_seeds(outputs: Array) -> Array:
-    """The seeds (N, C, C) that give derivatives of the plain outputs: the identity."""
+def plain_directions(outputs: Array) -> Array:
+    """The output directions (N, C, C) of the plain outputs: the identity."""
     n, c = outputs.shape
     return jnp.broadcast_to(jnp.eye(c, dtype=outputs.dtype), (n, c, c))
 
@@ -152,4 +152,4 @@ def jacobian_signals(
     outputs, backward = linearise(model, x, wrt)
     if check_samples:
         check_samples_alone(model, x)
-    return backward(output_seeds(outputs))
+    return backward(plain_directions(outputs))

@@ -3,7 +3,7 @@
 For an affine layer u = a W~ with scaled inputs a and outputs f of the whole network, the Jacobian
 of S weighted outputs is J[(n,s), (j,i)] = a[n,j] D[n,s,i] (science: section 0). Nothing of the
 size of a Jacobian is ever built: Gram matrices, products and updates are formulas over (a, D).
-Layers whose weights are shared by many positions have signals of their own in ``shared_signals``.
+Layers whose weights are shared by many positions have signals of their own in ``shared``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from natgrad_flax.arguments.renamed import Renamed
 from natgrad_flax.linalg import symmetric_product
 from natgrad_flax.signals.base import (
     LayerSignals,
@@ -38,7 +39,7 @@ class DenseSignals(LayerSignals):
 
     Attributes:
       inputs: a, shape (N, K): inputs of the layer times the scale of its weights.
-      derivatives: D, shape (N, S, M): derivative of the S seeded outputs of each sample with
+      derivatives: D, shape (N, S, M): derivative of the S outputs of each sample with
         respect to the M pre-activations of that sample.
       bias_scale: the factor in front of the bias, None where the layer has no bias.
       path: where the layer stands in the model.
@@ -64,7 +65,7 @@ class DenseSignals(LayerSignals):
         return self.inputs.shape[0]
 
     @property
-    def num_seeds(self) -> int:
+    def num_directions(self) -> int:
         """S, the number of output directions a sample."""
         return self.derivatives.shape[1]
 
@@ -78,18 +79,18 @@ class DenseSignals(LayerSignals):
         """K, plus 1 with a bias: parameters a unit."""
         return self.inputs.shape[1] + (self.bias_scale is not None)
 
-    def take_seeds(self, start: int, stop: int) -> DenseSignals:
-        """The same signals with some of the seeds only."""
+    def take_directions(self, start: int, stop: int) -> DenseSignals:
+        """The same signals with some of the output directions only."""
         return dataclasses.replace(self, derivatives=self.derivatives[:, start:stop])
 
-    def reseed(self, factor: Array) -> DenseSignals:
-        """The same layer with combinations of its seeds, R of shape (N, S, S')."""
+    def mix_directions(self, factor: Array) -> DenseSignals:
+        """The same layer with combinations of its output directions, R of shape (N, S, S')."""
         mixed = jnp.einsum("nsr,nsm->nrm", factor, self.derivatives)
         return dataclasses.replace(self, derivatives=mixed)
 
-    def direction(self, seed: int) -> Array:
-        """D of one seed, shape (N, M)."""
-        return self.derivatives[:, seed]
+    def cotangent(self, index: int) -> Array:
+        """D of one output direction, shape (N, M)."""
+        return self.derivatives[:, index]
 
     def augmented_inputs(self) -> Array:
         """a with the column of the bias last, shape (N, fan_in)."""
@@ -99,7 +100,7 @@ class DenseSignals(LayerSignals):
         return jnp.concatenate([self.inputs, column], axis=1)
 
     def flat_derivatives(self) -> Array:
-        """D with samples and seeds in one axis, n-major, shape (N S, M)."""
+        """D with samples and output directions in one axis, n-major, shape (N S, M)."""
         return self.derivatives.reshape(-1, self.num_units)
 
     def input_gram(self, other: DenseSignals | None = None) -> Array:
@@ -130,31 +131,33 @@ class DenseSignals(LayerSignals):
 
     def gram(self, other: DenseSignals | None = None) -> Array:
         """K_l = J_l J'_l^T, shape (N S, N' S'); no 1/N."""
-        other_seeds = self.num_seeds if other is None else other.num_seeds
+        other_seeds = self.num_directions if other is None else other.num_directions
         inputs = self.input_gram(other)
-        return self.derivative_gram(other) * expand_samples(inputs, self.num_seeds, other_seeds)
+        return self.derivative_gram(other) * expand_samples(
+            inputs, self.num_directions, other_seeds
+        )
 
-    def gram_times(self, directions: Array) -> Array:
-        """J_l applied to J_l^T-type directions: (N, M) pre-activation cotangents -> (N, S)."""
-        mixed = self.input_gram() @ directions
+    def gram_times(self, cotangents: Array) -> Array:
+        """J_l J_l^T-like: from cotangents of the pre-activations (N, M) to (N, S)."""
+        mixed = self.input_gram() @ cotangents
         return jnp.einsum("nsm,nm->ns", self.derivatives, mixed)
 
     def combine(self, coefficients: Array) -> Array:
         """sum_s v[n,s] D[n,s,:], shape (N, M)."""
         return jnp.einsum("ns,nsm->nm", coefficients, self.derivatives)
 
-    def pull_back(self, directions: Array) -> LayerUpdate:
+    def local_vjp(self, cotangents: Array) -> LayerUpdate:
         """a^T R for pre-activation cotangents R (N, M): the parameter-shaped product."""
-        update = {"kernel": self.inputs.T @ directions}
+        update = {"kernel": self.inputs.T @ cotangents}
         if self.bias_scale is not None:
-            update["bias"] = self.bias_scale * jnp.sum(directions, axis=0)
+            update["bias"] = self.bias_scale * jnp.sum(cotangents, axis=0)
         return update
 
     def jvp(self, update: LayerUpdate) -> Array:
         """J_l applied to a step in the parameters, shape (N, S)."""
-        return jnp.einsum("nsm,nm->ns", self.derivatives, self.push_forward(update))
+        return jnp.einsum("nsm,nm->ns", self.derivatives, self.local_jvp(update))
 
-    def push_forward(self, update: LayerUpdate) -> Array:
+    def local_jvp(self, update: LayerUpdate) -> Array:
         """The change of the pre-activations under a step in the parameters, shape (N, M)."""
         moved = self.inputs @ update["kernel"]
         return moved if self.bias_scale is None else moved + self.bias_scale * update["bias"]
@@ -185,33 +188,39 @@ class Signals:
     layers: tuple[LayerSignals, ...]
     outputs: Array
 
+    num_seeds = Renamed("num_directions")
+    take_seeds = Renamed("take_directions")
+    reseed = Renamed("mix_directions")
+
     @property
     def num_samples(self) -> int:
         """N."""
         return self.outputs.shape[0]
 
     @property
-    def num_seeds(self) -> int:
+    def num_directions(self) -> int:
         """S."""
-        return self.layers[0].num_seeds
+        return self.layers[0].num_directions
 
     @property
     def size(self) -> int:
         """N S, the side of every Gram matrix."""
-        return self.num_samples * self.num_seeds
+        return self.num_samples * self.num_directions
 
     @property
     def num_params(self) -> int:
         """P."""
         return sum(layer.num_params for layer in self.layers)
 
-    def take_seeds(self, count: int) -> Signals:
-        """The same signals with the first ``count`` seeds only."""
-        return Signals(tuple(layer.take_seeds(0, count) for layer in self.layers), self.outputs)
+    def take_directions(self, count: int) -> Signals:
+        """The same signals with the first ``count`` output directions only."""
+        return Signals(
+            tuple(layer.take_directions(0, count) for layer in self.layers), self.outputs
+        )
 
-    def reseed(self, factor: Array) -> Signals:
-        """The signals of sum_s R[n,s,r] f[n,s] as seeds r, for R of shape (N, S, S')."""
-        return Signals(tuple(layer.reseed(factor) for layer in self.layers), self.outputs)
+    def mix_directions(self, factor: Array) -> Signals:
+        """The signals of sum_s R[n,s,r] f[n,s] as output directions, for R of shape (N, S, S')."""
+        return Signals(tuple(layer.mix_directions(factor) for layer in self.layers), self.outputs)
 
     def gram(self, other: Signals | None = None) -> Array:
         """K = sum_l K_l, shape (N S, N' S'); no 1/N."""

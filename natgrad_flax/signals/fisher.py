@@ -1,8 +1,8 @@
-"""Which Fisher information: exact, Monte-Carlo or empirical, as seeded signals and a residual.
+"""Which Fisher information: exact, Monte-Carlo or empirical, as output directions of signals.
 
-All three have the form F = (1/N) sum_n sum_s (J_n^T s)(J_n^T s)^T. The seeds s are what differs:
-the columns of R with R R^T = H (exact), residuals of targets drawn from the model (mc), or the
-residual of the data (empirical). So a structure needs to know only one kind of signals.
+All three have the form F = (1/N) sum_n sum_s (J_n^T s)(J_n^T s)^T. The output directions s are
+what differs: the columns of R with R R^T = H (exact), residuals of targets drawn from the model
+(mc), or the residual of the data (empirical). So a structure knows only one kind of signals.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from natgrad_flax.losses import Loss
 from natgrad_flax.signals.capture import linearise
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Residual
-from natgrad_flax.signals.microbatches import in_parts
+from natgrad_flax.signals.microbatches import in_microbatches
 
 FisherKind = Literal["exact", "mc", "empirical"]
 FISHER_KINDS: tuple[str, ...] = get_args(FisherKind)
@@ -58,7 +58,7 @@ def fisher_signals(
     wrt: Any = nnx.Param,
     microbatches: int = 1,
 ) -> tuple[Signals, Residual]:
-    """Signals seeded by a factor of the Fisher, and the loss residual.
+    """Signals of the output directions of a Fisher, and the loss residual.
 
     Args:
       model: any module; the output of a sample must not depend on the other samples.
@@ -72,7 +72,7 @@ def fisher_signals(
       microbatches: parts in which the model runs, a divisor of N; they change nothing but memory.
 
     Returns:
-      Signals with F = J^T J / N, J the seeded Jacobian; and the residual.
+      Signals with F = J^T J / N, J the Jacobian of the output directions; and the residual.
 
     Raises:
       TypeError, ValueError: as in ``linearise``; outputs that do not have the shape of y; an
@@ -83,13 +83,13 @@ def fisher_signals(
     draw = sampler(loss, key, check_integer("num_samples", num_samples, 1), batch_size(x))
 
     def run(first: Array | int, x: Any, y: Array) -> tuple[tuple[()], tuple[Signals, Residual]]:
-        signals, residual = part_signals(
+        signals, residual = microbatch_signals(
             model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt
         )
         assert residual is not None
         return (), (signals, residual)
 
-    _, found = in_parts(run, (x, y), microbatches)
+    _, found = in_microbatches(run, (x, y), microbatches)
     return found
 
 
@@ -109,19 +109,19 @@ def population_signals(
     draw = sampler(loss, key, num_samples, batch_size(x))
 
     def run(first: Array | int, x: Any, y: Array | None = None) -> tuple[tuple[()], Signals]:
-        part = part_signals(model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt)
+        part = microbatch_signals(model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt)
         return (), part[0]
 
-    _, found = in_parts(run, (x,) if y is None else (x, y), microbatches)
+    _, found = in_microbatches(run, (x,) if y is None else (x, y), microbatches)
     return found
 
 
 Draw = Callable[[Array, Array | int], Array]
-"""From the outputs of some samples, and the number of the first, to seeds (n, S, C)."""
+"""From the outputs of some samples, and the number of the first, to output directions (n, S, C)."""
 
 
 def sampler(loss: Loss, key: Array | None, num_samples: int, batch_size: int) -> Draw:
-    """Seeds of a Monte-Carlo Fisher that do not depend on the parts of a batch.
+    """Output directions of a Monte-Carlo Fisher that do not depend on the microbatches.
 
     Targets of a sample depend on its own outputs and on its place in the batch.
     """
@@ -157,14 +157,14 @@ def in_range(
     if inside is None:
         return signals, residual
     kept = inside.astype(signals.outputs.dtype)
-    signals = signals.reseed(kept[:, :, None] * jnp.eye(kept.shape[1], dtype=kept.dtype))
+    signals = signals.mix_directions(kept[:, :, None] * jnp.eye(kept.shape[1], dtype=kept.dtype))
     if residual is None:
         return signals, None
     assert residual.coefficients is not None
     return signals, Residual(jnp.where(inside, residual.coefficients, 0), None)
 
 
-def part_signals(
+def microbatch_signals(
     model: nnx.Module,
     x: Any,
     y: Array | None,
@@ -190,7 +190,7 @@ def part_signals(
     if fisher == "empirical":
         ones = jnp.ones((outputs.shape[0], 1), outputs.dtype)
         return backward(residual[:, None, :]), Residual(ones, None)
-    seeds = draw(outputs, first)
-    both = backward(jnp.concatenate([seeds, residual[:, None, :]], axis=1))
-    directions = tuple(layer.direction(-1) for layer in both.layers)
-    return both.take_seeds(seeds.shape[1]), Residual(None, directions)
+    directions = draw(outputs, first)
+    both = backward(jnp.concatenate([directions, residual[:, None, :]], axis=1))
+    cotangents = tuple(layer.cotangent(-1) for layer in both.layers)
+    return both.take_directions(directions.shape[1]), Residual(None, cotangents)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from natgrad_flax.arguments.renamed import Renamed
 from natgrad_flax.damping import is_zero
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate
 
@@ -92,50 +93,53 @@ class Gradient(abc.ABC):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["coefficients", "directions"],
+    data_fields=["coefficients", "cotangents"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class Residual(Gradient):
     """The loss residual r, ready for the solvers: g = J^T r / N is the gradient of the loss.
 
-    Either r lies in the span of the seeds that the Fisher is built of, r_n = R_n w_n; then
+    Either r lies in the span of the output directions, r_n = R_n w_n; then
     ``coefficients`` is w and the gradient is (R^T J)^T w / N. Or it does not (a Monte-Carlo
-    Fisher); then ``directions`` holds the residual carried back to each layer.
+    Fisher); then ``cotangents`` holds the residual carried back to each layer.
 
     Attributes:
       coefficients: w, shape (N, S), or None.
-      directions: for each layer the direction of r, shape (N, M_l) for dense signals, or None.
+      cotangents: for each layer the cotangent of r, shape (N, M_l) for dense signals, or None.
     """
 
     coefficients: Array | None
-    directions: tuple[Array, ...] | None
+    cotangents: tuple[Array, ...] | None
 
-    def direction(self, layer: LayerSignals, index: int) -> Array:
+    direction = Renamed("cotangent")
+    directions = Renamed("cotangents")
+
+    def cotangent(self, layer: LayerSignals, index: int) -> Array:
         """The residual carried back to a layer, shape (N, M_l) for dense signals."""
-        if self.directions is not None:
-            return self.directions[index]
+        if self.cotangents is not None:
+            return self.cotangents[index]
         assert self.coefficients is not None
         return layer.combine(self.coefficients)
 
     def of_layer(self, index: int) -> Residual:
         """See ``Gradient.of_layer``."""
-        if self.directions is None:
+        if self.cotangents is None:
             return self
-        return Residual(None, (self.directions[index],))
+        return Residual(None, (self.cotangents[index],))
 
     def vector(self, layers: Sequence[LayerSignals]) -> tuple[LayerUpdate, ...]:
         """J^T r / N, one entry a layer."""
         # the division goes to the small side of the product: (N, M) and not (K, M)
         return tuple(
-            layer.pull_back(self.direction(layer, index) / layer.num_samples)
+            layer.local_vjp(self.cotangent(layer, index) / layer.num_samples)
             for index, layer in enumerate(layers)
         )
 
     def inner(self, layers: Sequence[LayerSignals], step: Sequence[LayerUpdate]) -> Array:
         """<g, u> sample by sample, without g."""
         parts = [
-            jnp.sum(layer.push_forward(update) * self.direction(layer, index)) / layer.num_samples
+            jnp.sum(layer.local_jvp(update) * self.cotangent(layer, index)) / layer.num_samples
             for index, (layer, update) in enumerate(zip(layers, step, strict=True))
         ]
         return sum(parts[1:], start=parts[0])
@@ -143,7 +147,7 @@ class Residual(Gradient):
     def images(self, layers: Sequence[LayerSignals]) -> list[Array]:
         """J_l J_l^T r: c = N."""
         return [
-            layer.gram_times(self.direction(layer, index)).reshape(-1)
+            layer.gram_times(self.cotangent(layer, index)).reshape(-1)
             for index, layer in enumerate(layers)
         ]
 
@@ -151,12 +155,12 @@ class Residual(Gradient):
         self, layer: LayerSignals, index: int, dual: Array, shift: Array | float
     ) -> LayerUpdate:
         """See ``Gradient.remainder``; the difference is taken sample by sample."""
-        spread = layer.combine(dual.reshape(layer.num_samples, layer.num_seeds))
-        return layer.pull_back((self.direction(layer, index) - spread) / shift)
+        spread = layer.combine(dual.reshape(layer.num_samples, layer.num_directions))
+        return layer.local_vjp((self.cotangent(layer, index) - spread) / shift)
 
     def adjoint(self, layer: LayerSignals, dual: Array) -> LayerUpdate:
         """J_l^T v."""
-        return layer.vjp(dual.reshape(layer.num_samples, layer.num_seeds))
+        return layer.vjp(dual.reshape(layer.num_samples, layer.num_directions))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
@@ -194,13 +198,13 @@ class ParameterGradient(Gradient):
     ) -> LayerUpdate:
         """See ``Gradient.remainder``."""
         n = layer.num_samples
-        back = layer.vjp(dual.reshape(n, layer.num_seeds))
+        back = layer.vjp(dual.reshape(n, layer.num_directions))
         return jax.tree.map(lambda g, b: n * (g - b) / shift, self.layers[index], back)
 
     def adjoint(self, layer: LayerSignals, dual: Array) -> LayerUpdate:
         """N J_l^T v."""
         n = layer.num_samples
-        return layer.vjp(n * dual.reshape(n, layer.num_seeds))
+        return layer.vjp(n * dual.reshape(n, layer.num_directions))
 
 
 def inner_product(left: Sequence[LayerUpdate], right: Sequence[LayerUpdate]) -> Array:

@@ -1,4 +1,4 @@
-"""A batch in parts, one after the other, so that the activations of only one part are held."""
+"""A batch in microbatches, one after the other: the activations of only one are held."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import jax.numpy as jnp
 from natgrad_flax.arguments.arrays import batch_size
 
 Run = Callable[..., tuple[Any, Any]]
-"""From the number of the first sample of a part, and its arrays, to means over the samples of the
-part and to arrays whose first axis counts them."""
+"""From the number of the first sample of a microbatch, and its arrays, to means over its samples
+and to arrays whose first axis counts them."""
 Passes = Callable[[Run, tuple[Any, ...], int], tuple[Any, Any]]
-"""``in_parts``, or what gives the same on several devices."""
+"""``in_microbatches``, or what gives the same on several devices."""
 
 
-def in_parts(run: Run, arrays: tuple[Any, ...], parts: int) -> tuple[Any, Any]:
+def in_microbatches(run: Run, arrays: tuple[Any, ...], microbatches: int) -> tuple[Any, Any]:
     """What ``run`` gives for a whole batch.
 
     Args:
-      run: of one part.
+      run: of one microbatch.
       arrays: of the batch, or trees of them; the first axis counts N samples.
-      parts: how many parts, a divisor of N.
+      microbatches: how many, a divisor of N.
 
     Returns:
       The means over all samples, and the arrays with all of them in order.
     """
-    if parts == 1:
+    if microbatches == 1:
         return run(0, *arrays)
-    size = batch_size(arrays) // parts
-    split = jax.tree.map(lambda array: array.reshape(parts, size, *array.shape[1:]), arrays)
-    firsts = size * jnp.arange(parts)
+    size = batch_size(arrays) // microbatches
+    split = jax.tree.map(lambda array: array.reshape(microbatches, size, *array.shape[1:]), arrays)
+    firsts = size * jnp.arange(microbatches)
     shapes, _ = jax.eval_shape(run, firsts[0], *jax.tree.map(lambda array: array[0], split))
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def add(total: Any, part: tuple[Any, ...]) -> tuple[Any, Any]:
-        means, rows = run(*part)
-        return jax.tree.map(lambda a, b: a + b / parts, total, means), rows
+    def add(total: Any, microbatch: tuple[Any, ...]) -> tuple[Any, Any]:
+        means, rows = run(*microbatch)
+        return jax.tree.map(lambda a, b: a + b / microbatches, total, means), rows
 
     means, rows = jax.lax.scan(add, start, (firsts, *split))
     return means, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)

@@ -15,7 +15,15 @@ from natgrad_flax.arguments.arrays import check_real, shapes_of
 from natgrad_flax.models.layers import Dense
 from natgrad_flax.signals.affine import LAYER_KINDS, NORM_KINDS, Affine, by_features, multiplies
 from natgrad_flax.signals.base import ParameterForm
-from natgrad_flax.signals.recording import Call, Path, Tape, dotted, put, recorded_pass, tap
+from natgrad_flax.signals.recording import (
+    Call,
+    Path,
+    Tape,
+    dotted,
+    make_recording,
+    put,
+    recorded_pass,
+)
 from natgrad_flax.signals.usage import used_inputs
 
 
@@ -157,7 +165,7 @@ def plan_layers(
         free: dict[Path, Array], held: dict[Path, Array], keys: dict[Path, Array], sample: Any
     ) -> Array:
         copy = nnx.merge(graphdef, state, copy=True)
-        names = tap(copy)
+        names = make_recording(copy)
         put(copy, free | keys)
         tapes.append(Tape(names, free, held))
         return recorded_pass(copy, sample, tapes[-1])

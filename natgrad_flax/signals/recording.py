@@ -27,7 +27,7 @@ from natgrad_flax.xla.convolution import conv_general_dilated
 Path = tuple[Any, ...]
 """Where a layer stands in a model: names of attributes and numbers in lists."""
 
-_TAPPED = ("kernel", "bias", "scale", "embedding")
+_RECORDED = ("kernel", "bias", "scale", "embedding")
 
 
 class Call(NamedTuple):
@@ -46,7 +46,7 @@ class Tape:
 
     Attributes:
       names: path of a layer by the id of its object.
-      candidates: values of parameters that the taps may account for, by path.
+      candidates: values of parameters that the recording may account for, by path.
       held: what stands for them inside of the layers while uses outside are looked for.
       perturbations: what is added to the outputs of each call, in the order of the calls.
       calls: of the layers, in their order.
@@ -69,23 +69,23 @@ _TAPE: ContextVar[Tape] = ContextVar("tape")
 
 
 @functools.cache
-def _tapped(kind: type[nnx.Module]) -> type[nnx.Module]:
+def _recording_class(kind: type[nnx.Module]) -> type[nnx.Module]:
     """A subclass of a layer type that records its inputs and perturbs its outputs."""
 
-    class Tapped(kind):  # type: ignore[misc, valid-type]
+    class Recording(kind):  # type: ignore[misc, valid-type]
         def __call__(self, *called: Any, **kwargs: Any) -> Array:
             tape = _TAPE.get()
             path = tape.names.get(id(self))
             if isinstance(self, nnx.BatchNorm):
                 _check_held(self, path, called[1:], kwargs)
-            here = tape.level == get_opaque_trace_state(convention="nnx")
-            if path is None or not here or not called:
+            top_level = tape.level == get_opaque_trace_state(convention="nnx")
+            if path is None or not top_level or not called:
                 # the parameters count as used outside of the layer
                 return super().__call__(*called, **kwargs)
             x, *args = called
             own = {
                 (*path, name): variable
-                for name in _TAPPED
+                for name in _RECORDED
                 if isinstance(variable := getattr(self, name, None), nnx.Variable)
             }
             plain = not args and all(v is None for v in kwargs.values())
@@ -128,8 +128,8 @@ def _tapped(kind: type[nnx.Module]) -> type[nnx.Module]:
                 outputs = outputs + values["bias"][1]
             return inputs, outputs
 
-    Tapped.__name__ = f"Tapped{kind.__name__}"
-    return Tapped
+    Recording.__name__ = f"Recording{kind.__name__}"
+    return Recording
 
 
 class HeldStatisticsError(ValueError):
@@ -165,13 +165,13 @@ def with_fast_gradients(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def tap(copy: nnx.Module) -> dict[int, Path]:
+def make_recording(copy: nnx.Module) -> dict[int, Path]:
     """Changes the classes of a copy's layers; the paths of layers by the ids of their objects."""
     names = {}
     with_fast_gradients(copy)
     for path, layer in list(nnx.iter_modules(copy)):
         if type(layer) in LAYER_KINDS or type(layer) in NORM_KINDS:
-            layer.__class__ = _tapped(type(layer))
+            layer.__class__ = _recording_class(type(layer))
             names[id(layer)] = tuple(path)
     return names
 
@@ -205,7 +205,7 @@ def _has_items(owner: Any, key: Any) -> bool:
 
 
 def recorded_pass(copy: nnx.Module, sample: Any, tape: Tape) -> Array:
-    """The outputs (1, C) of a tapped copy on one sample."""
+    """The outputs (1, C) of a recording copy on one sample."""
     token = _TAPE.set(tape)
     try:
         return outputs_of(copy, jax.tree.map(lambda leaf: leaf[None], sample))

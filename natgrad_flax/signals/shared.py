@@ -30,7 +30,7 @@ Sharing = Literal["expand", "reduce"]
 )
 @dataclass(frozen=True)
 class ExplicitSignals(LayerSignals):
-    """The Jacobian block of a layer itself; a direction is per-sample parameters (N, fan_in, M).
+    """The Jacobian block of a layer itself; a cotangent is per-sample parameters (N, fan_in, M).
 
     Attributes:
       block: J_l, shape (N, S, fan_in, M), the row of the bias last.
@@ -52,7 +52,7 @@ class ExplicitSignals(LayerSignals):
         return self.block.shape[0]
 
     @property
-    def num_seeds(self) -> int:
+    def num_directions(self) -> int:
         """S."""
         return self.block.shape[1]
 
@@ -66,17 +66,17 @@ class ExplicitSignals(LayerSignals):
         """Parameters a unit."""
         return self.block.shape[2]
 
-    def take_seeds(self, start: int, stop: int) -> ExplicitSignals:
-        """The same signals with some of the seeds only."""
+    def take_directions(self, start: int, stop: int) -> ExplicitSignals:
+        """The same signals with some of the output directions only."""
         return dataclasses.replace(self, block=self.block[:, start:stop])
 
-    def reseed(self, factor: Array) -> ExplicitSignals:
-        """The same layer with combinations of its seeds, R of shape (N, S, S')."""
+    def mix_directions(self, factor: Array) -> ExplicitSignals:
+        """The same layer with combinations of its output directions, R of shape (N, S, S')."""
         return dataclasses.replace(self, block=jnp.einsum("nsr,nskm->nrkm", factor, self.block))
 
-    def direction(self, seed: int) -> Array:
-        """J_l of one seed, shape (N, fan_in, M)."""
-        return self.block[:, seed]
+    def cotangent(self, index: int) -> Array:
+        """J_l of one output direction, shape (N, fan_in, M)."""
+        return self.block[:, index]
 
     def gram(self, other: LayerSignals | None = None) -> Array:
         """J_l J'_l^T, shape (N S, N' S')."""
@@ -91,11 +91,11 @@ class ExplicitSignals(LayerSignals):
         """sum_s v[n,s] J[n,s], shape (N, fan_in, M)."""
         return jnp.einsum("ns,nskm->nkm", coefficients, self.block)
 
-    def pull_back(self, directions: Array) -> LayerUpdate:
+    def local_vjp(self, cotangents: Array) -> LayerUpdate:
         """The sum over samples."""
-        return self.update(jnp.sum(directions, axis=0))
+        return self.update(jnp.sum(cotangents, axis=0))
 
-    def push_forward(self, update: LayerUpdate) -> Array:
+    def local_jvp(self, update: LayerUpdate) -> Array:
         """The update, once for every sample."""
         matrix = matrix_of(update)
         return jnp.broadcast_to(matrix, (self.num_samples, *matrix.shape))
@@ -103,7 +103,7 @@ class ExplicitSignals(LayerSignals):
     def jvp(self, update: LayerUpdate) -> Array:
         """J_l times the update, shape (N, S)."""
         flat = self.to_dense() @ matrix_of(update).reshape(-1)
-        return flat.reshape(self.num_samples, self.num_seeds)
+        return flat.reshape(self.num_samples, self.num_directions)
 
     def jacobian(self) -> Array:
         """J_l as (N, S, fan_in, M)."""
@@ -121,14 +121,14 @@ class ExplicitSignals(LayerSignals):
 )
 @dataclass(frozen=True)
 class SharedSignals(LayerSignals):
-    """Signals of an affine layer whose weights serve T positions; a direction is (N, T, G, M/G).
+    """Signals of an affine layer whose weights serve T positions; a cotangent is (N, T, G, M/G).
 
     With G groups the units fall into G sets, each with inputs of its own; unit g M/G + m is the
     m-th of group g.
 
     Attributes:
       inputs: a, shape (N, T, G, K), times the scale of the weights.
-      derivatives: D, shape (N, S, T, G, M/G): derivatives of the seeded outputs with respect to
+      derivatives: D, shape (N, S, T, G, M/G): derivatives of the S outputs with respect to
         the pre-activations at every position.
       bias_scale: the factor in front of the bias, None where the layer has none.
       path: where the layer stands in the model.
@@ -149,7 +149,7 @@ class SharedSignals(LayerSignals):
         return self.inputs.shape[0]
 
     @property
-    def num_seeds(self) -> int:
+    def num_directions(self) -> int:
         """S."""
         return self.derivatives.shape[1]
 
@@ -173,18 +173,18 @@ class SharedSignals(LayerSignals):
         """K, plus 1 with a bias."""
         return self.inputs.shape[3] + (self.bias_scale is not None)
 
-    def take_seeds(self, start: int, stop: int) -> SharedSignals:
-        """The same signals with some of the seeds only."""
+    def take_directions(self, start: int, stop: int) -> SharedSignals:
+        """The same signals with some of the output directions only."""
         return dataclasses.replace(self, derivatives=self.derivatives[:, start:stop])
 
-    def reseed(self, factor: Array) -> SharedSignals:
-        """The same layer with combinations of its seeds, R of shape (N, S, S')."""
+    def mix_directions(self, factor: Array) -> SharedSignals:
+        """The same layer with combinations of its output directions, R of shape (N, S, S')."""
         mixed = jnp.einsum("nsr,nstgm->nrtgm", factor, self.derivatives)
         return dataclasses.replace(self, derivatives=mixed)
 
-    def direction(self, seed: int) -> Array:
-        """D of one seed, shape (N, T, G, M/G)."""
-        return self.derivatives[:, seed]
+    def cotangent(self, index: int) -> Array:
+        """D of one output direction, shape (N, T, G, M/G)."""
+        return self.derivatives[:, index]
 
     def augmented_inputs(self) -> Array:
         """a with the column of the bias last, shape (N, T, G, fan_in)."""
@@ -210,15 +210,15 @@ class SharedSignals(LayerSignals):
 
     def pairs_are_cheaper(self, other: SharedSignals | None = None) -> bool:
         """Whether the Gram matrix costs fewer flops by pairs of positions than by Jacobians."""
-        there = self if other is None else other
+        second = self if other is None else other
         n, s, t, g, m = self.derivatives.shape
-        k, rows, columns = self.fan_in, n * t, there.num_samples * there.num_positions
-        pairs = rows * columns * g * (k + s * there.num_seeds * m)
-        blocks = (rows * s + columns * there.num_seeds) * g * k * m
-        blocks += n * s * there.num_samples * there.num_seeds * self.num_params
+        k, rows, columns = self.fan_in, n * t, second.num_samples * second.num_positions
+        pairs = rows * columns * g * (k + s * second.num_directions * m)
+        blocks = (rows * s + columns * second.num_directions) * g * k * m
+        blocks += n * s * second.num_samples * second.num_directions * self.num_params
         # the pairs are also held at once, so they must not outgrow the Jacobians either
-        held = rows * columns * g * (1 + s * there.num_seeds)
-        return pairs < blocks and held < (n * s + there.num_samples) * self.num_params
+        held = rows * columns * g * (1 + s * second.num_directions)
+        return pairs < blocks and held < (n * s + second.num_samples) * self.num_params
 
     @property
     def gram_by(self) -> str:
@@ -229,13 +229,13 @@ class SharedSignals(LayerSignals):
         """J_l J'_l^T, shape (N S, N' S')."""
         if not self.pairs_are_cheaper(other):
             return self.explicit().gram(None if other is None else other.explicit())
-        there = self if other is None else other
-        inputs = jnp.einsum("ntgk,pugk->gntpu", self.inputs, there.inputs)
+        second = self if other is None else other
+        inputs = jnp.einsum("ntgk,pugk->gntpu", self.inputs, second.inputs)
         if self.bias_scale is not None:
             inputs = inputs + self.bias_scale**2
-        units = jnp.einsum("nstgm,prugm->gnstpru", self.derivatives, there.derivatives)
+        units = jnp.einsum("nstgm,prugm->gnstpru", self.derivatives, second.derivatives)
         gram = jnp.einsum("gntpu,gnstpru->nspr", inputs, units)
-        return gram.reshape(self.num_samples * self.num_seeds, -1)
+        return gram.reshape(self.num_samples * self.num_directions, -1)
 
     def gram_norms(self) -> Array:
         """The diagonal of ``gram``, shape (N, S)."""
@@ -245,16 +245,16 @@ class SharedSignals(LayerSignals):
         """sum_s v[n,s] D[n,s], shape (N, T, G, M/G)."""
         return jnp.einsum("ns,nstgm->ntgm", coefficients, self.derivatives)
 
-    def pull_back(self, directions: Array) -> LayerUpdate:
+    def local_vjp(self, cotangents: Array) -> LayerUpdate:
         """sum_nt a[n,t] R[n,t]."""
-        g, m = directions.shape[2:]
-        kernel = jnp.einsum("ntgk,ntgm->kgm", self.inputs, directions)
+        g, m = cotangents.shape[2:]
+        kernel = jnp.einsum("ntgk,ntgm->kgm", self.inputs, cotangents)
         update = {"kernel": kernel.reshape(-1, g * m)}
         if self.bias_scale is not None:
-            update["bias"] = self.bias_scale * jnp.sum(directions, axis=(0, 1)).reshape(-1)
+            update["bias"] = self.bias_scale * jnp.sum(cotangents, axis=(0, 1)).reshape(-1)
         return update
 
-    def push_forward(self, update: LayerUpdate) -> Array:
+    def local_jvp(self, update: LayerUpdate) -> Array:
         """The change of the pre-activations, shape (N, T, G, M/G)."""
         g, m = self.derivatives.shape[3:]
         kernel = update["kernel"].reshape(-1, g, m)
@@ -265,7 +265,7 @@ class SharedSignals(LayerSignals):
 
     def jvp(self, update: LayerUpdate) -> Array:
         """J_l applied to a step in the parameters, shape (N, S)."""
-        return jnp.einsum("nstgm,ntgm->ns", self.derivatives, self.push_forward(update))
+        return jnp.einsum("nstgm,ntgm->ns", self.derivatives, self.local_jvp(update))
 
     def squares(self) -> LayerUpdate:
         """sum_n sum_s J_l^2, entry by entry."""

@@ -32,7 +32,7 @@ class AveragedStructure(Structure):
 
     ``statistics`` and ``rotated`` are means with equal weights: those of a batch are the mean of
     those of its equal parts. The shapes of all that is returned here depend on the network alone,
-    not on the number of samples or seeds.
+    not on the number of samples or output directions.
     """
 
     cheap_inverse: ClassVar[bool] = False

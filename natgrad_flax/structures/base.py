@@ -28,10 +28,10 @@ class IsotropyWarning(UserWarning):
 class Structure(abc.ABC):
     """A Fisher approximation G; everything it does is a function of signals.
 
-    The signals are seeded by a factor of the Fisher (``fisher_kinds``), so F = J^T J / N with J the
-    seeded Jacobian, whatever the loss. A damping is added to F in this 1/N convention.
-    It is a number, or an array of the shape that ``damping_scale`` has; the number 0 stands for the
-    pseudo-inverse.
+    The output directions of the signals are a factor of the Fisher (``signals.fisher``), so
+    F = J^T J / N with their Jacobian J, whatever the loss. A damping is added to F in this 1/N
+    convention. It is a number, or an array of the shape that ``damping_scale`` has; the number 0
+    stands for the pseudo-inverse.
     """
 
     style: ClassVar[Style]
@@ -170,7 +170,7 @@ class Structure(abc.ABC):
 
         Args:
           test: signals at x' of the plain outputs, S = C.
-          train: signals at x, seeded by the factor of the Fisher.
+          train: signals at x, of the output directions of the Fisher.
           damping: as in ``solve``.
 
         Returns:

@@ -54,11 +54,11 @@ class BlockDiagonal(LayerWise):
         """sum_l K_l(x', x) (K_l + N rho_l)^{-1} V."""
         total = jnp.zeros((test.size, vectors.shape[1]), train.outputs.dtype)
         shifted = not is_zero(damping)
-        for there, here, rho in zip(
+        for test_layer, train_layer, rho in zip(
             test.layers, train.layers, per_layer(damping, len(train.layers)), strict=True
         ):
-            gram = add_diagonal(here.gram(), train.num_samples * rho)
-            total = total + there.gram(here) @ solve_psd(gram, vectors, shifted=shifted)
+            gram = add_diagonal(train_layer.gram(), train.num_samples * rho)
+            total = total + test_layer.gram(train_layer) @ solve_psd(gram, vectors, shifted=shifted)
         return total
 
     def damping_scale(self, signals: Signals) -> Array:

@@ -154,11 +154,11 @@ class EKFAC(AveragedStructure):
             if isinstance(layer, ExplicitSignals):
                 sides.append(layer.fan_in)
                 continue
-            samples, seeds, groups = layer.num_samples, layer.num_seeds, 1
+            samples, directions, groups = layer.num_samples, layer.num_directions, 1
             if isinstance(layer, SharedSignals):
                 groups = layer.num_groups
                 samples = samples * layer.num_positions
-            pairs = (samples, layer.fan_in), (samples * seeds, layer.num_units // groups)
+            pairs = (samples, layer.fan_in), (samples * directions, layer.num_units // groups)
             whole = isinstance(layer, SharedSignals) and self.sharing == "reduce"
             sides.extend(params if whole else min(rows, params) for rows, params in pairs)
         return max(sides)
@@ -250,7 +250,7 @@ def _mean_squares(layer: LayerSignals, left: Array, right: Array) -> Array:
 
 def _turns_rows(layer: SharedSignals, left: Array, right: Array) -> bool:
     """Whether turning inputs and derivatives costs less than turning the Jacobians of samples."""
-    s, t = layer.num_seeds, layer.num_positions
+    s, t = layer.num_directions, layer.num_positions
     (k, p), (m, q) = left.shape[1:], right.shape[1:]
     rows = t * k * p + s * t * (m * q + p * q)
     return rows < s * (t * k * m + p * k * m + p * m * q)

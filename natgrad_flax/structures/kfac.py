@@ -233,8 +233,10 @@ class KFAC(KroneckerAverage):
             return super().coefficient(test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
         rhos = per_layer(damping, len(train.layers))
-        for index, (there, rho) in enumerate(zip(map(dense_layer, test.layers), rhos, strict=True)):
-            total = total + self._kronecker(train, index).cross(there, rho) / train.num_samples
+        for index, (test_layer, rho) in enumerate(
+            zip(map(dense_layer, test.layers), rhos, strict=True)
+        ):
+            total = total + self._kronecker(train, index).cross(test_layer, rho) / train.num_samples
         return total
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
@@ -257,7 +259,7 @@ class KFAC(KroneckerAverage):
                 inputs = jnp.diagonal(block.left.cross(block.left.rows, 0.0))
             if index == len(train.layers) - 1:
                 units = jnp.diagonal(block.right.cross(block.right.rows, 0.0))
-            total = total + units * jnp.repeat(inputs, layer.num_seeds) / train.num_samples
+            total = total + units * jnp.repeat(inputs, layer.num_directions) / train.num_samples
         return total
 
     def gram_size(self, signals: Signals) -> int:

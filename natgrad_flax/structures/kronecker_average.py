@@ -87,7 +87,7 @@ class KroneckerAverage(AveragedStructure):
         groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
         rows = float(layer.num_samples * positions * groups)
         # floats: products of sizes outgrow the integers of XLA
-        return jnp.stack([sum_a / (rows * positions), sum_b / (rows * layer.num_seeds)])
+        return jnp.stack([sum_a / (rows * positions), sum_b / (rows * layer.num_directions)])
 
     def invert(
         self, moments: Moments, damping: Array | float, num_samples: int
@@ -155,7 +155,7 @@ class KroneckerAverage(AveragedStructure):
 
 def block_norms(layer: ExplicitSignals) -> Array:
     """The mean diagonal of the Gram matrix, in both places of a pair."""
-    mean = jnp.sum(layer.gram_norms()) / float(layer.num_samples * layer.num_seeds)
+    mean = jnp.sum(layer.gram_norms()) / float(layer.num_samples * layer.num_directions)
     return jnp.stack([mean, mean])
 
 

@@ -121,8 +121,8 @@ class LayerWise(Structure):
         coupled = Coupled(train.layers, sigma=self.coupling(len(train.layers)), solver=self._solver)
         duals = coupled.solve_duals(vectors, damping)
         parts = [
-            there.gram(here) @ dual
-            for there, here, dual in zip(test.layers, train.layers, duals, strict=True)
+            test_layer.gram(train_layer) @ dual
+            for test_layer, train_layer, dual in zip(test.layers, train.layers, duals, strict=True)
         ]
         return sum(parts[1:], start=parts[0])
 
@@ -168,7 +168,7 @@ class LayerWise(Structure):
                 if layer.num_params < signals.size
             ]
         else:
-            failures = rank_failures(Geometry(shapes, signals.num_samples, signals.num_seeds))
+            failures = rank_failures(Geometry(shapes, signals.num_samples, signals.num_directions))
         if failures:
             raise ValueError(
                 f"{self.name} at zero damping needs layer Jacobians of full row rank: "

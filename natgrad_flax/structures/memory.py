@@ -32,7 +32,7 @@ def sample_jacobian_entries(structure: Structure | None, layer: LayerSignals) ->
     needs = "gram" if structure is None else structure.plain.shared_weights
     if not isinstance(layer, SharedSignals) or needs == "rows":
         return 0
-    n, s = layer.num_samples, layer.num_seeds
+    n, s = layer.num_samples, layer.num_directions
     if needs == "gram" and layer.pairs_are_cheaper():
         return (n * layer.num_positions) ** 2 * layer.num_groups * (1 + s**2)
     return n * s * layer.num_params
@@ -83,7 +83,7 @@ def check_signals_fit(structure: Structure, signals: Signals) -> None:
     largest = max(range(len(needs)), key=needs.__getitem__)
     layer = signals.layers[largest]
     where = ".".join(map(str, layer.path)) or "the root"
-    sizes = f"{layer.num_samples} x {layer.num_seeds} x {layer.num_params}"
+    sizes = f"{layer.num_samples} x {layer.num_directions} x {layer.num_params}"
     if isinstance(layer, ExplicitSignals):
         names = [form.name for form in (layer.kernel_form, layer.bias_form) if form]
         what = f"the explicit Jacobian block of {' and '.join(names)} at {where}, N S P = {sizes},"

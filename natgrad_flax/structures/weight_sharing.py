@@ -39,7 +39,7 @@ def signals_geometry(model: nnx.Module, signals: Signals) -> Geometry:
     """
     shapes = tuple((layer.fan_in, layer.num_units) for layer in signals.layers)
     positions = tuple(_positions(layer) for layer in signals.layers)
-    sizes = (shapes, signals.num_samples, signals.num_seeds, active_fraction(model))
+    sizes = (shapes, signals.num_samples, signals.num_directions, active_fraction(model))
     if set(positions) == {1}:
         return Geometry(*sizes)
     return SharedGeometry(*sizes, positions=positions)

@@ -101,7 +101,7 @@ def _forward(lhs: Array, rhs: Array, window: _Window) -> tuple[Array, tuple[Arra
     return _plain(lhs, rhs, window), (lhs, rhs)
 
 
-def _backward(window: _Window, kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+def _backward(window: _Window, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     """The gradients of images and kernel, each by one convolution.
 
     The images': the slopes, spread by the strides, with the kernel turned round. The kernel's: the
@@ -114,19 +114,19 @@ def _backward(window: _Window, kept: tuple[Array, Array], slope: Array) -> tuple
         low = window.padding[axis - 1][0]
         extent = (rhs.shape[axis - 1] - 1) * window.dilation[axis - 1] + 1
         size = (lhs.shape[axis] - 1) * window.interior[axis - 1] + 1
-        spread = (slope.shape[axis] - 1) * window.strides[axis - 1] + 1
+        spread = (cotangent.shape[axis] - 1) * window.strides[axis - 1] + 1
         before = extent - low - 1
         around.append((before, size + extent - 1 - spread - before))
         along.append((low, spread + extent - 1 - size - low))
     turned = lax.rev(rhs, tuple(range(rhs.ndim - 2))).swapaxes(-1, -2)
     images = _plain(
-        slope, turned, _Window(window.interior, tuple(around), window.strides, window.dilation)
+        cotangent, turned, _Window(window.interior, tuple(around), window.strides, window.dilation)
     )
     channels_first = (lhs.ndim - 1, *spatial, 0)
     samples_inside = (*spatial, 0, lhs.ndim - 1)
     kernel = _plain(
         lhs.transpose(channels_first),
-        slope.transpose(samples_inside),
+        cotangent.transpose(samples_inside),
         _Window(window.dilation, tuple(along), window.interior, window.strides),
     )
     return images, kernel.transpose(samples_inside)

@@ -53,8 +53,8 @@ def main(folder, port, process):
     for name in ("dense_block", "convolutional_block"):
         block = getattr(analytic, name)
 
-        def counted(twin, left, right, block=block, **options):
-            values = block(twin, left, right, **options)
+        def counted(limit, left, right, block=block, **options):
+            values = block(limit, left, right, **options)
             ids = {device.id for value in values for device in value.devices()}
             used.update([",".join(map(str, sorted(ids)))])
             return values

@@ -24,9 +24,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import natgrad_flax as ng
 from natgrad_flax import devices
-from natgrad_flax.devices.dealing import Task, deal_out
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve
 from natgrad_flax.devices.placement import place
+from natgrad_flax.devices.tasks import Task, distribute
 
 LOSS = ng.SoftmaxCrossEntropy()
 CASES = {
@@ -264,7 +264,7 @@ def count_calls():
         return {"sum": jax.pure_callback(count, shape, value)}
 
     tasks = [Task(partial(task, number), (jnp.ones(()),), 1.0 + number) for number in range(10)]
-    results = jax.jit(lambda: deal_out(tasks, mesh))()
+    results = jax.jit(lambda: distribute(tasks, mesh))()
     return {"calls": calls, "results": [float(result["sum"]) for result in results]}
 
 

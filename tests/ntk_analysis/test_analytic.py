@@ -11,9 +11,9 @@ import natgrad_flax as ng
 import ntk_analysis as na
 from ntk_analysis import analytic
 from ntk_analysis.analytic import PARTS, AnalyticKernels, analytic_kernels, analytic_layer_kernels
+from ntk_analysis.infinite_width import infinite_width_limit
 from ntk_analysis.reproduce.karakida_osawa.common import problem
 from ntk_analysis.reproduce.karakida_osawa.kernels import reference_kernels, relu_expectations
-from ntk_analysis.twin import infinite_width_twin
 
 INPUTS = 5
 
@@ -34,14 +34,14 @@ def everything(kernels: AnalyticKernels) -> dict[str, np.ndarray]:
 
 def tails(model, x1, x2):
     """The NTK of the output when it is set to zero behind layer l, for l = 0..L."""
-    twin = infinite_width_twin(model)
+    limit = infinite_width_limit(model)
     found = []
     with jax.enable_x64(True):
-        for cut in range(twin.depth + 1):
-            kernel = twin.affine[0](x1, x2, None)
-            for layer in range(1, twin.depth + 1):
+        for cut in range(limit.depth + 1):
+            kernel = limit.affine[0](x1, x2, None)
+            for layer in range(1, limit.depth + 1):
                 if layer > 1:
-                    kernel = twin.affine[layer - 1](twin.activations[layer - 2](kernel))
+                    kernel = limit.affine[layer - 1](limit.activations[layer - 2](kernel))
                 if layer == cut:
                     kernel = kernel.replace(ntk=0 * kernel.ntk)
             found.append(np.asarray(kernel.ntk))
@@ -65,7 +65,7 @@ def test_whole_kernels_are_those_of_neural_tangents(activation, depth):
     model, x1, x2 = make_model(activation, depth, bias=0.1), make_inputs(4), make_inputs(3, 1)
     found = analytic_kernels(model, x1, x2)
     with jax.enable_x64(True):
-        theirs = infinite_width_twin(model).network[2](x1, x2, ("nngp", "ntk"))
+        theirs = infinite_width_limit(model).network[2](x1, x2, ("nngp", "ntk"))
         np.testing.assert_allclose(found.nngp, theirs.nngp, rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(found.ntk, theirs.ntk, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(sum(found.tangent), found.ntk, rtol=1e-14)
@@ -181,7 +181,7 @@ def test_bad_input(monkeypatch, tmp_path):
         analytic_kernels(model, x, parts=("kernel",))
     with pytest.raises(ValueError, match="parts of an MLP must be some of"):
         analytic_kernels(model, x, parts=())
-    with pytest.raises(TypeError, match="Linear has no infinite-width twin"):
+    with pytest.raises(TypeError, match="Linear has no infinite-width limit"):
         analytic_kernels(nnx.Linear(INPUTS, 1, rngs=nnx.Rngs(0)), x)
     with pytest.raises(ValueError, match=r"x1 must have shape \(N, 5\), got \(4, 3\)"):
         analytic_kernels(model, x[:, :3])

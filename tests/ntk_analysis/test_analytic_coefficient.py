@@ -225,7 +225,7 @@ def test_bad_input():
         pass
 
     for structure in (ng.Exact(), ng.UnitWise()):
-        with pytest.raises(TypeError, match="Other has no infinite-width twin"):
+        with pytest.raises(TypeError, match="Other has no infinite-width limit"):
             analytic(structure, Other())
     with pytest.raises(ValueError, match=r"x_train must have shape \(N, 12\)"):
         analytic(ng.Exact(), x=X[:, :3])

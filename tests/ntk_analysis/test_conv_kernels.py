@@ -14,8 +14,8 @@ import ntk_analysis as na
 from ntk_analysis import analytic, conv_kernels
 from ntk_analysis._neural_tangents import stax
 from ntk_analysis.analytic import analytic_kernels, analytic_layer_kernels
+from ntk_analysis.infinite_width import infinite_width_limit
 from ntk_analysis.reproduce.karakida_osawa.kernels import relu_expectations
-from ntk_analysis.twin import infinite_width_twin
 
 SHAPE = (5, 4, 2)
 
@@ -223,7 +223,7 @@ def test_blocks_and_an_interrupted_run_make_no_difference(pooling, monkeypatch, 
     model, x, other = make_model(pooling, bias_variance=0.1), make_images(5), make_images(4, 1)
     whole, cross = analytic_kernels(model, x), analytic_kernels(model, x, other)
     # of 2 samples
-    entries = max(infinite_width_twin(model).covariances())
+    entries = max(infinite_width_limit(model).covariances())
     monkeypatch.setattr(conv_kernels, "_ENTRIES", 4 * entries)
 
     class Killed(Exception):
@@ -255,11 +255,11 @@ def test_channels_parameters_and_outputs_do_not_matter():
         np.testing.assert_array_equal(one, other)
 
 
-def test_twin_describes_what_decides_its_kernels():
-    twin = na.infinite_width_twin(make_model("average", padding="CIRCULAR", bias_variance=0.3))
-    assert twin.depth == 3
-    assert twin.covariances() == [400, 400, 36]
-    description = dict(twin.description)
+def test_limit_describes_what_decides_its_kernels():
+    limit = na.infinite_width_limit(make_model("average", padding="CIRCULAR", bias_variance=0.3))
+    assert limit.depth == 3
+    assert limit.covariances() == [400, 400, 36]
+    description = dict(limit.description)
     convolutions = description.pop("convolutions")
     assert description == {
         "activation": "relu",
@@ -270,8 +270,8 @@ def test_twin_describes_what_decides_its_kernels():
     }
     assert [part["strides"] for part in convolutions] == [(1, 1), (2, 2)]
     assert all(part["circular"] for part in convolutions)
-    assert na.infinite_width_twin(make_model()) is na.infinite_width_twin(make_model())
-    assert na.infinite_width_twin(make_model()).covariances() == [20, 20, 6]
+    assert na.infinite_width_limit(make_model()) is na.infinite_width_limit(make_model())
+    assert na.infinite_width_limit(make_model()).covariances() == [20, 20, 6]
 
 
 def test_bad_input(monkeypatch):
@@ -290,7 +290,7 @@ def test_bad_input(monkeypatch):
         analytic_kernels(large, make_images(2, shape=(32, 32, 3)))
 
 
-def test_layers_without_a_twin():
+def test_layers_without_a_limit():
     def convolution(**options):
         return ng.Conv(2, 3, (3, 2), **options, rngs=nnx.Rngs(0))
 
@@ -310,8 +310,8 @@ def test_layers_without_a_twin():
         model.activation = "sine"
 
     for change, message in (
-        (dense, r"layer 3 \(Linear\) has no infinite-width twin: it is not an ng.Dense"),
-        (stock, r"layer 2 \(Conv\) has no infinite-width twin: it is not an ng.Conv"),
+        (dense, r"layer 3 \(Linear\) has no infinite-width limit: it is not an ng.Dense"),
+        (stock, r"layer 2 \(Conv\) has no infinite-width limit: it is not an ng.Conv"),
         (grouped, r"layer 2 \(Conv\) .* neither groups nor dilation"),
         (dilated, r"layer 1 \(Conv\) .* neither groups nor dilation"),
         (sine, "activation 'sine' has no infinite-width kernel"),
@@ -319,7 +319,7 @@ def test_layers_without_a_twin():
         model = make_model()
         change(model)
         with pytest.raises(ValueError, match=message):
-            infinite_width_twin(model)
+            infinite_width_limit(model)
 
 
 def test_changed_layers_keep_their_own_variances():

@@ -168,7 +168,7 @@ def test_parameters_integrated_densely(plain):
     # theta' = -G^{-1} J^T r / N for a damped K-FAC, f' from theta through J
     signals, start, jacobian = plain
     with jax.enable_x64(True):
-        seeded = signals.train.reseed(CE.factor(jnp.asarray(start[:N])))
+        seeded = signals.train.mix_directions(CE.factor(jnp.asarray(start[:N])))
         scale = 0.1 * ng.KFAC().damping_scale(seeded)
         inverse = np.linalg.inv(np.asarray(ng.KFAC().to_dense(seeded, scale)))
     rows = jacobian[: N * CLASSES]

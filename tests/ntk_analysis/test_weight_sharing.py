@@ -135,7 +135,7 @@ def test_conditions_that_fail_are_named():
     assert "layer 1: a channel has 54" in failed_conditions(ng.UnitWise(), many, ranks)[0]
 
 
-def test_twins_and_leverages_of_images():
+def test_limits_and_leverages_of_images():
     x = images(4, SHAPE)[[0, 1, 2, 1]]
     ranks = measured_ranks(initial_signals(conv_net(SHAPE, (3,), 1), x).train)
     assert ranks.twins == (1, 3)

@@ -82,7 +82,7 @@ def test_sizes_and_flops_are_those_of_the_signals():
     signals = jax.eval_shape(
         lambda state, x: ng.jacobian_signals(nnx.merge(graphdef, state), x), state, x
     )
-    assert description.num_seeds == 4
+    assert description.num_directions == 4
     for said, layer in zip(description.layers, signals.layers, strict=True):
         assert said.signals == sum(4 * leaf.size for leaf in jax.tree.leaves(layer))
         counted = jax.jit(lambda layer: layer.gram()).lower(layer).cost_analysis()["flops"]
@@ -125,9 +125,9 @@ def test_what_a_structure_makes_of_each_layer(structure):
 
 def test_seeds_and_filters():
     loss = ng.SoftmaxCrossEntropy()
-    assert described(fisher="exact", loss=loss)[0].num_seeds == 2
-    assert described(fisher="mc", mc_samples=3)[0].num_seeds == 3
-    assert described(fisher="empirical")[0].num_seeds == 1
+    assert described(fisher="exact", loss=loss)[0].num_directions == 2
+    assert described(fisher="mc", mc_samples=3)[0].num_directions == 3
+    assert described(fisher="empirical")[0].num_directions == 1
     readout = nnx.All(nnx.Param, nnx.PathContains("readout"))
     description, _ = described(wrt=readout)
     (layer,) = description.layers

@@ -24,7 +24,7 @@ LAYERS = {
 
 def shapes_of(layer):
     layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), layer)
-    n, s = layer.num_samples, layer.num_seeds
+    n, s = layer.num_samples, layer.num_directions
     return layer, ng.Signals((layer,), jax.ShapeDtypeStruct((n, s), jnp.float32))
 
 
@@ -34,7 +34,7 @@ def lapack(layer, sharing):
     positions = layer.num_positions if isinstance(layer, SharedSignals) else 1
     rows = layer.num_samples * positions
     total = 0
-    for r, p in (rows, layer.fan_in), (rows * layer.num_seeds, layer.num_units // groups):
+    for r, p in (rows, layer.fan_in), (rows * layer.num_directions, layer.num_units // groups):
         small = p if sharing == "reduce" else min(r, p)
         total += groups * 9 * small**3
         if small < p:
@@ -55,7 +55,7 @@ def test_ekfac_costs_what_it_does(name, sharing):
     def solve(signals, weights):
         return structure.solve(signals, ng.Residual(weights, None), 0.1)
 
-    weights = jax.ShapeDtypeStruct((layer.num_samples, layer.num_seeds), jnp.float32)
+    weights = jax.ShapeDtypeStruct((layer.num_samples, layer.num_directions), jnp.float32)
     counted = jax.jit(solve).lower(signals, weights).cost_analysis()["flops"]
     assert said.flops == pytest.approx(counted + lapack(layer, sharing), rel=0.1)
     assert said.form.endswith("eigenbasis")

@@ -15,8 +15,8 @@ from own_process import found_by
 
 import natgrad_flax as ng
 from natgrad_flax import devices
-from natgrad_flax.devices.dealing import balance
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve, conjugate_gradients
+from natgrad_flax.devices.tasks import balance
 
 LOSS = ng.MeanSquaredError()
 

@@ -108,7 +108,7 @@ def test_damped_steps(variance):  # BE-Eq20 in the coordinates of the kernels
     signals, residual = ng.fisher_signals(model, x, y, loss=MSE)
     for index, (layer, found) in enumerate(zip(signals.layers, kernels(step), strict=True)):
         a, flat = np.asarray(layer.inputs), np.asarray(layer.flat_derivatives())
-        slope = a.T @ np.asarray(residual.direction(layer, index)) / len(x)
+        slope = a.T @ np.asarray(residual.cotangent(layer, index)) / len(x)
         # errors and gradient of the loss that is weighted by 1 / variance
         errors = flat.T @ flat / len(x) / variance
         left = np.linalg.inv(a.T @ a / len(x) + 0.2 * np.eye(a.shape[1]))
@@ -164,7 +164,7 @@ def test_sampled_errors_estimate_eq_20(activation, bias, loss):
     for index, layer in enumerate(signals.layers):
         a = np.asarray(layer.augmented_inputs())
         flat = np.asarray(layer.flat_derivatives())
-        slope = a.T @ np.asarray(residual.direction(layer, index)) / len(x)
+        slope = a.T @ np.asarray(residual.cotangent(layer, index)) / len(x)
         left = np.linalg.inv(a.T @ a / len(x) + 0.1 * np.eye(a.shape[1]))
         right = np.linalg.inv(flat.T @ flat / len(x) + 0.1 * np.eye(flat.shape[1]))
         expected = -left @ slope @ right / len(signals.layers)

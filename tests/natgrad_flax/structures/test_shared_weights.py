@@ -40,7 +40,7 @@ class Mixed(nnx.Module):
         return self.readout(h.mean(1))
 
 
-def twin(p, patches, e):
+def limit(p, patches, e):
     """``Mixed`` on one sample by hand, with perturbations e, and what its layers see."""
     u = jnp.einsum("tgk,kgm->tgm", patches, p["conv"]["kernel"].reshape(9, 2, 2))
     h = u.reshape(4, 4) + p["conv"]["bias"] + e["conv"]
@@ -222,8 +222,8 @@ def test_kronecker_factors_of_a_mixed_network():
         pure = nnx.as_pure(params)
         zeros = {"conv": (4, 4), "tokens": (8, 4), "readout": (1, 3)}
         zeros = {name: jnp.zeros(shape) for name, shape in zeros.items()}
-        outputs, seen = jax.vmap(lambda a: twin(pure, a, zeros))(patches)
-        derivatives = jax.vmap(jax.jacobian(lambda e, a: twin(pure, a, e)[0]), (None, 0))(
+        outputs, seen = jax.vmap(lambda a: limit(pure, a, zeros))(patches)
+        derivatives = jax.vmap(jax.jacobian(lambda e, a: limit(pure, a, e)[0]), (None, 0))(
             zeros, patches
         )
         return signals, outputs, seen, derivatives
@@ -280,17 +280,17 @@ def test_products_over_shared_signals(groups):
     flat = jacobian.reshape(6, -1)
     v, step = rng.normal(size=(3, 2)), rng.normal(size=flat.shape[1])
     for signals in (layer, layer.explicit()):
-        assert (signals.num_params, signals.num_seeds) == (flat.shape[1], 2)
+        assert (signals.num_params, signals.num_directions) == (flat.shape[1], 2)
         update = signals.unravel(jnp.asarray(step))
         direction = signals.combine(jnp.asarray(v))
-        pulled = matrix_of(signals.pull_back(direction)).reshape(-1)
+        pulled = matrix_of(signals.local_vjp(direction)).reshape(-1)
         pairs = {
             "dense": (signals.to_dense(), flat),
             "norms": (signals.gram_norms(), np.sum(flat**2, axis=1).reshape(3, 2)),
             "jvp": (signals.jvp(update), (flat @ step).reshape(3, 2)),
             "vjp": (pulled, flat.T @ v.reshape(-1)),
             "dual": (
-                jnp.sum(signals.push_forward(update) * direction),
+                jnp.sum(signals.local_jvp(update) * direction),
                 step @ flat.T @ v.reshape(-1),
             ),
             "gram times": (
@@ -301,7 +301,7 @@ def test_products_over_shared_signals(groups):
         }
         factor = rng.normal(size=(3, 2, 1))
         mixed = np.einsum("nsr,nsp->nrp", factor, flat.reshape(3, 2, -1))
-        pairs["reseed"] = (signals.reseed(jnp.asarray(factor)).to_dense(), mixed[:, 0])
-        pairs["seeds"] = (signals.take_seeds(1, 2).to_dense(), flat[1::2])
+        pairs["reseed"] = (signals.mix_directions(jnp.asarray(factor)).to_dense(), mixed[:, 0])
+        pairs["seeds"] = (signals.take_directions(1, 2).to_dense(), flat[1::2])
         for name, (got, expected) in pairs.items():
             np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-11, err_msg=name)

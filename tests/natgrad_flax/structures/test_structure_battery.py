@@ -66,7 +66,7 @@ def described(signals):
     """The layers in NumPy."""
     found = []
     for layer in signals.layers:
-        shape = (signals.num_samples, layer.num_seeds, layer.fan_in, layer.num_units)
+        shape = (signals.num_samples, layer.num_directions, layer.fan_in, layer.num_units)
         bias = layer.bias_scale is not None
         if isinstance(layer, ExplicitSignals):
             found.append(DenseLayer(jacobian_of(layer).reshape(shape), bias))
@@ -105,8 +105,8 @@ def test_against_dense(name, which, space, damping):
     structure = STRUCTURES[name](len(layers), space)
     both, _ = network(rng, SAMPLES, SEEDS + 1, *layers)
     # the last seed is a residual outside of the span of the others, as a Monte-Carlo Fisher has it
-    signals = both.take_seeds(SEEDS)
-    outside = ng.Residual(None, tuple(layer.direction(SEEDS) for layer in both.layers))
+    signals = both.take_directions(SEEDS)
+    outside = ng.Residual(None, tuple(layer.cotangent(SEEDS) for layer in both.layers))
     inside = ng.Residual(jnp.asarray(rng.normal(size=(SAMPLES, SEEDS))), None)
     test, _ = network(rng, 3, 3, *layers)
     slope = random_like(rng, signals.unravel(jnp.zeros(signals.num_params)))

@@ -1,4 +1,4 @@
-"""The infinite-width twin of a model: what it is made of, and its kernels against quadrature."""
+"""The infinite-width limit of a model: what it is made of, and its kernels against quadrature."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from flax import nnx
 from scipy import special, stats
 
 import natgrad_flax as ng
+from natgrad_flax.models.activations import ACTIVATIONS
 from ntk_analysis.activation_kernels import ACTIVATION_KERNELS, HERMITE_TERMS
 from ntk_analysis.analytic import analytic_kernels
+from ntk_analysis.infinite_width import infinite_width_limit
 from ntk_analysis.reproduce.karakida_osawa.kernels import (
     erf_expectations,
     reference_kernels,
     relu_expectations,
 )
-from ntk_analysis.twin import infinite_width_twin
 
 INPUTS = 5
 SLOPE = 0.01
@@ -78,7 +79,7 @@ EXPECTATIONS = {
 
 
 def test_every_activation_of_the_models_has_a_kernel_and_a_reference_here():
-    assert set(ACTIVATION_KERNELS) == set(EXPECTATIONS) == set(ng.activations.ACTIVATIONS)
+    assert set(ACTIVATION_KERNELS) == set(EXPECTATIONS) == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("activation", EXPECTATIONS)
@@ -127,10 +128,10 @@ def test_tanh_series_is_as_good_as_its_docstring_says(variance, diagonal):
 
 def test_network_is_the_model_in_neural_tangents():
     model = make_model(width=16)
-    twin = infinite_width_twin(model)
+    limit = infinite_width_limit(model)
     with jax.enable_x64(True):
         x = np.random.default_rng(2).normal(size=(3, INPUTS))
-        shape, parameters = twin.network[0](jax.random.key(0), (-1, INPUTS))
+        shape, parameters = limit.network[0](jax.random.key(0), (-1, INPUTS))
         assert shape == (-1, 1)
         # its parameters in our model give its outputs: the same parametrisation
         graphdef, state = nnx.split(model)
@@ -138,30 +139,28 @@ def test_network_is_the_model_in_neural_tangents():
             state["layers"][index]["kernel"].set_value(weight)
             state["layers"][index]["bias"].set_value(jnp.ravel(bias))
         ours = nnx.merge(graphdef, state)(x)
-        np.testing.assert_allclose(twin.network[1](parameters, x), ours, rtol=1e-12)
+        np.testing.assert_allclose(limit.network[1](parameters, x), ours, rtol=1e-12)
 
 
 def test_description_holds_what_decides_the_kernels():
-    twin = infinite_width_twin(make_model("relu", depth=4))
-    assert twin.depth == len(twin.affine) == 4
-    assert len(twin.activations) == 3
-    assert twin.description == {
+    limit = infinite_width_limit(make_model("relu", depth=4))
+    assert limit.depth == len(limit.affine) == 4
+    assert len(limit.activations) == 3
+    assert limit.description == {
         "activation": "relu",
         "hermite_terms": None,
         "weight_variances": [2.0] * 4,
         "bias_variances": [0.3] * 4,
     }
-    tanh = infinite_width_twin(make_model("tanh"))
+    tanh = infinite_width_limit(make_model("tanh"))
     assert tanh.description["hermite_terms"] == HERMITE_TERMS
-    assert infinite_width_twin(make_model()) is infinite_width_twin(make_model())
-    assert infinite_width_twin(make_model(bias=0.0)) is not infinite_width_twin(make_model())
+    assert infinite_width_limit(make_model()) is infinite_width_limit(make_model())
+    assert infinite_width_limit(make_model(bias=0.0)) is not infinite_width_limit(make_model())
 
 
 def test_variances_of_single_layers_are_the_models():
     model = make_model(depth=3, bias=0.0)
-    model.layers[1] = ng.layers.Dense(
-        2, 2, weight_variance=0.7, bias_variance=0.4, rngs=nnx.Rngs(0)
-    )
+    model.layers[1] = ng.Dense(2, 2, weight_variance=0.7, bias_variance=0.4, rngs=nnx.Rngs(0))
     x = np.random.default_rng(3).normal(size=(4, INPUTS))
     found = analytic_kernels(model, x)
     expected = reference_kernels(x, None, [(2.0, 0.0), (0.7, 0.4), (2.0, 0.0)], relu_expectations)
@@ -172,17 +171,17 @@ def test_variances_of_single_layers_are_the_models():
         np.testing.assert_allclose(ours, reference, rtol=1e-12, atol=1e-15)
 
 
-def test_models_without_a_twin():
+def test_models_without_a_limit():
     class Other(nnx.Module):
         pass
 
-    with pytest.raises(TypeError, match=r'Other has no infinite-width twin.*kernels="empirical"'):
-        infinite_width_twin(Other())
+    with pytest.raises(TypeError, match=r'Other has no infinite-width limit.*kernels="empirical"'):
+        infinite_width_limit(Other())
     model = make_model(depth=3)
     model.layers[1] = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"layer 2 \(Linear\) has no infinite-width twin"):
-        infinite_width_twin(model)
+    with pytest.raises(ValueError, match=r"layer 2 \(Linear\) has no infinite-width limit"):
+        infinite_width_limit(model)
     model = make_model()
     model.activation = "sine"
     with pytest.raises(ValueError, match="layer 1: activation 'sine' has no infinite-width"):
-        infinite_width_twin(model)
+        infinite_width_limit(model)

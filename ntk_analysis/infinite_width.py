@@ -1,4 +1,4 @@
-"""From a finite network to its infinite-width twin in neural-tangents."""
+"""From a finite network to its infinite-width limit in neural-tangents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Affine = tuple[int, float, float]
 
 
 @dataclass(frozen=True, eq=False)
-class InfiniteWidthTwin:
+class InfiniteWidthLimit:
     """A fully connected network as its width goes to infinity.
 
     Attributes:
@@ -45,7 +45,7 @@ class InfiniteWidthTwin:
 
 
 @dataclass(frozen=True, eq=False)
-class ConvolutionalTwin:
+class ConvolutionalLimit:
     """A convolutional network as the number of its channels goes to infinity.
 
     Attributes:
@@ -80,10 +80,10 @@ class ConvolutionalTwin:
         return [math.prod(shape) ** (2 if self.pooled else 1) for shape in shapes]
 
 
-Twin = InfiniteWidthTwin | ConvolutionalTwin
+Limit = InfiniteWidthLimit | ConvolutionalLimit
 
 
-def infinite_width_twin(model: nnx.Module) -> Twin:
+def infinite_width_limit(model: nnx.Module) -> Limit:
     """The infinite-width limit of a network in NTK parametrisation.
 
     Depth, activation, variances and biases are the model's, and in a ``ng.ConvNet`` images,
@@ -98,7 +98,7 @@ def infinite_width_twin(model: nnx.Module) -> Twin:
 
     Raises:
       TypeError: the model is neither, so that its limit would have to be worked out by hand.
-      ValueError: a layer of it was changed so that it has no twin; the message names the layer.
+      ValueError: a layer of it was changed so that it has no limit; the message names the layer.
     """
     network = require_limit(model)
     if network.activation not in ACTIVATION_KERNELS:
@@ -108,14 +108,14 @@ def infinite_width_twin(model: nnx.Module) -> Twin:
         )
     if isinstance(network, MLP):
         layers = tuple(_affine(layer, i) for i, layer in enumerate(network.layers, 1))
-        return _make_twin(network.activation, layers)
+        return _make_limit(network.activation, layers)
     shape: tuple[int, ...] = network.input_shape[:2]
     convolutions = []
     for index, layer in enumerate(network.convolutions, 1):
         convolutions.append((_convolution(layer, index), Patches.of(layer, shape), layer.padding))
         shape = layer.positions(shape)
     readout = _affine(network.readout, len(convolutions) + 1)
-    return _make_convolutional_twin(
+    return _make_convolutional_limit(
         network.activation, tuple(convolutions), network.pooling == "average", readout
     )
 
@@ -128,7 +128,7 @@ def require_limit(model: nnx.Module) -> MLP | ConvNet:
     """
     if not isinstance(model, (MLP, ConvNet)):
         raise TypeError(
-            f"{type(model).__name__} has no infinite-width twin: analytic kernels are known for "
+            f"{type(model).__name__} has no infinite-width limit: analytic kernels are known for "
             'ng.MLP and ng.ConvNet, any depth; use kernels="empirical" for other models'
         )
     return model
@@ -147,7 +147,7 @@ def num_outputs(model: MLP | ConvNet) -> int:
 def _affine(layer: nnx.Module, index: int) -> Affine:
     if not isinstance(layer, Dense):
         raise ValueError(
-            f"layer {index} ({type(layer).__name__}) has no infinite-width twin: it is not "
+            f"layer {index} ({type(layer).__name__}) has no infinite-width limit: it is not "
             "an ng.Dense in NTK parametrisation"
         )
     return layer.out_features, layer.weight_variance, layer.bias_variance
@@ -156,12 +156,12 @@ def _affine(layer: nnx.Module, index: int) -> Affine:
 def _convolution(layer: nnx.Module, index: int) -> Affine:
     if not isinstance(layer, Conv):
         raise ValueError(
-            f"layer {index} ({type(layer).__name__}) has no infinite-width twin: it is not "
+            f"layer {index} ({type(layer).__name__}) has no infinite-width limit: it is not "
             "an ng.Conv in NTK parametrisation"
         )
     if layer.feature_group_count != 1 or set(layer.kernel_dilation) != {1}:
         raise ValueError(
-            f"layer {index} (Conv) has no infinite-width twin: stax.Conv of neural-tangents has "
+            f"layer {index} (Conv) has no infinite-width limit: stax.Conv of neural-tangents has "
             "neither groups nor dilation"
         )
     return layer.out_features, layer.weight_variance, layer.bias_variance
@@ -183,7 +183,7 @@ def _describe(name: str, layers: tuple[Affine, ...]) -> dict[str, Any]:
 
 
 @cache
-def _make_twin(name: str, layers: tuple[Affine, ...]) -> InfiniteWidthTwin:
+def _make_limit(name: str, layers: tuple[Affine, ...]) -> InfiniteWidthLimit:
     """The same object for the same network, so that compiled kernels are found again."""
     kernel_of = ACTIVATION_KERNELS[name]
     activation = kernel_of.layer()
@@ -196,7 +196,7 @@ def _make_twin(name: str, layers: tuple[Affine, ...]) -> InfiniteWidthTwin:
         blocks.append(dense)
         # one function for equal layers, whatever their width: it is compiled once
         affine.append(kernels.setdefault((weight_variance, bias_variance), dense[2]))
-    return InfiniteWidthTwin(
+    return InfiniteWidthLimit(
         network=stax().serial(*blocks),
         affine=tuple(affine),
         activations=(activation[2],) * (len(layers) - 1),
@@ -206,13 +206,13 @@ def _make_twin(name: str, layers: tuple[Affine, ...]) -> InfiniteWidthTwin:
 
 
 @cache
-def _make_convolutional_twin(
+def _make_convolutional_limit(
     name: str,
     convolutions: tuple[tuple[Affine, Patches, str], ...],
     pooled: bool,
     readout: Affine,
-) -> ConvolutionalTwin:
-    """As ``_make_twin``; a convolution is what it is made with, what it reads, and its padding."""
+) -> ConvolutionalLimit:
+    """As ``_make_limit``; a convolution is what it is made with, what it reads, and its padding."""
     kernel_of = ACTIVATION_KERNELS[name]
     activation = kernel_of.layer()
     blocks = []
@@ -224,7 +224,7 @@ def _make_convolutional_twin(
     blocks.append(stax().GlobalAvgPool() if pooled else stax().Flatten())
     blocks.append(stax().Dense(readout[0], **_scales(*readout[1:])))
     layers = tuple(layer for layer, _, _ in convolutions)
-    return ConvolutionalTwin(
+    return ConvolutionalLimit(
         network=stax().serial(*blocks),
         patches=tuple(patches for _, patches, _ in convolutions),
         activation=activation[2],

@@ -27,7 +27,7 @@ class Task:
     cost: float
 
 
-def deal_out(tasks: Sequence[Task], mesh: Mesh) -> list[Any]:
+def distribute(tasks: Sequence[Task], mesh: Mesh) -> list[Any]:
     """The results of all tasks, on every device.
 
     Each device branches to its own tasks by its place in the mesh, and a sum over devices, of which

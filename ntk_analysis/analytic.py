@@ -292,8 +292,8 @@ def _check_block(limit: ConvolutionalLimit) -> None:
     hint = 'use pooling="flatten", which needs a covariance a position, or ' if limit.pooled else ""
     raise ValueError(
         f"a pair of samples has {max(limit.covariances()):,} covariances between {most:,} "
-        f"positions in one layer: {AT_ONCE} pairs at once need {needed / 2**30:,.1f} GiB and the device has "
-        f"{free / 2**30:,.1f} GiB; {hint}use smaller images"
+        f"positions in one layer: {AT_ONCE} pairs at once need {needed / 2**30:,.1f} GiB and the "
+        f"device has {free / 2**30:,.1f} GiB; {hint}use smaller images"
     )
 
 

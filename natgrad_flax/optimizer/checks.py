@@ -16,8 +16,8 @@ from natgrad_flax.arguments.scalars import as_number, check_integer, check_numbe
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.losses import Loss
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
-from natgrad_flax.signals.fisher import check_kind
-from natgrad_flax.signals.plan import check_model
+from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_kind
+from natgrad_flax.signals.plan import check_model, hashable_filter
 from natgrad_flax.structures import STRUCTURES, BlockDiagonal, Exact, Structure
 
 HOST_SIZE = 2**18
@@ -40,8 +40,16 @@ def _needed(cls: type[Structure]) -> str:
     return ", ".join(arg.name for arg in arguments if arg.default is arg.empty)
 
 
-def check_settings(structure: object, loss: object, fisher: object, damping: object) -> None:
-    """Raises TypeError or ValueError on settings that do not fit together."""
+def check_settings(
+    structure: object,
+    loss: object,
+    fisher: Any,
+    damping: object,
+    mc_samples: object = 1,
+    wrt: Any = nnx.Param,
+) -> Fisher:
+    """Which Fisher is meant; raises TypeError or ValueError where settings do not fit together."""
+    wrt = hashable_filter(wrt)
     check_structure(structure)
     if not isinstance(loss, Loss):
         raise TypeError(
@@ -54,6 +62,7 @@ def check_settings(structure: object, loss: object, fisher: object, damping: obj
             "a Monte-Carlo Fisher needs a positive damping: the gradient does not lie in the range "
             "of the sampled Fisher"
         )
+    return Fisher(loss, fisher, check_integer("mc_samples", mc_samples, 1), wrt)
 
 
 def check_damping(damping: object) -> None:
@@ -284,20 +293,29 @@ def check_needed_batch(
     return check_model_inputs(model, x), None
 
 
-def check_fisher_batch(
-    model: nnx.Module, fisher: str, x: Any, y: Array | None, fisher_x: Any, fisher_y: Any
-) -> tuple[Any, Array | None]:
-    """The batch of the Fisher as arrays, or None and None where it is that of the loss.
+def check_arrays(model: nnx.Module, fisher: Fisher, batch: Batch) -> Batch:
+    """The arrays of a step, after every check that needs no forward pass.
+
+    Raises:
+      ValueError, TypeError: as ``check_batch`` and ``check_fisher_batch``.
+    """
+    x, y = check_needed_batch(model, batch.x, batch.y, fisher.loss, fisher.needs_targets(batch))
+    return check_fisher_batch(fisher.kind, batch._replace(x=x, y=y))
+
+
+def check_fisher_batch(fisher: FisherKind, batch: Batch) -> Batch:
+    """With the batch of the Fisher as arrays, where it has one of its own.
 
     Raises:
       ValueError: targets where none are needed, or none where they are; shapes that do not fit;
         NaN or infinity.
       TypeError: inputs that are no numbers, or targets that are not floating.
     """
+    x, y, fisher_x, fisher_y = batch[:4]
     if fisher_x is None:
         if fisher_y is not None:
             raise ValueError("fisher_y belongs to a fisher_x: pass both, or neither")
-        return None, None
+        return batch
     fisher_x = check_inputs(fisher_x, name="fisher_x")
     if _shapes(fisher_x, 1) != _shapes(x, 1):
         raise ValueError(
@@ -309,7 +327,7 @@ def check_fisher_batch(
                 f'fisher="{fisher}" takes no targets from data: pass fisher_y for fisher='
                 '"empirical" only'
             )
-        return fisher_x, None
+        return batch._replace(fisher_x=fisher_x)
     if fisher_y is None:
         raise ValueError('fisher="empirical" is made of targets: pass fisher_y with fisher_x')
     fisher_y = as_array(fisher_y, "fisher_y")
@@ -320,7 +338,7 @@ def check_fisher_batch(
             f"{fisher_y.shape}"
         )
     check_finite(fisher_y, "fisher_y")
-    return fisher_x, fisher_y
+    return batch._replace(fisher_x=fisher_x, fisher_y=fisher_y)
 
 
 def check_microbatches(microbatches: object, *batches: Any) -> int:

@@ -11,7 +11,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.arguments.arrays import batch_size, check_real, is_concrete, solve_dtype
+from natgrad_flax.arguments.arrays import (
+    as_array,
+    batch_size,
+    check_finite,
+    check_real,
+    is_concrete,
+    solve_dtype,
+)
 from natgrad_flax.arguments.scalars import as_number, check_integer, check_number, is_real, shown
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.losses import Loss
@@ -19,9 +26,6 @@ from natgrad_flax.models import MLP, NETWORKS, Autoencoder
 from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_kind
 from natgrad_flax.signals.plan import check_model, hashable_filter
 from natgrad_flax.structures import STRUCTURES, BlockDiagonal, Exact, Structure
-
-HOST_SIZE = 2**18
-"""Entries up to which an array is looked at by NumPy."""
 
 
 def check_structure(structure: object) -> Structure:
@@ -115,30 +119,6 @@ def check_normal(damping: object, dtype: Any) -> None:
             f"damping {shown(damping)} is below {smallest:.2g}, the smallest normal number here, "
             "and would count as 0: pass 0 for the pseudo-inverse, or a larger damping"
         )
-
-
-def as_array(value: Any, name: str) -> Array:
-    """What a caller gave for an array, as one of JAX.
-
-    Raises:
-      TypeError: it is none, or holds something other than numbers.
-      ValueError: integers that are too large for those of JAX.
-    """
-    if isinstance(value, np.ndarray):
-        # JAX takes the byte order of this machine alone
-        value = value.astype(value.dtype.newbyteorder("="), copy=False)
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError):
-        kind = type(value).__name__
-        raise TypeError(f"{name} must be an array of numbers, got {kind} {value!r:.60}") from None
-    narrowed = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
-    if narrowed and array.dtype != value.dtype and (np.asarray(array) != value).any():
-        raise ValueError(
-            f"{name} has integers that {array.dtype} cannot hold: number them from 0, or switch on "
-            "jax_enable_x64"
-        )
-    return array
 
 
 def check_inputs(x: Any, model: nnx.Module | None = None, name: str = "x") -> Any:
@@ -379,20 +359,3 @@ def check_momentum(momentum: object, structure: Structure, damping: object) -> f
     if is_zero(damping):
         raise ValueError("momentum= needs a positive damping, which weighs the previous step")
     return decay
-
-
-def check_finite(array: Any, name: str) -> None:
-    """Raises ValueError on a concrete array with NaN or infinite entries."""
-    if not is_concrete(array) or not jnp.issubdtype(array.dtype, jnp.inexact):
-        return
-    # small arrays without a compilation for every shape
-    xp: Any = np if array.size <= HOST_SIZE else jnp
-    values = np.asarray(array) if xp is np else array
-    # a sum is finite where all entries are, in one pass without a temporary; only overflow of the
-    # sum itself needs the second look
-    with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
-        if np.isfinite(xp.sum(values)):
-            return
-        bad = int(array.size - xp.sum(xp.isfinite(values)))
-    if bad:
-        raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}")

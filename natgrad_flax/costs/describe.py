@@ -45,7 +45,7 @@ class LayerDescription:
       type: of that module.
       parameters: names and shapes.
       formula: of the Jacobian J_l: "dense (a, D)", "shared (a, D)" over positions,
-        "normalisation, explicit" (a block a feature) or "explicit block".
+        "explicit block".
       reason: why the block is explicit, "" where it is not.
       positions: T, how many positions of a sample share the weights, in all calls together.
       groups: G, sets of units with inputs of their own.
@@ -203,7 +203,7 @@ def describe(
 
     def run(state: Any, x: Any) -> Signals:
         traced = nnx.merge(graphdef, state)
-        plans.extend(plan_layers(traced, x, wrt)[0])
+        plans.extend(plan_layers(traced, x, wrt).layers)
         outputs, backward = linearise(traced, x, wrt)
         directions = {"exact": outputs.shape[1], "mc": mc_samples, "empirical": 1}[fisher]
         if fisher == "exact" and loss is not None:
@@ -256,7 +256,7 @@ def _describe(
     elif isinstance(layer, SharedSignals):
         formula = "shared (a, D)"
     else:
-        formula = "normalisation, explicit" if plan.is_norm else "explicit block"
+        formula = "explicit block"
     forms = [form for form in (plan.kernel, plan.bias) if form]
     n, s = layer.num_samples, layer.num_directions
     backward = s if inside else s + 1

@@ -36,7 +36,7 @@ from natgrad_flax.optimizer.preflight import preflight
 from natgrad_flax.optimizer.trees import as_state, by_path, moved_by_gradient
 from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_key
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.recording import Path
+from natgrad_flax.signals.model import Path
 from natgrad_flax.structures import Structure
 
 

@@ -41,7 +41,7 @@ from natgrad_flax.optimizer.trees import as_state, by_path
 from natgrad_flax.signals.base import named_updates
 from natgrad_flax.signals.fisher import Batch, FisherKind
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.recording import Path
+from natgrad_flax.signals.model import Path
 from natgrad_flax.structures import AveragedStructure, Structure
 
 GradientSource = Literal["batch", "incoming"]

@@ -30,7 +30,7 @@ from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_key
 from natgrad_flax.signals.gradient import Gradient, ParameterGradient
 from natgrad_flax.signals.independence import check_samples_alone
 from natgrad_flax.signals.microbatches import Passes, in_microbatches
-from natgrad_flax.signals.recording import Path, outputs_of, with_fast_gradients
+from natgrad_flax.signals.model import Path, outputs_of, with_fast_gradients
 from natgrad_flax.structures import Structure
 
 Damping = float | Array | RelativeDamping

@@ -34,7 +34,7 @@ from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_key
 from natgrad_flax.signals.gradient import ParameterGradient
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.recording import dotted
+from natgrad_flax.signals.model import dotted
 from natgrad_flax.structures import Structure
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from natgrad_flax.operators.base import Blocks
 from natgrad_flax.signals.base import LayerUpdate, layer_updates
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Gradient, ParameterGradient, Residual
-from natgrad_flax.signals.recording import Path
+from natgrad_flax.signals.model import Path
 from natgrad_flax.structures import Structure
 
 

@@ -18,7 +18,7 @@ from natgrad_flax.losses import Loss
 from natgrad_flax.optimizer.checks import check_needed_batch
 from natgrad_flax.optimizer.trees import as_state, by_path, leaf_names, moved_by
 from natgrad_flax.optimizer.variables import whole_model
-from natgrad_flax.signals.recording import DoesNotRunError, Path, outputs_of
+from natgrad_flax.signals.model import DoesNotRunError, Path, outputs_of
 
 Damping: TypeAlias = float | optax.Schedule | RelativeDamping | LevenbergMarquardt
 

@@ -1,210 +1,202 @@
-"""How the layers of Flax and our own read as affine maps: u = a W with shared weights.
+"""Products, convolutions and tables as affine maps u = a W with shared weights.
 
-Each kind brings the inputs and derivatives that ``capture`` recorded into one arrangement,
-(N, T, G, K) and (N, S, T, G, M/G): T positions that share the weights, G groups of units with
-inputs of their own.
+The inputs and derivatives of a place are brought into one arrangement, (N, T, G, K) and
+(N, S, T, G, M/G): T positions that share the weights, G groups of units with inputs of their own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
-from natgrad_flax.models.layers import Conv, Dense
-from natgrad_flax.signals.base import ParameterForm
-from natgrad_flax.xla.convolution import conv_general_dilated
+from natgrad_flax.signals.program import Place
+from natgrad_flax.signals.views import View
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Affine:
-    """One affine layer, as it was called.
+    """A place as an affine map.
 
     Attributes:
-      inputs: from recorded inputs (N, *shape of the call) to (N, T, G, K), not yet scaled.
-      derivatives: from (N, S, *shape of the outputs) to (N, S, T, G, M/G).
-      kernel: layout of the kernel, whose matrix is (K, M).
-      bias: layout of the bias, None where there is none.
-      weight_scale: the factor that the layer puts in front of its weights.
-      bias_scale: the factor in front of its bias.
+      inputs: from the recorded operand (N, *loops, *shape) to (N, T, G, K), not yet scaled.
+      derivatives: from (N, S, *loops, *shape of the result) to (N, S, T, G, M/G).
+      view: of the weights.
+      matrix: axes of the view in the order of a matrix: inputs, groups, units.
+      units: axes of the result in the order of groups and units.
+      sizes: (G, K, M/G).
     """
 
     inputs: Callable[[Array], Array]
     derivatives: Callable[[Array], Array]
-    kernel: ParameterForm
-    bias: ParameterForm | None
-    weight_scale: float = 1.0
-    bias_scale: float = 1.0
+    view: View
+    matrix: tuple[int, ...]
+    units: tuple[int, ...]
+    sizes: tuple[int, int, int]
 
 
-Reader = Callable[[Any, Shape, Shape], Affine | None]
-"""From a layer and the shapes of one call, inputs and outputs, to its affine form, or None."""
+def affine_map(place: Place) -> Affine | None:
+    """A place as an affine map; None where it is none of one sort for all units.
+
+    Loops that take another part of the weights at each step have no axis in what it arranges.
+    """
+    return _KINDS[place.kind](place)
 
 
-def _last_axis(layer: Any, inputs: Shape, outputs: Shape) -> Affine:
-    k, m = inputs[-1], outputs[-1]
-    bias = None if layer.bias is None else ParameterForm.plain("bias", (m,))
+def _product(place: Place) -> Affine | None:
+    contracted, batch = place.params["dimension_numbers"]
+    own, other = place.side, 1 - place.side
+    view = place.view
+    ranks = len(view.axes), len(place.inputs)
+    used = [(*contracted[side], *batch[side]) for side in (own, other)]
+    free, rest = (
+        [axis for axis in range(rank) if axis not in axes]
+        for rank, axes in zip(ranks, used, strict=True)
+    )
+    # in the result: batch, then what is left of the first operand, then of the second
+    first = len(batch[0])
+    behind = first + len(free if own == 0 else rest)
+    units_at = [(first if own == 0 else behind) + i for i in range(len(free))]
+    rest_at = [(behind if own == 0 else first) + i for i in range(len(rest))]
+    grouped = [i for i, axis in enumerate(batch[own]) if not _repeats(view, axis)]
+    shared = [i for i in range(first) if i not in grouped]
+    summed = [i for i, axis in enumerate(contracted[own]) if _repeats(view, axis)]
+    kept = [i for i in range(len(contracted[own])) if i not in summed]
+    flipped = [i for i in kept if _is_reversed(view, contracted[own][i])]
+    turned = view.flip([contracted[own][i] for i in flipped])
+    if turned is None:
+        return None
+
+    groups = [batch[own][i] for i in grouped]
+    inner = [contracted[own][i] for i in kept]
+    sums = [contracted[other][i] for i in summed]
+    order = [
+        [*(batch[other][i] for i in shared), *rest],
+        [batch[other][i] for i in grouped],
+        [contracted[other][i] for i in kept],
+    ]
+    flips = [contracted[other][i] for i in flipped]
+    out = [[*shared, *rest_at], grouped, units_at]
+
+    def inputs(a: Array) -> Array:
+        lead = a.ndim - len(place.inputs)
+        a = jnp.flip(a, [lead + axis for axis in flips]) if flips else a
+        return _arranged(a, order, lead, 1, sums)
+
     return Affine(
-        lambda a: a.reshape(a.shape[0], -1, 1, k),
-        lambda d: d.reshape(*d.shape[:2], -1, 1, m),
-        ParameterForm.plain("kernel", (k, m)),
-        bias,
-        getattr(layer, "weight_scale", 1.0),
-        1.0 if bias is None else getattr(layer, "bias_scale", 1.0),
+        inputs,
+        lambda d: _arranged(d, out, d.ndim - len(place.outputs.shape), 2),
+        turned,
+        (*inner, *groups, *free),
+        (*grouped, *units_at),
+        (_volume(view, groups), _volume(view, inner), _volume(view, free)),
     )
 
 
-def _grouped_axes(
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    kernel: Sequence[str],
-    sizes: Mapping[str, int],
-    bias: Shape | None,
-) -> Affine | None:
-    """An einsum of the inputs and the kernel, by names of axes.
+def _arranged(
+    array: Array, order: Sequence[Sequence[int]], lead: int, kept: int, sums: Sequence[int] = ()
+) -> Array:
+    """An array with its axes in three sets, the axes of loops before the first.
 
     Args:
-      inputs: names of the axes of the inputs.
-      outputs: of the outputs.
-      kernel: of the kernel.
-      sizes: of every axis.
-      bias: the shape of the bias, None without; its axes are those of the kernel in the outputs,
-        in the order of the outputs.
+      array: with axes of samples, of output directions, of loops, and those of the place.
+      order: axes of the place.
+      lead: how many others there are.
+      kept: how many of these are none of loops.
+      sums: axes of the place to sum over.
     """
-    names = [*inputs], [*outputs], [*kernel]
-    if any(len(set(axes)) != len(axes) for axes in names):
+    sizes = [math.prod(array.shape[lead + axis] for axis in axes) for axes in order]
+    sizes[0] *= math.prod(array.shape[kept:lead])
+    total = sorted(lead + axis for axis in sums)
+    if total:
+        array = jnp.sum(array, axis=tuple(total))
+    moved = [lead + axis - sum(t < lead + axis for t in total) for axes in order for axis in axes]
+    return array.transpose(*range(lead), *moved).reshape(*array.shape[:kept], *sizes)
+
+
+def _repeats(view: View, axis: int) -> bool:
+    """Whether all along an axis there is the same."""
+    return bool(view.axes[axis]) and all(stride == 0 for _, stride in view.axes[axis])
+
+
+def _is_reversed(view: View, axis: int) -> bool:
+    return any(stride < 0 for _, stride in view.axes[axis])
+
+
+def _volume(view: View, axes: Sequence[int]) -> int:
+    return math.prod(view.shape[axis] for axis in axes)
+
+
+def _convolution(place: Place) -> Affine | None:
+    params = place.params
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    if params["batch_group_count"] != 1:
         return None
-    summed = [n for n in inputs if n not in outputs and n not in kernel]
-    positions = [n for n in inputs if n in outputs and n not in kernel]
-    groups = [n for n in kernel if n in inputs and n in outputs]
-    contracted = [n for n in kernel if n in inputs and n not in outputs]
-    units = [n for n in kernel if n not in inputs and n in outputs]
-    if len(groups) + len(contracted) + len(units) != len(kernel):
+    units, channels, *spatial = numbers.rhs_spec
+    flipped = [axis for axis in spatial if _is_reversed(place.view, axis)]
+    view = place.view.flip(flipped)
+    if view is None:
         return None
-    if set(outputs) != {*positions, *groups, *units}:
-        return None
+    shape = view.shape
+    taps = [shape[axis] for axis in spatial]
+    fan, width = math.prod(taps) * shape[channels], shape[units] // groups
+    behind = [spatial.index(axis) for axis in flipped]
 
-    def volume(axes: Sequence[str]) -> int:
-        return math.prod(sizes[n] for n in axes)
+    def inputs(a: Array) -> Array:
+        lead = a.ndim - len(place.inputs)
+        batch, features, *space = (lead + axis for axis in numbers.lhs_spec)
+        a = a.transpose(*range(lead), batch, *space, features)
+        seen = patches(a.reshape(-1, *a.shape[lead + 1 :]), taps, params)
+        if behind:
+            # (B, *positions, *taps, C)
+            seen = jnp.flip(seen, [1 + len(taps) + axis for axis in behind])
+        seen = seen.reshape(a.shape[0], -1, math.prod(taps), groups, shape[channels])
+        return seen.swapaxes(2, 3).reshape(a.shape[0], -1, groups, fan)
 
-    def arrange_inputs(a: Array) -> Array:
-        a = jnp.sum(a, axis=tuple(1 + inputs.index(n) for n in summed))
-        kept = [n for n in inputs if n not in summed]
-        order = [1 + kept.index(n) for n in [*positions, *groups, *contracted]]
-        shape = volume(positions), volume(groups), volume(contracted)
-        return a.transpose(0, *order).reshape(a.shape[0], *shape)
+    def derivatives(d: Array) -> Array:
+        lead = d.ndim - len(place.outputs.shape)
+        batch, features, *space = (lead + axis for axis in numbers.out_spec)
+        d = d.transpose(*range(lead), batch, *space, features)
+        return d.reshape(*d.shape[:2], -1, groups, width)
 
-    def arrange_derivatives(d: Array) -> Array:
-        order = [2 + outputs.index(n) for n in [*positions, *groups, *units]]
-        shape = volume(positions), volume(groups), volume(units)
-        return d.transpose(0, 1, *order).reshape(*d.shape[:2], *shape)
-
-    def form(name: str, shape: Shape, axes: Sequence[str], matrix: Sequence[str]) -> ParameterForm:
-        split = tuple(sizes[n] for n in matrix)
-        return ParameterForm(name, shape, split, tuple(matrix.index(n) for n in axes))
-
-    shape = tuple(sizes[n] for n in kernel)
-    biased = [n for n in outputs if n in groups or n in units]
-    if bias is not None and math.prod(bias) != volume(biased):
-        return None
     return Affine(
-        arrange_inputs,
-        arrange_derivatives,
-        form("kernel", shape, kernel, [*contracted, *groups, *units]),
-        None if bias is None else form("bias", bias, biased, [*groups, *units]),
+        inputs,
+        derivatives,
+        view,
+        (*spatial, channels, units),
+        (numbers.out_spec[1],),
+        (groups, fan, width),
     )
 
 
-def _linear_general(layer: nnx.LinearGeneral, inputs: Shape, outputs: Shape) -> Affine | None:
-    rank = len(inputs)
-    # Flax contracts the axes in rising order, whatever order they are given in
-    axis = sorted(a % rank for a in layer.axis)
-    batch = sorted(a % rank for a in layer.batch_axis)
-    names = [f"x{i}" for i in range(rank)]
-    rest = [n for i, n in enumerate(names) if i not in axis and i not in batch]
-    units = [f"u{i}" for i in range(len(layer.out_features))]
-    groups = [names[i] for i in batch]
-    sizes = dict(zip(names, inputs, strict=True)) | dict(
-        zip(units, layer.out_features, strict=True)
-    )
-    return _grouped_axes(
-        names,
-        [*groups, *rest, *units],
-        [*groups, *(names[i] for i in axis), *units],
-        sizes,
-        None if layer.bias is None else layer.bias.shape,
-    )
-
-
-def _einsum(layer: nnx.Einsum, inputs: Shape, outputs: Shape) -> Affine | None:
-    text = layer.einsum_str.replace(" ", "")
-    operands, result = text.split("->")
-    left, right = operands.split(",")
-    if "..." in right:
-        return None
-    free = [f"dots{i}" for i in range(len(inputs) - len(left.replace("...", "")))]
-
-    def axes(part: str) -> list[str]:
-        if "..." not in part:
-            return [*part]
-        before, after = part.split("...")
-        return [*before, *free, *after]
-
-    kernel = layer.kernel.shape
-    sizes = dict(zip(axes(left), inputs, strict=True)) | dict(zip(right, kernel, strict=True))
-    bias = None if layer.bias is None else layer.bias.shape
-    return _grouped_axes(axes(left), axes(result), [*right], sizes, bias)
-
-
-def _convolution(layer: Any, inputs: Shape, outputs: Shape) -> Affine | None:
-    if getattr(layer, "mask", None) is not None:
-        return None
-    groups, taps = layer.feature_group_count, math.prod(layer.kernel_size)
-    k, m = taps * layer.in_features // groups, layer.out_features // groups
-
-    def arrange_inputs(a: Array) -> Array:
-        found = patches(layer, a.reshape(-1, *inputs[-len(layer.kernel_size) - 1 :]))
-        # (..., taps, G, channels of a group) to (..., G, taps, channels)
-        found = found.reshape(a.shape[0], -1, taps, groups, layer.in_features // groups)
-        return found.swapaxes(2, 3).reshape(a.shape[0], -1, groups, k)
-
-    bias = None if layer.bias is None else ParameterForm.plain("bias", (layer.out_features,))
-    return Affine(
-        arrange_inputs,
-        lambda d: d.reshape(*d.shape[:2], -1, groups, m),
-        ParameterForm.plain("kernel", tuple(layer.kernel.shape)),
-        bias,
-        getattr(layer, "weight_scale", 1.0),
-        1.0 if bias is None else getattr(layer, "bias_scale", 1.0),
-    )
-
-
-def patches(layer: Any, images: Array) -> Array:
+def patches(images: Array, taps: Sequence[int], params: Any) -> Array:
     """What the kernel of a convolution sees at each position.
 
     Args:
-      layer: an ``ng.Conv`` or an ``nnx.Conv``.
       images: shape (B, *spatial, C).
+      taps: extent of the kernel in each spatial dimension.
+      params: of ``conv_general_dilated``: window_strides, padding, lhs_dilation, rhs_dilation.
 
     Returns:
-      Shape (B, *positions, taps of the kernel, C), taps in row-major order.
+      Shape (B, *positions, *taps, C).
     """
-    rank = len(layer.kernel_size)
-    strides, dilation = _each(layer.strides, rank), _each(layer.kernel_dilation, rank)
-    extent = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, dilation, strict=True)]
-    images = _padded(layer, images, extent, strides)
+    strides, dilation = params["window_strides"], params["rhs_dilation"]
+    border = zip(params["padding"], params["lhs_dilation"], strict=True)
+    config = [(int(low), int(high), int(d) - 1) for (low, high), d in border]
+    zero = jnp.zeros((), images.dtype)
+    images = jax.lax.pad(images, zero, ((0, 0, 0), *config, (0, 0, 0)))
+    extent = [(k - 1) * d + 1 for k, d in zip(taps, dilation, strict=True)]
     last = [size - length for size, length in zip(images.shape[1:-1], extent, strict=True)]
     found = []
-    for tap in np.ndindex(*layer.kernel_size):
+    for tap in np.ndindex(*taps):
         start = [t * d for t, d in zip(tap, dilation, strict=True)]
         stop = [s + end + 1 for s, end in zip(start, last, strict=True)]
         found.append(
@@ -215,98 +207,40 @@ def patches(layer: Any, images: Array) -> Array:
                 (1, *strides, 1),
             )
         )
-    return jnp.stack(found, axis=-2)
+    stacked = jnp.stack(found, axis=-2)
+    return stacked.reshape(*stacked.shape[:-2], *taps, images.shape[-1])
 
 
-def _padded(layer: Any, images: Array, extent: list[int], strides: Shape) -> Array:
-    """The images with the border that the layer puts around them."""
-    rank, padding = len(extent), layer.padding
-    interior = _each(getattr(layer, "input_dilation", 1), rank)
-    size = [(n - 1) * d + 1 for n, d in zip(images.shape[1:-1], interior, strict=True)]
-    mode = padding if isinstance(padding, str) else ""
-    if mode in ("CIRCULAR", "REFLECT"):
-        if isinstance(layer, Conv):
-            border = layer.border(images.shape[1:-1])
-        else:
-            border = tuple(((e - 1) // 2, e // 2) for e in extent)
-        kinds = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
-        images = jnp.pad(images, ((0, 0), *border, (0, 0)), mode=kinds[mode])
-        border = ((0, 0),) * rank
-    elif mode == "CAUSAL":
-        border = ((extent[0] - 1, 0),)
-    elif mode:
-        border = tuple(jax.lax.padtype_to_pads(size, extent, strides, mode))
-    elif isinstance(padding, int):
-        border = ((padding, padding),) * rank
-    else:
-        border = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
-    config = [(int(low), int(high), d - 1) for (low, high), d in zip(border, interior, strict=True)]
-    zero = jnp.zeros((), images.dtype)
-    return jax.lax.pad(images, zero, ((0, 0, 0), *config, (0, 0, 0)))
-
-
-def _each(value: int | Sequence[int] | None, rank: int) -> Shape:
-    if value is None or isinstance(value, int):
-        return (value or 1,) * rank
-    return tuple(value)
-
-
-def _embedding(layer: nnx.Embed, inputs: Shape, outputs: Shape) -> Affine | None:
-    rows, m = layer.num_embeddings, layer.features
-    if rows == 1:
+def _table(place: Place) -> Affine | None:
+    """Rows of a table, as the product of one-hot rows and the table."""
+    numbers, sizes = place.params["dimension_numbers"], place.params["slice_sizes"]
+    view, shape = place.view, place.view.shape
+    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
         return None
+    (axis,) = numbers.start_index_map
+    rest = [i for i in range(len(shape)) if i != axis]
+    if numbers.collapsed_slice_dims != (axis,) or any(sizes[i] != shape[i] for i in rest):
+        return None
+    rows, clip = shape[axis], place.params["mode"] == jax.lax.GatherScatterMode.CLIP
+    units = list(numbers.offset_dims)
+    positions = [i for i in range(len(place.outputs.shape)) if i not in units]
+
+    def inputs(ids: Array) -> Array:
+        ids = jnp.clip(ids, 0, rows - 1) if clip else ids
+        return jax.nn.one_hot(ids.reshape(ids.shape[0], -1, 1), rows, dtype=place.outputs.dtype)
+
     return Affine(
-        lambda ids: _one_hot(ids.reshape(ids.shape[0], -1, 1), rows, layer.embedding.dtype),
-        lambda d: d.reshape(*d.shape[:2], -1, 1, m),
-        ParameterForm.plain("embedding", (rows, m)),
-        None,
+        inputs,
+        lambda d: _arranged(d, [positions, [], units], d.ndim - len(place.outputs.shape), 2),
+        view,
+        (axis, *rest),
+        tuple(units),
+        (1, rows, _volume(view, rest)),
     )
 
 
-def _one_hot(ids: Array, rows: int, dtype: Any) -> Array:
-    # negative numbers count from the end, as in nnx.Embed
-    return jax.nn.one_hot(jnp.where(ids < 0, ids + rows, ids), rows, dtype=dtype)
-
-
-LAYER_KINDS: dict[type[nnx.Module], Reader] = {
-    Dense: _last_axis,
-    nnx.Linear: _last_axis,
-    nnx.LinearGeneral: _linear_general,
-    nnx.Einsum: _einsum,
-    Conv: _convolution,
-    nnx.Conv: _convolution,
-    nnx.Embed: _embedding,
+_KINDS: dict[str, Callable[[Place], Affine | None]] = {
+    "dot_general": _product,
+    "conv_general_dilated": _convolution,
+    "gather": _table,
 }
-"""The layer types that are affine in their kernel and bias."""
-
-NORM_KINDS: tuple[type[nnx.Module], ...] = (
-    nnx.LayerNorm,
-    nnx.RMSNorm,
-    nnx.BatchNorm,
-    nnx.GroupNorm,
-    nnx.InstanceNorm,
-)
-"""The layer types with a scale and a bias for every feature."""
-
-
-def multiplies(layer: Any) -> bool:
-    """Whether a layer uses the products of JAX, and none that a user put in their place."""
-    products = ("dot_general", "dot_general_cls", "conv_general_dilated")
-    known = (
-        None,
-        jax.lax.dot_general,
-        jax.lax.conv_general_dilated,
-        conv_general_dilated,
-    )
-    return all(getattr(layer, name, None) in known for name in products)
-
-
-def by_features(layer: Any, rank: int) -> bool:
-    """Whether a normalisation has its scale and bias along the last axis of its inputs alone.
-
-    Args:
-      layer: one of ``NORM_KINDS``.
-      rank: of its inputs.
-    """
-    axes = getattr(layer, "axis", getattr(layer, "feature_axes", -1))
-    return [axis % rank for axis in np.atleast_1d(axes)] == [rank - 1]

@@ -28,12 +28,15 @@ class ParameterForm(NamedTuple):
       shape: of the parameter.
       split: sizes into which the matrix is reshaped, in its own order of axes.
       order: for each axis of the parameter the place of its axis in ``split``.
+      part: the place along a first axis of its own, of which ``shape`` says nothing, where the
+        parameter holds those of several layers.
     """
 
     name: str
     shape: tuple[int, ...]
     split: tuple[int, ...]
     order: tuple[int, ...]
+    part: int | None = None
 
     @classmethod
     def plain(cls, name: str, shape: tuple[int, ...]) -> ParameterForm:
@@ -46,6 +49,8 @@ class ParameterForm(NamedTuple):
 
     def to_matrix(self, parameter: Array, shape: tuple[int, ...]) -> Array:
         """From the parameter to a matrix of a given shape."""
+        if self.part is not None:
+            parameter = parameter[self.part]
         moved = parameter.reshape([self.split[axis] for axis in self.order])
         return moved.transpose(np.argsort(self.order)).reshape(shape)
 
@@ -175,6 +180,10 @@ class LayerSignals(abc.ABC):
             named[form.name if form else key] = form.to_parameter(leaf) if form else leaf
         return named
 
+    def parts(self) -> dict[str, int | None]:
+        """By the names of the parameters which part of them is this layer's, None for all."""
+        return {form.name: form.part for form in (self.kernel_form, self.bias_form) if form}
+
     def from_parameters(self, named: Mapping[Any, Array]) -> LayerUpdate:
         """The inverse of ``parameters``; names that are not this layer's are passed by."""
         inputs = self.fan_in - (self.bias_scale is not None)
@@ -192,10 +201,22 @@ def named_updates(
     layers: Sequence[LayerSignals], updates: Sequence[LayerUpdate]
 ) -> dict[tuple[str | int, ...], dict[str, Array]]:
     """Updates of layers by the paths of the modules and the names of their parameters."""
-    named: dict[tuple[str | int, ...], dict[str, Array]] = {}
+    named: dict[tuple[str | int, ...], dict[str, Any]] = {}
     for layer, update in zip(layers, updates, strict=True):
-        named.setdefault(layer.path, {}).update(layer.parameters(update))
-    return named
+        own = named.setdefault(layer.path, {})
+        parts = layer.parts()
+        for name, leaf in layer.parameters(update).items():
+            if parts.get(name) is None:
+                own[name] = leaf
+            else:
+                own.setdefault(name, {})[parts[name]] = leaf
+    return {
+        path: {
+            name: jnp.stack([leaf[part] for part in sorted(leaf)]) if type(leaf) is dict else leaf
+            for name, leaf in own.items()
+        }
+        for path, own in named.items()
+    }
 
 
 def layer_updates(

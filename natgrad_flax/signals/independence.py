@@ -13,7 +13,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from natgrad_flax.arguments.arrays import batch_size, is_concrete
 from natgrad_flax.models import NETWORKS
-from natgrad_flax.signals.recording import outputs_of
+from natgrad_flax.signals.model import outputs_of
 from natgrad_flax.signals.usage import coarsest_dtype
 
 _KEPT = 64

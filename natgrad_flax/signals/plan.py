@@ -1,30 +1,25 @@
-"""Which formula serves which parameter of a model, found by tracing it once."""
+"""Which formula serves which parameter of a model, found in its traced program."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.interpreters import partial_eval
 
 from natgrad_flax.arguments.arrays import check_real, shapes_of
 from natgrad_flax.models.layers import Dense
-from natgrad_flax.signals.affine import LAYER_KINDS, NORM_KINDS, Affine, by_features, multiplies
+from natgrad_flax.signals.affine import Affine, affine_map
 from natgrad_flax.signals.base import ParameterForm
-from natgrad_flax.signals.recording import (
-    Call,
-    Path,
-    Tape,
-    dotted,
-    make_recording,
-    put,
-    recorded_pass,
-)
-from natgrad_flax.signals.usage import used_inputs
+from natgrad_flax.signals.model import dotted, outputs_of, put
+from natgrad_flax.signals.program import Path, Place, Program, Tape, Uses, run, survey
+from natgrad_flax.signals.usage import has_derivative
+from natgrad_flax.signals.views import View, common_factors
 
 
 @dataclass(frozen=True)
@@ -33,24 +28,71 @@ class LayerPlan:
 
     Attributes:
       path: of the module that owns the parameters.
-      kind: type of the module, or "parameter" for one without a formula.
-      affine: the form of each call of an affine layer; empty for others.
-      kernel: layout of the weights; for a normalisation of its scale, or its bias alone.
-      bias: layout of the bias, None without.
-      reason: why a parameter goes without a formula.
+      kernel: layout of the weights; of an explicit block its first parameter.
+      bias: layout of the bias, or of a second parameter of an explicit block; None without.
+      places: where the weights act, each with the axis of the loop that takes another part of them
+        at each step, if any; empty for an explicit block.
+      bias_scale: the factor in front of the bias, beside that of the weights.
+      reason: why the block is explicit.
     """
 
     path: Path
-    kind: str
-    affine: tuple[Affine, ...]
     kernel: ParameterForm
     bias: ParameterForm | None
+    places: tuple[tuple[Place, Affine], ...] = ()
+    bias_scale: float = 1.0
     reason: str = ""
 
     @property
-    def is_norm(self) -> bool:
-        """Whether it is the scale and bias of a normalisation."""
-        return not self.affine and self.kind != "parameter"
+    def is_explicit(self) -> bool:
+        """Whether it goes without a formula."""
+        return not self.places
+
+    @property
+    def parameters(self) -> list[Path]:
+        """Paths of its parameters."""
+        return [(*self.path, form.name) for form in (self.kernel, self.bias) if form]
+
+
+class Plan(NamedTuple):
+    """The program of a model on one sample, and its layers.
+
+    Attributes:
+      program: of ``survey``; its inputs are parameters by path, other state, and the sample.
+      paths: of the parameters, in the order of the inputs.
+      state: the inputs before the sample.
+      of_sample: for each array of a sample whether the program has it as an input.
+      layers: in the order in which the program uses them first.
+    """
+
+    program: Program
+    paths: list[Path]
+    state: list[Array]
+    of_sample: list[bool]
+    layers: list[LayerPlan]
+
+    @property
+    def places(self) -> dict[int, Place]:
+        """Those of all layers, by their numbers."""
+        return {place.number: place for layer in self.layers for place, _ in layer.places}
+
+    def run(
+        self, perturbations: Mapping[int, Array], free: Mapping[Path, Array], sample: Any
+    ) -> tuple[Array, Tape]:
+        """The outputs (C,) of one sample, and what ``program.run`` records.
+
+        Args:
+          perturbations: as in ``program.run``.
+          free: parameters in place of those of the model.
+          sample: a tree of arrays.
+        """
+        arguments = list(self.state)
+        for path, value in free.items():
+            arguments[self.paths.index(path)] = value
+        given = zip(jax.tree.leaves(sample), self.of_sample, strict=True)
+        arguments += [leaf for leaf, is_used in given if is_used]
+        (outputs,), tape = run(self.program, arguments, perturbations)
+        return outputs, tape
 
 
 def check_model(model: object) -> None:
@@ -131,9 +173,52 @@ def parameter_paths(model: nnx.Module, wrt: Any = nnx.Param) -> dict[Path, Any]:
     return found
 
 
-def plan_layers(
-    model: nnx.Module, x: Any, wrt: Any = nnx.Param
-) -> tuple[list[LayerPlan], list[Call]]:
+def model_arguments(model: nnx.Module, wrt: Any) -> tuple[Any, tuple[Any, Any, Any]]:
+    """The function of one sample that is traced, and its arguments but for the sample.
+
+    Returns:
+      From the parameters by path, the random keys by path, all other state and a sample to the
+      outputs (C,); and the first three of these.
+
+    Raises:
+      ValueError, TypeError: as in ``parameter_paths``.
+    """
+    chosen = parameter_paths(model, wrt)
+    graphdef, state = nnx.split(model)
+    values = {path: leaf[...] for path, leaf in chosen.items()}
+    keys = {
+        tuple(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.RngKey))
+    }
+
+    def forward(values: dict[Path, Array], keys: Any, state: Any, sample: Any) -> Array:
+        copy = nnx.merge(graphdef, state, copy=True)
+        put(copy, values | keys)
+        held = nnx.to_flat_state(nnx.state(copy, nnx.BatchStat))
+        before = {path: leaf[...] for path, leaf in held}
+        outputs = outputs_of(copy, jax.tree.map(lambda leaf: leaf[None], sample))
+        _check_held(copy, before)
+        return outputs[0]
+
+    return forward, (values, keys, state)
+
+
+def _check_held(copy: nnx.Module, before: Mapping[Path, Array]) -> None:
+    """Refuses batch statistics, by which the output of a sample depends on the others."""
+    for path, leaf in nnx.to_flat_state(nnx.state(copy, nnx.BatchStat)):
+        if leaf[...] is before[path]:
+            continue
+        modules = {tuple(p): type(m).__name__ for p, m in nnx.iter_modules(copy)}
+        kind = modules.get(tuple(path[:-1]), "a module")
+        raise ValueError(
+            f"{kind} at {dotted(tuple(path[:-1]))} is in training mode: its outputs mix the "
+            "samples of a batch, so no sample has a Jacobian, and no Fisher, of its own. Hold the "
+            "statistics: call model.eval(), or pass nnx.view(model, use_running_average=True); to "
+            "train with batch statistics, take their gradient yourself and precondition it with "
+            'gradient="incoming"'
+        )
+
+
+def plan_layers(model: nnx.Module, x: Any, wrt: Any = nnx.Param) -> Plan:
     """Which formula serves which parameter; the model is traced once, nothing is computed.
 
     Args:
@@ -141,137 +226,193 @@ def plan_layers(
       x: inputs, a tree of arrays (N, ...), or of their shapes and dtypes.
       wrt: filter of the parameters.
 
-    Returns:
-      The layers in the order of their first call, parameters without a formula last; and all calls
-      of layers that a tape records.
-
     Raises:
       ValueError: a parameter that the outputs do not depend on; outputs that depend on random
         numbers or on batch statistics, or those of a sample that are not (C,).
       TypeError: as in ``parameter_paths``; complex inputs, or outputs that are not floating.
     """
-    chosen = parameter_paths(model, wrt)
     for place, leaf in jax.tree_util.tree_leaves_with_path(x):
         check_real(leaf, "x" + jax.tree_util.keystr(place))
-    modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
-    graphdef, state = nnx.split(model)
-    values = {path: leaf[...] for path, leaf in chosen.items()}
-    keys = {
-        tuple(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.RngKey))
-    }
-    tapes: list[Tape] = []
-
-    def forward(
-        free: dict[Path, Array], held: dict[Path, Array], keys: dict[Path, Array], sample: Any
-    ) -> Array:
-        copy = nnx.merge(graphdef, state, copy=True)
-        names = make_recording(copy)
-        put(copy, free | keys)
-        tapes.append(Tape(names, free, held))
-        return recorded_pass(copy, sample, tapes[-1])
-
-    jaxpr = jax.make_jaxpr(forward)(values, values, keys, shapes_of(x, skip=1)).jaxpr
-    reached = used_inputs(jaxpr, by_derivative=True)
-    if not any(reached[: 2 * len(values)]):
+    forward, (values, keys, state) = model_arguments(model, wrt)
+    closed = jax.make_jaxpr(forward)(values, keys, state, shapes_of(x, skip=1))
+    # jax flattens dictionaries in the order of their keys
+    paths, places = sorted(values), sorted(keys)
+    if not has_derivative(closed.jaxpr, len(paths)):
         raise ValueError(
             f"the outputs of {type(model).__name__} have no derivative with respect to any "
             f"parameter of wrt={wrt!r}: they are constant, or all under jax.lax.stop_gradient"
         )
-    found_used = used_inputs(jaxpr)
-    # jax flattens dictionaries in the order of their keys
-    used = dict(zip(sorted(values), found_used, strict=False))
-    random = dict(zip(sorted(keys), found_used[2 * len(values) :], strict=False))
-    for path in keys:
-        if random[path]:
+    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
+    for path, is_used in zip(places, used[len(paths) :], strict=False):
+        if is_used:
             raise ValueError(
                 f"the outputs depend on the random numbers of {dotted(path[:-2])}: a random "
                 "network has another Fisher at every call. Call model.eval(), or pass "
                 "nnx.view(model, deterministic=True); to train with them, take their gradient "
                 'yourself and precondition it with gradient="incoming"'
             )
-    tape = tapes[-1]
-    outside = {path: "also used outside of its layer" for path in values if used[path]}
-    outside |= tape.strange
-    plans: dict[Path, LayerPlan | None] = {}
-    for path, inputs, outputs in tape.calls:
-        if path not in plans:
-            plans[path] = _plan(modules[path], path, inputs, outputs, chosen, outside)
-        elif (plan := plans[path]) is not None and plan.affine:
-            again = _plan(modules[path], path, inputs, outputs, chosen, outside)
-            assert again is not None
-            plans[path] = replace(plan, affine=(*plan.affine, *again.affine))
-    found = [plan for plan in plans.values() if plan is not None]
-    covered = {
-        (*plan.path, form.name) for plan in found for form in (plan.kernel, plan.bias) if form
-    }
-    for path in chosen:
-        if path in covered:
-            continue
-        if path not in outside and path[:-1] not in plans:
+    for path, is_used in zip(paths, used, strict=False):
+        if not is_used:
             raise ValueError(
                 f"the outputs do not depend on the parameter {dotted(path)}: leave it out with "
                 "wrt=, or use it in the forward pass"
             )
-        leaf = chosen[path][...]
-        units = leaf.shape[-1] if leaf.ndim > 1 else leaf.size
-        name: Any = path[-1]
-        form = ParameterForm(name, leaf.shape, (leaf.size // units, units), (0, 1))
-        reason = _reason(path, modules.get(path[:-1]), path[:-1] in plans, chosen, outside)
-        found.append(LayerPlan(path[:-1], "parameter", (), form, None, reason))
-    return found, tape.calls
+    tags: list[View | None] = [View.of(path, values[path].shape) for path in paths]
+    tags += [None] * (len(jaxpr.invars) - len(tags))
+    program, uses = survey(jaxpr, tags)
+    uses = {path: uses.get(path, Uses(len(jaxpr.eqns), others=["others"])) for path in paths}
+    leaves = jax.tree.leaves((values, keys, state))
+    kept = [leaf for leaf, is_used in zip(leaves, used, strict=False) if is_used]
+    shapes = {path: tuple(leaf.shape) for path, leaf in values.items()}
+    return Plan(
+        replace(program, consts=closed.consts),
+        paths,
+        kept,
+        used[len(leaves) :],
+        _layers(uses, shapes),
+    )
 
 
-def _reason(
+def _layers(uses: Mapping[Path, Uses], shapes: Mapping[Path, tuple[int, ...]]) -> list[LayerPlan]:
+    """The layers in the order of their first use; parameters that only add or scale join."""
+    found: list[tuple[int, LayerPlan]] = []
+    covered: set[Path] = set()
+    for path, use in uses.items():
+        for plan in _weights(path, use, uses, shapes):
+            found.append((use.first, plan))
+            covered.update(plan.parameters)
+    explicit: dict[Path, list[Path]] = {}
+    for path in sorted(set(uses) - covered, key=lambda path: uses[path].first):
+        explicit.setdefault(path[:-1], []).append(path)
+    for owned in explicit.values():
+        while owned:
+            path = owned.pop(0)
+            partner = next((other for other in owned if _joins(path, other, uses, shapes)), None)
+            if partner is not None:
+                owned.remove(partner)
+            found.append((uses[path].first, _explicit(path, partner, uses, shapes)))
+    return [plan for _, plan in sorted(found, key=lambda pair: pair[0])]
+
+
+def _weights(
     path: Path,
-    module: nnx.Module | None,
-    called: bool,
-    chosen: Mapping[Path, Any],
-    outside: Mapping[Path, str],
-) -> str:
-    """Why a parameter goes without a formula."""
-    if module is None:
-        return "it belongs to no module"
-    if type(module) not in LAYER_KINDS and type(module) not in NORM_KINDS:
-        return f"no formula for {type(module).__name__}"
-    if not called:
-        return "its layer is called inside of a transformation, or not at all"
-    if path in outside:
-        return outside[path]
-    weights = (*path[:-1], "kernel")
-    if path[-1] == "bias" and (weights in outside or weights not in chosen):
-        return "the kernel of its layer goes without one"
-    return "no formula for this form of the layer"
+    use: Uses,
+    uses: Mapping[Path, Uses],
+    shapes: Mapping[Path, tuple[int, ...]],
+) -> list[LayerPlan]:
+    """The layers of a parameter that acts as weights wherever it is used; none for others."""
+    if use.others or use.biases:
+        return []
+    maps = [affine_map(place) for place in use.places]
+    if not maps or any(found is None for found in maps):
+        return []
+    chosen: list[Any] = maps
+    forms = {found.view.form(path[-1], shapes[path], found.matrix) for found in chosen}
+    kinds = {(found.sizes, found.view.step) for found in chosen}
+    if len(forms) > 1 or len(kinds) > 1 or None in forms:
+        return []
+    (form,), ((_, step),) = forms, kinds
+    bias, scale = None, 1.0
+    for other, added in uses.items():
+        if other[:-1] == path[:-1] and added.biases and not (added.others or added.places):
+            joined = _bias(other, added, use.places, chosen, shapes[other])
+            if joined is not None:
+                bias, scale = joined
+    plan = LayerPlan(path[:-1], form, bias, tuple(zip(use.places, chosen, strict=True)), scale)
+    if step is None:
+        return [plan]
+    return [
+        replace(
+            plan,
+            kernel=form._replace(part=part),
+            bias=None if bias is None else bias._replace(part=part),
+        )
+        for part in range(step[1])
+    ]
 
 
-def _plan(
-    module: nnx.Module,
-    path: Path,
-    inputs: Any,
-    outputs: Any,
-    chosen: dict[Path, Any],
-    outside: Mapping[Path, str],
-) -> LayerPlan | None:
-    """The formula of a called layer, None where its parameters go without."""
-
-    def usable(name: str) -> bool:
-        return (*path, name) in chosen and (*path, name) not in outside
-
-    kind = type(module).__name__
-    if isinstance(module, NORM_KINDS):
-        forms = [
-            ParameterForm.plain(name, chosen[(*path, name)].shape)
-            for name in ("scale", "bias")
-            if usable(name)
-        ]
-        if not forms or not by_features(module, outputs.ndim):
+def _bias(
+    path: Path, use: Uses, places: list[Place], maps: list[Affine], shape: tuple[int, ...]
+) -> tuple[ParameterForm, float] | None:
+    """The layout and scale of a bias that is added to every result of some places."""
+    added = {bias.result.source: bias for bias in use.biases}
+    if len(added) != len(use.biases) or set(added) != {place.number for place in places}:
+        return None
+    found = set()
+    for place, chosen in zip(places, maps, strict=True):
+        bias = added[place.number]
+        factors = common_factors((bias.result, bias.view))
+        if factors is None or bias.view.step != place.view.step or not bias.result.scale:
             return None
-        return LayerPlan(path, kind, (), forms[0], forms[1] if forms[1:] else None)
-    if not multiplies(module):
-        return None
-    affine = LAYER_KINDS[type(module)](module, inputs.shape, outputs.shape)
-    if affine is None or not usable(affine.kernel.name):
-        return None
-    if chosen[(*path, affine.kernel.name)].shape != affine.kernel.shape:
-        return None
-    bias = affine.bias if affine.bias and usable(affine.bias.name) else None
-    return LayerPlan(path, kind, (affine,), affine.kernel, bias)
+        flat = [factor for axis in factors for factor in axis]
+        strides = [int(s) for s in _strides(place.outputs.shape)]
+        ordered: list[tuple[int, int]] = []
+        for axis in chosen.units:
+            low, size = strides[axis], place.outputs.shape[axis]
+            inside = [f for f in flat if low <= f[1][0] < low * size]
+            inside.sort(key=lambda f: -f[1][0])
+            ordered += [(size, stride) for size, (_, stride) in inside]
+            flat = [f for f in flat if f not in inside]
+        if any(stride for _, (_, stride) in flat):
+            return None
+        view = bias.view._replace(axes=(tuple(ordered),))
+        form = view.form(path[-1], shape, [0])
+        if form is None:
+            return None
+        found.add((form, bias.view.scale / bias.result.scale))
+    return found.pop() if len(found) == 1 else None
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return strides[::-1]
+
+
+_ELEMENTWISE = ("mul", "add", "sub", "div")
+
+
+def _joins(
+    path: Path,
+    other: Path,
+    uses: Mapping[Path, Uses],
+    shapes: Mapping[Path, tuple[int, ...]],
+) -> bool:
+    """Whether of two parameters of one module one scales features and the other shifts them."""
+    kinds = {frozenset(uses[p].others) for p in (path, other)}
+    plain = not any(uses[p].places or uses[p].biases for p in (path, other))
+    alike = shapes[path] == shapes[other] and len(shapes[path]) == 1
+    return plain and alike and kinds == {frozenset({"mul"}), frozenset({"add"})}
+
+
+def _explicit(
+    path: Path,
+    partner: Path | None,
+    uses: Mapping[Path, Uses],
+    shapes: Mapping[Path, tuple[int, ...]],
+) -> LayerPlan:
+    """A block of its own, or of two parameters that scale and shift the same features."""
+    if partner is not None:
+        first, second = sorted((path, partner), key=lambda p: "add" in uses[p].others)
+        forms = [ParameterForm.plain(p[-1], shapes[p]) for p in (first, second)]
+        return LayerPlan(path[:-1], forms[0], forms[1], reason=_reason(uses[path]))
+    shape = shapes[path]
+    size, units = 1, 1
+    for length in shape:
+        size *= length
+    units = shape[-1] if len(shape) > 1 else size
+    form = ParameterForm(path[-1], shape, (size // units, units), (0, 1))
+    return LayerPlan(path[:-1], form, None, reason=_reason(uses[path]))
+
+
+def _reason(use: Uses) -> str:
+    """Why a parameter goes without a formula."""
+    others = list(dict.fromkeys(use.others))
+    if use.places and (others or use.biases):
+        return f"weights that are also used by {', '.join(others or ['add'])}"
+    if use.places:
+        return "weights of products of different forms"
+    if use.biases:
+        return "added to products that are not all of one layer"
+    return f"used by {', '.join(others)}"

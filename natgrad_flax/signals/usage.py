@@ -1,7 +1,8 @@
-"""Which inputs of a traced program its outputs depend on, and how precisely it computes."""
+"""What outputs depend on by their derivatives, and how precisely a program computes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,20 +11,15 @@ from jax.extend.core import Literal, jaxprs_in_params
 _CALLS = ("jaxpr", "call_jaxpr")
 
 
-def used_inputs(
-    jaxpr: Any, needed: list[bool] | None = None, *, by_derivative: bool = False
-) -> list[bool]:
-    """For each input whether an output may depend on it.
+def has_derivative(jaxpr: Any, count: int) -> bool:
+    """Whether an output of a program may have a derivative with respect to one of its first inputs.
 
-    Calls of programs within the program are followed; of loops and branches every input counts as
-    used.
-
-    Args:
-      jaxpr: of ``jax.make_jaxpr``.
-      needed: which outputs count, all of them unless told.
-      by_derivative: what stands under ``stop_gradient`` does not count.
+    What stands under ``stop_gradient`` has none. Of loops and branches every input counts.
     """
-    wanted = [True] * len(jaxpr.outvars) if needed is None else needed
+    return any(_reached(jaxpr, [True] * len(jaxpr.outvars))[:count])
+
+
+def _reached(jaxpr: Any, wanted: Sequence[bool]) -> list[bool]:
     live = {
         v
         for v, want in zip(jaxpr.outvars, wanted, strict=True)
@@ -31,25 +27,21 @@ def used_inputs(
     }
     for equation in reversed(jaxpr.eqns):
         outputs = [v in live for v in equation.outvars]
-        if not any(outputs) or (by_derivative and equation.primitive.name == "stop_gradient"):
+        if not any(outputs) or equation.primitive.name == "stop_gradient":
             continue
-        uses = _used_by(equation, outputs, by_derivative)
-        live.update(
-            v
-            for v, use in zip(equation.invars, uses, strict=True)
-            if use and not isinstance(v, Literal)
-        )
+        reached = zip(equation.invars, _reached_in(equation, outputs), strict=True)
+        live.update(v for v, use in reached if use and not isinstance(v, Literal))
     return [v in live for v in jaxpr.invars]
 
 
-def _used_by(equation: Any, outputs: list[bool], by_derivative: bool) -> list[bool]:
+def _reached_in(equation: Any, outputs: list[bool]) -> list[bool]:
     for name in _CALLS:
         inner = equation.params.get(name)
         inner = getattr(inner, "jaxpr", inner)
         if inner is None or equation.primitive.name in ("scan", "while"):
             continue
         if len(inner.invars) == len(equation.invars) and len(inner.outvars) == len(outputs):
-            return used_inputs(inner, outputs, by_derivative=by_derivative)
+            return _reached(inner, outputs)
     return [True] * len(equation.invars)
 
 

@@ -1,0 +1,116 @@
+"""Models as they are run: their outputs, and what stands at a path of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from natgrad_flax.arguments.arrays import batch_size, described
+from natgrad_flax.models.layers import Conv
+from natgrad_flax.signals.program import Path
+from natgrad_flax.xla.convolution import conv_general_dilated
+
+
+def dotted(path: Path) -> str:
+    """A path in words."""
+    return ".".join(map(str, path)) or "the root"
+
+
+def with_fast_gradients(model: nnx.Module) -> nnx.Module:
+    """A model whose layers are its own, changed so that gradients of convolutions are fast."""
+    for _, layer in nnx.iter_modules(model):
+        if not isinstance(layer, Conv | nnx.Conv):
+            continue
+        if layer.conv_general_dilated is lax.conv_general_dilated:
+            layer.conv_general_dilated = conv_general_dilated
+    return model
+
+
+def put(copy: nnx.Module, values: dict[Path, Array]) -> None:
+    """Sets variables of a copy."""
+    for path, value in values.items():
+        _inside(owner_of(copy, path), path[-1]).set_value(value)
+
+
+def owner_of(model: nnx.Module, path: Path) -> Any:
+    """The module, list or dictionary that holds what stands at a path."""
+    return functools.reduce(_inside, path[:-1], model)
+
+
+def place(model: nnx.Module, path: Path, value: Any) -> None:
+    """Puts something at a path of a model."""
+    owner = owner_of(model, path)
+    if _has_items(owner, path[-1]):
+        owner[path[-1]] = value
+    else:
+        setattr(owner, path[-1], value)
+
+
+def _inside(owner: Any, key: Any) -> Any:
+    return owner[key] if _has_items(owner, key) else getattr(owner, key)
+
+
+def _has_items(owner: Any, key: Any) -> bool:
+    return isinstance(owner, Mapping) or not isinstance(key, str)
+
+
+class DoesNotRunError(ValueError):
+    """A model that fails on the inputs that it gets."""
+
+
+def outputs_of(model: nnx.Module, x: Any) -> Array:
+    """The outputs (N, C) of a model; what it sows goes nowhere, what it perturbs stays as it is.
+
+    Args:
+      model: the model, or a copy of it.
+      x: inputs, a tree of arrays (N, ...).
+
+    Raises:
+      DoesNotRunError: the model fails on these inputs.
+      ValueError, TypeError: it returns something other than one array (N, C) of real floating
+        numbers.
+    """
+    n = batch_size(x)
+    what = "one sample" if n == 1 else f"{n} samples"
+    # the attribute by which flax knows that it captures is a variable to the bridge of linen
+    bridged = any(isinstance(m, nnx.bridge.ToNNX) for _, m in nnx.iter_modules(model))
+    run: Any = model if bridged else nnx.capture(model)
+    try:
+        outputs = run(x)
+    except Exception as error:
+        text = str(error).strip().partition("\n")[0]
+        raise DoesNotRunError(
+            f"{type(model).__name__} does not run on {what}, model(x) with x of {described(x)}: "
+            f"{type(error).__name__}: {text}"
+        ) from error
+    if not isinstance(outputs, (Array, np.ndarray)):
+        raise TypeError(
+            f"the model returns {_kind(outputs)}; it must return one array (N, C): wrap it in a "
+            "module that returns its logits, or its means, alone"
+        )
+    if outputs.ndim != 2 or outputs.shape[0] != n:
+        raise ValueError(
+            f"for {what} the model returns shape {outputs.shape}; it must return (N, C) with "
+            f"N = {n}: one row of outputs a sample"
+        )
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        also = "; return real and imaginary parts side by side" if jnp.iscomplexobj(outputs) else ""
+        raise TypeError(
+            f"the model returns outputs of dtype {outputs.dtype}, but a Fisher needs derivatives "
+            f"of real floating outputs{also}"
+        )
+    return jnp.asarray(outputs)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {', '.join(map(repr, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

@@ -88,18 +88,17 @@ def _signals(
     inputs, derivatives = [], []
     for place, affine in plan.places:
         a, d = recorded[place.number], carried[place.number]
-        if affine.view.step is not None:
-            depth = affine.view.step[0]
-            a = jax.lax.index_in_dim(a, plan.kernel.part, 1 + depth, keepdims=False)
-            d = jax.lax.index_in_dim(d, plan.kernel.part, 2 + depth, keepdims=False)
+        if affine.view.step is not None and plan.kernel.part is not None:
+            depth, part = affine.view.step[0], plan.kernel.part
+            a = jax.lax.index_in_dim(a, part, 1 + depth, keepdims=False)
+            d = jax.lax.index_in_dim(d, part, 2 + depth, keepdims=False)
         # numbers of pixels, masks, rows of an embedding
         arranged = affine.inputs(a).astype(d.dtype)
         scale = affine.view.scale
         inputs.append(arranged if scale == 1 else jnp.asarray(scale, d.dtype) * arranged)
         derivatives.append(affine.derivatives(d))
     a, d = jnp.concatenate(inputs, axis=1), jnp.concatenate(derivatives, axis=2)
-    scale = None if plan.bias is None else plan.bias_scale
-    rest = (scale, plan.path, plan.kernel, plan.bias)
+    rest = (None if plan.bias is None else plan.bias_scale, plan.path, plan.kernel, plan.bias)
     if a.shape[1:3] == (1, 1):
         return DenseSignals(a[:, 0, 0], d[:, :, 0, 0], *rest)
     return SharedSignals(a, d, *rest)

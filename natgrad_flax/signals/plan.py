@@ -342,7 +342,7 @@ def _bias(
     for place, chosen in zip(places, maps, strict=True):
         bias = added[place.number]
         factors = common_factors((bias.result, bias.view))
-        if factors is None or bias.view.step != place.view.step or not bias.result.scale:
+        if factors is None or not bias.result.scale or _loop(bias.view) != _loop(place.view):
             return None
         flat = [factor for axis in factors for factor in axis]
         strides = [int(s) for s in _strides(place.outputs.shape)]
@@ -361,6 +361,11 @@ def _bias(
             return None
         found.add((form, bias.view.scale / bias.result.scale))
     return found.pop() if len(found) == 1 else None
+
+
+def _loop(view: View) -> tuple[int, ...]:
+    """Depth and length of the loop that takes another part at each step."""
+    return (view.step or ())[:2]
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
@@ -396,19 +401,21 @@ def _explicit(
     if partner is not None:
         first, second = sorted((path, partner), key=lambda p: "add" in uses[p].others)
         forms = [ParameterForm.plain(p[-1], shapes[p]) for p in (first, second)]
-        return LayerPlan(path[:-1], forms[0], forms[1], reason=_reason(uses[path]))
+        return LayerPlan(path[:-1], forms[0], forms[1], reason=_reason(uses[path], shapes[path]))
     shape = shapes[path]
     size, units = 1, 1
     for length in shape:
         size *= length
     units = shape[-1] if len(shape) > 1 else size
     form = ParameterForm(path[-1], shape, (size // units, units), (0, 1))
-    return LayerPlan(path[:-1], form, None, reason=_reason(uses[path]))
+    return LayerPlan(path[:-1], form, None, reason=_reason(uses[path], shape))
 
 
-def _reason(use: Uses) -> str:
+def _reason(use: Uses, shape: tuple[int, ...]) -> str:
     """Why a parameter goes without a formula."""
     others = list(dict.fromkeys(use.others))
+    if len(shape) == 1 and not (use.places or use.biases) and set(others) <= {"mul", "add"}:
+        return "scales or shifts features"
     if use.places and (others or use.biases):
         return f"weights that are also used by {', '.join(others or ['add'])}"
     if use.places:

@@ -28,6 +28,8 @@ Path = tuple[Any, ...]
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
 _REMAT = ("checkpoint", "remat", "remat2")
+_SAME = ("copy", "copy_p", "reshard", "sharding_constraint", "mesh_cast", "pvary", "pcast")
+"""Primitives that leave every entry where it is, on another device at most."""
 _SIDES = {"dot_general": (0, 1), "conv_general_dilated": (1,), "gather": (0,)}
 """By primitive which of its operands may be a parameter at a place."""
 
@@ -169,7 +171,8 @@ class _Survey:
         if inner is not None:
             return self._enter(program, number, inner, seen, loops)
         if name == "scan":
-            return self._scan(program, number, equation, seen, loops)
+            self._scan(program, number, equation, seen, loops)
+            return None
         parameters = [view for view in seen if _is_parameter(view)]
         if len(parameters) == 1:
             side = seen.index(parameters[0])
@@ -186,8 +189,10 @@ class _Survey:
                 spread = parameters[0].broadcast(shape, range(len(shape)))
                 self.uses_of(spread).biases.append(Bias(spread, result))
                 return None
+        cast = name == "convert_element_type"
+        said = f"a cast to {equation.params['new_dtype'].name}" if cast else name
         for view in parameters:
-            self.uses_of(view).others.append(name)
+            self.uses_of(view).others.append(said)
         return None
 
     def _enter(
@@ -280,7 +285,7 @@ def _rearranged(equation: Any, seen: list[Any]) -> View | None:
         return view.squeeze(params["dimensions"])
     if name == "neg":
         return view.scaled(-1.0)
-    if name in ("copy", "copy_p"):
+    if name in _SAME:
         return view
     if name == "convert_element_type":
         return view if jnp.issubdtype(params["new_dtype"], jnp.floating) else None
@@ -324,8 +329,11 @@ def run(
         given = [read(v) for v in equation.invars]
         with equation.ctx.manager:
             if number in program.inner:
-                own = {n: perturbations[n] for n in program.inner[number].numbers()
-                       if n in perturbations}  # fmt: skip
+                own = {
+                    n: perturbations[n]
+                    for n in program.inner[number].numbers()
+                    if n in perturbations
+                }
                 follow = _scanned if equation.primitive.name == "scan" else _entered
                 found, more = follow(equation, program.inner[number], given, own)
                 tape.update(more)
@@ -342,13 +350,9 @@ def run(
 def _bind(equation: Any, given: list[Any]) -> list[Any]:
     primitive, params = equation.primitive, equation.params
     if primitive.name == "conv_general_dilated":
-        further = {name: value for name, value in params.items() if name not in _WINDOW}
-        return [conv_general_dilated(*given, **{name: params[name] for name in _WINDOW}, **further)]
+        return [conv_general_dilated(*given, **params)]
     found = primitive.bind(*given, **primitive.get_bind_params(params))
     return list(found) if primitive.multiple_results else [found]
-
-
-_WINDOW = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
 
 
 def _entered(

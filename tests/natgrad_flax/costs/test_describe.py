@@ -49,17 +49,16 @@ def test_every_layer_with_its_formula_and_its_reason():
     assert (layers["conv"].positions, layers["conv"].groups) == (16, 2)
     assert (layers["conv"].fan_in, layers["conv"].units) == (10, 4)
     assert layers["conv"].parameters == (("kernel", (3, 3, 1, 4)), ("bias", (4,)))
-    assert layers["norm"].formula == "normalisation, explicit"
+    assert layers["norm"].formula == "explicit block"
     assert layers["readout"].formula == "dense (a, D)"
     reasons = {f"{a.path}.{a.parameters[0][0]}": a.reason for a in description.layers if a.reason}
     assert reasons == {
-        "(root).gain": "no formula for Mixed",
-        "tied.kernel": "also used outside of its layer",
-        "tied.bias": "the kernel of its layer goes without one",
-        "remat.kernel": "its layer is called inside of a transformation, or not at all",
-        "remat.bias": "its layer is called inside of a transformation, or not at all",
-        "changed.layer_instance.kernel": "changed on its way to the layer",
-        "changed.layer_instance.bias": "the kernel of its layer goes without one",
+        "norm.scale": "scales or shifts features",
+        "(root).gain": "scales or shifts features",
+        "tied.kernel": "weights of products of different forms",
+        "tied.bias": "added to products that are not all of one layer",
+        "changed.layer_instance.kernel": "weights that are also used by div",
+        "changed.layer_instance.bias": "scales or shifts features",
     }
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(MIXED, nnx.Param)))
     assert description.num_params == total

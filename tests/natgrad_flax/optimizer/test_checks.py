@@ -120,7 +120,7 @@ LAYER_CASES = {
     "batch statistics on demand": (
         on_words(use_running_average=False),
         ValueError,
-        "BatchNorm at norm is called with its statistics open",
+        "BatchNorm at norm is in training mode",
     ),
     "dropout": (
         on_words(train=True, use_running_average=True),

@@ -207,21 +207,20 @@ class _Survey:
     def _scan(
         self, program: Program, number: int, equation: Any, seen: list[Any], loops: tuple[int, ...]
     ) -> None:
-        params = equation.params
-        consts, scanned = params["num_consts"], params["num_consts"] + params["num_carry"]
+        consts, carried = _loop_inputs(equation)
         tags: list[View | None] = []
         for position, view in enumerate(seen):
             inside = None
             if _is_parameter(view):
                 if position < consts:
                     inside = view
-                elif position >= scanned:
+                elif position >= consts + carried:
                     inside = view.first_of_steps(len(loops))
                 if inside is None:
                     self.uses_of(view).others.append("scan")
             tags.append(inside)
-        length = params["length"]
-        for view in self._enter(program, number, params["jaxpr"], tags, (*loops, length)):
+        inner, around = equation.params["jaxpr"], (*loops, equation.params["length"])
+        for view in self._enter(program, number, inner, tags, around):
             if _is_parameter(view):
                 self.uses_of(view).others.append("scan")
 
@@ -261,6 +260,19 @@ def _called(equation: Any) -> Any:
         return None
     inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
     return inner if hasattr(inner, "consts") else jax.extend.core.ClosedJaxpr(inner, ())
+
+
+def _loop_inputs(equation: Any) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried from step to step.
+
+    Told by shapes, as the names of its parameters are those of one version of JAX.
+    """
+    body = equation.params["jaxpr"].jaxpr
+    pairs = zip(equation.outvars, body.outvars, strict=True)
+    carried = sum(outer.aval.shape == inner.aval.shape for outer, inner in pairs)
+    pairs = zip(equation.invars, body.invars, strict=True)
+    scanned = sum(outer.aval.shape != inner.aval.shape for outer, inner in pairs)
+    return len(equation.invars) - carried - scanned, carried
 
 
 def _rearranged(equation: Any, seen: list[Any]) -> View | None:
@@ -374,7 +386,7 @@ def _scanned(
 ) -> tuple[list[Any], Tape]:
     """A loop whose body is run with what is added at each step."""
     params = equation.params
-    consts, carry = params["num_consts"], params["num_carry"]
+    consts, carry = _loop_inputs(equation)
 
     def step(carried: list[Any], parts: tuple[list[Any], Tape]) -> tuple[list[Any], Any]:
         scanned, added = parts

@@ -1,4 +1,4 @@
-"""Structures of sample space whose Gram matrices stay sharded by rows.
+"""Operators of sample space whose Gram matrices stay sharded by rows.
 
 With N samples and S output directions the matrix is N S x N S; each of k devices holds N S / k of
 its rows.
@@ -18,12 +18,13 @@ from jax.sharding import PartitionSpec
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve, conjugate_gradients
 from natgrad_flax.devices.placement import Placement
+from natgrad_flax.operators.base import Blocks, Operator
+from natgrad_flax.operators.coupled import Coupled
 from natgrad_flax.operators.coupling import mix
+from natgrad_flax.operators.low_rank import LowRank
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate
-from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Gradient
 from natgrad_flax.signals.shared import SharedSignals
-from natgrad_flax.structures import BlockDiagonal, Exact, LayerWise, Structure
 
 
 @dataclass(frozen=True)
@@ -43,74 +44,75 @@ class RowSolver:
     max_iterations: int
 
 
-def serves(structure: Structure, depth: int) -> bool:
-    """Whether the systems of a structure can be solved with sharded rows: they are definite."""
-    if isinstance(structure, LayerWise):
-        return bool(np.linalg.eigvalsh(structure.coupling(depth))[0] > 1e-9)
-    return isinstance(structure, Exact)
+def rows_side(operator: Operator) -> int:
+    """The side of the largest system that can be solved with sharded rows, 0 where none can.
+
+    It is definite and in sample space.
+    """
+    if isinstance(operator, Blocks):
+        # blocks that are smaller in parameter space are solved there, by all
+        sides = [
+            block.num_rows
+            for block in operator.blocks
+            if isinstance(block, LowRank) and block.space != "parameter"
+        ]
+        return max(sides) if len(sides) == len(operator.blocks) else 0
+    if not isinstance(operator, (LowRank, Coupled)) or operator.in_parameters:
+        return 0
+    if isinstance(operator, Coupled) and np.linalg.eigvalsh(operator.sigma)[0] <= 1e-9:
+        return 0
+    return operator.num_rows
 
 
 def solve_rows(
-    structure: Structure,
-    signals: Signals,
-    gradient: Gradient,
-    damping: Array | float,
-    solver: RowSolver,
+    operator: Operator, gradient: Gradient, damping: Array | float, solver: RowSolver
 ) -> tuple[tuple[LayerUpdate, ...], Solution]:
-    """What ``structure.solve`` or ``structure.precondition`` returns, and how the solves went.
+    """What ``operator.solve`` returns, and how the solves went.
 
     Args:
-      structure: one that ``serves``.
-      signals: of the whole batch, samples sharded.
+      operator: one that has a ``rows_side``, of the whole batch, samples sharded.
       gradient: what is solved for.
-      damping: as in ``Structure.solve``.
+      damping: as in ``Operator.solve``.
       solver: how.
 
     Raises:
       ValueError: no damping for a vector that may lie outside of the span of the batch.
     """
-    if gradient.coefficients is None and is_zero(damping):
+    inside, zero = gradient.coefficients is not None, is_zero(damping)
+    if zero and not inside:
         raise ValueError(
             f'solver="{solver.name}" needs a positive damping where the Fisher has a batch of its '
             'own, or use solver="replicated"'
         )
-    layers = signals.layers
-    if isinstance(structure, BlockDiagonal):
-        return _solve_blocks(structure, signals, gradient, damping, solver)
-    shift = signals.num_samples * damping
-    inside = gradient.coefficients is not None
-    if isinstance(structure, Exact):
-        target = gradient.target(layers)
-        solution = _solve_sum(layers, target, shift, solver, zero=is_zero(damping))
+    if isinstance(operator, Blocks):
+        return _solve_blocks(operator, gradient, damping, solver)
+    assert isinstance(operator, (LowRank, Coupled))
+    layers, shift = operator.layers, operator.num_samples * damping
+    if isinstance(operator, LowRank):
+        solution = _solve_sum(layers, gradient.target(layers), shift, solver, zero=zero)
         duals = [solution.value] * len(layers)
     else:
-        assert isinstance(structure, LayerWise)
-        sigma, parts = structure.coupling(len(layers)), gradient.targets(layers)
-        solution = _solve_coupled(sigma, layers, parts, shift, solver, inside=inside)
+        targets = gradient.targets(layers)
+        solution = _solve_coupled(operator.sigma, layers, targets, shift, solver, inside=inside)
         duals = list(solution.value)
     return gradient.updates(layers, duals, shift), solution
 
 
 def _solve_blocks(
-    structure: BlockDiagonal,
-    signals: Signals,
-    gradient: Gradient,
-    damping: Array | float,
-    solver: RowSolver,
+    operator: Blocks, gradient: Gradient, damping: Array | float, solver: RowSolver
 ) -> tuple[tuple[LayerUpdate, ...], Solution]:
-    """One system a layer; those that are smaller in parameter space are solved there, by all."""
+    """One system a layer."""
     updates: list[LayerUpdate] = []
     solutions = []
-    rhos = per_layer(damping, len(signals.layers))
-    for index, (layer, rho) in enumerate(zip(signals.layers, rhos, strict=True)):
+    rhos = per_layer(damping, len(operator.blocks))
+    for index, (block, rho) in enumerate(zip(operator.blocks, rhos, strict=True)):
         part = gradient.of_layer(index)
-        if layer.num_params < signals.size and structure.space == "auto":
-            updates += structure.solve(Signals((layer,), signals.outputs), part, rho)
+        assert isinstance(block, LowRank)
+        if block.in_parameters:
+            updates += block.solve(part, rho)
             continue
-        shift = signals.num_samples * rho
-        target = part.target((layer,))
-        solution = _solve_sum((layer,), target, shift, solver, zero=is_zero(damping))
-        updates += part.updates((layer,), [solution.value], shift)
+        solved, solution = solve_rows(block, part, rho, solver)
+        updates += solved
         solutions.append(solution)
     worst = Solution(
         jnp.zeros(()),

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import per_layer
+from natgrad_flax.execution import cubic
 from natgrad_flax.linalg import (
     eigh,
     qr,
@@ -25,7 +26,11 @@ from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.geometry import Geometry
-from natgrad_flax.structures.kronecker_average import factor_means, kronecker_words
+from natgrad_flax.structures.kronecker_average import (
+    factor_means,
+    kronecker_words,
+    products_of_rows,
+)
 from natgrad_flax.structures.style import styled
 
 
@@ -213,15 +218,15 @@ def _span(rows: Array, whole: bool) -> Array:
     With fewer rows than columns they come from a basis of the rows' span, and the null space is
     left out, unless the whole space is asked for.
     """
+    if whole or rows.shape[1] >= rows.shape[2]:
+        return over_groups(_eigenvectors, products_of_rows(rows))
 
     def group(part: Array) -> Array:
-        if whole or part.shape[0] >= part.shape[1]:
-            return _eigenvectors(symmetric_product(part.T))
         # orthonormal to rounding whatever the rank of the rows, unlike rows^T times a scaling
         span, triangle = qr(part.T)
         return span @ _eigenvectors(symmetric_product(triangle))
 
-    return over_groups(group, rows)
+    return over_groups(lambda part: cubic(group, part), rows)
 
 
 def _mean_squares(layer: LayerSignals, left: Array, right: Array) -> Array:

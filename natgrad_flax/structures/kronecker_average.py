@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
+from natgrad_flax.execution import by_columns, by_rows, product
 from natgrad_flax.linalg import add_diagonal, inverse_psd, symmetric_product
 from natgrad_flax.operators.kronecker import (
     AffineSignals,
@@ -132,12 +133,14 @@ class KroneckerAverage(AveragedStructure):
                 continue
             parts = grouped(matrix, len(entry["units"]))
             if "rows" in entry:
-                rows = entry["rows"]
-                inside = rows.T @ (entry["core"] @ (rows @ parts))
-                half = entry["outside"] * parts - inside
+                half = entry["outside"] * parts - by_columns(
+                    lambda parts, rows, core: rows.T @ (core @ (rows @ parts)),
+                    (parts,),
+                    (entry["rows"], entry["core"]),
+                )
             else:
-                half = entry["inputs"] @ parts
-            updates.append(update_like(g, ungrouped(half @ entry["units"])))
+                half = product(entry["inputs"], parts)
+            updates.append(update_like(g, ungrouped(product(half, entry["units"]))))
         return tuple(updates)
 
     def scale_of(self, moments: Moments, num_samples: int) -> Array:
@@ -167,7 +170,7 @@ def scaled_norms(norms: Array, num_samples: int, scalings: tuple[float, float]) 
 
 def _invert_rows(rows: Array, rho: Array | float, shifted: bool) -> Entry:
     """(r^T r + rho)^{-1} = outside - r^T core r for rows r (R, P); the pseudo-inverse at 0."""
-    gram = inverse_psd(add_diagonal(symmetric_product(rows), rho), shifted=shifted)
+    gram = inverse_psd(add_diagonal(by_rows(symmetric_product(rows)), rho), shifted=shifted)
     if not shifted:
         return {"rows": rows, "core": -gram @ gram, "outside": jnp.zeros((), rows.dtype)}
     return {"rows": rows, "core": gram / rho, "outside": jnp.asarray(1 / rho, rows.dtype)}
@@ -200,20 +203,21 @@ def factor_means(layer: AffineSignals, sharing: Sharing) -> tuple[Array, Array]:
     left, right = factor_rows(layer, sharing)
     n = layer.num_samples
     over = float(n * num_positions(layer, sharing))
-    return _products(left) / over, _products(right) / float(n)
+    return products_of_rows(left) / over, products_of_rows(right) / float(n)
 
 
-def _products(rows: Array) -> Array:
+def products_of_rows(rows: Array) -> Array:
+    """rows^T rows of every group, (G, P, P) for rows (G, R, P)."""
     return jnp.stack([symmetric_product(group.T) for group in rows])
 
 
 def inverse_groups(factors: Array, rho: Array | float, *, shifted: bool) -> Array:
     """(A + rho)^{-1} for each of g groups, shape (g, K, K); the pseudo-inverse at the number 0."""
 
-    def group(factor: Array) -> Array:
+    def group(factor: Array, rho: Array | float) -> Array:
         return inverse_psd(add_diagonal(factor, rho), shifted=shifted)
 
-    return over_groups(group, factors)
+    return over_groups(group, factors, rho)
 
 
 def kronecker_words(layer: LayerSignals, sharing: Sharing) -> str:

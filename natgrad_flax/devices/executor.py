@@ -52,27 +52,26 @@ class OnMesh(Executor):
     def cubic(self, function: Callable[..., Any], *arrays: Any) -> Any:
         """See ``execution.cubic``."""
         leaves, tree = jax.tree.flatten(arrays)
-        traced = [isinstance(leaf, Array) for leaf in leaves]
-        # numbers stay what they are: at 0 a damping decides the formula
-        numbers = [
-            None if is_array else leaf for leaf, is_array in zip(leaves, traced, strict=True)
-        ]
+        given = [leaf for leaf in leaves if isinstance(leaf, Array)]
 
         def task(*given: Array) -> Any:
             rest = iter(given)
-            merged = [next(rest) if a else b for a, b in zip(traced, numbers, strict=True)]
+            # numbers stay what they are: at 0 a damping decides the formula
+            merged = [next(rest) if isinstance(leaf, Array) else leaf for leaf in leaves]
             with executed_by():
-                return function(*tree.unflatten(merged))
+                return function(*jax.tree.unflatten(tree, merged))
 
         task.__name__ = f"natgrad_task_{len(self.tasks)}"
         self.tasks[task.__name__] = task
-        return jax.jit(task)(*(leaf for leaf in leaves if isinstance(leaf, Array)))
+        return jax.jit(task)(*given)
 
     def by_columns(
         self, function: Callable[..., Array], split: tuple[Array, ...], whole: tuple[Any, ...]
     ) -> Array:
         """See ``execution.by_columns``; they are filled up with copies of the last one."""
-        mesh, columns = self.placement.mesh, split[0].shape[-1]
+        columns = split[0].shape[-1]
+        if columns == 1:
+            return function(*split, *whole)
 
         def spec(ndim: int) -> PartitionSpec:
             return PartitionSpec(*(None,) * (ndim - 1), self.placement.axis)
@@ -81,7 +80,7 @@ class OnMesh(Executor):
         shape = jax.eval_shape(executed_by()(function), *filled, *whole)
         found = jax.shard_map(
             executed_by()(function),
-            mesh=mesh,
+            mesh=self.placement.mesh,
             in_specs=(*(spec(array.ndim) for array in split), *(PartitionSpec(),) * len(whole)),
             out_specs=spec(shape.ndim),
             check_vma=False,
@@ -97,11 +96,9 @@ class OnMesh(Executor):
 
     def run(self, program: ClosedJaxpr) -> list[Any]:
         """The results of a program: what is ready in place, then all tasks that are, and so on."""
-        jaxpr, known = (
-            program.jaxpr,
-            dict(zip(program.jaxpr.constvars, program.consts, strict=True)),
-        )
-        waiting = list(jaxpr.eqns)
+        jaxpr = program.jaxpr
+        known = dict(zip(jaxpr.constvars, program.consts, strict=True))
+        waiting = jaxpr.eqns
         while waiting:
             plain, marked, later = [], [], []
             made = set(known)

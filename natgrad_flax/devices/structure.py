@@ -20,15 +20,24 @@ from natgrad_flax.devices.linear_solve import Solution
 from natgrad_flax.devices.passes import OverDevices
 from natgrad_flax.devices.placement import Placement, check_divisible, device_memory, place
 from natgrad_flax.devices.row_solve import RowSolver, rows_side, solve_rows
-from natgrad_flax.operators.base import Operator
 from natgrad_flax.operators.coupled import Coupled
 from natgrad_flax.optimizer.checks import check_structure
 from natgrad_flax.signals.base import LayerUpdate
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Gradient, Residual
-from natgrad_flax.structures import AveragedStructure, Geometry, Moments, Structure
+from natgrad_flax.structures import AveragedStructure, Structure
 
 SolverName = Literal["auto", "replicated", "cholesky", "cg"]
+
+
+def _own(name: str, *, on_mesh: bool = False) -> Callable[..., Any]:
+    """A method that gives what the structure gives: as XLA partitions it, or dealt out."""
+
+    def method(self: Sharded, *arguments: Any, **named: Any) -> Any:
+        own = partial(getattr(self.structure, name), *arguments, **named)
+        return run_on_mesh(own, self.placement) if on_mesh else own()
+
+    return method
 
 
 @dataclass(frozen=True)
@@ -106,9 +115,7 @@ class Sharded(Structure):
         """Each device runs the model on its own samples."""
         return OverDevices(self.placement)
 
-    def operator(self, signals: Signals) -> Operator:
-        """That of the structure, partitioned by XLA."""
-        return self.structure.operator(signals)
+    operator = _own("operator")
 
     def solve(
         self, signals: Signals, gradient: Gradient, damping: Array | float
@@ -185,25 +192,11 @@ class Sharded(Structure):
         operator = self.structure.operator(signals)
         return isinstance(operator, Coupled), rows_side(operator)
 
-    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
-        """That of the structure, partitioned by XLA."""
-        return self.structure.coefficient(test, train, damping)
-
-    def undamped_diagonal(self, train: Signals) -> Array | None:
-        """That of the structure."""
-        return self.structure.undamped_diagonal(train)
-
-    def damping_scale(self, signals: Signals) -> Array:
-        """That of the structure."""
-        return self.structure.damping_scale(signals)
-
-    def alpha(self, geometry: Geometry) -> float:
-        """That of the structure."""
-        return self.structure.alpha(geometry)
-
-    def failed_conditions(self, geometry: Geometry) -> list[str]:
-        """Those of the structure."""
-        return self.structure.failed_conditions(geometry)
+    coefficient = _own("coefficient")
+    undamped_diagonal = _own("undamped_diagonal")
+    damping_scale = _own("damping_scale")
+    alpha = _own("alpha")
+    failed_conditions = _own("failed_conditions")
 
     def check(self, signals: Signals, damping: object) -> None:
         """The batch must divide by the devices, and the solver serve the structure.
@@ -246,43 +239,12 @@ class ShardedAverage(Sharded, AveragedStructure):
         """That of the structure."""
         return self.structure.has_basis
 
-    def statistics(self, signals: Signals) -> tuple[Any, ...]:
-        """Those of the structure, partitioned by XLA."""
-        return self.structure.statistics(signals)
-
-    def latest(self, signals: Signals) -> tuple[Any, ...]:
-        """Those of the structure, partitioned by XLA."""
-        return self.structure.latest(signals)
-
-    def basis(self, factors: tuple[Any, ...]) -> tuple[Any, ...]:
-        """That of the structure, the eigenvectors of a factor from one device."""
-        return self._on_mesh(partial(self.structure.basis, factors))
-
-    def rotated(self, signals: Signals, basis: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Those of the structure, partitioned by XLA."""
-        return self.structure.rotated(signals, basis)
-
-    def moments(self, signals: Signals) -> Moments:
-        """Those of the structure, the eigenvectors of a factor from one device."""
-        return self._on_mesh(partial(self.structure.moments, signals))
-
-    def invert(self, moments: Moments, damping: Array | float, num_samples: int) -> tuple[Any, ...]:
-        """What the structure returns, each inverse from one device."""
-        return self._on_mesh(partial(self.structure.invert, moments, damping, num_samples))
-
-    def apply(
-        self, inverse: tuple[Any, ...], slope: tuple[LayerUpdate, ...]
-    ) -> tuple[LayerUpdate, ...]:
-        """What the structure returns, each device with its share of the products."""
-        return self._on_mesh(partial(self.structure.apply, inverse, slope))
-
-    def _on_mesh(self, function: Callable[[], Any]) -> Any:
-        return run_on_mesh(function, self.placement)
-
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
-        """That of the structure."""
-        return self.structure.scale_of(moments, num_samples)
-
-    def factor_size(self, signals: Signals) -> int:
-        """That of the structure."""
-        return self.structure.factor_size(signals)
+    statistics = _own("statistics")
+    latest = _own("latest")
+    rotated = _own("rotated")
+    scale_of = _own("scale_of")
+    factor_size = _own("factor_size")
+    basis = _own("basis", on_mesh=True)
+    moments = _own("moments", on_mesh=True)
+    invert = _own("invert", on_mesh=True)
+    apply = _own("apply", on_mesh=True)

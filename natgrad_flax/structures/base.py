@@ -63,6 +63,9 @@ class Structure(abc.ABC):
     couples_layers: ClassVar[bool] = False
     """Whether layers are solved together, from the Gram matrix or Fisher block of each."""
 
+    takes_momentum: ClassVar[bool] = False
+    """Whether it solves blocks of the Fisher itself, by which the step before can be projected."""
+
     masks_units: ClassVar[bool] = False
     """Whether, undamped, a unit that is off on a sample has a system of its own, as if damped."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from natgrad_flax.execution import cubic
 from natgrad_flax.linalg import inverse_psd
 from natgrad_flax.operators.base import OfLayer, Space
 from natgrad_flax.operators.factor import ArrayRows, Factor, InputRows, UnitRows
-from natgrad_flax.signals.base import LayerUpdate, matrix_of
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals, expand_samples
 from natgrad_flax.signals.gradient import Gradient, Residual
 from natgrad_flax.signals.shared import SharedSignals, Sharing
@@ -25,6 +25,11 @@ AffineSignals = DenseSignals | SharedSignals
 
 Dampings = tuple[Array | float, Array | float]
 """What is added to A and to B."""
+
+
+def affine(layer: LayerSignals) -> AffineSignals:
+    """A layer of which is known that it is no ``ExplicitSignals``."""
+    return cast(AffineSignals, layer)
 
 
 def factor_rows(layer: AffineSignals, sharing: Sharing) -> tuple[Array, Array]:

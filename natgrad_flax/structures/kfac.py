@@ -13,10 +13,10 @@ from jax import Array
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.linalg import has_full_rank
 from natgrad_flax.operators.base import Blocks, Space, check_space, in_parameters
-from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker
+from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker, affine
 from natgrad_flax.operators.units import UnitBlocks
 from natgrad_flax.signals.base import LayerSignals
-from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.base import (
     IsotropyWarning,
@@ -172,8 +172,7 @@ class KFAC(KroneckerAverage):
           signals: of the batch.
           index: of an affine layer.
         """
-        n, layer = signals.num_samples, signals.layers[index]
-        assert isinstance(layer, (DenseSignals, SharedSignals))
+        n, layer = signals.num_samples, affine(signals.layers[index])
         shared = isinstance(layer, SharedSignals)
         by_a, by_b = self._scalings(index, _last(signals), layer.fan_in, shared, n)
         return n * num_positions(layer, self.sharing) * by_a, n * by_b
@@ -190,8 +189,7 @@ class KFAC(KroneckerAverage):
         )
 
     def _kronecker(self, signals: Signals, index: int) -> Kronecker:
-        layer = signals.layers[index]
-        assert isinstance(layer, (DenseSignals, SharedSignals))
+        layer = affine(signals.layers[index])
         divisors = self.divisors(signals, index)
         split = partial(self.dampings, layer, divisors)
         return Kronecker.of(layer, self.sharing, divisors, self.space, split)
@@ -287,10 +285,9 @@ class KFAC(KroneckerAverage):
             if isinstance(layer, ExplicitSignals):
                 scales.append(block_norms(layer) / n)
                 continue
-            assert isinstance(layer, (DenseSignals, SharedSignals))
             shared = isinstance(layer, SharedSignals)
             scalings = self._scalings(index, _last(signals), layer.fan_in, shared, n)
-            scales.append(scaled_norms(self._gram_means(layer), n, scalings))
+            scales.append(scaled_norms(self._gram_means(affine(layer)), n, scalings))
         return jnp.stack(scales)
 
     def alpha(self, geometry: Geometry) -> float:

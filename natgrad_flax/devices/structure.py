@@ -94,6 +94,11 @@ class Sharded(Structure):
         check_number("tolerance", self.tolerance, positive=True)
         check_integer("max_iterations", self.max_iterations, 1)
         keep_plain(self)
+        for kind in (Structure, AveragedStructure):
+            for name in kind.__annotations__:
+                if hasattr(self.structure, name):
+                    # what a class says of itself, the structure's says of this one
+                    object.__setattr__(self, name, getattr(self.structure, name))
 
     @property
     def name(self) -> str:
@@ -228,16 +233,6 @@ class ShardedAverage(Sharded, AveragedStructure):
     """
 
     structure: AveragedStructure
-
-    @property
-    def cheap_inverse(self) -> bool:  # type: ignore[override]
-        """That of the structure."""
-        return self.structure.cheap_inverse
-
-    @property
-    def has_basis(self) -> bool:  # type: ignore[override]
-        """That of the structure."""
-        return self.structure.has_basis
 
     statistics = _own("statistics")
     latest = _own("latest")

@@ -330,6 +330,9 @@ def test_what_a_mesh_does_not_change(mesh, batch):
     assert dataclasses.replace(sharded, solver="replicated").structure == ng.KFAC()
     with pytest.raises(TypeError, match="behind KFAC put optax"):
         ng.natural_gradient_descent(0.1, structure=sharded, loss=LOSS, damping=0.1, momentum=0.5)
+    own = devices.Sharded(ng.EKFAC(), mesh)
+    assert (own.damping_margin, own.has_basis) == (1.0, True)
+    assert not sharded.has_basis
     exact = devices.Sharded(ng.Exact(), mesh)
     with pytest.raises(TypeError, match="needs a structure that means over samples make up"):
         ng.natural_gradient_descent(

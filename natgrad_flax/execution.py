@@ -70,7 +70,8 @@ def by_columns(
 
     Args:
       function: of all arrays in this order.
-      split: arrays whose last axis counts the columns; so does that of the result.
+      split: arrays whose last axis counts the columns. The result has as many axes as the last of
+        them, and its last one counts the columns, too.
       whole: arrays that every column needs, or None.
     """
     return _CURRENT.get().by_columns(function, split, whole)

@@ -71,7 +71,8 @@ class Structure(abc.ABC):
 
     shared_weights: ClassVar[Literal["gram", "jacobians", "rows"]] = "jacobians"
     """What it builds of weights that positions share: Gram matrices, which may come from pairs of
-    positions, the Jacobians of samples, or nothing but the rows of positions."""
+    positions, the Jacobians of samples, or nothing but the rows of positions. Where it is Gram
+    matrices, ``operator`` computes nothing, so that it can be asked of shapes."""
 
     limit_kernels: ClassVar[tuple[str, ...]] = ("tangent",)
     """The kernels of layers that this limit is made of: "inputs", "derivatives", "tangent"."""

@@ -53,11 +53,12 @@ class OnMesh(Executor):
         """See ``execution.cubic``."""
         leaves, tree = jax.tree.flatten(arrays)
         given = [leaf for leaf in leaves if isinstance(leaf, Array)]
+        # numbers stay what they are: at 0 a damping decides the formula
+        numbers = [None if isinstance(leaf, Array) else leaf for leaf in leaves]
 
         def task(*given: Array) -> Any:
             rest = iter(given)
-            # numbers stay what they are: at 0 a damping decides the formula
-            merged = [next(rest) if isinstance(leaf, Array) else leaf for leaf in leaves]
+            merged = [next(rest) if number is None else number for number in numbers]
             with executed_by():
                 return function(*jax.tree.unflatten(tree, merged))
 

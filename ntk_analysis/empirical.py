@@ -22,7 +22,7 @@ from natgrad_flax.arguments.arrays import batch_size, check_concrete, described,
 from natgrad_flax.arguments.memory import check_bytes, check_fits
 from natgrad_flax.optimizer.checks import check_model_inputs
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.plan import check_model
+from natgrad_flax.signals.model import check_model
 from natgrad_flax.structures.memory import signal_entries
 
 Matrix = NDArray[np.float64]

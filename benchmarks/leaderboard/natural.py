@@ -24,7 +24,7 @@ from benchmarks.leaderboard.contestant import (
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.damping import is_zero
 from natgrad_flax.signals.fisher import FisherKind
-from natgrad_flax.signals.plan import dense_layers
+from natgrad_flax.signals.model import dense_layers
 from natgrad_flax.structures import AveragedStructure
 from natgrad_flax.structures.memory import sample_jacobian_entries, signal_entries
 

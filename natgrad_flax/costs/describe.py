@@ -27,7 +27,8 @@ from natgrad_flax.optimizer.checks import check_input_shape, check_inputs, check
 from natgrad_flax.signals.capture import linearise
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.fisher import FisherKind, check_kind
-from natgrad_flax.signals.plan import LayerPlan, parameter_paths, plan_layers
+from natgrad_flax.signals.model import parameter_paths
+from natgrad_flax.signals.plan import LayerPlan, plan_layers
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 from natgrad_flax.structures import Structure
 from natgrad_flax.structures.memory import sample_jacobian_entries, signal_entries

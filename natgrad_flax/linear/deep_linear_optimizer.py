@@ -25,8 +25,7 @@ from natgrad_flax.losses import MeanSquaredError
 from natgrad_flax.models import MLP
 from natgrad_flax.optimizer.checks import check_array, check_damping, check_normal
 from natgrad_flax.optimizer.transformation import NaturalGradientState, Step, transformation
-from natgrad_flax.signals.model import Path
-from natgrad_flax.signals.plan import dense_layers
+from natgrad_flax.signals.model import Path, dense_layers
 
 
 def deep_linear_descent(

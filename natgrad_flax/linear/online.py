@@ -30,7 +30,7 @@ from natgrad_flax.signals.base import matrix_of
 from natgrad_flax.signals.dense import DenseSignals
 from natgrad_flax.signals.fisher import fisher_signals
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.plan import dense_layers
+from natgrad_flax.signals.model import dense_layers
 
 
 def online_natural_gradient_descent(

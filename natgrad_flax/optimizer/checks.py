@@ -24,7 +24,7 @@ from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.losses import Loss
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
 from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_kind
-from natgrad_flax.signals.plan import check_model, hashable_filter
+from natgrad_flax.signals.model import check_model, hashable_filter
 from natgrad_flax.structures import STRUCTURES, Structure
 
 

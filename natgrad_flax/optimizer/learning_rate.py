@@ -22,8 +22,7 @@ from natgrad_flax.optimizer.checks import (
 from natgrad_flax.optimizer.gradient import Damping, resolve_damping
 from natgrad_flax.optimizer.spectrum import largest_eigenvalue, rate_of_alpha, rate_of_largest
 from natgrad_flax.signals.capture import jacobian_signals
-from natgrad_flax.signals.model import Path
-from natgrad_flax.signals.plan import dense_layers
+from natgrad_flax.signals.model import Path, dense_layers
 from natgrad_flax.structures import Geometry, Structure
 from natgrad_flax.structures.weight_sharing import (
     SharedGeometry,

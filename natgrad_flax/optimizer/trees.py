@@ -12,8 +12,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.arguments.arrays import check_finite
-from natgrad_flax.signals.model import Path, dotted
-from natgrad_flax.signals.plan import parameter_paths
+from natgrad_flax.signals.model import Path, dotted, parameter_paths
 
 
 def as_state(params: Any, updates: Mapping[Path, Mapping[str, Array]]) -> Any:

@@ -12,8 +12,7 @@ from typing import Any
 
 from flax import nnx
 
-from natgrad_flax.signals.model import Path, dotted, owner_of, place
-from natgrad_flax.signals.plan import check_model
+from natgrad_flax.signals.model import Path, check_model, dotted, owner_of, place
 
 _WAY_OUT = (
     "nnx.Optimizer takes the Variables off a model that it hands on: pass module=lambda: model, "

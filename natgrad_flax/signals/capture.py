@@ -21,7 +21,8 @@ from natgrad_flax.arguments.arrays import batch_size, own_promotion, solve_dtype
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.plan import LayerPlan, parameter_paths, plan_layers
+from natgrad_flax.signals.model import parameter_paths
+from natgrad_flax.signals.plan import LayerPlan, plan_layers
 from natgrad_flax.signals.program import Path, Tape
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 
@@ -79,7 +80,8 @@ def _signals(
 ) -> LayerSignals:
     """The signals of one layer from what was recorded."""
     if plan.is_explicit:
-        rows = [blocks[path] for path in plan.parameters]
+        part = slice(None) if plan.kernel.part is None else plan.kernel.part
+        rows = [blocks[path][:, :, part] for path in plan.parameters]
         forms = (plan.path, plan.kernel, plan.bias)
         if plan.bias is not None:
             return ExplicitSignals(jnp.stack(rows, axis=2), 1.0, *forms)

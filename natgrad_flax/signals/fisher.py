@@ -25,8 +25,7 @@ from natgrad_flax.signals.capture import linearise
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Residual
 from natgrad_flax.signals.microbatches import Passes, in_microbatches
-from natgrad_flax.signals.model import Path
-from natgrad_flax.signals.plan import hashable_filter
+from natgrad_flax.signals.model import Path, hashable_filter
 
 FisherKind = Literal["exact", "mc", "empirical"]
 FISHER_KINDS: tuple[str, ...] = get_args(FisherKind)

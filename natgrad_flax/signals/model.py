@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 
 from natgrad_flax.arguments.arrays import batch_size, described
-from natgrad_flax.models.layers import Conv
+from natgrad_flax.models.layers import Conv, Dense
 from natgrad_flax.signals.program import Path
 from natgrad_flax.xla.convolution import conv_general_dilated
 
@@ -114,3 +114,81 @@ def _kind(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def check_model(model: object) -> None:
+    """Raises TypeError unless given a module of Flax nnx."""
+    if isinstance(model, nnx.Module):
+        return
+    kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    raise TypeError(
+        f"model must be a flax.nnx.Module, got {kind}: make an instance of a class; a linen module "
+        "becomes one by nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x), a function by an "
+        "nnx.Module that holds its parameters as nnx.Param and calls it"
+    )
+
+
+def hashable_filter(wrt: Any) -> Any:
+    """A filter of Flax in a form by which a compiled program is found again.
+
+    Raises:
+      TypeError: it is no filter.
+    """
+    if isinstance(wrt, list | tuple):
+        return tuple(map(hashable_filter, wrt))
+    if not isinstance(wrt, Hashable):
+        raise _no_filter(wrt)
+    return wrt
+
+
+def _no_filter(wrt: object) -> TypeError:
+    return TypeError(
+        f"wrt must be a filter of flax, such as nnx.Param or nnx.PathContains(name), got {wrt!r}"
+    )
+
+
+def dense_layers(model: nnx.Module) -> dict[Path, nnx.Module]:
+    """The layers of a model that has no other layers with parameters than affine ones, by path.
+
+    Raises:
+      TypeError: a module of another type owns parameters or batch statistics.
+    """
+    check_model(model)
+    found: dict[Path, nnx.Module] = {}
+    for path, module in nnx.iter_modules(model):
+        if type(module) in (Dense, nnx.Linear):
+            found[tuple(path)] = module
+            continue
+        own = [v for v in vars(module).values() if isinstance(v, (nnx.Param, nnx.BatchStat))]
+        if own:
+            raise TypeError(
+                f"{type(module).__name__} at {dotted(tuple(path))} owns parameters, but only "
+                "networks of ng.Dense and nnx.Linear layers are served here"
+            )
+    if not found:
+        raise TypeError(f"{type(model).__name__} has no ng.Dense or nnx.Linear layer")
+    return found
+
+
+def parameter_paths(model: nnx.Module, wrt: Any = nnx.Param) -> dict[Path, Any]:
+    """The parameters that a filter chooses, by path.
+
+    Raises:
+      ValueError: the filter chooses none.
+      TypeError: no model, no filter, or one that chooses something that is not floating.
+    """
+    check_model(model)
+    try:
+        state = nnx.state(model, wrt)
+    except (TypeError, ValueError):
+        raise _no_filter(wrt) from None
+    found = {tuple(path): leaf for path, leaf in nnx.to_flat_state(state)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no parameters for wrt={wrt!r}")
+    for path, leaf in found.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"wrt={wrt!r} chooses {dotted(path)} of dtype {leaf.dtype}, but only floating "
+                "parameters can move"
+            )
+    return found

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.interpreters import partial_eval
 
 from natgrad_flax.arguments.arrays import check_real, shapes_of
-from natgrad_flax.models.layers import Dense
 from natgrad_flax.signals.affine import Affine, affine_map
 from natgrad_flax.signals.base import ParameterForm
-from natgrad_flax.signals.model import dotted, outputs_of, put
-from natgrad_flax.signals.program import Path, Place, Program, Tape, Uses, run, survey
+from natgrad_flax.signals.model import dotted, outputs_of, parameter_paths, put
+from natgrad_flax.signals.program import Path, Place, Program, Tape, Uses, run
+from natgrad_flax.signals.survey import survey
 from natgrad_flax.signals.usage import has_derivative
 from natgrad_flax.signals.views import View, common_factors
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -93,84 +95,6 @@ class Plan(NamedTuple):
         arguments += [leaf for leaf, is_used in given if is_used]
         (outputs,), tape = run(self.program, arguments, perturbations)
         return outputs, tape
-
-
-def check_model(model: object) -> None:
-    """Raises TypeError unless given a module of Flax nnx."""
-    if isinstance(model, nnx.Module):
-        return
-    kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-    raise TypeError(
-        f"model must be a flax.nnx.Module, got {kind}: make an instance of a class; a linen module "
-        "becomes one by nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x), a function by an "
-        "nnx.Module that holds its parameters as nnx.Param and calls it"
-    )
-
-
-def hashable_filter(wrt: Any) -> Any:
-    """A filter of Flax in a form by which a compiled program is found again.
-
-    Raises:
-      TypeError: it is no filter.
-    """
-    if isinstance(wrt, list | tuple):
-        return tuple(map(hashable_filter, wrt))
-    if not isinstance(wrt, Hashable):
-        raise _no_filter(wrt)
-    return wrt
-
-
-def _no_filter(wrt: object) -> TypeError:
-    return TypeError(
-        f"wrt must be a filter of flax, such as nnx.Param or nnx.PathContains(name), got {wrt!r}"
-    )
-
-
-def dense_layers(model: nnx.Module) -> dict[Path, nnx.Module]:
-    """The layers of a model that has no other layers with parameters than affine ones, by path.
-
-    Raises:
-      TypeError: a module of another type owns parameters or batch statistics.
-    """
-    check_model(model)
-    found: dict[Path, nnx.Module] = {}
-    for path, module in nnx.iter_modules(model):
-        if type(module) in (Dense, nnx.Linear):
-            found[tuple(path)] = module
-            continue
-        own = [v for v in vars(module).values() if isinstance(v, (nnx.Param, nnx.BatchStat))]
-        if own:
-            raise TypeError(
-                f"{type(module).__name__} at {dotted(tuple(path))} owns parameters, but only "
-                "networks of ng.Dense and nnx.Linear layers are served here"
-            )
-    if not found:
-        raise TypeError(f"{type(model).__name__} has no ng.Dense or nnx.Linear layer")
-    return found
-
-
-def parameter_paths(model: nnx.Module, wrt: Any = nnx.Param) -> dict[Path, Any]:
-    """The parameters that a filter chooses, by path.
-
-    Raises:
-      ValueError: the filter chooses none.
-      TypeError: no model, no filter, or one that chooses something that is not floating.
-    """
-    check_model(model)
-    try:
-        state = nnx.state(model, wrt)
-    except (TypeError, ValueError):
-        raise _no_filter(wrt) from None
-    found = {tuple(path): leaf for path, leaf in nnx.to_flat_state(state)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no parameters for wrt={wrt!r}")
-    for path, leaf in found.items():
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"wrt={wrt!r} chooses {dotted(path)} of dtype {leaf.dtype}, but only floating "
-                "parameters can move"
-            )
-    return found
 
 
 def model_arguments(model: nnx.Module, wrt: Any) -> tuple[Any, tuple[Any, Any, Any]]:
@@ -273,32 +197,37 @@ def plan_layers(model: nnx.Module, x: Any, wrt: Any = nnx.Param) -> Plan:
     )
 
 
-def _layers(uses: Mapping[Path, Uses], shapes: Mapping[Path, tuple[int, ...]]) -> list[LayerPlan]:
+def _layers(uses: Mapping[Path, Uses], shapes: Mapping[Path, Shape]) -> list[LayerPlan]:
     """The layers in the order of their first use; parameters that only add or scale join."""
-    found: list[tuple[int, LayerPlan]] = []
+    found: list[tuple[tuple[int, int, int], LayerPlan]] = []
     covered: set[Path] = set()
     for path, use in uses.items():
         for plan in _weights(path, use, uses, shapes):
-            found.append((use.first, plan))
+            found.append((_place_in_order(use, plan), plan))
             covered.update(plan.parameters)
-    explicit: dict[Path, list[Path]] = {}
     for path in sorted(set(uses) - covered, key=lambda path: uses[path].first):
-        explicit.setdefault(path[:-1], []).append(path)
-    for owned in explicit.values():
-        while owned:
-            path = owned.pop(0)
-            partner = next((other for other in owned if _joins(path, other, uses, shapes)), None)
-            if partner is not None:
-                owned.remove(partner)
-            found.append((uses[path].first, _explicit(path, partner, uses, shapes)))
-    return [plan for _, plan in sorted(found, key=lambda pair: pair[0])]
+        if path in covered:
+            continue
+        others = set(uses) - covered - {path}
+        partner = next((p for p in sorted(others) if _joins(path, p, uses, shapes)), None)
+        pair = [path] if partner is None else [path, partner]
+        covered.update(pair)
+        for plan in _explicit(pair, uses, shapes):
+            found.append((_place_in_order(uses[path], plan), plan))
+    return [plan for _, plan in sorted(found, key=lambda both: both[0])]
+
+
+def _place_in_order(use: Uses, plan: LayerPlan) -> tuple[int, int, int]:
+    """By the first use; of the layers of a loop all of one step before those of the next."""
+    start = use.first if use.loop is None else use.loop
+    return start, plan.kernel.part or 0, use.first
 
 
 def _weights(
     path: Path,
     use: Uses,
     uses: Mapping[Path, Uses],
-    shapes: Mapping[Path, tuple[int, ...]],
+    shapes: Mapping[Path, Shape],
 ) -> list[LayerPlan]:
     """The layers of a parameter that acts as weights wherever it is used; none for others."""
     if use.others or use.biases:
@@ -308,31 +237,26 @@ def _weights(
         return []
     chosen: list[Any] = maps
     forms = {found.view.form(path[-1], shapes[path], found.matrix) for found in chosen}
-    kinds = {(found.sizes, found.view.step) for found in chosen}
-    if len(forms) > 1 or len(kinds) > 1 or None in forms:
+    if len(forms) > 1 or len({found.sizes for found in chosen}) > 1 or None in forms:
         return []
-    (form,), ((_, step),) = forms, kinds
+    (form,) = forms
     bias, scale = None, 1.0
     for other, added in uses.items():
         if other[:-1] == path[:-1] and added.biases and not (added.others or added.places):
             joined = _bias(other, added, use.places, chosen, shapes[other])
             if joined is not None:
                 bias, scale = joined
-    plan = LayerPlan(path[:-1], form, bias, tuple(zip(use.places, chosen, strict=True)), scale)
-    if step is None:
-        return [plan]
+    maps_of = tuple(zip(use.places, chosen, strict=True))
     return [
-        replace(
-            plan,
-            kernel=form._replace(part=part),
-            bias=None if bias is None else bias._replace(part=part),
+        LayerPlan(
+            path[:-1], form._replace(part=part), bias and bias._replace(part=part), maps_of, scale
         )
-        for part in range(step[1])
+        for part in use.parts(shapes[path])
     ]
 
 
 def _bias(
-    path: Path, use: Uses, places: list[Place], maps: list[Affine], shape: tuple[int, ...]
+    path: Path, use: Uses, places: list[Place], maps: list[Affine], shape: Shape
 ) -> tuple[ParameterForm, float] | None:
     """The layout and scale of a bias that is added to every result of some places."""
     added = {bias.result.source: bias for bias in use.biases}
@@ -345,15 +269,17 @@ def _bias(
         if factors is None or not bias.result.scale or _loop(bias.view) != _loop(place.view):
             return None
         flat = [factor for axis in factors for factor in axis]
-        strides = [int(s) for s in _strides(place.outputs.shape)]
+        outputs = place.outputs.shape
+        strides = [math.prod(outputs[axis + 1 :]) for axis in range(len(outputs))]
         ordered: list[tuple[int, int]] = []
         for axis in chosen.units:
-            low, size = strides[axis], place.outputs.shape[axis]
+            low, size = strides[axis], outputs[axis]
             inside = [f for f in flat if low <= f[1][0] < low * size]
             inside.sort(key=lambda f: -f[1][0])
             ordered += [(size, stride) for size, (_, stride) in inside]
             flat = [f for f in flat if f not in inside]
-        if any(stride for _, (_, stride) in flat):
+        units = math.prod(outputs[axis] for axis in chosen.units)
+        if any(stride for _, (_, stride) in flat) or math.prod(n for n, _ in ordered) != units:
             return None
         view = bias.view._replace(axes=(tuple(ordered),))
         form = view.form(path[-1], shape, [0])
@@ -363,55 +289,55 @@ def _bias(
     return found.pop() if len(found) == 1 else None
 
 
-def _loop(view: View) -> tuple[int, ...]:
+def _loop(view: View) -> Shape:
     """Depth and length of the loop that takes another part at each step."""
     return (view.step or ())[:2]
 
 
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size)
-    return strides[::-1]
-
-
-_ELEMENTWISE = ("mul", "add", "sub", "div")
-
-
 def _joins(
-    path: Path,
-    other: Path,
-    uses: Mapping[Path, Uses],
-    shapes: Mapping[Path, tuple[int, ...]],
+    path: Path, other: Path, uses: Mapping[Path, Uses], shapes: Mapping[Path, Shape]
 ) -> bool:
     """Whether of two parameters of one module one scales features and the other shifts them."""
-    kinds = {frozenset(uses[p].others) for p in (path, other)}
-    plain = not any(uses[p].places or uses[p].biases for p in (path, other))
-    alike = shapes[path] == shapes[other] and len(shapes[path]) == 1
-    return plain and alike and kinds == {frozenset({"mul"}), frozenset({"add"})}
+    both = [uses[p] for p in (path, other)]
+    kinds = {frozenset(use.others) for use in both}
+    return (
+        path[:-1] == other[:-1]
+        and shapes[path] == shapes[other]
+        and len(_of_one(both[0], shapes[path])) == 1
+        and both[0].steps == both[1].steps
+        and not any(use.places or use.biases for use in both)
+        and kinds == {frozenset({"mul"}), frozenset({"add"})}
+    )
+
+
+def _of_one(use: Uses, shape: Shape) -> Shape:
+    """The shape of what one layer has of a parameter."""
+    return shape if use.parts(shape) == [None] else shape[1:]
 
 
 def _explicit(
-    path: Path,
-    partner: Path | None,
-    uses: Mapping[Path, Uses],
-    shapes: Mapping[Path, tuple[int, ...]],
-) -> LayerPlan:
-    """A block of its own, or of two parameters that scale and shift the same features."""
-    if partner is not None:
-        first, second = sorted((path, partner), key=lambda p: "add" in uses[p].others)
-        forms = [ParameterForm.plain(p[-1], shapes[p]) for p in (first, second)]
-        return LayerPlan(path[:-1], forms[0], forms[1], reason=_reason(uses[path], shapes[path]))
-    shape = shapes[path]
-    size, units = 1, 1
-    for length in shape:
-        size *= length
-    units = shape[-1] if len(shape) > 1 else size
-    form = ParameterForm(path[-1], shape, (size // units, units), (0, 1))
-    return LayerPlan(path[:-1], form, None, reason=_reason(uses[path], shape))
+    paths: list[Path], uses: Mapping[Path, Uses], shapes: Mapping[Path, Shape]
+) -> list[LayerPlan]:
+    """A block for a parameter, or for two that scale and shift the same features."""
+    paths = sorted(paths, key=lambda path: "add" in uses[path].others)
+    use, whole = uses[paths[0]], shapes[paths[0]]
+    shape = _of_one(use, whole)
+    units = shape[-1] if len(shape) > 1 else math.prod(shape)
+    split = (math.prod(shape) // units, units) if len(paths) == 1 else shape
+    forms = [ParameterForm(path[-1], shape, split, tuple(range(len(split)))) for path in paths]
+    reason = _reason(use, shape)
+    return [
+        LayerPlan(
+            paths[0][:-1],
+            forms[0]._replace(part=part),
+            forms[1]._replace(part=part) if forms[1:] else None,
+            reason=reason,
+        )
+        for part in use.parts(whole)
+    ]
 
 
-def _reason(use: Uses, shape: tuple[int, ...]) -> str:
+def _reason(use: Uses, shape: Shape) -> str:
     """Why a parameter goes without a formula."""
     others = list(dict.fromkeys(use.others))
     if len(shape) == 1 and not (use.places or use.biases) and set(others) <= {"mul", "add"}:

@@ -9,14 +9,13 @@ those of ``jit`` and ``checkpoint``, and loops (``scan``), where both get an axi
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
-import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Literal
 
@@ -26,12 +25,8 @@ from natgrad_flax.xla.convolution import conv_general_dilated
 Path = tuple[Any, ...]
 """Where a parameter stands in a model: names of attributes and numbers in lists."""
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
-_REMAT = ("checkpoint", "remat", "remat2")
-_SAME = ("copy", "copy_p", "reshard", "sharding_constraint", "mesh_cast", "pvary", "pcast")
-"""Primitives that leave every entry where it is, on another device at most."""
-_SIDES = {"dot_general": (0, 1), "conv_general_dilated": (1,), "gather": (0,)}
-"""By primitive which of its operands may be a parameter at a place."""
+REMAT = ("checkpoint", "remat", "remat2")
+"""Primitives of programs that are run again for their derivatives."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +72,25 @@ class Uses:
 
     Attributes:
       first: number of the equation that uses it first.
+      loop: number of the loop that takes another part of it at each step, where there is one.
       places: where it acts as weights.
       biases: where it is added to the results of places.
       others: names of the primitives that use it in any other way.
+      steps: the loops that take another part of it at each step, None where none does.
     """
 
     first: int
+    loop: int | None = None
     places: list[Place] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    steps: set[tuple[int, int, int] | None] = field(default_factory=set)
+
+    def parts(self, shape: tuple[int, ...]) -> list[int | None]:
+        """The steps of the one loop that takes another part of it at each; [None] without one."""
+        loops = {(step or ())[1:] for step in self.steps}
+        by_first_axis = len(self.steps) == 1 and loops == {(*shape[:1], math.prod(shape[1:]))}
+        return list(range(shape[0])) if by_first_axis else [None]
 
 
 @dataclass
@@ -110,206 +115,6 @@ class Program:
             yield place.number
         for program in self.inner.values():
             yield from program.numbers()
-
-
-def survey(jaxpr: Any, tags: Sequence[View | None]) -> tuple[Program, dict[Path, Uses]]:
-    """The places of a program, and what it does with its parameters.
-
-    Args:
-      jaxpr: without constants.
-      tags: for each input the view that it is of a parameter, None for others.
-    """
-    walk = _Survey()
-    program, found = walk.program(jaxpr, (), tags, ())
-    for view in found:
-        if _is_parameter(view):
-            walk.uses_of(view).others.append("return")
-    return program, walk.uses
-
-
-class _Survey:
-    """One walk over a program."""
-
-    def __init__(self) -> None:
-        self.uses: dict[Path, Uses] = {}
-        self.places = self.equations = 0
-
-    def uses_of(self, view: Any) -> Uses:
-        return self.uses.setdefault(view.source, Uses(self.equations))
-
-    def program(
-        self, jaxpr: Any, consts: Sequence[Any], tags: Sequence[View | None], loops: tuple[int, ...]
-    ) -> tuple[Program, list[View | None]]:
-        """A program with its places, and of what its outputs are views."""
-        program, known = Program(jaxpr, consts), dict[Any, View]()
-        readers = [*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars]
-        counts = Counter(v for v in readers if not isinstance(v, Literal))
-
-        def of(variable: Any) -> View | None:
-            return None if isinstance(variable, Literal) else known.get(variable)
-
-        def learn(variables: Sequence[Any], views: Sequence[View | None]) -> None:
-            for variable, view in zip(variables, views, strict=True):
-                # of the results of places only those that go one way
-                if view is not None and (_is_parameter(view) or counts[variable] == 1):
-                    known[variable] = view
-
-        learn(jaxpr.invars, tags)
-        for number, equation in enumerate(jaxpr.eqns):
-            self.equations += 1
-            seen = [of(v) for v in equation.invars]
-            if any(view is not None for view in seen):
-                found = self._equation(program, number, equation, seen, loops)
-                learn(equation.outvars, found or [None] * len(equation.outvars))
-        return program, [of(v) for v in jaxpr.outvars]
-
-    def _equation(
-        self, program: Program, number: int, equation: Any, seen: list[Any], loops: tuple[int, ...]
-    ) -> list[View | None] | None:
-        name = equation.primitive.name
-        inner = _called(equation)
-        if inner is not None:
-            return self._enter(program, number, inner, seen, loops)
-        if name == "scan":
-            self._scan(program, number, equation, seen, loops)
-            return None
-        parameters = [view for view in seen if _is_parameter(view)]
-        if len(parameters) == 1:
-            side = seen.index(parameters[0])
-            if side in _SIDES.get(name, ()):
-                return [self._place(program, number, equation, side, loops, parameters[0])]
-        if sum(view is not None for view in seen) == 1:
-            moved = _rearranged(equation, seen)
-            if moved is not None:
-                return [moved]
-        elif name == "add" and len(parameters) == 1:
-            (result,) = (view for view in seen if not _is_parameter(view))
-            shape = equation.outvars[0].aval.shape
-            if result.shape == shape:
-                spread = parameters[0].broadcast(shape, range(len(shape)))
-                self.uses_of(spread).biases.append(Bias(spread, result))
-                return None
-        cast = name == "convert_element_type"
-        said = f"a cast to {equation.params['new_dtype'].name}" if cast else name
-        for view in parameters:
-            self.uses_of(view).others.append(said)
-        return None
-
-    def _enter(
-        self, program: Program, number: int, inner: Any, seen: list[Any], loops: tuple[int, ...]
-    ) -> list[View | None]:
-        """Follows a program within the program."""
-        called, found = self.program(inner.jaxpr, inner.consts, seen, loops)
-        if next(called.numbers(), None) is not None:
-            program.inner[number] = called
-        return found
-
-    def _scan(
-        self, program: Program, number: int, equation: Any, seen: list[Any], loops: tuple[int, ...]
-    ) -> None:
-        consts, carried = _loop_inputs(equation)
-        tags: list[View | None] = []
-        for position, view in enumerate(seen):
-            inside = None
-            if _is_parameter(view):
-                if position < consts:
-                    inside = view
-                elif position >= consts + carried:
-                    inside = view.first_of_steps(len(loops))
-                if inside is None:
-                    self.uses_of(view).others.append("scan")
-            tags.append(inside)
-        inner, around = equation.params["jaxpr"], (*loops, equation.params["length"])
-        for view in self._enter(program, number, inner, tags, around):
-            if _is_parameter(view):
-                self.uses_of(view).others.append("scan")
-
-    def _place(
-        self,
-        program: Program,
-        number: int,
-        equation: Any,
-        side: int,
-        loops: tuple[int, ...],
-        view: View,
-    ) -> View:
-        other, result = equation.invars[1 - side].aval, equation.outvars[0].aval
-        place = Place(
-            self.places,
-            equation.primitive.name,
-            view,
-            side,
-            equation.params,
-            other.shape,
-            jax.ShapeDtypeStruct(result.shape, result.dtype),
-            loops,
-        )
-        self.places += 1
-        self.uses_of(view).places.append(place)
-        program.places[number] = place
-        return View.of(place.number, result.shape)
-
-
-def _is_parameter(view: Any) -> bool:
-    return view is not None and isinstance(view.source, tuple)
-
-
-def _called(equation: Any) -> Any:
-    """The program that an equation calls once, None for other equations."""
-    if equation.primitive.name not in (*_CALLS, *_REMAT):
-        return None
-    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-    return inner if hasattr(inner, "consts") else jax.extend.core.ClosedJaxpr(inner, ())
-
-
-def _loop_inputs(equation: Any) -> tuple[int, int]:
-    """How many inputs of a scan are constants, and how many are carried from step to step.
-
-    Told by shapes, as the names of its parameters are those of one version of JAX.
-    """
-    body = equation.params["jaxpr"].jaxpr
-    pairs = zip(equation.outvars, body.outvars, strict=True)
-    carried = sum(outer.aval.shape == inner.aval.shape for outer, inner in pairs)
-    pairs = zip(equation.invars, body.invars, strict=True)
-    scanned = sum(outer.aval.shape != inner.aval.shape for outer, inner in pairs)
-    return len(equation.invars) - carried - scanned, carried
-
-
-def _rearranged(equation: Any, seen: list[Any]) -> View | None:
-    """The view that an equation makes of its one view, None where its entries become others."""
-    name, params = equation.primitive.name, equation.params
-    (view,) = (one for one in seen if one is not None)
-    if name in ("mul", "div") and len(seen) == 2:
-        side = seen.index(view)
-        other = equation.invars[1 - side]
-        number = isinstance(other, Literal) and jnp.ndim(other.val) == 0
-        if not number or (name == "div" and side == 1):
-            return None
-        value = float(other.val)
-        return view.scaled(value if name == "mul" else 1 / value)
-    if len(seen) != 1:
-        return None
-    if name == "reshape":
-        return view.reshape(params["new_sizes"]) if params["dimensions"] is None else None
-    if name == "transpose":
-        return view.transpose(params["permutation"])
-    if name == "squeeze":
-        return view.squeeze(params["dimensions"])
-    if name == "neg":
-        return view.scaled(-1.0)
-    if name in _SAME:
-        return view
-    if name == "convert_element_type":
-        return view if jnp.issubdtype(params["new_dtype"], jnp.floating) else None
-    if not _is_parameter(view):
-        return None
-    if name == "broadcast_in_dim":
-        return view.broadcast(params["shape"], params["broadcast_dimensions"])
-    if name == "slice":
-        ones = (1,) * len(view.axes)
-        strides = params["strides"] or ones
-        return view.slice(params["start_indices"], params["limit_indices"], strides)
-    return view.flip(params["dimensions"]) if name == "rev" else None
 
 
 Tape = dict[int, Array]
@@ -373,7 +178,7 @@ def _entered(
     def call(given: list[Any], perturbations: Tape) -> tuple[list[Any], Tape]:
         return run(program, given, perturbations)
 
-    if equation.primitive.name in _REMAT:
+    if equation.primitive.name in REMAT:
         params = equation.params
         call = jax.checkpoint(
             call, policy=params.get("policy"), prevent_cse=params.get("prevent_cse", True)
@@ -386,7 +191,7 @@ def _scanned(
 ) -> tuple[list[Any], Tape]:
     """A loop whose body is run with what is added at each step."""
     params = equation.params
-    consts, carry = _loop_inputs(equation)
+    consts, carry = loop_inputs(equation)
 
     def step(carried: list[Any], parts: tuple[list[Any], Tape]) -> tuple[list[Any], Any]:
         scanned, added = parts
@@ -403,3 +208,16 @@ def _scanned(
         unroll=params["unroll"],
     )
     return [*last, *stacked], tape
+
+
+def loop_inputs(equation: Any) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried from step to step.
+
+    Told by shapes, as the names of its parameters are those of one version of JAX.
+    """
+    body = equation.params["jaxpr"].jaxpr
+    pairs = zip(equation.outvars, body.outvars, strict=True)
+    carried = sum(outer.aval.shape == inner.aval.shape for outer, inner in pairs)
+    pairs = zip(equation.invars, body.invars, strict=True)
+    scanned = sum(outer.aval.shape != inner.aval.shape for outer, inner in pairs)
+    return len(equation.invars) - carried - scanned, carried

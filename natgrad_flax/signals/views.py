@@ -61,6 +61,10 @@ class View(NamedTuple):
                     axis.append((left, stride * (n // left)))
                     factors.insert(0, (n // left, stride))
                     left = 1
+                elif factors and stride == factors[0][0] * factors[0][1]:
+                    # together one run of the source
+                    inner, step = factors.pop(0)
+                    factors.insert(0, (n * inner, step))
                 else:
                     return None
             axes.append(tuple(axis))

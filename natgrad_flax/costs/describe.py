@@ -22,7 +22,7 @@ from natgrad_flax.arguments.renamed import Renamed
 from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.costs.flops import cost_of
 from natgrad_flax.costs.programs import Approximation, approximate, shared_system
-from natgrad_flax.losses import Loss
+from natgrad_flax.losses import Loss, check_loss
 from natgrad_flax.optimizer.checks import check_input_shape, check_inputs, check_structure
 from natgrad_flax.signals.capture import linearise
 from natgrad_flax.signals.dense import DenseSignals, Signals
@@ -192,8 +192,8 @@ def describe(
     if structure is not None:
         check_structure(structure)
         structure = structure.plain
-    if loss is not None and not isinstance(loss, Loss):
-        raise TypeError(f"loss must be an ng.Loss, got {loss!r}")
+    if loss is not None:
+        check_loss(loss)
     check_kind(fisher)
     mc_samples = check_integer("mc_samples", mc_samples, 1)
     x = check_inputs(x, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import jax
@@ -19,9 +18,10 @@ from natgrad_flax.arguments.arrays import (
     is_concrete,
     solve_dtype,
 )
+from natgrad_flax.arguments.instances import check_instance
 from natgrad_flax.arguments.scalars import as_number, check_integer, check_number, is_real, shown
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
-from natgrad_flax.losses import Loss
+from natgrad_flax.losses import Loss, check_loss
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
 from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_kind
 from natgrad_flax.signals.plan import check_model, hashable_filter
@@ -30,18 +30,7 @@ from natgrad_flax.structures import STRUCTURES, BlockDiagonal, Exact, Structure
 
 def check_structure(structure: object) -> Structure:
     """The structure; raises TypeError unless given an instance of one."""
-    if isinstance(structure, type) and issubclass(structure, Structure):
-        raise TypeError(f"structure must be an instance: write {structure.__name__}()")
-    if not isinstance(structure, Structure):
-        known = ", ".join(f"ng.{cls.__name__}({_needed(cls)})" for cls in STRUCTURES)
-        raise TypeError(f"structure must be one of {known}, got {structure!r}")
-    return structure
-
-
-def _needed(cls: type[Structure]) -> str:
-    """The arguments that a class cannot do without."""
-    arguments = inspect.signature(cls).parameters.values()
-    return ", ".join(arg.name for arg in arguments if arg.default is arg.empty)
+    return check_instance("structure", structure, Structure, STRUCTURES)  # type: ignore[type-abstract]
 
 
 def check_settings(
@@ -55,16 +44,18 @@ def check_settings(
     """Which Fisher is meant; raises TypeError or ValueError where settings do not fit together."""
     wrt = hashable_filter(wrt)
     check_structure(structure)
-    if not isinstance(loss, Loss):
-        raise TypeError(
-            f"loss must be ng.MeanSquaredError() or ng.SoftmaxCrossEntropy(), got {loss!r}"
-        )
+    loss = check_loss(loss)
     check_kind(fisher)
     check_damping(damping)
     if fisher == "mc" and is_zero(damping):
         raise ValueError(
             "a Monte-Carlo Fisher needs a positive damping: the gradient does not lie in the range "
             "of the sampled Fisher"
+        )
+    if fisher == "exact" and not loss.in_span and is_zero(damping):
+        raise ValueError(
+            f"ng.{type(loss).__name__} needs a positive damping: the gradient need not lie in the "
+            "range of the Hessian of any function"
         )
     return Fisher(loss, fisher, check_integer("mc_samples", mc_samples, 1), wrt)
 

@@ -18,7 +18,7 @@ from natgrad_flax.devices.placement import Placement
 from natgrad_flax.devices.tasks import Task, distribute
 from natgrad_flax.linalg import symmetric_product
 from natgrad_flax.operators.base import in_parameters
-from natgrad_flax.operators.kronecker import factor_rows, grouped, ungrouped
+from natgrad_flax.operators.kronecker import factor_rows, grouped, over_row_weights, ungrouped
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.gradient import Gradient, Residual
@@ -138,7 +138,7 @@ def _factors(
 def _solve_layer(layer: LayerSignals, gradient: Gradient, a: _Inverse, b: _Inverse) -> LayerUpdate:
     """A^{-1} G B^{-1}."""
     if isinstance(layer, DenseSignals) and isinstance(gradient, Residual):
-        half = _directions(layer, gradient, b) / layer.num_samples
+        half = over_row_weights(layer, _directions(layer, gradient, b) / layer.num_samples)
         return layer.update(a.times_rows(half[None])[0])
     (g,) = gradient.vector((layer,))
     half = a.times(grouped(matrix_of(g), len(a.matrix)))

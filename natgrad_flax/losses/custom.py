@@ -57,9 +57,11 @@ class GaussNewton(Loss):
           TypeError: the function returns no real scalar.
         """
         value = self.function(outputs, target)
-        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-            what = f"{dtype} of shape {shape}" if dtype is not None else f"a {type(value).__name__}"
+        array = isinstance(value, Array)
+        if not array or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            what = f"a {type(value).__name__}"
+            if array:
+                what = f"{value.dtype} of shape {value.shape}"
             raise TypeError(
                 f"the function of ng.{type(self).__name__} must return a floating scalar for the "
                 f"outputs {outputs.shape} of one sample, it returns {what}: sum over its entries"

@@ -3,6 +3,9 @@
 Equal to rounding: positions without coupling are samples, and what has weight 0 is not there.
 """
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -261,6 +264,17 @@ def test_training_goes_downhill(settings):
         assert after < 0.9 * before
         ends.append(after)
     assert ends[0] == pytest.approx(ends[1], rel=1e-9)
+
+
+def test_readme(capsys):
+    """The example runs as it stands, and its loss falls."""
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    block = re.search(r"<!-- language model -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert block, "README.md has no block after <!-- language model -->"
+    exec(block[1], {"jax": jax, "ng": ng, "nnx": nnx})
+    losses = list(map(float, capsys.readouterr().out.split()))
+    assert len(losses) == 20
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_vocabulary_makes_no_squares():

@@ -199,19 +199,21 @@ class Fisher:
             return signals if terms.weights is None else weigh_rows(signals, terms.weights)
 
         if self.kind == "empirical":
+            residual = terms.residual()
             ones = jnp.ones((outputs.shape[0], 1), outputs.dtype)
-            return backward(terms.residual()[:, None]), Residual(ones, None)
+            return backward(residual[:, None]), Residual(ones, None)
         if self.in_span:
             signals = backward(terms.directions())
             return signals, None if y is None else Residual(terms.coefficients(), None)
+        residual = None if y is None else terms.residual()
         if self.kind == "exact":
             directions = terms.directions()
         else:
             assert key is not None
             directions = terms.drawn(key, self.samples, first, size)
-        if y is None:
+        if residual is None:
             return backward(directions), None
-        both = backward(jnp.concatenate([directions, terms.residual()[:, None]], axis=1))
+        both = backward(jnp.concatenate([directions, residual[:, None]], axis=1))
         cotangents = tuple(layer.cotangent(-1) for layer in both.layers)
         return both.take_directions(directions.shape[1]), Residual(None, cotangents)
 

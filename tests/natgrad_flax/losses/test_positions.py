@@ -266,6 +266,31 @@ def test_training_goes_downhill(settings):
     assert ends[0] == pytest.approx(ends[1], rel=1e-9)
 
 
+def test_adaptive_damping_looks_at_what_counts():
+    """Its path with samples masked is that without them, which the loss of the others is not."""
+    mask = np.arange(9) < 3
+    x, y = np.tile([0, 1, 2], 3), np.where(mask, 0, 1)
+    paths = []
+    for arrays in ((x, y, mask), (x[mask], y[mask], None)):
+        model = Rows()
+        settings = {"structure": ng.Exact(), "loss": SOFTMAX, "microbatches": 1}
+        tx = ng.natural_gradient_descent(0.5, damping=ng.LevenbergMarquardt(0.1), **settings)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        @nnx.jit
+        def train(model, optimizer, x, y, weights):
+            grads = nnx.state(model, nnx.Param)
+            optimizer.update(model, grads, module=model, x=x, y=y, weights=weights)
+
+        path = []
+        for _ in range(5):
+            train(model, optimizer, *arrays)
+            path.append(float(optimizer.opt_state.damping[...]))
+        paths.append(path)
+    assert len(set(paths[0])) > 2
+    np.testing.assert_allclose(*paths, rtol=1e-6)
+
+
 def test_readme(capsys):
     """The example runs as it stands, and its loss falls."""
     text = (Path(__file__).parents[3] / "README.md").read_text()

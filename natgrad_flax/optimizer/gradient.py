@@ -69,7 +69,8 @@ def natural_gradient(
       x: inputs, an array (N, ...) of any dtype that the model takes, or a tree (dictionary, tuple,
         ...) of such arrays, which the model gets as its one argument.
       y: targets, shape (N, C), or (N, ..., C) where the model returns outputs with positions; or
-        class numbers, integers (N, ...), where the loss takes them.
+        class numbers, integers (N, ...), where the loss takes them. Values that it does not take
+        are refused where they are known, so not inside of ``jit``.
       structure: the Fisher approximation.
       loss: the loss; its mean over the N samples, and over their positions, is differentiated.
       damping: rho, added to the Fisher in the 1/N convention; 0 means the pseudo-inverse.

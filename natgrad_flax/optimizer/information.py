@@ -66,7 +66,7 @@ def fisher(
     Args:
       model: any nnx module whose outputs for a sample do not depend on the other samples.
       x: inputs, an array (N, ...) or a tree of such arrays.
-      y: targets, shape (N, C), for ``fisher="empirical"`` only.
+      y: targets, shape (N, ..., C), for ``fisher="empirical"`` and for ``ng.GaussNewton`` only.
       structure: the Fisher approximation.
       loss: the loss, which says what the outputs mean.
       fisher: "exact", "mc" or "empirical", as for ``natural_gradient``.

@@ -9,6 +9,7 @@ from fault_networks import Net, X, plain
 from flax import nnx
 
 import natgrad_flax as ng
+import ntk_analysis as na
 from natgrad_flax.devices import sharded_natural_gradient
 from natgrad_flax.linear import online_natural_gradient_descent
 
@@ -176,6 +177,10 @@ OTHERS = {
             ONE_HOT, np.ones(4), online_natural_gradient_descent(loss=ng.SoftmaxCrossEntropy())
         ),
         Refused("online_natural_gradient_descent takes no weights"),
+    ),
+    "the theory of positions": (
+        lambda: na.predict_flow(ng.Exact(), Net(), TOKENS, np.zeros((4, 3, 2)), [1.0]),
+        Refused(r"theory is that of outputs \(N, C\), and the model returns \(4, 3, 2\)"),
     ),
     "a Fisher without targets": (
         lambda: ng.fisher(Net(), X, structure=ng.Exact(), loss=ng.GaussNewton(curve)),

@@ -40,7 +40,8 @@ class Loss(abc.ABC):
         Args:
           outputs: f, shape (N, ..., C).
           targets: (N, ..., C), or class numbers (N, ...) where the loss takes them.
-          weights: w, shape (N,) or (N, ...), for instance a mask; None for the plain mean.
+          weights: w, shape (N,) or (N, ...), for instance a mask; None for the plain mean. Where
+            all are 0 so is the loss.
         """
         if outputs.ndim == 2 and weights is None:
             return self.mean(outputs, targets)
@@ -53,7 +54,8 @@ class Loss(abc.ABC):
         w = jnp.asarray(weights, values.dtype)
         w = jnp.broadcast_to(w.reshape(*w.shape, *[1] * (len(places) - w.ndim)), places)
         # what is masked may be infinite
-        return jnp.sum(w * jnp.where(w > 0, values, 0)) / jnp.sum(w)
+        total = jnp.sum(w)
+        return jnp.sum(w * jnp.where(w > 0, values, 0)) / jnp.where(total > 0, total, 1)
 
     @abc.abstractmethod
     def values(self, outputs: Array, targets: Array) -> Array:

@@ -28,7 +28,7 @@ def check_targets(loss: Loss, value: Any, samples: int, name: str = "y") -> Arra
       name: of the argument.
 
     Raises:
-      ValueError: a shape without an axis of N samples, or NaN.
+      ValueError: a shape without an axis of N samples.
       TypeError: no numbers, or integers for a loss that takes none.
     """
     targets = as_array(value, name)
@@ -54,7 +54,6 @@ def check_targets(loss: Loss, value: Any, samples: int, name: str = "y") -> Arra
             "numbers become targets by jax.nn.one_hot"
             + (", or are integers of shape (N,)" if kind == "labels" else "")
         )
-    check_finite(targets, name)
     return targets
 
 
@@ -93,14 +92,16 @@ def check_values(loss: Loss, targets: Array, weights: Array | None, name: str = 
     """Looks at concrete targets that count, those whose weight is not 0.
 
     Raises:
-      ValueError: what the loss does not take.
+      ValueError: NaN or infinity, or what the loss does not take.
     """
     if not is_concrete(targets) or not (weights is None or is_concrete(weights)):
         return
-    values = np.asarray(targets)
-    if weights is not None and weights.shape == values.shape[: weights.ndim]:
-        values = values[np.asarray(weights) > 0]
-    loss.check_targets(values)
+    counted: Any = targets
+    if weights is not None and weights.shape == targets.shape[: weights.ndim]:
+        counted = np.asarray(targets)[np.asarray(weights) > 0]
+    check_finite(counted, name)
+    if counted.size:
+        loss.check_targets(np.asarray(counted))
 
 
 def check_labels(
@@ -173,8 +174,13 @@ def fitted(loss: Loss, targets: Array, outputs: Array) -> Array:
 
 
 def relative(weights: Array | None) -> Array | None:
-    """Weights of a whole batch over their mean, in the widest precision that is switched on."""
+    """Weights of a whole batch over their mean, in the widest precision that is switched on.
+
+    Zeros stay zeros, so that a batch of padding alone, which cannot be seen inside of ``jit``, has
+    a gradient of 0.
+    """
     if weights is None:
         return None
     weights = weights.astype(jnp.result_type(float))
-    return weights / jnp.mean(weights)
+    mean = jnp.mean(weights)
+    return weights / jnp.where(mean > 0, mean, 1)

@@ -309,7 +309,7 @@ def check_fisher_batch(fisher: Fisher, batch: Batch) -> Batch:
             f"fisher_y must be targets of shape {(n, *y.shape[1:])} like y, got {fisher_y.dtype} "
             f"of {fisher_y.shape}"
         )
-    check_values(fisher.loss, fisher_y, fisher_weights)
+    check_values(fisher.loss, fisher_y, fisher_weights, "fisher_y")
     return batch._replace(fisher_y=fisher_y)
 
 

@@ -22,7 +22,7 @@ from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.damping import is_zero
 from natgrad_flax.losses import Loss
 from natgrad_flax.losses.positions import OutputTerms, columns_in_range
-from natgrad_flax.losses.targets import check_targets, check_weights, relative
+from natgrad_flax.losses.targets import check_targets, check_values, check_weights, relative
 from natgrad_flax.signals.capture import linearise
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Residual
@@ -205,15 +205,15 @@ class Fisher:
         if self.in_span:
             signals = backward(terms.directions())
             return signals, None if y is None else Residual(terms.coefficients(), None)
-        residual = None if y is None else terms.residual()
+        own = None if y is None else terms.residual()
         if self.kind == "exact":
             directions = terms.directions()
         else:
             assert key is not None
             directions = terms.drawn(key, self.samples, first, size)
-        if residual is None:
+        if own is None:
             return backward(directions), None
-        both = backward(jnp.concatenate([directions, residual[:, None]], axis=1))
+        both = backward(jnp.concatenate([directions, own[:, None]], axis=1))
         cotangents = tuple(layer.cotangent(-1) for layer in both.layers)
         return both.take_directions(directions.shape[1]), Residual(None, cotangents)
 
@@ -278,7 +278,9 @@ def fisher_signals(
     )
     n = batch_size(x)
     weights = None if weights is None else check_weights(weights, n)
-    batch = Batch(x, check_targets(loss, y, n), weights, key=key)
+    y = check_targets(loss, y, n)
+    check_values(loss, y, weights)
+    batch = Batch(x, y, weights, key=key)
     signals, residual = settings.signals(model, batch)
     assert residual is not None
     return signals, residual

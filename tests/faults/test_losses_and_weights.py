@@ -152,6 +152,22 @@ OTHERS = {
         lambda: run(np.array([0, 1, -100, 7]), np.array([True, True, False, False])),
         Right(lambda: run(LABELS[:2], x=X[:2]), 1e-4),
     ),
+    "missing targets that are ignored": (
+        lambda: run(
+            np.float32([[0, 1], [1, 0], [np.nan, np.nan], [np.inf, 0]]),
+            np.array([1, 1, 0, 0]),
+            loss=ng.MeanSquaredError(),
+        ),
+        Right(lambda: run(np.float32([[0, 1], [1, 0]]), x=X[:2], loss=ng.MeanSquaredError()), 1e-4),
+    ),
+    "missing targets": (
+        lambda: run(np.float32([[0, 1], [1, 0], [np.nan, 0], [0, 0]]), loss=ng.Huber()),
+        Refused("y has 1 NaN or infinite entries"),
+    ),
+    "padding alone that nobody sees": (
+        lambda: jax.jit(lambda w: nnx.as_pure(run(LABELS, w)))(np.zeros(4)),
+        Right(lambda: jax.tree.map(jnp.zeros_like, nnx.as_pure(run(LABELS)))),
+    ),
     "rows of zeros that are ignored": (
         lambda: run(ONE_HOT * [[1], [1], [0], [0]], np.array([1, 1, 0, 0])),
         Right(lambda: run(LABELS[:2], x=X[:2]), 1e-4),

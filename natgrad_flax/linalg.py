@@ -20,6 +20,8 @@ from jax import Array
 from jax.custom_batching import sequential_vmap
 from jax.lax import linalg as lax_linalg
 
+from natgrad_flax.execution import cubic, many_devices, product
+
 # called outside of any program, a cond would be compiled anew each time; inside one it is inlined
 _compiled_once = partial(jax.jit, static_argnames="shifted", inline=True)
 
@@ -49,10 +51,9 @@ def pinv_solve(matrix: Array, rhs: Array) -> Array:
 
     Eigenvalues below ``rank_cutoff`` times the largest count as zero.
     """
-    return _solve(matrix, rhs, None)
+    return cubic(lambda matrix, rhs: _solve(matrix, rhs, None), matrix, rhs)
 
 
-@_compiled_once
 def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
     """Solves a positive semi-definite system, by Cholesky where it is definite in this precision.
 
@@ -66,12 +67,23 @@ def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
     Returns:
       matrix^{-1} rhs, or matrix^+ rhs (n^3 x 10 flops more) where it has no full rank.
     """
+    if many_devices() and rhs.ndim == 2 and 3 * rhs.shape[1] > len(matrix):
+        return product(inverse_psd(matrix, shifted=shifted), rhs)
+    return cubic(partial(_solved, shifted=shifted), matrix, rhs)
+
+
+def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
+    """The inverse, or pseudo-inverse, of an (n, n) matrix; the arguments are ``solve_psd``'s."""
+    return cubic(partial(_inverted, shifted=shifted), matrix)
+
+
+@_compiled_once
+def _solved(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
     return _solve(matrix, rhs, shifted)
 
 
 @_compiled_once
-def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
-    """The inverse, or pseudo-inverse, of an (n, n) matrix; the arguments are ``solve_psd``'s."""
+def _inverted(matrix: Array, *, shifted: bool) -> Array:
     return _inverse(matrix, shifted)
 
 
@@ -264,7 +276,10 @@ def add_diagonal(matrix: Array, value: Array | float) -> Array:
 
 def lu_solve(matrix: Array, rhs: Array) -> Array:
     """Solves a general (n, n) system with rhs (n,) or (n, k) by LU with partial pivoting."""
+    return cubic(_lu_solve, matrix, rhs)
 
+
+def _lu_solve(matrix: Array, rhs: Array) -> Array:
     @sequential_vmap
     def solve(matrix: Array, rhs: Array) -> Array:
         return jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(matrix), rhs)
@@ -277,18 +292,23 @@ def lu_solve(matrix: Array, rhs: Array) -> Array:
     )
 
 
-@jax.custom_jvp
 def eigh(matrix: Array) -> tuple[Array, Array]:
     """Eigenvalues and eigenvectors of a symmetric (n, n) matrix.
 
     Eigenvectors of equal eigenvalues have no derivative: it is not finite.
     """
+    values, vectors = cubic(_eigh, matrix)
+    return values, vectors
+
+
+@jax.custom_jvp
+def _eigh(matrix: Array) -> tuple[Array, Array]:
     return sequential_vmap(lambda matrix: tuple(jnp.linalg.eigh(matrix)))(matrix)
 
 
-@eigh.defjvp
+@_eigh.defjvp
 def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
-    values, vectors = eigh(*primals)
+    values, vectors = _eigh(*primals)
     eye = jnp.eye(len(values), dtype=values.dtype)
     turned = vectors.T @ tangents[0] @ vectors
     between = 1 / (values[None, :] - values[:, None] + eye) - eye

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.execution import by_rows
 from natgrad_flax.linalg import eigvalsh, lu_solve, pinv_solve
 from natgrad_flax.operators.base import OfRows, add, noise
 from natgrad_flax.operators.coupling import (
@@ -55,7 +56,7 @@ class Coupled(OfRows):
             flat = solve(self.to_dense(damping), ravel(gradient.vector(self.layers)))
             return unravel(self.layers, flat)
         shift = self.num_samples * damping
-        grams = [layer.gram() for layer in self.layers]
+        grams = [by_rows(layer.gram()) for layer in self.layers]
         targets = gradient.targets(self.layers)
         inside = gradient.coefficients is not None
         if zero:

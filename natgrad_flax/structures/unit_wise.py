@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, is_zero, per_layer
+from natgrad_flax.execution import by_columns, by_rows
 from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import (
     Blocks,
@@ -206,18 +208,22 @@ class DenseUnits(UnitBlocks):
         residual = gradient if isinstance(gradient, Residual) else None
         if small or (zero and residual is None):
             (g,) = gradient.vector((layer,))
-            return (_in_parameters(layer, matrix_of(g), damping),)
+            roots = jnp.sqrt(_weights(layer) / n)
+            solve = partial(_in_parameters, rho=damping)
+            solved = by_columns(solve, (roots, matrix_of(g)), (layer.augmented_inputs(),))
+            return (layer.update(solved),)
+        gram, weights = by_rows(layer.input_gram()), _weights(layer)
         if residual is not None:
-            cotangent = residual.cotangent(layer, 0)
-            if zero:
-                return (layer.local_vjp(_undamped(layer, cotangent)),)
             inside = residual.coefficients is not None
-            return (layer.local_vjp(_damped(layer, cotangent, n * damping, inside)),)
+            solve = partial(_damped, shift=n * damping, inside=inside)
+            cotangent = residual.cotangent(layer, 0)
+            dual = by_columns(_undamped if zero else solve, (weights, cotangent), (gram,))
+            return (layer.local_vjp(by_rows(dual)),)
         (g,) = gradient.vector((layer,))
-        root = jnp.sqrt(_weights(layer))
-        image = root * layer.local_jvp(g)
-        dual = solve_units_of_gram(layer.input_gram(), root, n * damping, image)
-        back = layer.local_vjp(root * dual)
+        root = jnp.sqrt(weights)
+        solve = partial(solve_units_of_gram, shift=n * damping)
+        dual = by_columns(solve, (root, root * layer.local_jvp(g)), (gram,))
+        back = layer.local_vjp(root * by_rows(dual))
         return (jax.tree.map(lambda a, b: (a - b) / damping, g, back),)
 
     def eigenvalues(self) -> Array:
@@ -249,16 +255,18 @@ def _weights(layer: DenseSignals) -> Array:
     return jnp.sum(layer.derivatives**2, axis=1)
 
 
-def _damped(layer: DenseSignals, cotangent: Array, shift: Array | float, inside: bool) -> Array:
+def _damped(
+    weights: Array, cotangent: Array, gram: Array, *, shift: Array | float, inside: bool
+) -> Array:
     """(S_i A + s)^{-1} delta_i for every unit, shape (N, M) (science: 3.5)."""
-    gram, root = layer.input_gram(), jnp.sqrt(_weights(layer))
+    root = jnp.sqrt(weights)
     if inside:
-        return root * solve_units_of_gram(gram, root, shift, divide(cotangent, root))
-    dual = solve_units_of_gram(gram, root, shift, root * (gram @ cotangent))
+        return root * solve_units_of_gram(root, divide(cotangent, root), gram, shift=shift)
+    dual = solve_units_of_gram(root, root * (gram @ cotangent), gram, shift=shift)
     return (cotangent - root * dual) / shift
 
 
-def solve_units_of_gram(gram: Array, root: Array, shift: Array | float, rhs: Array) -> Array:
+def solve_units_of_gram(root: Array, rhs: Array, gram: Array, *, shift: Array | float) -> Array:
     """(diag(d_i) A diag(d_i) + s)^{-1} b_i for every unit, shape (N, M).
 
     By eigenvalues where s is too small for Cholesky in this precision, which is seen by solutions
@@ -277,26 +285,22 @@ def solve_units_of_gram(gram: Array, root: Array, shift: Array | float, rhs: Arr
     )
 
 
-def _in_parameters(layer: DenseSignals, gradient: Array, rho: Array | float) -> LayerUpdate:
+def _in_parameters(roots: Array, gradient: Array, inputs: Array, *, rho: Array | float) -> Array:
     """(a^T S_i a / N + rho)^{-1} g_i, unit after unit, for g of shape (fan_in, M)."""
-    inputs = layer.augmented_inputs()
 
     def unit(columns: tuple[Array, Array]) -> Array:
         root, target = columns
         return solve_block(root[:, None] * inputs, target, rho)
 
-    roots = jnp.sqrt(_weights(layer) / layer.num_samples)
-    solved = jax.lax.map(unit, (roots.T, gradient.T))
-    return layer.update(solved.T)
+    return jax.lax.map(unit, (roots.T, gradient.T)).T
 
 
-def _undamped(layer: DenseSignals, cotangent: Array) -> Array:
+def _undamped(weights: Array, cotangent: Array, gram: Array) -> Array:
     """The pseudo-inverse limit of ``_damped`` at s = 0 (science: 3.5).
 
     Where the inputs have rank N this is A_SS^{-1} (delta / s) on the samples S on which the unit is
     active. Otherwise every unit gets an eigendecomposition of its own.
     """
-    gram, weights = layer.input_gram(), _weights(layer)
     full_rank = has_full_rank(gram)
     active = weights > 0
     targets = divide(cotangent, weights)

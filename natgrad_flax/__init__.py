@@ -6,7 +6,17 @@ every Fisher structure is a small formula over them. No Jacobian is ever built.
 
 from natgrad_flax.costs.describe import describe
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, SmallDampingWarning
-from natgrad_flax.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy
+from natgrad_flax.losses import (
+    GaussianNegativeLogLikelihood,
+    GaussNewton,
+    Huber,
+    Likelihood,
+    Loss,
+    MeanSquaredError,
+    Poisson,
+    SigmoidCrossEntropy,
+    SoftmaxCrossEntropy,
+)
 from natgrad_flax.models import MLP, Autoencoder, ConvNet, ResidualNet, VisionTransformer
 from natgrad_flax.models.layers import Conv, Dense
 from natgrad_flax.optimizer.averages import MovingAverage
@@ -49,16 +59,22 @@ __all__ = [
     "Diagonal",
     "Exact",
     "FisherOperator",
+    "GaussNewton",
+    "GaussianNegativeLogLikelihood",
+    "Huber",
     "IsotropyWarning",
     "LayerWise",
     "LevenbergMarquardt",
+    "Likelihood",
     "Loss",
     "MeanSquaredError",
     "MovingAverage",
+    "Poisson",
     "QuasiDiagonal",
     "RelativeDamping",
     "Residual",
     "ResidualNet",
+    "SigmoidCrossEntropy",
     "Signals",
     "SingularCouplingWarning",
     "SmallDampingWarning",

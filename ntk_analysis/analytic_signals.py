@@ -53,6 +53,11 @@ class LimitLayer:
         return len(next(iter(kernels.arrays.values())))
 
     @property
+    def row_weights(self) -> None:
+        """None: all samples count the same."""
+        return None
+
+    @property
     def num_directions(self) -> int:
         """1: outputs are independent at infinite width."""
         return 1

@@ -99,6 +99,11 @@ def initial_signals(
         graphdef, state = nnx.split(cast)
         # through jit, so that only the first call of a shape is traced
         shapes, _ = jax.eval_shape(_signals, graphdef, state, inputs)
+        if shapes.outputs.ndim != 2:
+            raise ValueError(
+                "the theory is that of outputs (N, C), and the model returns "
+                f"{shapes.outputs.shape}: wrap it in a module that returns one row a sample"
+            )
         held = sum(map(signal_entries, shapes.layers))
         check_bytes(
             8 * held,

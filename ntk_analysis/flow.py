@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, Residual, Signals, SoftmaxCrossEntropy, Structure
 from natgrad_flax.arguments.scalars import as_number, as_values, shown
+from natgrad_flax.losses import check_loss
 from natgrad_flax.optimizer.gradient import resolve_damping
 from ntk_analysis.coefficient import Damping, check_coefficient_fits, check_theory_arguments
 from ntk_analysis.dynamics import check_targets
@@ -114,9 +115,11 @@ def predict_flow(
       RuntimeError: the solver failed, or reached its limit of steps.
     """
     loss = SoftmaxCrossEntropy() if loss is None else loss
-    if not isinstance(loss, Loss):
+    check_loss(loss)
+    if loss.needs_targets:
         raise TypeError(
-            f"loss must be ng.MeanSquaredError() or ng.SoftmaxCrossEntropy(), got {loss!r}"
+            f"loss must be one whose Fisher the outputs decide alone, got {loss!r}: along a flow "
+            "the Hessian of any function has no factor of fixed rank"
         )
     if metric not in get_args(Metric):
         raise ValueError(f'metric must be "initial" or "current", got {metric!r}')

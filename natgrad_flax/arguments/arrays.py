@@ -99,7 +99,8 @@ def as_array(value: Any, name: str) -> Array:
         kind = type(value).__name__
         raise TypeError(f"{name} must be an array of numbers, got {kind} {value!r:.60}") from None
     narrowed = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
-    if narrowed and array.dtype != value.dtype and (np.asarray(array) != value).any():
+    # inside of jit the array is traced even where the value is not
+    if narrowed and array.dtype != value.dtype and (value.astype(array.dtype) != value).any():
         raise ValueError(
             f"{name} has integers that {array.dtype} cannot hold: number them from 0, or switch on "
             "jax_enable_x64"

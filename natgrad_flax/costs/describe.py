@@ -22,7 +22,8 @@ from natgrad_flax.arguments.renamed import Renamed
 from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.costs.flops import cost_of
 from natgrad_flax.costs.programs import Approximation, approximate, shared_system
-from natgrad_flax.losses import Loss
+from natgrad_flax.losses import Loss, check_loss
+from natgrad_flax.losses.positions import OutputTerms
 from natgrad_flax.optimizer.checks import check_input_shape, check_inputs, check_structure
 from natgrad_flax.signals.capture import linearise
 from natgrad_flax.signals.dense import DenseSignals, Signals
@@ -193,8 +194,8 @@ def describe(
     if structure is not None:
         check_structure(structure)
         structure = structure.plain
-    if loss is not None and not isinstance(loss, Loss):
-        raise TypeError(f"loss must be an ng.Loss, got {loss!r}")
+    if loss is not None:
+        check_loss(loss)
     check_kind(fisher)
     mc_samples = check_integer("mc_samples", mc_samples, 1)
     x = check_inputs(x, model)
@@ -206,10 +207,12 @@ def describe(
         traced = nnx.merge(graphdef, state)
         plans.extend(plan_layers(traced, x, wrt).layers)
         outputs, backward = linearise(traced, x, wrt)
-        directions = {"exact": outputs.shape[1], "mc": mc_samples, "empirical": 1}[fisher]
-        if fisher == "exact" and loss is not None:
-            directions = loss.factor(outputs).shape[2]
-        return backward(jnp.zeros((outputs.shape[0], directions, outputs.shape[1]), outputs.dtype))
+        n, *shape = outputs.shape
+        directions = {"exact": math.prod(shape), "mc": mc_samples, "empirical": 1}[fisher]
+        # the factor of a function of the user's has as many columns as there are outputs
+        if fisher == "exact" and loss is not None and not loss.needs_targets:
+            directions = OutputTerms.of(loss, outputs, None, None).directions().shape[1]
+        return backward(jnp.zeros((n, directions, *shape), outputs.dtype))
 
     signals = jax.eval_shape(run, state, x)
     types = {tuple(path): type(module).__name__ for path, module in nnx.iter_modules(model)}
@@ -231,7 +234,7 @@ def describe(
         system,
         signals.num_samples,
         signals.num_directions,
-        signals.outputs.shape[1],
+        math.prod(signals.outputs.shape[1:]),
         str(signals.outputs.dtype),
     )
 

@@ -32,7 +32,7 @@ from natgrad_flax.optimizer.checks import (
     check_settings,
 )
 from natgrad_flax.optimizer.gradient import Damping, compute, static_damping
-from natgrad_flax.optimizer.preflight import preflight
+from natgrad_flax.optimizer.preflight import check_known_labels, preflight
 from natgrad_flax.optimizer.trees import as_state, by_path, moved_by_gradient
 from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_key
 from natgrad_flax.signals.independence import check_samples_alone
@@ -61,6 +61,8 @@ def sharded_natural_gradient(
     wrt: Any = nnx.Param,
     fisher_x: Any = None,
     fisher_y: Array | None = None,
+    weights: Array | None = None,
+    fisher_weights: Array | None = None,
     microbatches: int = 1,
     check_samples: bool = True,
     gradient: Any = None,
@@ -91,6 +93,8 @@ def sharded_natural_gradient(
       wrt: as in ``natural_gradient``.
       fisher_x: as in ``natural_gradient``, sharded like x.
       fisher_y: as in ``natural_gradient``.
+      weights: as in ``natural_gradient``, sharded like x; the mean is over all devices.
+      fisher_weights: as in ``natural_gradient``.
       microbatches: parts of each device's samples, one after the other.
       check_samples: as in ``natural_gradient``, on one process.
       gradient: as in ``natural_gradient``: already the mean over the samples of all devices.
@@ -115,7 +119,7 @@ def sharded_natural_gradient(
     which = replace(which, microbatches=microbatches)
     check_one_damping(damping)
     check_key(fisher, key)
-    batch = Batch(x, y, fisher_x, fisher_y, key, gradient)
+    batch = Batch(x, y, weights, fisher_x, fisher_y, fisher_weights, key, gradient)
     own = batch.map_samples(partial(jax.tree.map, local_part))
     checked = check_arrays(local_model(model), which, own)
     if gradient is not None:
@@ -134,7 +138,8 @@ def sharded_natural_gradient(
     moved = on_mesh(placement, state, placement.whole)
     shapes = jax.eval_shape(lambda arrays: arrays, batch)
     on_devices = nnx.merge(graphdef, moved)
-    preflight(sharded, on_devices, which, shapes, damping)
+    signals = preflight(sharded, on_devices, which, shapes, damping)
+    check_known_labels(loss, checked, signals)
     if check_samples:
         check_samples_alone(on_devices, over_devices(batch.x))
     static = static_damping(damping)

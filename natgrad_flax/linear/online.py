@@ -17,7 +17,7 @@ from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
 from natgrad_flax.linear.deep_linear_optimizer import check_settings
 from natgrad_flax.linear.inverse_moments import DirectInverse, InverseMoment
-from natgrad_flax.losses import Loss, MeanSquaredError
+from natgrad_flax.losses import Loss, MeanSquaredError, check_loss
 from natgrad_flax.optimizer.checks import check_normal
 from natgrad_flax.optimizer.transformation import (
     NaturalGradientState,
@@ -74,10 +74,7 @@ def online_natural_gradient_descent(
     loss = MeanSquaredError() if loss is None else loss
     damping = LevenbergMarquardt() if damping is None else damping
     inverse = DirectInverse() if inverse is None else inverse
-    if not isinstance(loss, Loss):
-        raise TypeError(
-            f"loss must be ng.MeanSquaredError() or ng.SoftmaxCrossEntropy(), got {loss!r}"
-        )
+    check_loss(loss)
     if not isinstance(inverse, InverseMoment):
         raise TypeError(
             "inverse must be DirectInverse(), MovingInverse() or RandomisedSVD(rank), got "

@@ -36,7 +36,24 @@ def factor_rows(layer: AffineSignals, sharing: Sharing) -> tuple[Array, Array]:
     """Rows of A and B for each group, (G, R, fan_in) and (G, R', M/G)."""
     if isinstance(layer, SharedSignals):
         return layer.rows(sharing)
-    return layer.augmented_inputs()[None], layer.flat_derivatives()[None]
+    return weighted_inputs(layer)[None], layer.flat_derivatives()[None]
+
+
+def weighted_inputs(layer: DenseSignals) -> Array:
+    """Rows of A, shape (N, fan_in): the inputs times the root of their weights."""
+    inputs = layer.augmented_inputs()
+    return inputs if layer.row_weights is None else jnp.sqrt(layer.row_weights)[:, None] * inputs
+
+
+def over_row_weights(layer: DenseSignals, cotangents: Array) -> Array:
+    """C (N, k) with r^T C = a^T R for the rows r of A, from cotangents R of the units.
+
+    A sample of weight 0 has no row, and R = 0.
+    """
+    if layer.row_weights is None:
+        return cotangents
+    root = jnp.sqrt(layer.row_weights)[:, None]
+    return jnp.where(root > 0, cotangents / jnp.where(root > 0, root, 1), 0)
 
 
 @dataclass(frozen=True)
@@ -73,10 +90,14 @@ class Kronecker(OfLayer):
           space: of the solves.
           split: as the attribute.
         """
-        sides: tuple[Any, Any] = InputRows(layer), UnitRows(layer)  # type: ignore[arg-type]
+        sides: tuple[Any, Any]
         if isinstance(layer, SharedSignals):
             left, right = layer.rows(sharing)
             sides = ArrayRows(left), ArrayRows(right)
+        elif layer.row_weights is None:
+            sides = InputRows(layer), UnitRows(layer)
+        else:
+            sides = ArrayRows(weighted_inputs(layer)), UnitRows(layer)
         a, b = (Factor(rows, over, space) for rows, over in zip(sides, divisors, strict=True))
         return cls(layer, a, b, split)
 
@@ -90,6 +111,7 @@ class Kronecker(OfLayer):
         by_a, by_b = self.split(damping)
         if isinstance(gradient, Residual) and isinstance(self.layer, DenseSignals):
             half = self._solve_units(gradient, by_b) / self.layer.num_samples
+            half = over_row_weights(self.layer, half)
             return (self.layer.update(self.left.solve_range(half, by_a)),)
 
         def group(left: Factor, right: Factor, matrix: Array, by_a: Any, by_b: Any) -> Array:
@@ -121,7 +143,12 @@ class Kronecker(OfLayer):
         """J' (A (x) B)^{-1} J^T between samples, shape (N' S', N S), of a dense layer."""
         by_a, by_b = self.split(damping)
         units = self.right.cross(UnitRows(test), by_b)
-        inputs = self.left.cross(InputRows(test), by_a)
+        if isinstance(self.left.rows, InputRows):
+            inputs = self.left.cross(InputRows(test), by_a)
+        else:
+            assert isinstance(self.layer, DenseSignals)
+            inputs = self.left.cross(ArrayRows(test.augmented_inputs()), by_a)
+            inputs = over_row_weights(self.layer, inputs.T).T
         return units * expand_samples(inputs, test.num_directions, self.layer.num_directions)
 
     def matvec(self, vector: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:

@@ -266,8 +266,8 @@ class AveragedStep:
         arrays, microbatches = fisher.arrays(batch), fisher.microbatches
         size = batch_size(arrays)
 
-        def first_pass(first: Any, x: Any, y: Array | None) -> tuple[Any, Any]:
-            signals, residual = fisher.of_microbatch(model, x, y, first, batch.key, size)
+        def first_pass(first: Any, *part: Any) -> tuple[Any, Any]:
+            signals, residual = fisher.of_microbatch(model, part, first, batch.key, size)
             gradient: Any = ()
             if own:
                 assert residual is not None
@@ -289,8 +289,8 @@ class AveragedStep:
             if microbatches == 1:
                 return turn(signals, basis)
 
-            def second_pass(first: Any, x: Any, y: Array | None) -> tuple[Any, tuple[()]]:
-                signals, _ = fisher.of_microbatch(model, x, y, first, batch.key, size)
+            def second_pass(first: Any, *part: Any) -> tuple[Any, tuple[()]]:
+                signals, _ = fisher.of_microbatch(model, part, first, batch.key, size)
                 return turn(signals, basis), ()
 
             return in_microbatches(second_pass, arrays, microbatches)[0]

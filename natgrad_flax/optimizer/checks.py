@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import jax
@@ -19,29 +18,20 @@ from natgrad_flax.arguments.arrays import (
     is_concrete,
     solve_dtype,
 )
+from natgrad_flax.arguments.instances import check_instance
 from natgrad_flax.arguments.scalars import as_number, check_integer, check_number, is_real, shown
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
-from natgrad_flax.losses import Loss
+from natgrad_flax.losses import Loss, check_loss
+from natgrad_flax.losses.targets import check_shape, check_targets, check_values, check_weights
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
-from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_kind
+from natgrad_flax.signals.fisher import Batch, Fisher, check_kind
 from natgrad_flax.signals.model import check_model, hashable_filter
 from natgrad_flax.structures import STRUCTURES, Structure
 
 
 def check_structure(structure: object) -> Structure:
     """The structure; raises TypeError unless given an instance of one."""
-    if isinstance(structure, type) and issubclass(structure, Structure):
-        raise TypeError(f"structure must be an instance: write {structure.__name__}()")
-    if not isinstance(structure, Structure):
-        known = ", ".join(f"ng.{cls.__name__}({_needed(cls)})" for cls in STRUCTURES)
-        raise TypeError(f"structure must be one of {known}, got {structure!r}")
-    return structure
-
-
-def _needed(cls: type[Structure]) -> str:
-    """The arguments that a class cannot do without."""
-    arguments = inspect.signature(cls).parameters.values()
-    return ", ".join(arg.name for arg in arguments if arg.default is arg.empty)
+    return check_instance("structure", structure, Structure, STRUCTURES)  # type: ignore[type-abstract]
 
 
 def check_settings(
@@ -55,16 +45,18 @@ def check_settings(
     """Which Fisher is meant; raises TypeError or ValueError where settings do not fit together."""
     wrt = hashable_filter(wrt)
     check_structure(structure)
-    if not isinstance(loss, Loss):
-        raise TypeError(
-            f"loss must be ng.MeanSquaredError() or ng.SoftmaxCrossEntropy(), got {loss!r}"
-        )
+    loss = check_loss(loss)
     check_kind(fisher)
     check_damping(damping)
     if fisher == "mc" and is_zero(damping):
         raise ValueError(
             "a Monte-Carlo Fisher needs a positive damping: the gradient does not lie in the range "
             "of the sampled Fisher"
+        )
+    if fisher == "exact" and not loss.in_span and is_zero(damping):
+        raise ValueError(
+            f"ng.{type(loss).__name__} needs a positive damping: the gradient need not lie in the "
+            "range of the Hessian of any function"
         )
     return Fisher(loss, fisher, check_integer("mc_samples", mc_samples, 1), wrt)
 
@@ -231,46 +223,40 @@ def check_model_inputs(model: nnx.Module, x: Any, name: str = "x") -> Any:
     return x
 
 
-def check_batch(model: nnx.Module, x: Any, y: Any, loss: Loss) -> tuple[Any, Array]:
+def check_batch(
+    model: nnx.Module, x: Any, y: Any, loss: Loss, weights: Array | None = None
+) -> tuple[Any, Array]:
     """The batch as arrays, after every check that needs no forward pass.
+
+    Targets whose weight is 0 may have any values.
 
     Raises:
       ValueError: shapes that do not fit, an empty batch, NaN or infinity in data or parameters,
         targets of the wrong form.
-      TypeError: inputs that are no numbers, targets that are not floating, or no model.
+      TypeError: inputs that are no numbers, targets of a dtype that the loss does not take, or no
+        model.
     """
-    x, y = check_model_inputs(model, x), as_array(y, "y")
-    n = batch_size(x)
-    if y.ndim != 2 or y.shape[0] != n:
-        raise ValueError(
-            f"y must have shape (N, C) with N = {n}, got {y.shape}; class numbers become "
-            "targets by one-hot encoding, a vector of targets by y[:, None]"
-        )
-    if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise TypeError(
-            f"y must be floating targets of shape (N, C), got dtype {y.dtype}; class numbers "
-            "become targets by jax.nn.one_hot"
-        )
-    sizes = _sizes_of(model)
-    if sizes is not None and y.shape[1] != sizes[1]:
-        raise ValueError(f"the model has {sizes[1]} outputs, but y has shape {y.shape}")
-    check_finite(y, "y")
-    if is_concrete(y):
-        loss.check_targets(np.asarray(y))
+    x = check_model_inputs(model, x)
+    n, sizes = batch_size(x), _sizes_of(model)
+    y = check_targets(loss, y, n)
+    if sizes is not None:
+        check_shape(loss, y, (n, sizes[1]), f"the model has {sizes[1]} outputs")
+    check_values(loss, y, weights)
     return x, y
 
 
 def check_needed_batch(
-    model: nnx.Module, x: Any, y: Any, loss: Loss, needed: bool
-) -> tuple[Array, Array | None]:
+    model: nnx.Module, x: Any, y: Any, weights: Any, loss: Loss, needed: bool
+) -> tuple[Any, Array | None, Array | None]:
     """As ``check_batch``; targets that are not needed are not looked at, and None comes of them.
 
     Raises:
-      ValueError, TypeError: as ``check_batch``.
+      ValueError, TypeError: as ``check_batch`` and ``check_weights``.
     """
-    if needed:
-        return check_batch(model, x, y, loss)
-    return check_model_inputs(model, x), None
+    x = check_model_inputs(model, x)
+    if weights is not None:
+        weights = check_weights(weights, batch_size(x))
+    return x, check_batch(model, x, y, loss, weights)[1] if needed else None, weights
 
 
 def check_arrays(model: nnx.Module, fisher: Fisher, batch: Batch) -> Batch:
@@ -279,11 +265,13 @@ def check_arrays(model: nnx.Module, fisher: Fisher, batch: Batch) -> Batch:
     Raises:
       ValueError, TypeError: as ``check_batch`` and ``check_fisher_batch``.
     """
-    x, y = check_needed_batch(model, batch.x, batch.y, fisher.loss, fisher.needs_targets(batch))
-    return check_fisher_batch(fisher.kind, batch._replace(x=x, y=y))
+    x, y, weights = check_needed_batch(
+        model, batch.x, batch.y, batch.weights, fisher.loss, fisher.needs_targets(batch)
+    )
+    return check_fisher_batch(fisher, batch._replace(x=x, y=y, weights=weights))
 
 
-def check_fisher_batch(fisher: FisherKind, batch: Batch) -> Batch:
+def check_fisher_batch(fisher: Fisher, batch: Batch) -> Batch:
     """With the batch of the Fisher as arrays, where it has one of its own.
 
     Raises:
@@ -291,34 +279,38 @@ def check_fisher_batch(fisher: FisherKind, batch: Batch) -> Batch:
         NaN or infinity.
       TypeError: inputs that are no numbers, or targets that are not floating.
     """
-    x, y, fisher_x, fisher_y = batch[:4]
+    x, y, _, fisher_x, fisher_y, fisher_weights = batch[:6]
     if fisher_x is None:
-        if fisher_y is not None:
-            raise ValueError("fisher_y belongs to a fisher_x: pass both, or neither")
+        for name, value in (("fisher_y", fisher_y), ("fisher_weights", fisher_weights)):
+            if value is not None:
+                raise ValueError(f"{name} belongs to a fisher_x: pass both, or neither")
         return batch
     fisher_x = check_inputs(fisher_x, name="fisher_x")
     if _shapes(fisher_x, 1) != _shapes(x, 1):
         raise ValueError(
             f"fisher_x must have shape (N', ...) like x of {_shapes(x)}, got {_shapes(fisher_x)}"
         )
-    if fisher != "empirical":
+    n = batch_size(fisher_x)
+    if fisher_weights is not None:
+        fisher_weights = check_weights(fisher_weights, n, "fisher_weights")
+    batch = batch._replace(fisher_x=fisher_x, fisher_weights=fisher_weights)
+    if not fisher.made_of_targets:
         if fisher_y is not None:
             raise ValueError(
-                f'fisher="{fisher}" takes no targets from data: pass fisher_y for fisher='
+                f'fisher="{fisher.kind}" takes no targets from data: pass fisher_y for fisher='
                 '"empirical" only'
             )
-        return batch._replace(fisher_x=fisher_x)
+        return batch
     if fisher_y is None:
-        raise ValueError('fisher="empirical" is made of targets: pass fisher_y with fisher_x')
-    fisher_y = as_array(fisher_y, "fisher_y")
-    wanted = (batch_size(fisher_x), *(fisher_y if y is None else y).shape[1:2])
-    if fisher_y.shape != wanted or not jnp.issubdtype(fisher_y.dtype, jnp.floating):
+        raise ValueError(f'fisher="{fisher.kind}" is made of targets: pass fisher_y with fisher_x')
+    fisher_y = check_targets(fisher.loss, fisher_y, n, "fisher_y")
+    if y is not None and fisher_y.shape[1:] != y.shape[1:]:
         raise ValueError(
-            f"fisher_y must be floating targets of shape {wanted}, got {fisher_y.dtype} of "
-            f"{fisher_y.shape}"
+            f"fisher_y must be targets of shape {(n, *y.shape[1:])} like y, got {fisher_y.dtype} "
+            f"of {fisher_y.shape}"
         )
-    check_finite(fisher_y, "fisher_y")
-    return batch._replace(fisher_x=fisher_x, fisher_y=fisher_y)
+    check_values(fisher.loss, fisher_y, fisher_weights, "fisher_y")
+    return batch._replace(fisher_y=fisher_y)
 
 
 def check_microbatches(microbatches: object, *batches: Any) -> int:

@@ -113,8 +113,8 @@ def natural_gradient_descent(
       parameters are those of this step; or a function that returns it, ``lambda: model``, which
       ``nnx.Optimizer`` leaves alone while it takes the Variables off a model: needed where weights
       are tied, or where a module of yours keeps Variables that are no parameters), ``x`` (N, ...)
-      and ``y`` (N, C). ``fisher_x`` and
-      ``fisher_y`` are a batch for the Fisher alone, as in ``natural_gradient``.
+      and ``y`` (N, ..., C) or class numbers. ``weights``, and ``fisher_x``, ``fisher_y`` and
+      ``fisher_weights``, a batch for the Fisher alone, are as in ``natural_gradient``.
 
     Raises:
       ValueError, TypeError: bad settings here, a bad batch in ``update``.
@@ -142,12 +142,15 @@ def natural_gradient_descent(
         key: Array,
         fisher_x: Any = None,
         fisher_y: Array | None = None,
+        weights: Array | None = None,
+        fisher_weights: Array | None = None,
         *,
         wrt: Any,
         incoming: dict[Path, Array],
     ) -> Step:
         given = incoming if gradient == "incoming" else None
-        batch = check_fisher_batch(fisher, Batch(x, y, fisher_x, fisher_y, key, given))
+        batch = Batch(x, y, weights, fisher_x, fisher_y, fisher_weights, key, given)
+        batch = check_fisher_batch(settings, batch)
         which = replace(settings, wrt=wrt)
         check_microbatches(which.microbatches, x, batch.fisher_x)
         size = averaged.structure.factor_size if averaged else None
@@ -172,7 +175,7 @@ def natural_gradient_descent(
         return Step(
             named_updates(shapes.layers, down),
             found.inner,
-            change_of_loss(loss, module, x, y, found.outputs),
+            change_of_loss(loss, module, x, y, found.outputs, weights),
             kept,
         )
 
@@ -189,9 +192,9 @@ def natural_gradient_descent(
         seed,
         step,
         init_kept,
-        accepts=("fisher_x", "fisher_y", "wrt", "incoming"),
+        accepts=("fisher_x", "fisher_y", "weights", "fisher_weights", "wrt", "incoming"),
         wrt=wrt,
-        needs_targets=gradient == "batch" or fisher == "empirical",
+        needs_targets=gradient == "batch" or settings.made_of_targets,
     )
 
 

@@ -15,6 +15,8 @@ from natgrad_flax.arguments.arrays import own_promotion, solve_dtype
 from natgrad_flax.damping import RelativeDamping, damping_as, is_zero
 from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
+from natgrad_flax.losses.positions import OutputTerms
+from natgrad_flax.losses.targets import relative
 from natgrad_flax.optimizer.checks import (
     check_arrays,
     check_microbatches,
@@ -51,6 +53,8 @@ def natural_gradient(
     wrt: Any = nnx.Param,
     fisher_x: Any = None,
     fisher_y: Array | None = None,
+    weights: Array | None = None,
+    fisher_weights: Array | None = None,
     microbatches: int = 1,
     check_samples: bool = True,
     gradient: Any = None,
@@ -64,9 +68,11 @@ def natural_gradient(
         ``ng.describe`` tells which formula serves which of its layers.
       x: inputs, an array (N, ...) of any dtype that the model takes, or a tree (dictionary, tuple,
         ...) of such arrays, which the model gets as its one argument.
-      y: targets, shape (N, C).
+      y: targets, shape (N, C), or (N, ..., C) where the model returns outputs with positions; or
+        class numbers, integers (N, ...), where the loss takes them. Values that it does not take
+        are refused where they are known, so not inside of ``jit``.
       structure: the Fisher approximation.
-      loss: the loss; its mean over the N samples is differentiated.
+      loss: the loss; its mean over the N samples, and over their positions, is differentiated.
       damping: rho, added to the Fisher in the 1/N convention; 0 means the pseudo-inverse.
       fisher: "exact" (expectation over targets), "mc" (sampled targets) or "empirical".
       key: a jax.random key, for "mc".
@@ -75,6 +81,10 @@ def natural_gradient(
       fisher_x: inputs (N', ...) of a batch of its own for the Fisher, so that G is that of the
         population or of more samples than the gradient's; None for the Fisher at x.
       fisher_y: targets (N', C) of that batch, for "empirical".
+      weights: w, 0 or positive, shape (N,) or one for each position, (N, ...): the loss is
+        sum w l / sum w, and the Fisher that of the same mean. A mask is 0 and 1; targets of weight
+        0 may be anything.
+      fisher_weights: weights of the batch for the Fisher.
       microbatches: parts, a divisor of N and of N', in which the model runs one after the other.
         Only one part's activations are held; the result is that of the whole batch.
       check_samples: whether to try, at the first batch of a shape whose values are known, that the
@@ -95,7 +105,9 @@ def natural_gradient(
     which = check_settings(structure, loss, fisher, damping, mc_samples, wrt)
     check_one_damping(damping)
     check_key(fisher, key)
-    batch = check_arrays(model, which, Batch(x, y, fisher_x, fisher_y, key, gradient))
+    batch = check_arrays(
+        model, which, Batch(x, y, weights, fisher_x, fisher_y, fisher_weights, key, gradient)
+    )
     which = replace(which, microbatches=check_microbatches(microbatches, batch.x, batch.fisher_x))
     if gradient is not None:
         which = replace(which, wrt=moved_by_gradient(model, gradient, which.wrt))
@@ -124,7 +136,7 @@ class Solved(NamedTuple):
       updates: one a layer.
       signals: of the Fisher.
       gradient: what was solved for.
-      outputs: f at x, shape (N, C); those of the Fisher's batch where the gradient was given.
+      outputs: f at x, shape (N, ..., C); those of the Fisher's batch where the gradient was given.
       report: how the structure's solve went, None where it has nothing to say.
     """
 
@@ -185,7 +197,7 @@ def compute(
 def loss_gradient(
     model: nnx.Module, batch: Batch, fisher: Fisher, passes: Passes = in_microbatches
 ) -> tuple[dict[Path, Array], Array]:
-    """J^T r / N at x and y by the paths of the parameters, and the outputs (N, C).
+    """J^T r / N at x and y by the paths of the parameters, and the outputs (N, ..., C).
 
     Args:
       model: the model.
@@ -195,7 +207,9 @@ def loss_gradient(
     """
     graphdef, chosen, rest = nnx.split(model, fisher.wrt, ...)  # type: ignore[misc]
 
-    def run(first: Array | int, x: Any, y: Array) -> tuple[dict[Path, Array], Array]:
+    def run(
+        first: Array | int, x: Any, y: Array, weights: Array | None
+    ) -> tuple[dict[Path, Array], Array]:
         del first
 
         def forward(state: Any) -> Array:
@@ -205,12 +219,12 @@ def loss_gradient(
         leaves = jax.tree.leaves(chosen)
         dtype = solve_dtype(computed.dtype, *(leaf.dtype for leaf in leaves))
         outputs = computed.astype(dtype)
-        residual = fisher.loss.residual(outputs, y.astype(dtype)) / len(y)
+        residual = OutputTerms.of(fisher.loss, outputs, y, weights).residual() / len(y)
         (gradient,) = backward(residual.astype(computed.dtype))
         return by_path(jax.tree.map(lambda leaf: leaf.astype(dtype), gradient)), outputs
 
     assert batch.y is not None
-    return passes(run, (batch.x, batch.y), fisher.microbatches)
+    return passes(run, (batch.x, batch.y, relative(batch.weights)), fisher.microbatches)
 
 
 def static_damping(damping: Damping) -> float | RelativeDamping | None:

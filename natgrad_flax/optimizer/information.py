@@ -19,9 +19,9 @@ from natgrad_flax.damping import RelativeDamping, is_zero
 from natgrad_flax.linalg import full_products, rank_cutoff
 from natgrad_flax.losses import Loss
 from natgrad_flax.optimizer.checks import (
-    check_batch,
     check_microbatches,
     check_model_inputs,
+    check_needed_batch,
     check_one_damping,
     check_settings,
 )
@@ -54,6 +54,7 @@ def fisher(
     key: Array | None = None,
     mc_samples: int = 1,
     wrt: Any = nnx.Param,
+    weights: Array | None = None,
     microbatches: int = 1,
     check_samples: bool = True,
 ) -> FisherOperator:
@@ -65,13 +66,14 @@ def fisher(
     Args:
       model: any nnx module whose outputs for a sample do not depend on the other samples.
       x: inputs, an array (N, ...) or a tree of such arrays.
-      y: targets, shape (N, C), for ``fisher="empirical"`` only.
+      y: targets, shape (N, ..., C), for ``fisher="empirical"`` and for ``ng.GaussNewton`` only.
       structure: the Fisher approximation.
       loss: the loss, which says what the outputs mean.
       fisher: "exact", "mc" or "empirical", as for ``natural_gradient``.
       key: a jax.random key, for "mc".
       mc_samples: targets drawn a sample, for "mc".
       wrt: the parameters.
+      weights: of samples or positions, as for ``natural_gradient``.
       microbatches: parts, a divisor of N, in which the model runs one after the other.
       check_samples: as for ``natural_gradient``.
 
@@ -123,16 +125,13 @@ def fisher(
     # a positive number: what is looked at is a Fisher without a gradient
     which = check_settings(structure, loss, fisher, 1.0, mc_samples, wrt)
     check_key(fisher, key)
-    if fisher == "empirical":
-        if y is None:
-            raise ValueError('fisher="empirical" is made of targets: pass y')
-        x, y = check_batch(model, x, y, loss)
-    elif y is not None:
+    if which.made_of_targets and y is None:
+        raise ValueError(f'fisher="{fisher}" is made of targets: pass y')
+    if y is not None and not which.made_of_targets:
         raise ValueError(f'fisher="{fisher}" takes no targets: pass y for "empirical" only')
-    else:
-        x = check_model_inputs(model, x)
+    x, y, weights = check_needed_batch(model, x, y, weights, loss, which.made_of_targets)
     which = replace(which, microbatches=check_microbatches(microbatches, x))
-    batch = Batch(x, y, key=key)
+    batch = Batch(x, y, weights, key=key)
     preflight(structure, model, which, batch, 1.0)
     if check_samples:
         check_samples_alone(model, x)

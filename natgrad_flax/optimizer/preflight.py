@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax import Array
 
+from natgrad_flax.arguments.arrays import is_concrete
 from natgrad_flax.arguments.memory import check_fits
 from natgrad_flax.damping import (
     LevenbergMarquardt,
@@ -17,10 +19,14 @@ from natgrad_flax.damping import (
     check_damping_shape,
     warn_of_rounding,
 )
+from natgrad_flax.losses import Loss
+from natgrad_flax.losses.positions import OutputTerms
+from natgrad_flax.losses.targets import check_labels
 from natgrad_flax.optimizer.checks import check_normal
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.fisher import Batch, Fisher
 from natgrad_flax.signals.microbatches import Passes
+from natgrad_flax.signals.model import outputs_of
 from natgrad_flax.structures import Structure
 from natgrad_flax.structures.memory import check_signals_fit
 
@@ -67,7 +73,44 @@ def preflight(
         check_signals_fit(structure, signals)
     check_damping_on_batch(structure, signals, damping, inside=fisher.kind != "mc")
     structure.check(signals, damping)
+    check_known_labels(fisher.loss, batch, signals)
+    _check_curvature(model, fisher, batch)
     return signals
+
+
+def check_known_labels(loss: Loss, batch: Batch, signals: Signals) -> None:
+    """Refuses class numbers that are known, and none of the model's.
+
+    Args:
+      loss: what they are for.
+      batch: arrays, or their shapes.
+      signals: of the batch, or their shapes.
+
+    Raises:
+      ValueError: a number below 0, or of no output, whose weight is not 0.
+    """
+    classes = signals.outputs.shape[-1]
+    if batch.y is not None:
+        check_labels(loss, batch.y, batch.weights, classes)
+    if batch.fisher_y is not None:
+        check_labels(loss, batch.fisher_y, batch.fisher_weights, classes, "fisher_y")
+
+
+def _check_curvature(model: nnx.Module, fisher: Fisher, batch: Batch) -> None:
+    """Refuses a Hessian that is not positive semi-definite, where all values are known."""
+    if not (fisher.kind == "exact" and fisher.loss.needs_targets):
+        return
+    graphdef, state = nnx.split(model)
+    if all(map(is_concrete, jax.tree.leaves((state, batch)))):
+        with jax.ensure_compile_time_eval():
+            x, y, weights = fisher.arrays(batch)
+            outputs = _outputs(state, x, graphdef=graphdef)
+            OutputTerms.of(fisher.loss, outputs, y, weights).check_curvature()
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _outputs(state: Any, x: Any, *, graphdef: Any) -> Array:
+    return outputs_of(nnx.merge(graphdef, state), x)
 
 
 def check_damping_on_batch(

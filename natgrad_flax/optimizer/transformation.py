@@ -15,6 +15,7 @@ from natgrad_flax.arguments.arrays import own_promotion
 from natgrad_flax.arguments.scalars import as_number, at_step, is_traced_number
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.losses import Loss
+from natgrad_flax.losses.targets import fitted
 from natgrad_flax.optimizer.checks import check_needed_batch
 from natgrad_flax.optimizer.trees import as_state, by_path, leaf_names, moved_by
 from natgrad_flax.optimizer.variables import whole_model
@@ -111,11 +112,13 @@ def transformation(
             return updates, state
         module, doubt = whole_model(module, leaves, wrt)
         chosen = moved_by(module, updates, wrt)
-        x, y = check_needed_batch(module, x, y, loss, needs_targets)
+        if extra.get("weights") is not None and "weights" not in accepts:
+            raise ValueError(f"{name} takes no weights: its samples all count the same")
+        x, y, weights = check_needed_batch(module, x, y, extra.get("weights"), loss, needs_targets)
         rho: Any = state.damping if adaptive else at_step(damping, state.steps, "damping")
         rate = at_step(learning_rate, state.steps, "learning_rate")
         key, draw = jax.random.split(state.key)
-        given = {**extra, "wrt": chosen, "incoming": leaves}
+        given = {**extra, "weights": weights, "wrt": chosen, "incoming": leaves}
         further = {name: given[name] for name in accepts if name in given}
         try:
             found = compute(module, x, y, rho, state, draw, **further)
@@ -143,7 +146,12 @@ def transformation(
 
 
 def change_of_loss(
-    loss: Loss, module: nnx.Module, x: Any, y: Array | None, outputs: Array | None
+    loss: Loss,
+    module: nnx.Module,
+    x: Any,
+    y: Array | None,
+    outputs: Array | None,
+    weights: Array | None = None,
 ) -> Callable[[Array | float, Any], Array]:
     """``Step.change`` by one more forward pass; ``outputs`` are the module's at x."""
 
@@ -152,8 +160,8 @@ def change_of_loss(
         assert y is not None
         assert outputs is not None
         following = outputs_of(_moved(module, step), x).astype(outputs.dtype)
-        targets = y.astype(outputs.dtype)
-        return loss(following, targets) - loss(outputs, targets)
+        targets = fitted(loss, y, outputs)
+        return loss(following, targets, weights) - loss(outputs, targets, weights)
 
     return change
 

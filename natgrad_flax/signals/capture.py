@@ -9,6 +9,7 @@ was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,9 +39,9 @@ def linearise(
       wrt: filter of the parameters, as ``nnx.Optimizer`` takes it; the others are held.
 
     Returns:
-      The outputs (N, C), and a function from output directions (N, S, C), the cotangents to
-      carry back for each sample, to their signals. All of it has ``solve_dtype`` of the outputs and
-      parameters, whatever the layers compute in.
+      The outputs (N, ..., C), and a function from output directions (N, S, ..., C), the cotangents
+      to carry back for each sample, to their signals. All of it has ``solve_dtype`` of the
+      outputs and parameters, whatever the layers compute in.
 
     Raises:
       ValueError, TypeError: as in ``plan_layers``.
@@ -107,16 +108,18 @@ def _signals(
 
 
 def plain_directions(outputs: Array) -> Array:
-    """The output directions (N, C, C) of the plain outputs: the identity."""
-    n, c = outputs.shape
-    return jnp.broadcast_to(jnp.eye(c, dtype=outputs.dtype), (n, c, c))
+    """The output directions (N, S, ..., C) of the S plain outputs of a sample: the identity."""
+    n, *shape = outputs.shape
+    count = math.prod(shape)
+    eye = jnp.eye(count, dtype=outputs.dtype).reshape(count, *shape)
+    return jnp.broadcast_to(eye, (n, count, *shape))
 
 
 @own_promotion()
 def jacobian_signals(
     model: nnx.Module, x: Any, wrt: Any = nnx.Param, *, check_samples: bool = True
 ) -> Signals:
-    """Signals of the plain outputs: S = C, J = df/dtheta.
+    """Signals of the plain outputs: J = df/dtheta, S = C, or T C for outputs with T positions.
 
     Args:
       model: any module; the output of a sample must not depend on the other samples.

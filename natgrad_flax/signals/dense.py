@@ -30,7 +30,7 @@ from natgrad_flax.signals.base import (
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs", "derivatives"],
+    data_fields=["inputs", "derivatives", "row_weights"],
     meta_fields=["bias_scale", "path", "kernel_form", "bias_form"],
 )
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class DenseSignals(LayerSignals):
       path: where the layer stands in the model.
       kernel_form: layout of the kernel, None where it is called kernel and is (K, M).
       bias_form: layout of the bias, None where it is called bias and is (M,).
+      row_weights: how much the inputs of a sample count in a Kronecker factor, (N,) of mean 1 over
+        the whole batch; None where all count the same.
     """
 
     inputs: Array
@@ -53,6 +55,7 @@ class DenseSignals(LayerSignals):
     path: tuple[str | int, ...]
     kernel_form: ParameterForm | None = None
     bias_form: ParameterForm | None = None
+    row_weights: Array | None = None
 
     @property
     def gram_by(self) -> str:
@@ -182,7 +185,7 @@ class Signals:
 
     Attributes:
       layers: one entry a layer.
-      outputs: f, shape (N, C).
+      outputs: f, shape (N, ..., C).
     """
 
     layers: tuple[LayerSignals, ...]

@@ -21,11 +21,14 @@ from natgrad_flax.arguments.arrays import batch_size
 from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.damping import is_zero
 from natgrad_flax.losses import Loss
+from natgrad_flax.losses.positions import OutputTerms, columns_in_range
+from natgrad_flax.losses.targets import check_targets, check_values, check_weights, relative
 from natgrad_flax.signals.capture import linearise
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Residual
 from natgrad_flax.signals.microbatches import Passes, in_microbatches
 from natgrad_flax.signals.model import Path, hashable_filter
+from natgrad_flax.signals.shared import weigh_rows
 
 FisherKind = Literal["exact", "mc", "empirical"]
 FISHER_KINDS: tuple[str, ...] = get_args(FisherKind)
@@ -54,23 +57,27 @@ class Batch(NamedTuple):
 
     Attributes:
       x: inputs, a tree of arrays (N, ...).
-      y: targets, shape (N, C); None where nothing is made of them.
+      y: targets, shape (N, ..., C), or class numbers (N, ...); None where nothing is made of them.
+      weights: of samples (N,) or of positions (N, ...), None for the plain mean.
       fisher_x: inputs (N', ...) of the Fisher, None where it is that at x.
       fisher_y: their targets, for the empirical Fisher.
+      fisher_weights: their weights.
       key: draws the targets of a Monte-Carlo Fisher.
       gradient: g by the paths of the parameters; None for that of the loss at x and y.
     """
 
     x: Any
     y: Array | None
+    weights: Array | None = None
     fisher_x: Any = None
     fisher_y: Array | None = None
+    fisher_weights: Array | None = None
     key: Array | None = None
     gradient: dict[Path, Array] | None = None
 
     def map_samples(self, function: Callable[[Any], Any]) -> Batch:
         """With a function of the trees of arrays whose first axis counts samples."""
-        samples, single = self[:4], self[4:]
+        samples, single = self[:6], self[6:]
         return Batch._make((*(function(tree) for tree in samples), *single))
 
 
@@ -92,16 +99,30 @@ class Fisher:
     wrt: Any = nnx.Param
     microbatches: int = 1
 
+    @property
+    def made_of_targets(self) -> bool:
+        """Whether the Fisher itself looks at targets of data."""
+        return self.kind == "empirical" or (self.kind == "exact" and self.loss.needs_targets)
+
+    @property
+    def in_span(self) -> bool:
+        """Whether the residual lies in the span of the output directions."""
+        return self.kind == "empirical" or (self.kind == "exact" and self.loss.in_span)
+
     def needs_targets(self, batch: Batch) -> bool:
         """Whether anything is made of y."""
         own = batch.fisher_x is None
-        return batch.gradient is None or (self.kind == "empirical" and own)
+        return batch.gradient is None or (self.made_of_targets and own)
 
-    def arrays(self, batch: Batch) -> tuple[Any, Array | None]:
-        """Inputs and targets at which the Fisher is taken; without targets it has no residual."""
+    def arrays(self, batch: Batch) -> tuple[Any, Array | None, Array | None]:
+        """Inputs, targets and weights, over their mean, at which the Fisher is taken.
+
+        Without targets it has no residual.
+        """
         if batch.fisher_x is not None:
-            return batch.fisher_x, batch.fisher_y
-        return batch.x, batch.y if self.needs_targets(batch) else None
+            return batch.fisher_x, batch.fisher_y, relative(batch.fisher_weights)
+        y = batch.y if self.needs_targets(batch) else None
+        return batch.x, y, relative(batch.weights)
 
     def signals(
         self, model: nnx.Module, batch: Batch, passes: Passes = in_microbatches
@@ -113,32 +134,31 @@ class Fisher:
           batch: the arrays.
           passes: how the batch runs through the model.
         """
-        x, y = self.arrays(batch)
-        size = batch_size(x)
+        arrays = self.arrays(batch)
+        size = batch_size(arrays)
 
-        def run(first: Array | int, x: Any, y: Array | None) -> tuple[tuple[()], Any]:
-            return (), self.of_microbatch(model, x, y, first, batch.key, size)
+        def run(first: Array | int, *part: Any) -> tuple[tuple[()], Any]:
+            return (), self.of_microbatch(model, part, first, batch.key, size)
 
-        _, found = passes(run, (x, y), self.microbatches)
+        _, found = passes(run, arrays, self.microbatches)
         return found
 
     def of_microbatch(
         self,
         model: nnx.Module,
-        x: Any,
-        y: Array | None,
+        arrays: tuple[Any, ...],
         first: Array | int,
         key: Array | None,
         batch_size: int,
     ) -> tuple[Signals, Residual | None]:
-        """``signals`` of some samples of a batch, the first of which has a given number.
+        """``signals`` of some samples of ``arrays``, the first of which has a given number.
 
         A model is traced once for shapes that it has seen: checks before a step look at the same
         program.
         """
         graphdef, state = nnx.split(model)
         plain = Fisher(self.loss, self.kind, self.samples, self.wrt)
-        return _traced(state, x, y, first, key, graphdef=graphdef, fisher=plain, size=batch_size)
+        return _traced(state, arrays, first, key, graphdef=graphdef, fisher=plain, size=batch_size)
 
     def in_range(
         self, signals: Signals, residual: Residual | None, damping: Any
@@ -150,7 +170,7 @@ class Fisher:
         """
         if self.kind != "exact" or not is_zero(damping):
             return signals, residual
-        inside = self.loss.columns_in_range(signals.outputs)
+        inside = columns_in_range(self.loss, signals.outputs)
         if inside is None:
             return signals, residual
         kept = inside.astype(signals.outputs.dtype)
@@ -161,39 +181,38 @@ class Fisher:
         assert residual.coefficients is not None
         return signals, Residual(jnp.where(inside, residual.coefficients, 0), None)
 
-    def _drawn(self, outputs: Array, first: Array | int, key: Array | None, size: int) -> Array:
-        """Output directions (n, S, C) of "mc", which do not depend on the microbatches.
-
-        Targets of a sample depend on its own outputs and on its place in the batch.
-        """
-        assert key is not None
-        if len(outputs) == size:
-            return jnp.swapaxes(self.loss.sample(key, outputs, self.samples), 1, 2)
-        whole = jnp.zeros((size, outputs.shape[1]), outputs.dtype)
-        whole = jax.lax.dynamic_update_slice_in_dim(whole, outputs, first, 0)
-        drawn = jnp.swapaxes(self.loss.sample(key, whole, self.samples), 1, 2)
-        return jax.lax.dynamic_slice_in_dim(drawn, first, len(outputs))
-
     def _directions(
-        self, model: nnx.Module, x: Any, y: Array | None, first: Any, key: Array | None, size: int
+        self,
+        model: nnx.Module,
+        arrays: tuple[Any, ...],
+        first: Any,
+        key: Array | None,
+        size: int,
     ) -> tuple[Signals, Residual | None]:
-        outputs, backward = linearise(model, x, self.wrt)
-        if y is not None and outputs.shape != y.shape:
-            raise ValueError(f"the model returns {outputs.shape}, but y has shape {y.shape}")
-        y = None if y is None else y.astype(outputs.dtype)
-        if self.kind == "exact":
-            signals = backward(jnp.swapaxes(self.loss.factor(outputs), 1, 2))
-            inside = None if y is None else Residual(self.loss.coefficients(outputs, y), None)
-            return signals, inside
-        if y is None:
-            assert self.kind == "mc"
-            return backward(self._drawn(outputs, first, key, size)), None
-        residual = self.loss.residual(outputs, y)
+        x, y, weights = arrays
+        outputs, pull_back = linearise(model, x, self.wrt)
+        terms = OutputTerms.of(self.loss, outputs, y, weights)
+
+        def backward(directions: Array) -> Signals:
+            signals = pull_back(directions)
+            return signals if terms.weights is None else weigh_rows(signals, terms.weights)
+
         if self.kind == "empirical":
+            residual = terms.residual()
             ones = jnp.ones((outputs.shape[0], 1), outputs.dtype)
-            return backward(residual[:, None, :]), Residual(ones, None)
-        directions = self._drawn(outputs, first, key, size)
-        both = backward(jnp.concatenate([directions, residual[:, None, :]], axis=1))
+            return backward(residual[:, None]), Residual(ones, None)
+        if self.in_span:
+            signals = backward(terms.directions())
+            return signals, None if y is None else Residual(terms.coefficients(), None)
+        own = None if y is None else terms.residual()
+        if self.kind == "exact":
+            directions = terms.directions()
+        else:
+            assert key is not None
+            directions = terms.drawn(key, self.samples, first, size)
+        if own is None:
+            return backward(directions), None
+        both = backward(jnp.concatenate([directions, own[:, None]], axis=1))
         cotangents = tuple(layer.cotangent(-1) for layer in both.layers)
         return both.take_directions(directions.shape[1]), Residual(None, cotangents)
 
@@ -201,8 +220,7 @@ class Fisher:
 @partial(jax.jit, static_argnames=("fisher", "size"), inline=True)
 def _traced(
     state: Any,
-    x: Any,
-    y: Array | None,
+    arrays: tuple[Any, ...],
     first: Array | int,
     key: Array | None,
     *,
@@ -210,7 +228,7 @@ def _traced(
     fisher: Fisher,
     size: int,
 ) -> tuple[Signals, Residual | None]:
-    return fisher._directions(nnx.merge(graphdef, state), x, y, first, key, size)
+    return fisher._directions(nnx.merge(graphdef, state), arrays, first, key, size)
 
 
 def fisher_signals(
@@ -224,19 +242,22 @@ def fisher_signals(
     num_samples: int = 1,
     wrt: Any = nnx.Param,
     microbatches: int = 1,
+    weights: Array | None = None,
 ) -> tuple[Signals, Residual]:
     """Signals of the output directions of a Fisher, and the loss residual.
 
     Args:
       model: any module; the output of a sample must not depend on the other samples.
       x: inputs, an array (N, ...) or a tree of them.
-      y: targets, shape (N, C).
+      y: targets, shape (N, ..., C), or class numbers (N, ...) where the loss takes them.
       loss: the loss.
-      fisher: "exact" (S = C, or C - 1 for softmax), "mc" (S = num_samples) or "empirical" (S = 1).
+      fisher: "exact" (S = C, or C - 1 for softmax, a position), "mc" (S = num_samples) or
+        "empirical" (S = 1).
       key: randomness of "mc".
       num_samples: drawn targets a sample for "mc".
       wrt: filter of the parameters.
       microbatches: parts in which the model runs, a divisor of N; they change nothing but memory.
+      weights: of samples (N,) or of positions (N, ...), 0 or positive; None for the plain mean.
 
     Returns:
       Signals with F = J^T J / N, J the Jacobian of the output directions; and the residual.
@@ -254,6 +275,11 @@ def fisher_signals(
         hashable_filter(wrt),
         microbatches,
     )
-    signals, residual = settings.signals(model, Batch(x, y, key=key))
+    n = batch_size(x)
+    weights = None if weights is None else check_weights(weights, n)
+    y = check_targets(loss, y, n)
+    check_values(loss, y, weights)
+    batch = Batch(x, y, weights, key=key)
+    signals, residual = settings.signals(model, batch)
     assert residual is not None
     return signals, residual

@@ -76,6 +76,7 @@ def _difference(graphdef: Any, params: Any, rest: Any, x: Any) -> tuple[Array, A
     (together,) = jaxpr_as_fun(program)(*jax.tree.leaves(x))
     alone = jax.vmap(lambda sample: run(jax.tree.map(lambda leaf: leaf[None], sample))[0])(x)
     together, alone = map(_at_least_single, (together, alone))
+    together, alone = (a.reshape(len(a), -1) for a in (together, alone))
     sizes, others = jnp.linalg.norm(together, axis=1), jnp.linalg.norm(alone, axis=1)
     apart = jnp.linalg.norm(together - alone, axis=1)
     scale = jnp.maximum(sizes, jnp.mean(sizes))

@@ -65,7 +65,7 @@ class DoesNotRunError(ValueError):
 
 
 def outputs_of(model: nnx.Module, x: Any) -> Array:
-    """The outputs (N, C) of a model; what it sows goes nowhere, what it perturbs stays as it is.
+    """The outputs (N, ..., C) of a model; what it sows is lost, what it perturbs stays as it is.
 
     Args:
       model: the model, or a copy of it.
@@ -73,8 +73,8 @@ def outputs_of(model: nnx.Module, x: Any) -> Array:
 
     Raises:
       DoesNotRunError: the model fails on these inputs.
-      ValueError, TypeError: it returns something other than one array (N, C) of real floating
-        numbers.
+      ValueError, TypeError: it returns something other than one array (N, ..., C) of real
+        floating numbers.
     """
     n = batch_size(x)
     what = "one sample" if n == 1 else f"{n} samples"
@@ -94,10 +94,10 @@ def outputs_of(model: nnx.Module, x: Any) -> Array:
             f"the model returns {_kind(outputs)}; it must return one array (N, C): wrap it in a "
             "module that returns its logits, or its means, alone"
         )
-    if outputs.ndim != 2 or outputs.shape[0] != n:
+    if outputs.ndim < 2 or outputs.shape[0] != n:
         raise ValueError(
             f"for {what} the model returns shape {outputs.shape}; it must return (N, C) with "
-            f"N = {n}: one row of outputs a sample"
+            f"N = {n}: one row of outputs a sample, or (N, ..., C), one for each position of it"
         )
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         also = "; return real and imaginary parts side by side" if jnp.iscomplexobj(outputs) else ""

@@ -19,6 +19,7 @@ from jax import Array
 
 from natgrad_flax.linalg import symmetric_product
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ParameterForm, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, Signals
 
 Sharing = Literal["expand", "reduce"]
 
@@ -116,7 +117,7 @@ class ExplicitSignals(LayerSignals):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs", "derivatives"],
+    data_fields=["inputs", "derivatives", "row_weights"],
     meta_fields=["bias_scale", "path", "kernel_form", "bias_form"],
 )
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class SharedSignals(LayerSignals):
       path: where the layer stands in the model.
       kernel_form: layout of the kernel.
       bias_form: layout of the bias.
+      row_weights: how much the inputs of a position count in a Kronecker factor, (N, T) of mean 1
+        over the whole batch; None where all count the same.
     """
 
     inputs: Array
@@ -142,6 +145,7 @@ class SharedSignals(LayerSignals):
     path: tuple[str | int, ...]
     kernel_form: ParameterForm | None = None
     bias_form: ParameterForm | None = None
+    row_weights: Array | None = None
 
     @property
     def num_samples(self) -> int:
@@ -278,10 +282,44 @@ class SharedSignals(LayerSignals):
         sample the mean of its inputs and the sum of its derivatives over positions, R = N
         (Eschenhagen et al. 2023). The sum over rows of both, over R and N, gives the factors.
         """
-        inputs, derivatives = self.augmented_inputs(), self.derivatives
+        inputs, derivatives, weights = self.augmented_inputs(), self.derivatives, self.row_weights
         if sharing == "reduce":
+            if weights is not None:
+                inputs = weights[:, :, None, None] * inputs
+                total = jnp.mean(weights, axis=1, keepdims=True)
+                weights = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
             inputs = jnp.mean(inputs, axis=1, keepdims=True)
             derivatives = jnp.sum(derivatives, axis=2, keepdims=True)
+        if weights is not None:
+            inputs = jnp.sqrt(weights)[:, :, None, None] * inputs
         groups, units = derivatives.shape[3:]
         left = jnp.moveaxis(inputs, 2, 0).reshape(groups, -1, self.fan_in)
         return left, jnp.moveaxis(derivatives, 3, 0).reshape(groups, -1, units)
+
+
+def weigh_rows(signals: Signals, weights: Array) -> Signals:
+    """Signals whose inputs count in Kronecker factors as the outputs do.
+
+    A sample counts by the mean weight of its outputs. Where a layer has as many positions as the
+    outputs, each counts by the weight of the output in its place; one that is masked there, but
+    that other outputs depend on (a prompt), counts by the mean of its sample.
+
+    Args:
+      signals: of a batch or of a microbatch.
+      weights: of the outputs, (N, T), of mean 1 over the whole batch.
+    """
+    mean = jnp.mean(weights, axis=1)
+
+    def weighed(layer: LayerSignals) -> LayerSignals:
+        if isinstance(layer, DenseSignals):
+            return dataclasses.replace(layer, row_weights=mean)
+        if not isinstance(layer, SharedSignals):
+            return layer
+        everywhere = jnp.broadcast_to(mean[:, None], (len(mean), layer.num_positions))
+        if layer.num_positions != weights.shape[1]:
+            return dataclasses.replace(layer, row_weights=everywhere)
+        used = jnp.any(layer.derivatives != 0, axis=(1, 3, 4))
+        masked = jnp.where(used, everywhere, 0)
+        return dataclasses.replace(layer, row_weights=jnp.where(weights > 0, weights, masked))
+
+    return Signals(tuple(map(weighed, signals.layers)), signals.outputs)

@@ -54,7 +54,8 @@ class KFAC(KroneckerAverage):
     Weights that T positions share have the factors of "expand", A* = sum a^T a / (N T) and
     B* = sum D^T D / N over samples and positions (Grosse & Martens 2016), or of "reduce", with the
     mean of the inputs and the sum of the derivatives over the positions of a sample (Eschenhagen et
-    al. 2023). Groups of units have factors of their own. Parameters without such factors (scale and
+    al. 2023). Weights of samples and positions weigh the rows of both factors (``weigh_rows``).
+    Groups of units have factors of their own. Parameters without such factors (scale and
     bias of normalisations, parameters without a formula) keep their exact Fisher block a unit.
 
     Args:

@@ -87,7 +87,9 @@ class KroneckerAverage(AveragedStructure):
         if isinstance(layer, SharedSignals):
             left, right = layer.rows(self.sharing)
             return jnp.sum(left**2), jnp.sum(right**2)
-        return jnp.sum(layer.input_norms()), jnp.sum(layer.derivative_norms())
+        norms = layer.input_norms()
+        norms = norms if layer.row_weights is None else layer.row_weights * norms
+        return jnp.sum(norms), jnp.sum(layer.derivative_norms())
 
     def _gram_means(self, layer: LayerSignals) -> Array:
         """Mean diagonals of the Gram matrices of the rows of both factors, of a over T, (2,).

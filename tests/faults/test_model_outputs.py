@@ -32,7 +32,6 @@ OUTPUTS = {
     "a stopped trunk": (lambda m, x: jnp.sin(jax.lax.stop_gradient(m.a(x))), CONSTANT),
     "one number a sample": (lambda m, x: plain(m, x)[:, 0], r"returns shape \(1,\); " + ROW),
     "a scalar": (lambda m, x: plain(m, x).sum(), r"returns shape \(\); " + ROW),
-    "an image": (lambda m, x: plain(m, x)[:, :, None], r"shape \(1, 2, 1\); " + ROW),
     "no rows": (lambda m, x: plain(m, x)[:0], r"returns shape \(0, 2\); " + ROW),
     "two rows": (lambda m, x: jnp.tile(plain(m, x), (2, 1)), r"shape \(2, 2\); " + ROW),
     "a dictionary": (lambda m, x: {"logits": plain(m, x)}, "returns a dict of 'logits'; " + ONE),

@@ -1,108 +1,25 @@
-"""Losses, and the Fisher information of the output distributions that they stand for.
-
-A loss is the mean over samples of a negative log-likelihood l(f_n, y_n). Its residual is
-r_n = dl/df_n, so the gradient of the loss is J^T r / N, and its output Fisher is
-H_n = E_y[r_n r_n^T] = R_n R_n^T over targets drawn from the model.
-"""
+"""Softmax cross-entropy, exact to rounding where samples are confidently right or wrong."""
 
 from __future__ import annotations
 
-import abc
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-
-@dataclass(frozen=True)
-class Loss(abc.ABC):
-    """A loss with its output Fisher information; outputs and targets have the shape (N, C)."""
-
-    @abc.abstractmethod
-    def __call__(self, outputs: Array, targets: Array) -> Array:
-        """The loss, a scalar: the mean over samples."""
-
-    @abc.abstractmethod
-    def residual(self, outputs: Array, targets: Array) -> Array:
-        """r = dl_n/df_n, shape (N, C); the loss gradient is J^T r / N."""
-
-    @abc.abstractmethod
-    def fisher(self, outputs: Array) -> Array:
-        """The output Fisher H, shape (N, C, C)."""
-
-    @abc.abstractmethod
-    def factor(self, outputs: Array) -> Array:
-        """R of full column rank S with H = R R^T, shape (N, C, S)."""
-
-    @abc.abstractmethod
-    def coefficients(self, outputs: Array, targets: Array) -> Array:
-        """w with R w = r, shape (N, S)."""
-
-    def columns_in_range(self, outputs: Array) -> Array | None:
-        """Which columns of R are not zero to rounding beside the largest of the batch, (N, S).
-
-        The others count as zero at zero damping, where a pseudo-inverse would divide by them. None
-        where all are in range whatever the outputs.
-        """
-        return None
-
-    @abc.abstractmethod
-    def sample(self, key: Array, outputs: Array, num_samples: int) -> Array:
-        """Residuals of targets drawn from the model, shape (N, C, num_samples).
-
-        They are divided by sqrt(num_samples), so that their outer products sum to an unbiased
-        estimate of H.
-        """
-
-    @abc.abstractmethod
-    def check_targets(self, targets: np.ndarray) -> None:
-        """Raises ValueError where concrete targets of shape (N, C) are not of the right form."""
-
-
-@dataclass(frozen=True)
-class MeanSquaredError(Loss):
-    """The mean squared error 1/(2N) sum_n |y_n - f_n|^2 (Karakida & Osawa 2020, Eq. 3).
-
-    It is the likelihood of y ~ N(f, I), so H = I.
-    """
-
-    def __call__(self, outputs: Array, targets: Array) -> Array:
-        """The loss, a scalar."""
-        return jnp.sum((outputs - targets) ** 2) / (2 * outputs.shape[0])
-
-    def residual(self, outputs: Array, targets: Array) -> Array:
-        """f - y, shape (N, C)."""
-        return outputs - targets
-
-    def fisher(self, outputs: Array) -> Array:
-        """The identity for every sample, shape (N, C, C)."""
-        n, c = outputs.shape
-        return jnp.broadcast_to(jnp.eye(c, dtype=outputs.dtype), (n, c, c))
-
-    def factor(self, outputs: Array) -> Array:
-        """The identity for every sample, shape (N, C, C)."""
-        return self.fisher(outputs)
-
-    def coefficients(self, outputs: Array, targets: Array) -> Array:
-        """f - y, shape (N, C)."""
-        return self.residual(outputs, targets)
-
-    def sample(self, key: Array, outputs: Array, num_samples: int) -> Array:
-        """Standard normal draws over sqrt(num_samples), shape (N, C, num_samples)."""
-        noise = jax.random.normal(key, (*outputs.shape, num_samples), outputs.dtype)
-        return noise / num_samples**0.5
-
-    def check_targets(self, targets: np.ndarray) -> None:
-        """Any finite targets are fine."""
+from natgrad_flax.arguments.scalars import check_number, keep_plain
+from natgrad_flax.losses.base import IntegerTargets, Loss
 
 
 @dataclass(frozen=True)
 class SoftmaxCrossEntropy(Loss):
     """Softmax cross-entropy, the mean over samples of -sum_c y_c log softmax(f)_c.
 
-    Targets are rows of probabilities (one-hot, or soft). With p = softmax(f): r = p - y and
+    Targets are rows of probabilities (one-hot, or soft), shape (N, C), or class numbers, integers
+    of shape (N,), for which no one-hot rows are kept. With p = softmax(f): r = p - y and
     H = diag(p) - p p^T of rank C - 1 (Karakida & Osawa 2020, Section D). The factor R has C - 1
     columns, so the Gram matrices of the Jacobian weighted by it can have full rank.
 
@@ -110,25 +27,54 @@ class SoftmaxCrossEntropy(Loss):
       output_damping: added to H, not to the Fisher: with a positive value the exact Fisher is
         J^T (H + output_damping I) J / N, whose undamped step in function space is
         (H + output_damping I)^{-1} (p - y) (Section D; R then has C columns).
+      label_smoothing: s, which makes (1 - s) y + s / C of targets y (Szegedy et al. 2016). The
+        Fisher is that of the model as before.
 
     Raises:
-      ValueError: output_damping is negative or not finite.
+      ValueError: output_damping is negative or not finite, or label_smoothing not in [0, 1).
     """
 
     output_damping: float = 0.0
+    label_smoothing: float = 0.0
+    integer_targets: ClassVar[IntegerTargets] = "labels"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.output_damping < float("inf"):
-            raise ValueError(
-                f"output_damping must be 0 or positive and finite, got {self.output_damping}"
-            )
+        check_number("output_damping", self.output_damping, positive=False)
+        if check_number("label_smoothing", self.label_smoothing, positive=False) >= 1:
+            raise ValueError(f"label_smoothing must be below 1, got {self.label_smoothing!r}")
+        keep_plain(self)
 
-    def __call__(self, outputs: Array, targets: Array) -> Array:
+    def __repr__(self) -> str:
+        # configurations of the leaderboard are hashed with the text of a loss
+        smoothing = f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
+        return f"SoftmaxCrossEntropy(output_damping={self.output_damping}{smoothing})"
+
+    def values(self, outputs: Array, targets: Array) -> Array:
+        """-sum_c y_c log softmax(f)_c of every sample, shape (N,)."""
+        log_p = jax.nn.log_softmax(outputs)
+        if targets.ndim == outputs.ndim:
+            return -jnp.sum(self._targets(targets, outputs) * log_p, axis=1)
+        (found,) = jnp.take_along_axis(log_p, targets[:, None], axis=1).T
+        s = self.label_smoothing
+        return -found if s == 0 else -(1 - s) * found - s * jnp.mean(log_p, axis=1)
+
+    def mean(self, outputs: Array, targets: Array) -> Array:
         """The loss, a scalar."""
+        if targets.ndim < outputs.ndim:
+            return super().mean(outputs, targets)
+        targets = self._targets(targets, outputs)
         return -jnp.sum(targets * jax.nn.log_softmax(outputs)) / outputs.shape[0]
+
+    def _targets(self, targets: Array, outputs: Array) -> Array:
+        """Rows of probabilities, smoothed; of class numbers by a comparison that XLA fuses."""
+        c, s = outputs.shape[1], self.label_smoothing
+        if targets.ndim < outputs.ndim:
+            targets = (jnp.arange(c) == targets[:, None]).astype(outputs.dtype)
+        return targets if s == 0 else (1 - s) * targets + s / c
 
     def residual(self, outputs: Array, targets: Array) -> Array:
         """p sum(y) - y, which is p - y, shape (N, C); its rows sum to 0."""
+        targets = self._targets(targets, outputs)
         return _residual(_probabilities(outputs), _winner(outputs), targets)
 
     def fisher(self, outputs: Array) -> Array:
@@ -162,6 +108,7 @@ class SoftmaxCrossEntropy(Loss):
 
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """w with R w = r: Q^T (r / sqrt p), shape (N, C - 1) or (N, C)."""
+        targets = self._targets(targets, outputs)
         p, winner = _probabilities(outputs), _winner(outputs)
         if self.output_damping:
             root, direction, inner = self._damped_terms(outputs)
@@ -209,17 +156,19 @@ class SoftmaxCrossEntropy(Loss):
         return residual.swapaxes(1, 2) / num_samples**0.5
 
     def check_targets(self, targets: np.ndarray) -> None:
-        """Targets must be rows of probabilities over two classes at least.
+        """Targets must be rows of probabilities over two classes at least, or class numbers.
 
         Raises:
           ValueError: one column only, a negative entry, or a row that does not sum to 1.
         """
-        if targets.shape[1] < 2:
+        if targets.dtype.kind in "iu":
+            return
+        if targets.shape[-1] < 2:
             raise ValueError(
                 f"softmax cross-entropy needs C >= 2 outputs, got targets of {targets.shape}; use "
-                "two one-hot columns for a binary problem"
+                "two one-hot columns for a binary problem, or ng.SigmoidCrossEntropy()"
             )
-        sums = targets.sum(axis=1)
+        sums = targets.sum(axis=-1)
         if targets.min() < 0 or np.abs(sums - 1).max() > 1e-3:
             raise ValueError(
                 "targets of softmax cross-entropy must be rows of probabilities (one-hot or soft) "

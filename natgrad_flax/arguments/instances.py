@@ -1,0 +1,33 @@
+"""Settings that are instances of classes of ours, such as structures and losses."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def check_instance(name: str, value: object, base: type[T], known: Iterable[type[T]]) -> T:
+    """The value; raises TypeError unless it is an instance of a class.
+
+    Args:
+      name: of the setting.
+      value: what was given.
+      base: the class.
+      known: those of its subclasses that the message names.
+    """
+    if isinstance(value, type) and issubclass(value, base):
+        raise TypeError(f"{name} must be an instance: write {_call(value)}")
+    if not isinstance(value, base):
+        names = ", ".join(f"ng.{_call(cls)}" for cls in known)
+        raise TypeError(f"{name} must be one of {names}, got {value!r}")
+    return value
+
+
+def _call(cls: type) -> str:
+    """An instance of a class, with the arguments that it cannot do without."""
+    arguments = inspect.signature(cls).parameters.values()
+    needed = [arg.name for arg in arguments if arg.default is arg.empty]
+    return f"{cls.__name__}({', '.join(needed)})"

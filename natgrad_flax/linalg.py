@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 from jax.lax import linalg as lax_linalg
 
@@ -77,9 +77,10 @@ def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
 
 def is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
     """Whether a Cholesky factor is that of a regular matrix, as ``solve_psd`` decides it."""
-    pivots, n = jnp.diagonal(factor) ** 2, matrix.shape[0]
     if shifted:
-        return jnp.all(pivots > 0)
+        # a factorisation that fails is NaN as a whole, and NaN in a pivot reaches the last one
+        return factor[-1, -1] > 0
+    pivots, n = jnp.diagonal(factor) ** 2, matrix.shape[0]
     eps = float(jnp.finfo(matrix.dtype).eps)
     threshold = max(n * eps, eps**0.75)
     # elimination magnifies the rounding of a zero pivot by the condition of those before it, but
@@ -99,7 +100,7 @@ def has_full_rank(matrix: Array) -> Array:
         factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
         return is_full_rank(matrix, factor, shifted=False)
 
-    return sequential_vmap(decide)(jax.lax.stop_gradient(matrix))
+    return sequential_vmap(decide)(lax.stop_gradient(matrix))
 
 
 def rank_cutoff(size: int, dtype: jnp.dtype) -> float:
@@ -111,10 +112,11 @@ def rank_cutoff(size: int, dtype: jnp.dtype) -> float:
     return max(size**0.5, 32) * float(jnp.finfo(dtype).eps)
 
 
-def above_rounding(values: Array) -> Array:
-    """Eigenvalues or singular values (n,), with 0 for those that are rounding."""
+def above_rounding(values: Array, largest: Array | None = None) -> Array:
+    """Eigenvalues or singular values (n,), with 0 for those that are rounding beside the largest."""
     size = jnp.abs(values)
-    return jnp.where(size > rank_cutoff(len(values), values.dtype) * jnp.max(size), values, 0)
+    largest = jnp.max(size) if largest is None else largest
+    return jnp.where(size > rank_cutoff(len(values), values.dtype) * largest, values, 0)
 
 
 def reciprocal(values: Array) -> Array:
@@ -124,8 +126,9 @@ def reciprocal(values: Array) -> Array:
 
 def _spectrum(matrix: Array) -> tuple[Array, Array]:
     """Eigenvalues of the pseudo-inverse of a symmetric matrix, and its eigenvectors."""
-    values, vectors = jnp.linalg.eigh(matrix)
-    return reciprocal(above_rounding(values)), vectors
+    vectors, values = lax_linalg.eigh(matrix, symmetrize_input=False)
+    # in ascending order
+    return reciprocal(above_rounding(values, jnp.maximum(-values[0], values[-1]))), vectors
 
 
 def _solve_by_eigenvalues(matrix: Array, rhs: Array) -> Array:
@@ -144,7 +147,7 @@ def _solve(matrix: Array, rhs: Array, shifted: bool | None) -> Array:
         if shifted is None:
             return _solve_by_eigenvalues(matrix, rhs)
         factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
-        return jax.lax.cond(
+        return lax.cond(
             is_full_rank(matrix, factor, shifted),
             lambda: _cholesky_solve(factor, rhs),
             lambda: _solve_by_eigenvalues(matrix, rhs),
@@ -173,7 +176,7 @@ def _inverse(matrix: Array, shifted: bool) -> Array:
     def invert(matrix: Array) -> Array:
         factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
         eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-        return jax.lax.cond(
+        return lax.cond(
             is_full_rank(matrix, factor, shifted),
             lambda: _inverse_from_factor(factor),
             lambda: _solve_by_eigenvalues(matrix, eye),
@@ -201,7 +204,7 @@ def _inverse_and_null(matrix: Array, shifted: bool | None) -> tuple[Array, Array
         if shifted is None:
             return by_eigenvalues()
         factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
-        return jax.lax.cond(
+        return lax.cond(
             is_full_rank(matrix, factor, shifted),
             lambda: (_inverse_from_factor(factor), jnp.zeros_like(matrix)),
             by_eigenvalues,
@@ -269,7 +272,7 @@ def lu_solve(matrix: Array, rhs: Array) -> Array:
     def solve(matrix: Array, rhs: Array) -> Array:
         return jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(matrix), rhs)
 
-    return jax.lax.custom_linear_solve(
+    return lax.custom_linear_solve(
         lambda v: matrix @ v,
         rhs,
         lambda _, b: solve(matrix, b),
@@ -322,17 +325,35 @@ def _qr_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     return (span, triangle), (change - span @ rest, rest @ triangle)
 
 
-def symmetric_product(x: Array, halvings: int = 2) -> Array:
+def symmetric_product(x: Array) -> Array:
     """x x^T for x (n, m), with the blocks above the diagonal mirrored where n and m are large.
 
-    XLA has no symmetric rank-k product; two halvings do 5/8 of the full product's work. Below m of
-    about 256 the copies of blocks cost more than that saves.
+    XLA has no symmetric rank-k product; 10 of 4 x 4 blocks do 5/8 of the full product's work. Below
+    m of about 256 the copies of blocks cost more than that saves.
     """
     n, m = x.shape
-    if halvings == 0 or n < 512 or m < 256:
-        return x @ x.T
-    upper, lower = x[: n // 2], x[n // 2 :]
-    corner = lower @ upper.T
-    top = jnp.concatenate([symmetric_product(upper, halvings - 1), corner.T], axis=1)
-    bottom = jnp.concatenate([corner, symmetric_product(lower, halvings - 1)], axis=1)
-    return jnp.concatenate([top, bottom])
+    return x @ x.T if n < 512 or m < 256 else _product_of_blocks(x)
+
+
+@jax.custom_jvp
+def _product_of_blocks(x: Array) -> Array:
+    """One loop over the blocks: ten products and their copies would be compiled one by one."""
+    n = len(x)
+    side = -(-n // 4)
+    # the last block begins where it fits, over a part of the one before
+    corners = np.minimum(side * np.stack(np.tril_indices(4), axis=1), n - side).astype(np.int32)
+
+    def mirrored(product: Array, corner: Array) -> tuple[Array, None]:
+        row, column = corner
+        left, right = (lax.dynamic_slice_in_dim(x, first, side) for first in (row, column))
+        block = left @ right.T
+        product = lax.dynamic_update_slice(product, block, (row, column))
+        return lax.dynamic_update_slice(product, block.T, (column, row)), None
+
+    return lax.scan(mirrored, jnp.zeros((n, n), x.dtype), jnp.asarray(corners))[0]
+
+
+@_product_of_blocks.defjvp
+def _product_of_blocks_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    half = tangents[0] @ primals[0].T
+    return _product_of_blocks(*primals), half + half.T

@@ -51,10 +51,11 @@ class _Factor:
         if self.small:
             matrix = jnp.stack([symmetric_product(group.T) / self.over for group in self.rows])
         else:
-            # without the constraint XLA gathers the rows first, and all devices do all of it
+            # without the constraint XLA gathers the rows first, and all devices do all of it; of a
+            # symmetric product they would do every block
             spec = PartitionSpec(None, self.placement.axis)
             matrix = lax.with_sharding_constraint(
-                jnp.stack([symmetric_product(group) for group in self.rows]),
+                self.rows @ self.rows.mT,
                 NamedSharding(self.placement.mesh, spec),
             )
         return Task(partial(inverse_groups, shifted=True), (matrix, rho), cubed(matrix))

@@ -93,8 +93,9 @@ def _solve_dense(
         (update,) = structure.solve(Signals((own,), outputs), one, rho)
         return matrix_of(update)
 
-    # without the constraint XLA gathers the inputs first, and all devices do all of the product
-    gram = jax.lax.with_sharding_constraint(layer.input_gram(), placement.rows)
+    # without the constraint XLA gathers the inputs first, and all devices do all of the product; of
+    # a symmetric product they would do every block
+    gram = jax.lax.with_sharding_constraint(layer.input_gram(layer), placement.rows)
     arrays = (layer.inputs, gram, outputs, layer.derivatives, seen)
     return _over_units(local, placement, arrays, (False, False, False, True, not inside), rho)
 

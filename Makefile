@@ -62,7 +62,7 @@ test: .venv/.dev ## the test suite, without the slow tests
 
 .PHONY: test-steps
 test-steps: .venv/.dev ## forty steps of every structure beside stored values, compiled as users do on this JAX
-	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" tests/natgrad_flax/test_golden_steps.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" tests/natgrad_flax/optimizer/test_golden_steps.py $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: .venv/.dev ## the tests at the sizes of the papers; minutes each
@@ -81,19 +81,18 @@ test-jax-found: .venv-jax/.dev
 	@$(BIN_JAX)/python -c 'import platform, jax; print("Python", platform.python_version(), "JAX", jax.__version__)'
 	$(BIN_JAX)/python -m pytest $(IN_PARALLEL) -m "not slow" $(JAX_TESTS) $(PYTEST_ARGS)
 
+# the part of the suite that a release of JAX can break through neural-tangents
+KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py infinite_width.py analytic.py)
+
 # what a release of JAX can break: capture, structures, optimizers, kernels, compiled steps. The rest
 # works on NumPy, files and text, or on JAX in the same way as these
-JAX_TESTS := $(filter-out $(addprefix tests/natgrad_flax/test_, \
-	linear_references.py logistic.py diagonal_network.py matrix_factorization.py deep_linear.py \
-	geometry.py paper_settings.py bad_input.py describe.py costs.py weight_sharing.py), $(wildcard tests/natgrad_flax/test_*.py)) \
-	$(addprefix tests/benchmarks/test_, \
-	step_benchmark.py kernel_benchmark.py leaderboard_trial.py) \
-	$(addprefix tests/ntk_analysis/test_na_, \
-	analytic.py analytic_coefficient.py kernels.py neural_tangents.py twin.py)
-
-# the part of the suite that a release of JAX can break through neural-tangents
-KERNEL_TESTS := tests/ntk_analysis/test_na_neural_tangents.py tests/ntk_analysis/test_na_twin.py \
-	tests/ntk_analysis/test_na_analytic.py
+JAX_TESTS := tests/natgrad_flax $(addprefix --ignore=tests/natgrad_flax/, \
+	costs/test_describe.py costs/test_programs.py optimizer/test_checks.py test_geometry.py \
+	structures/test_paper_settings.py structures/test_weight_sharing.py \
+	$(addprefix linear/test_, deep_linear.py diagonal_network.py logistic.py \
+	matrix_factorization.py references.py)) \
+	$(addprefix tests/benchmarks/test_, step_benchmark.py kernel_benchmark.py leaderboard_trial.py) \
+	$(KERNEL_TESTS) $(addprefix tests/ntk_analysis/test_, analytic_coefficient.py kernels.py)
 
 .PHONY: test-jax11
 test-jax11: .venv/.dev ## the tests of neural-tangents on JAX 0.11, where there is Python >= 3.12
@@ -164,10 +163,8 @@ clean: ## removes what make made; benchmark results stay
 	$(UV) pip install --quiet --python $(BIN)/python -e .
 	@touch $@
 
-# mypy cannot follow the renaming of datasets/ in an editable install, but it can follow a link
 .venv/.dev: .venv/.uv pyproject.toml
 	$(UV) pip install --quiet --python $(BIN)/python -e '.[dev]'
-	@mkdir -p .venv/typing && ln -sfn ../../datasets .venv/typing/natgrad_datasets
 	@touch $@ .venv/.run
 
 .venv/.bench: .venv/.uv pyproject.toml

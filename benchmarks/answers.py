@@ -20,18 +20,18 @@ import natgrad_flax as ng
 from benchmarks.problems import Entry, Line, Problem
 from benchmarks.programs import LEARNING_RATE, check_finite, damping
 from natgrad_flax.damping import per_layer
-from natgrad_flax.fisher_kinds import fisher_signals
-from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.layer_signals import (
+from natgrad_flax.optimizer.gradient import resolve_damping
+from natgrad_flax.optimizer.trees import as_state, leaf_names
+from natgrad_flax.signals.base import (
     LayerSignals,
     LayerUpdate,
     layer_updates,
     matrix_of,
     named_updates,
 )
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Signals
-from natgrad_flax.trees import as_state, leaf_names
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.fisher import fisher_signals
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 
 DEFECT = 0.1
 """Most of |G u - g| / |g|. Rounding is about eps N S over the ratio of a relative damping."""
@@ -113,7 +113,7 @@ def metric_times(
 
     Args:
       structure: what G is; ``Structure.to_dense`` is the same G in full.
-      signals: of the seeded outputs.
+      signals: of the output directions.
       damping: in the 1/N convention, as ``Structure.solve`` takes it.
       update: u, one entry a layer.
     """
@@ -160,7 +160,7 @@ def _(structure: ng.UnitWise, signals: Signals, damping: Array | float, update: 
 def _times_blocks(layer: LayerSignals, part: LayerUpdate) -> LayerUpdate:
     """The Fisher blocks of single units times u."""
     if isinstance(layer, DenseSignals):
-        return layer.pull_back(_squares(layer) * layer.push_forward(part))
+        return layer.local_vjp(_squares(layer) * layer.local_jvp(part))
     jacobian = layer.jacobian()
     moved = jnp.einsum("nskm,km->nsm", jacobian, matrix_of(part))
     return layer.update(jnp.einsum("nskm,nsm->km", jacobian, moved) / layer.num_samples)
@@ -211,7 +211,7 @@ def _(structure: ng.KFAC, signals: Signals, damping: Array | float, update: Upda
             found.append(_times_shared(layer, structure.sharing, part, rho_a, rho_b))
             continue
         flat = layer.flat_derivatives()
-        left = _sum(layer.pull_back(layer.push_forward(part) / n), part, rho_a)
+        left = _sum(layer.local_vjp(layer.local_jvp(part) / n), part, rho_a)
         over = n * n if scaled else n
         right = partial(_times_units, flat=flat, over=over)
         found.append(_sum(jax.tree.map(right, left), left, rho_b))
@@ -244,8 +244,8 @@ def _(structure: ng.EKFAC, signals: Signals, damping: Array | float, update: Upd
             assert isinstance(layer, DenseSignals)
             a, d = layer.augmented_inputs(), layer.flat_derivatives()
             left, right = _eigenvectors(a), _eigenvectors(d)
-            seeded = ((d @ right) ** 2).reshape(layer.num_samples, layer.num_seeds, -1)
-            squares = ((a @ left) ** 2).T @ jnp.sum(seeded, axis=1) / layer.num_samples
+            turned = ((d @ right) ** 2).reshape(layer.num_samples, layer.num_directions, -1)
+            squares = ((a @ left) ** 2).T @ jnp.sum(turned, axis=1) / layer.num_samples
         inside = left.T @ matrix_of(part) @ right
         found.append(_sum(layer.update(left @ (squares * inside) @ right.T), part, rho))
     return tuple(found)

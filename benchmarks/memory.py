@@ -15,7 +15,7 @@ from benchmarks.common import Suite, by_profile, unit
 from benchmarks.compile import SGD
 from benchmarks.problems import STRUCTURES, Case, make_model
 from benchmarks.programs import planned_bytes, sgd_step, unchecked_step
-from natgrad_flax.memory import available_memory
+from natgrad_flax.arguments.memory import available_memory
 
 BUDGET = by_profile(smoke=2**26, fast=2**30, regular=2**32, large=2**36)
 """Bytes for arguments, results and temporary memory of a step: 64 MiB, 1, 4 and 64 GiB."""

@@ -12,7 +12,7 @@ from jax import Array
 
 import natgrad_flax as ng
 from benchmarks.common import PROFILES, profile
-from natgrad_flax.fisher_kinds import FisherKind
+from natgrad_flax.signals.fisher import FisherKind
 from natgrad_flax.structures import NAMED
 
 SEED = 0

@@ -16,9 +16,9 @@ from jax import Array
 
 import natgrad_flax as ng
 from benchmarks.problems import Entry, Line, Problem, make_problem
-from natgrad_flax.gradient import compute
-from natgrad_flax.layer_signals import named_updates
-from natgrad_flax.trees import as_state
+from natgrad_flax.optimizer.gradient import compute
+from natgrad_flax.optimizer.trees import as_state
+from natgrad_flax.signals.base import named_updates
 
 LEARNING_RATE = 0.1
 SGD_PER_ROUND = 3

@@ -177,7 +177,7 @@ def train(setting: Setting, optimizer: str, rate: float, x: Array, y: Array) -> 
     def value(params: Any, x: Array, y: Array) -> Array:
         return LOSS(nnx.merge(graphdef, params)(x), y)
 
-    # no scan over the steps: the gradient of SGD would be slow inside (natgrad_flax.convolution)
+    # no scan over the steps: the gradient of SGD would be slow inside (xla/convolution.py)
     @jax.jit
     def step(carry: Any, indices: Array) -> Any:
         params, state = carry

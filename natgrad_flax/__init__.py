@@ -4,22 +4,20 @@ The one idea: a forward pass and a batched backward pass give the per-layer sign
 every Fisher structure is a small formula over them. No Jacobian is ever built.
 """
 
-from natgrad_flax.averages import MovingAverage
-from natgrad_flax.capture import jacobian_signals
-from natgrad_flax.compiler import avoid_faulty_reductions
-from natgrad_flax.convolution import conv_general_dilated
+from natgrad_flax.costs.describe import describe
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, SmallDampingWarning
-from natgrad_flax.describe import describe
-from natgrad_flax.fisher_kinds import fisher_signals
-from natgrad_flax.gradient import natural_gradient
-from natgrad_flax.information import FisherOperator, fisher
-from natgrad_flax.layers import Conv, Dense
-from natgrad_flax.learning_rate import optimal_learning_rate
 from natgrad_flax.losses import Loss, MeanSquaredError, SoftmaxCrossEntropy
 from natgrad_flax.models import MLP, Autoencoder, ConvNet, ResidualNet, VisionTransformer
-from natgrad_flax.operators.gradient import Residual
-from natgrad_flax.optimizer import natural_gradient_descent
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.models.layers import Conv, Dense
+from natgrad_flax.optimizer.averages import MovingAverage
+from natgrad_flax.optimizer.descent import natural_gradient_descent
+from natgrad_flax.optimizer.gradient import natural_gradient
+from natgrad_flax.optimizer.information import FisherOperator, fisher
+from natgrad_flax.optimizer.learning_rate import optimal_learning_rate
+from natgrad_flax.signals.capture import jacobian_signals
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.fisher import fisher_signals
+from natgrad_flax.signals.gradient import Residual
 from natgrad_flax.structures import (
     EKFAC,
     KFAC,
@@ -34,6 +32,8 @@ from natgrad_flax.structures import (
     Structure,
     UnitWise,
 )
+from natgrad_flax.xla.compiler import avoid_faulty_reductions
+from natgrad_flax.xla.convolution import conv_general_dilated
 
 __all__ = [
     "EKFAC",

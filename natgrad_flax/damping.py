@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.scalars import as_number, check_number, keep_plain
+from natgrad_flax.arguments.scalars import as_number, check_number, keep_plain
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
 """What adaptive damping, which is kept in float32, can be at least without counting as 0."""

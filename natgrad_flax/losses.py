@@ -104,7 +104,7 @@ class SoftmaxCrossEntropy(Loss):
 
     Targets are rows of probabilities (one-hot, or soft). With p = softmax(f): r = p - y and
     H = diag(p) - p p^T of rank C - 1 (Karakida & Osawa 2020, Section D). The factor R has C - 1
-    columns, so the Gram matrices of the seeded Jacobian can have full rank.
+    columns, so the Gram matrices of the Jacobian weighted by it can have full rank.
 
     Args:
       output_damping: added to H, not to the Fisher: with a positive value the exact Fisher is

@@ -3,6 +3,7 @@
 Stands on ``natgrad_flax``. All theory is computed in float64, whatever the precision of the model.
 """
 
+from natgrad_flax.arguments.renamed import renamed_names
 from ntk_analysis.analytic import AnalyticKernels, analytic_kernels, analytic_layer_kernels
 from ntk_analysis.coefficient import coefficient_matrix
 from ntk_analysis.cost import StructureCost, structure_cost
@@ -11,16 +12,16 @@ from ntk_analysis.dynamics import LinearisedDynamics, predict_dynamics
 from ntk_analysis.empirical import empirical_layer_kernels
 from ntk_analysis.flow import LinearisedFlow, predict_flow
 from ntk_analysis.gradient_descent import GradientDescent
+from ntk_analysis.infinite_width import InfiniteWidthLimit, infinite_width_limit
 from ntk_analysis.isotropy import IsotropyReport, isotropy
 from ntk_analysis.prediction import Prediction, predict
 from ntk_analysis.resonance import ResonanceWarning, resonance_window, resonances, spectral_radius
 from ntk_analysis.sweep import SweepSettings, isotropy_sweep
-from ntk_analysis.twin import InfiniteWidthTwin, infinite_width_twin
 
 __all__ = [
     "AnalyticKernels",
     "GradientDescent",
-    "InfiniteWidthTwin",
+    "InfiniteWidthLimit",
     "IsotropyReport",
     "LinearisedDynamics",
     "LinearisedFlow",
@@ -32,7 +33,7 @@ __all__ = [
     "analytic_layer_kernels",
     "coefficient_matrix",
     "empirical_layer_kernels",
-    "infinite_width_twin",
+    "infinite_width_limit",
     "isotropy",
     "isotropy_sweep",
     "parameter_displacement",
@@ -44,3 +45,9 @@ __all__ = [
     "spectral_radius",
     "structure_cost",
 ]
+
+_EARLIER = {
+    "InfiniteWidthTwin": "InfiniteWidthLimit",
+    "infinite_width_twin": "infinite_width_limit",
+}
+__getattr__ = renamed_names("ntk_analysis", _EARLIER, globals())

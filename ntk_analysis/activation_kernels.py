@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.activations import ACTIVATIONS
+from natgrad_flax.models.activations import ACTIVATIONS
 from ntk_analysis._neural_tangents import stax
 from ntk_analysis.empirical import Matrix
 

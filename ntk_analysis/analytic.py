@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from natgrad_flax.arrays import check_concrete
-from natgrad_flax.checks import check_array
-from natgrad_flax.memory import available_memory
+from natgrad_flax.arguments.arrays import check_concrete
+from natgrad_flax.arguments.memory import available_memory
+from natgrad_flax.optimizer.checks import check_array
 from ntk_analysis.block_devices import (
     AT_ONCE,
     Block,
@@ -33,14 +33,14 @@ from ntk_analysis.block_devices import (
 from ntk_analysis.conv_kernels import block_bytes, block_rows, convolutional_block
 from ntk_analysis.dense_kernels import dense_block
 from ntk_analysis.empirical import Matrix, check_range
-from ntk_analysis.kernel_store import KernelArrays, open_store
-from ntk_analysis.twin import (
-    ConvolutionalTwin,
-    Twin,
-    infinite_width_twin,
+from ntk_analysis.infinite_width import (
+    ConvolutionalLimit,
+    Limit,
+    infinite_width_limit,
     require_limit,
     sample_shape,
 )
+from ntk_analysis.kernel_store import KernelArrays, open_store
 
 Progress = Callable[[int, int], object]
 """Called with the number of finished blocks and of all blocks."""
@@ -61,11 +61,11 @@ class AnalyticKernels:
 
     Attributes:
       arrays: by name, "tangent.1" to "ntk"; the properties name them.
-      twin: what they are kernels of.
+      limit: what they are kernels of.
     """
 
     arrays: KernelArrays
-    twin: Twin
+    limit: Limit
 
     @property
     def tangent(self) -> list[Matrix]:
@@ -87,8 +87,8 @@ class AnalyticKernels:
         """A_l = E[phi(u_l) phi(u_l)], l = 0..L-1, with A_0 = x x^T / M_0."""
         variances = zip(
             self.inputs,
-            self.twin.description["weight_variances"],
-            self.twin.description["bias_variances"],
+            self.limit.description["weight_variances"],
+            self.limit.description["bias_variances"],
             strict=True,
         )
         return [(inputs - bias) / weight for inputs, weight, bias in variances]
@@ -104,7 +104,7 @@ class AnalyticKernels:
         return self._array("ntk")
 
     def _layers(self, part: str) -> list[Matrix]:
-        return [self._array(f"{part}.{layer}") for layer in range(1, self.twin.depth + 1)]
+        return [self._array(f"{part}.{layer}") for layer in range(1, self.limit.depth + 1)]
 
     def _array(self, name: str) -> Matrix:
         if name not in self.arrays:
@@ -181,13 +181,13 @@ def analytic_kernels(
 
     Raises:
       ValueError: bad inputs, an unknown part, kernels that cannot fit in memory or on the disk, a
-        model without an infinite-width twin, a kernel with a variance that is not positive, no
+        model without an infinite-width limit, a kernel with a variance that is not positive, no
         devices, or processes that make different calls.
       TypeError: the model is neither of those, inputs are not floating, or these are no devices.
     """
     check_devices(devices)
-    twin = infinite_width_twin(model)
-    convolutional = isinstance(twin, ConvolutionalTwin)
+    limit = infinite_width_limit(model)
+    convolutional = isinstance(limit, ConvolutionalLimit)
     known = CONVOLUTIONAL_PARTS if convolutional else PARTS
     parts = known if parts is None else parts
     unknown = [part for part in parts if part not in known]
@@ -198,7 +198,7 @@ def analytic_kernels(
         )
     first = analytic_inputs(x1, model, "x1")
     second = None if x2 is None else analytic_inputs(x2, model, "x2")
-    names = _names(parts, twin.depth)
+    names = _names(parts, limit.depth)
     shape = (len(first), len(first) if second is None else len(second))
     needed = len(names) * shape[0] * shape[1] * 8
     if store is None and needed > available_memory():
@@ -207,14 +207,14 @@ def analytic_kernels(
             f"the device has {available_memory() / 2**30:,.1f} GiB; ask for fewer parts, or give "
             "store= to keep them in files"
         )
-    size, block_memory = _BLOCK, 8 * _BLOCK**2 * _TEMPORARIES * twin.depth
-    if isinstance(twin, ConvolutionalTwin):
-        _check_block(twin)
-        size, block_memory = block_rows(twin), block_bytes(twin)
-    _check_variances(twin, first, "x1")
+    size, block_memory = _BLOCK, 8 * _BLOCK**2 * _TEMPORARIES * limit.depth
+    if isinstance(limit, ConvolutionalLimit):
+        _check_block(limit)
+        size, block_memory = block_rows(limit), block_bytes(limit)
+    _check_variances(limit, first, "x1")
     if second is not None:
-        _check_variances(twin, second, "x2")
-    made_of = (twin.description, _ARITHMETIC, first, second)
+        _check_variances(limit, second, "x2")
+    made_of = (limit.description, _ARITHMETIC, first, second)
     with open_store(store, names, shape, made_of, size) as target:
         blocks = [
             (i, j)
@@ -226,7 +226,7 @@ def analytic_kernels(
         todo = [(i, j) for i, j in blocks if not done[i // size, j // size]]
         used = usable_devices(devices, len(todo), block_memory)
         finished = len(blocks) - len(todo)
-        compute = _computation(twin, first, second, names, size)
+        compute = _computation(limit, first, second, names, size)
         filled = (len(names), min(size, shape[0]), min(size, shape[1]))
         for (i, j), values in compute_blocks(compute, todo, used, filled):
             rows, width = min(size, shape[0] - i), min(size, shape[1] - j)
@@ -234,11 +234,11 @@ def analytic_kernels(
             finished += 1
             if progress:
                 progress(finished, len(blocks))
-        return AnalyticKernels(target.arrays(), twin)
+        return AnalyticKernels(target.arrays(), limit)
 
 
 def _computation(
-    twin: Twin, first: Matrix, second: Matrix | None, names: Sequence[str], size: int
+    limit: Limit, first: Matrix, second: Matrix | None, names: Sequence[str], size: int
 ) -> Compute:
     """The function that computes a block, filled up to ``size`` rows and columns."""
     columns = first if second is None else second
@@ -251,15 +251,15 @@ def _computation(
             left, right = _cut(first, i, size), _cut(columns, j, size)
             if device is not None:
                 left, right = jax.device_put((left, right), device)
-            if isinstance(twin, ConvolutionalTwin):
-                values = convolutional_block(twin, left, right, names=names, diagonal=diagonal)
+            if isinstance(limit, ConvolutionalLimit):
+                values = convolutional_block(limit, left, right, names=names, diagonal=diagonal)
             else:
-                values = dense_block(twin, left, right, names=names, diagonal=diagonal)
+                values = dense_block(limit, left, right, names=names, diagonal=diagonal)
             arrays = [np.asarray(value) for value in values]
         if not all(np.isfinite(array).all() for array in arrays):
             raise ValueError(
                 "the kernels overflow: the variances of the weights, or the inputs, are too large "
-                f"for a network of {twin.depth} layers; scale them"
+                f"for a network of {limit.depth} layers; scale them"
             )
         return arrays
 
@@ -282,25 +282,25 @@ def _cut(x: Matrix, start: int, size: int) -> Matrix:
     return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
 
 
-def _check_block(twin: ConvolutionalTwin) -> None:
+def _check_block(limit: ConvolutionalLimit) -> None:
     """Raises ValueError where the covariances of the smallest block cannot fit."""
-    needed, free = AT_ONCE * block_bytes(twin), available_memory()
+    needed, free = AT_ONCE * block_bytes(limit), available_memory()
     if needed <= free:
         return
-    positions = [math.prod(patches.positions) for patches in twin.patches]
-    most = max(math.prod(twin.patches[0].shape), *positions)
-    hint = 'use pooling="flatten", which needs a covariance a position, or ' if twin.pooled else ""
+    positions = [math.prod(patches.positions) for patches in limit.patches]
+    most = max(math.prod(limit.patches[0].shape), *positions)
+    hint = 'use pooling="flatten", which needs a covariance a position, or ' if limit.pooled else ""
     raise ValueError(
-        f"a pair of samples has {max(twin.covariances()):,} covariances between {most:,} positions "
-        f"in one layer: {AT_ONCE} pairs at once need {needed / 2**30:,.1f} GiB and the device has "
-        f"{free / 2**30:,.1f} GiB; {hint}use smaller images"
+        f"a pair of samples has {max(limit.covariances()):,} covariances between {most:,} "
+        f"positions in one layer: {AT_ONCE} pairs at once need {needed / 2**30:,.1f} GiB and the "
+        f"device has {free / 2**30:,.1f} GiB; {hint}use smaller images"
     )
 
 
-def _check_variances(twin: Twin, x: Matrix, name: str) -> None:
+def _check_variances(limit: Limit, x: Matrix, name: str) -> None:
     """Raises ValueError where all pre-activations of the first layer have the variance 0."""
     check_range(float(np.max(np.abs(x))), f"the inputs {name}")
-    weight, bias = (twin.description[f"{kind}_variances"][0] for kind in ("weight", "bias"))
+    weight, bias = (limit.description[f"{kind}_variances"][0] for kind in ("weight", "bias"))
     variances = weight * np.mean(x**2, axis=tuple(range(1, x.ndim))) + bias
     bad = np.flatnonzero(~(variances > 0))
     if bad.size:
@@ -320,7 +320,7 @@ def analytic_inputs(x: ArrayLike, model: nnx.Module, name: str) -> Matrix:
       name: of the argument, for messages.
 
     Raises:
-      ValueError, TypeError: the model has no infinite-width twin, or the inputs do not fit it or
+      ValueError, TypeError: the model has no infinite-width limit, or the inputs do not fit it or
         are not finite floating numbers.
     """
     wanted = sample_shape(require_limit(model))

@@ -17,8 +17,8 @@ from jax import Array
 
 from natgrad_flax import MLP, ConvNet, Signals, Structure
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layers import Conv, Dense
-from natgrad_flax.signals import DenseSignals
+from natgrad_flax.models.layers import Conv, Dense
+from natgrad_flax.signals.dense import DenseSignals
 from ntk_analysis.analytic import AnalyticKernels
 from ntk_analysis.empirical import Matrix
 
@@ -49,7 +49,7 @@ class LimitLayer:
         return len(next(iter(kernels.arrays.values())))
 
     @property
-    def num_seeds(self) -> int:
+    def num_directions(self) -> int:
         """1: outputs are independent at infinite width."""
         return 1
 
@@ -63,7 +63,7 @@ class LimitLayer:
     @property
     def num_units(self) -> int:
         """1 in the last layer; before it infinite, for which N stands."""
-        return 1 if self.index == self.train.twin.depth - 1 else self.num_samples
+        return 1 if self.index == self.train.limit.depth - 1 else self.num_samples
 
     @property
     def num_params(self) -> int:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from natgrad_flax.memory import available_memory
+from natgrad_flax.arguments.memory import available_memory
 from ntk_analysis.results import content_hash
 
 Block = tuple[int, int]

@@ -12,12 +12,12 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import RelativeDamping, Signals, Structure
-from natgrad_flax.checks import check_damping, check_structure
-from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.learning_rate import model_geometry
-from natgrad_flax.memory import check_fits
-from natgrad_flax.scalars import as_number
-from natgrad_flax.spectrum import check_coefficient, check_symmetric
+from natgrad_flax.arguments.memory import check_fits
+from natgrad_flax.arguments.scalars import as_number
+from natgrad_flax.optimizer.checks import check_damping, check_structure
+from natgrad_flax.optimizer.gradient import resolve_damping
+from natgrad_flax.optimizer.learning_rate import model_geometry
+from natgrad_flax.optimizer.spectrum import check_coefficient, check_symmetric
 from ntk_analysis.analytic import analytic_inputs, analytic_kernels
 from ntk_analysis.analytic_signals import (
     check_limit,
@@ -25,8 +25,8 @@ from ntk_analysis.analytic_signals import (
     limit_signals,
 )
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.infinite_width import num_outputs, require_limit
 from ntk_analysis.limit_conditions import limit_failures
-from ntk_analysis.twin import num_outputs, require_limit
 
 Damping = float | RelativeDamping
 Kernels = Literal["empirical", "analytic"]

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad_flax import Signals, Structure
-from natgrad_flax.layer_signals import LayerSignals
-from natgrad_flax.shared_signals import SharedSignals
-from natgrad_flax.signals import DenseSignals
+from natgrad_flax.signals.base import LayerSignals
+from natgrad_flax.signals.dense import DenseSignals
+from natgrad_flax.signals.shared import SharedSignals
 from natgrad_flax.structures import Geometry
 from natgrad_flax.structures.geometry import NeededRank, SharedGeometry
 from ntk_analysis.empirical import Matrix
@@ -81,7 +81,7 @@ def measured_ranks(signals: Signals) -> NetworkRanks:
             layers.append(LayerRanks(inputs, derivatives, gram_rank(gram, len(gram))))
         first, _ = _rows(signals.layers[0])
     rank = gram_rank(kernel, len(kernel))
-    alike = parallel(kernel[:: signals.num_seeds, :: signals.num_seeds])
+    alike = parallel(kernel[:: signals.num_directions, :: signals.num_directions])
     if not len(first):
         return NetworkRanks(tuple(layers), rank, (1.0, 1.0), None, alike)
     samples = np.moveaxis(first, 1, 0).reshape(signals.num_samples, -1)
@@ -115,7 +115,7 @@ def failed_conditions(
     that sizes rule out is named once, with the size as its cause. Other structures name what their
     own ``failed_conditions`` finds in the sizes. Where T_l positions share weights, K-FAC needs
     ranks N T_l and N C T_l, and a channel of the unit-wise Fisher N C inputs
-    (``natgrad_flax.weight_sharing``).
+    (``natgrad_flax.structures.weight_sharing``).
 
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``.

@@ -22,8 +22,8 @@ from jax import Array
 
 from ntk_analysis._neural_tangents import neural_tangents
 from ntk_analysis.empirical import Matrix
+from ntk_analysis.infinite_width import ConvolutionalLimit
 from ntk_analysis.patches import Patches, patch_means, spread_over_patches
-from ntk_analysis.twin import ConvolutionalTwin
 
 _ENTRIES = 2**20  # of the largest array of a block, 8 MB
 _MOST_ROWS = 256
@@ -32,24 +32,24 @@ _TEMPORARIES = 5
 _SAME = 16 * 2.0**-52
 
 
-def block_rows(twin: ConvolutionalTwin) -> int:
+def block_rows(limit: ConvolutionalLimit) -> int:
     """Samples of a block: as many as keep its arrays near the cache, one at least."""
-    return max(1, min(_MOST_ROWS, math.isqrt(_ENTRIES // max(twin.covariances()))))
+    return max(1, min(_MOST_ROWS, math.isqrt(_ENTRIES // max(limit.covariances()))))
 
 
-def block_bytes(twin: ConvolutionalTwin) -> int:
+def block_bytes(limit: ConvolutionalLimit) -> int:
     """What a block needs while it is computed: Q_l and E[phi' phi'] of all layers, and a few."""
-    sizes = twin.covariances()
-    return 8 * block_rows(twin) ** 2 * (2 * sum(sizes[1:]) + _TEMPORARIES * max(sizes))
+    sizes = limit.covariances()
+    return 8 * block_rows(limit) ** 2 * (2 * sum(sizes[1:]) + _TEMPORARIES * max(sizes))
 
 
 def convolutional_block(
-    twin: ConvolutionalTwin, x1: Matrix, x2: Matrix, *, names: Sequence[str], diagonal: bool
+    limit: ConvolutionalLimit, x1: Matrix, x2: Matrix, *, names: Sequence[str], diagonal: bool
 ) -> list[Array]:
     """The kernels of one block; on the diagonal of the whole kernel, with exact variances.
 
     Args:
-      twin: the network.
+      limit: the network.
       x1: images, shape (n1, H, W, C), float64.
       x2: images, shape (n2, H, W, C).
       names: of "tangent.1" to "tangent.L", "nngp" and "ntk".
@@ -58,12 +58,12 @@ def convolutional_block(
     Returns:
       Arrays (n1, n2), as named.
     """
-    weights = twin.description["weight_variances"]
-    biases = twin.description["bias_variances"]
-    pooled = twin.pooled
+    weights = limit.description["weight_variances"]
+    biases = limit.description["bias_variances"]
+    pooled = limit.pooled
     covariance, first, second = _enter(x1, x2, pooled=pooled)
     inputs, slopes = [], []
-    for patches, weight, bias in zip(twin.patches, weights, biases, strict=False):
+    for patches, weight, bias in zip(limit.patches, weights, biases, strict=False):
         covariance, first, second = _convolve(
             covariance, first, second, weight, bias, diagonal, patches=patches, pooled=pooled
         )
@@ -72,23 +72,23 @@ def convolutional_block(
             covariance,
             first,
             second,
-            activation=twin.activation,
-            slope_of_same=twin.diagonal_derivative,
+            activation=limit.activation,
+            slope_of_same=limit.diagonal_derivative,
             pooled=pooled,
         )
         slopes.append(slope)
     readout = _read(covariance, weights[-1], biases[-1], pooled=pooled)
-    values = {"nngp": readout, f"tangent.{twin.depth}": readout}
+    values = {"nngp": readout, f"tangent.{limit.depth}": readout}
     total = readout
-    positions = math.prod(twin.patches[-1].positions)
+    positions = math.prod(limit.patches[-1].positions)
     derivative: Array | float = weights[-1] / positions ** (2 if pooled else 1)
-    for layer in range(twin.depth - 1, 0, -1):
+    for layer in range(limit.depth - 1, 0, -1):
         derivative, tangent = _descend(
             derivative,
             slopes[layer - 1],
             inputs[layer - 1],
             weights[layer - 1],
-            patches=twin.patches[layer - 1] if layer > 1 else None,
+            patches=limit.patches[layer - 1] if layer > 1 else None,
             pooled=pooled,
         )
         values[f"tangent.{layer}"] = tangent

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax import DenseSignals, Signals, Structure
-from natgrad_flax.checks import check_structure
-from natgrad_flax.costs import solve_cost
-from natgrad_flax.flops import cost_of
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
+from natgrad_flax.costs.flops import cost_of
+from natgrad_flax.costs.programs import solve_cost
+from natgrad_flax.optimizer.checks import check_structure
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate
 from natgrad_flax.structures import Geometry
 from ntk_analysis.gradient_descent import GradientDescent
 
@@ -59,8 +59,8 @@ def structure_cost(
     """Counts entries, numbers and the flops of one full-batch step with the exact Fisher.
 
     The flops are counted in the program of ``Structure.solve`` on signals of these sizes
-    (``natgrad_flax.flops.cost_of``), so they follow its choice of space, its symmetric products and
-    its decisions, for matrices of full rank.
+    (``natgrad_flax.costs.flops.cost_of``), so they follow its choice of space, its symmetric
+    products and its decisions, for matrices of full rank.
 
     Args:
       structure: the Fisher approximation, or ``GradientDescent()``.
@@ -91,10 +91,10 @@ def gradient_flops(geometry: Geometry) -> float:
     ordinary back-propagation. Activations are not counted.
     """
     layers = _signals(geometry).layers
-    updates = jax.eval_shape(lambda layers: [a.pull_back(a.direction(0)) for a in layers], layers)
+    updates = jax.eval_shape(lambda layers: [a.local_vjp(a.cotangent(0)) for a in layers], layers)
 
     def through(layers: Sequence[LayerSignals], updates: Sequence[LayerUpdate]) -> list[Array]:
-        return [a.push_forward(u) for a, u in zip(layers, updates, strict=True)]
+        return [a.local_jvp(u) for a, u in zip(layers, updates, strict=True)]
 
     forward = cost_of(through, layers, updates).flops
     back = geometry.num_outputs * cost_of(through, layers[1:], updates[1:]).flops

@@ -20,16 +20,16 @@ from jax import Array
 
 from ntk_analysis.angle_kernels import angles_of_inputs, through_activation
 from ntk_analysis.empirical import Matrix
-from ntk_analysis.twin import InfiniteWidthTwin
+from ntk_analysis.infinite_width import InfiniteWidthLimit
 
 
 def dense_block(
-    twin: InfiniteWidthTwin, x1: Matrix, x2: Matrix, *, names: Sequence[str], diagonal: bool
+    limit: InfiniteWidthLimit, x1: Matrix, x2: Matrix, *, names: Sequence[str], diagonal: bool
 ) -> list[Array]:
     """The kernels of one block; on the diagonal of the whole kernel, with exact variances.
 
     Args:
-      twin: the network.
+      limit: the network.
       x1: inputs, shape (n1, M_0), float64.
       x2: inputs, shape (n2, M_0).
       names: of "tangent.l", "inputs.l" and "derivatives.l" with l = 1..L, "nngp" and "ntk".
@@ -41,12 +41,12 @@ def dense_block(
     One compiled program a step, and not one for all layers: in that one XLA would work out every
     layer anew for each array that is returned, so the cost would grow with the depth squared.
     """
-    inputs, slopes = _passes(twin, x1, x2, diagonal)
+    inputs, slopes = _passes(limit, x1, x2, diagonal)
     values = {"nngp": inputs[-1]}
     values.update({f"inputs.{layer}": array for layer, array in enumerate(inputs, 1)})
-    variances = twin.description["weight_variances"]
+    variances = limit.description["weight_variances"]
     derivative, total = jnp.ones_like(inputs[-1]), jnp.zeros_like(inputs[-1])
-    for layer in range(twin.depth, 0, -1):
+    for layer in range(limit.depth, 0, -1):
         values[f"derivatives.{layer}"] = derivative
         if f"tangent.{layer}" in names:
             values[f"tangent.{layer}"] = _product(inputs[layer - 1], derivative, 1.0)
@@ -59,14 +59,14 @@ def dense_block(
 
 
 def _passes(
-    twin: InfiniteWidthTwin, x1: Matrix, x2: Matrix, diagonal: bool
+    limit: InfiniteWidthLimit, x1: Matrix, x2: Matrix, diagonal: bool
 ) -> tuple[list[Array], list[Array]]:
     """Q_l of the L layers, and E[phi' phi'] of the L - 1 activations."""
     state: Any
     inputs, slopes = [], []
-    if twin.negative_slope is None:
-        state, covariance = _enter(x1, x2, affine=twin.affine[0], diagonal=diagonal)
-        for activation, affine in zip(twin.activations, twin.affine[1:], strict=True):
+    if limit.negative_slope is None:
+        state, covariance = _enter(x1, x2, affine=limit.affine[0], diagonal=diagonal)
+        for activation, affine in zip(limit.activations, limit.affine[1:], strict=True):
             inputs.append(covariance)
             state, covariance, slope = _through(
                 state, activation=activation, affine=affine, diagonal=diagonal
@@ -74,13 +74,13 @@ def _passes(
             slopes.append(slope)
     else:
         (weight, bias), *behind = zip(
-            twin.description["weight_variances"], twin.description["bias_variances"], strict=True
+            limit.description["weight_variances"], limit.description["bias_variances"], strict=True
         )
         state, covariance = angles_of_inputs(x1, x2, weight, bias, diagonal=diagonal)
         for weight, bias in behind:
             inputs.append(covariance)
             state, covariance, slope = through_activation(
-                state, weight, bias, negative_slope=twin.negative_slope
+                state, weight, bias, negative_slope=limit.negative_slope
             )
             slopes.append(slope)
     return [*inputs, covariance], slopes

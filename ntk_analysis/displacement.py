@@ -11,10 +11,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import Residual, Signals, Structure
-from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.layer_signals import LayerUpdate, named_updates
-from natgrad_flax.scalars import as_number, check_learning_rate, check_steps
-from natgrad_flax.trees import as_state
+from natgrad_flax.arguments.scalars import as_number, check_learning_rate, check_steps
+from natgrad_flax.optimizer.gradient import resolve_damping
+from natgrad_flax.optimizer.trees import as_state
+from natgrad_flax.signals.base import LayerUpdate, named_updates
 from ntk_analysis.coefficient import Damping, check_theory_arguments, coefficient_pair
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import Matrix, initial_signals

@@ -9,9 +9,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, MeanSquaredError, Structure
-from natgrad_flax.arrays import check_concrete, real_array
+from natgrad_flax.arguments.arrays import check_concrete, real_array
+from natgrad_flax.arguments.scalars import check_learning_rate, check_steps
 from natgrad_flax.linear.descent import check_memory
-from natgrad_flax.scalars import check_learning_rate, check_steps
 from ntk_analysis.coefficient import (
     Damping,
     Kernels,

@@ -18,12 +18,12 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from natgrad_flax import Signals, jacobian_signals
-from natgrad_flax.arrays import batch_size, check_concrete, described, shapes_of
-from natgrad_flax.checks import check_model_inputs
-from natgrad_flax.independence import check_samples_alone
-from natgrad_flax.memory import check_bytes, check_fits
-from natgrad_flax.plans import check_model
-from natgrad_flax.sizes_of_signals import signal_entries
+from natgrad_flax.arguments.arrays import batch_size, check_concrete, described, shapes_of
+from natgrad_flax.arguments.memory import check_bytes, check_fits
+from natgrad_flax.optimizer.checks import check_model_inputs
+from natgrad_flax.signals.independence import check_samples_alone
+from natgrad_flax.signals.plan import check_model
+from natgrad_flax.structures.memory import signal_entries
 
 Matrix = NDArray[np.float64]
 _LARGEST = 1e75

@@ -16,8 +16,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from natgrad_flax import Loss, Residual, Signals, SoftmaxCrossEntropy, Structure
-from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.scalars import as_number, as_values, shown
+from natgrad_flax.arguments.scalars import as_number, as_values, shown
+from natgrad_flax.optimizer.gradient import resolve_damping
 from ntk_analysis.coefficient import Damping, check_coefficient_fits, check_theory_arguments
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
@@ -158,10 +158,10 @@ def signal_flow(
     """
     with jax.enable_x64(True):
         plain = initial.train
-        seeded = plain.reseed(loss.factor(plain.outputs))
-        check_coefficient_fits(structure, seeded)
-        structure.check(seeded, damping)
-        warn_of_resonance(structure, seeded, damping)
+        weighted = plain.mix_directions(loss.factor(plain.outputs))
+        check_coefficient_fits(structure, weighted)
+        structure.check(weighted, damping)
+        warn_of_resonance(structure, weighted, damping)
         field: Callable[..., Array]
         arguments: tuple[Any, ...]
         stiff = False
@@ -201,9 +201,9 @@ def residual_coefficient(
     with jax.enable_x64(True):
         plain = initial.train
         factor = loss.factor(plain.outputs)
-        seeded = plain.reseed(factor)
-        rho = resolve_damping(structure, seeded, damping)
-        acting = np.asarray(structure.coefficient(initial.everything, seeded, rho))
+        weighted = plain.mix_directions(factor)
+        rho = resolve_damping(structure, weighted, damping)
+        acting = np.asarray(structure.coefficient(initial.everything, weighted, rho))
     # columns of unlikely classes are short, not outside of the range
     lengths = np.linalg.norm(np.asarray(factor), axis=1, keepdims=True)
     inverses = np.linalg.pinv(np.asarray(factor) / lengths) / lengths.swapaxes(1, 2)
@@ -231,9 +231,9 @@ def _current_field(structure: Structure, loss: Loss, damping: Damping) -> Callab
     def field(time: Array, outputs: Array, arguments: tuple[Signals, Signals, Array]) -> Array:
         everything, plain, targets = arguments
         inside = outputs[: len(targets)]
-        seeded = plain.reseed(loss.factor(inside))
+        weighted = plain.mix_directions(loss.factor(inside))
         residual = Residual(loss.coefficients(inside, targets), None)
-        updates = structure.solve(seeded, residual, resolve_damping(structure, seeded, damping))
+        updates = structure.solve(weighted, residual, resolve_damping(structure, weighted, damping))
         moved = (a.jvp(b) for a, b in zip(everything.layers, updates, strict=True))
         return -sum(moved, start=jnp.zeros_like(outputs))
 

@@ -9,10 +9,10 @@ from jax import Array
 
 from natgrad_flax import Signals, Structure
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.entries import Entries
-from natgrad_flax.operators.gradient import Gradient
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate
+from natgrad_flax.signals.gradient import Gradient
 from natgrad_flax.structures import Geometry
 from natgrad_flax.structures.style import styled
 

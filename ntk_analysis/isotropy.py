@@ -10,9 +10,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, IsotropyWarning, Signals, Structure
-from natgrad_flax.learning_rate import model_geometry
+from natgrad_flax.optimizer.learning_rate import model_geometry
 from natgrad_flax.structures import Geometry
-from natgrad_flax.weight_sharing import (
+from natgrad_flax.structures.weight_sharing import (
     SharedGeometry,
     signals_geometry,
     traced_geometry,
@@ -29,9 +29,9 @@ from ntk_analysis.coefficient import (
 )
 from ntk_analysis.conditions import NetworkRanks, failed_conditions, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
+from ntk_analysis.infinite_width import require_limit
 from ntk_analysis.limit_conditions import limit_failures
 from ntk_analysis.symmetric import zero_below
-from ntk_analysis.twin import require_limit
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from natgrad_flax import Signals, SingularCouplingWarning, Structure
-from natgrad_flax.learning_rate import model_geometry
+from natgrad_flax.optimizer.learning_rate import model_geometry
 from ntk_analysis.coefficient import Kernels, analytic_signals
 from ntk_analysis.cost import structure_cost
 from ntk_analysis.experiment import Experiment, Report

@@ -17,9 +17,9 @@ from natgrad_flax import (
     Structure,
     optimal_learning_rate,
 )
-from natgrad_flax.spectrum import check_coefficient, rate_of_alpha, rate_of_largest
+from natgrad_flax.optimizer.spectrum import check_coefficient, rate_of_alpha, rate_of_largest
 from natgrad_flax.structures import NAMED
-from natgrad_flax.weight_sharing import SharedGeometry, signals_geometry
+from natgrad_flax.structures.weight_sharing import SharedGeometry, signals_geometry
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.conditions import failed_conditions, measured_ranks
 from ntk_analysis.empirical import Matrix

@@ -10,8 +10,8 @@ import jax
 from flax import nnx
 
 from natgrad_flax import MLP, ConvNet
-from natgrad_flax.memory import check_bytes
-from natgrad_flax.scalars import check_number
+from natgrad_flax.arguments.memory import check_bytes
+from natgrad_flax.arguments.scalars import check_number
 from ntk_analysis.names import find
 
 NETWORKS = ("mlp", "conv-flatten", "conv-average")

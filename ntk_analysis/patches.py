@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.layers import Conv
+from natgrad_flax.models.layers import Conv
 
 
 class Patches(NamedTuple):

@@ -13,9 +13,9 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import MLP, ConvNet, Signals, Structure
+from natgrad_flax.arguments.scalars import check_integer, check_number, check_seed
 from natgrad_flax.damping import is_zero
-from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.scalars import check_integer, check_number, check_seed
+from natgrad_flax.optimizer.gradient import resolve_damping
 from ntk_analysis.analytic import Progress, analytic_inputs, analytic_kernels
 from ntk_analysis.analytic_signals import check_limit, check_shared_weights
 from ntk_analysis.coefficient import (
@@ -28,8 +28,8 @@ from ntk_analysis.coefficient import (
 )
 from ntk_analysis.dynamics import check_targets
 from ntk_analysis.empirical import Matrix, initial_signals
+from ntk_analysis.infinite_width import num_outputs, require_limit
 from ntk_analysis.symmetric import symmetric_solve
-from ntk_analysis.twin import num_outputs, require_limit
 
 Covariance = Literal["none", "variance", "full"]
 _ROWS = 2000

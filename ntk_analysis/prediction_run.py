@@ -13,8 +13,8 @@ import numpy as np
 from natgrad_datasets import Dataset, DatasetError
 
 from natgrad_flax import MLP, Signals, SingularCouplingWarning, Structure
-from natgrad_flax.activations import get_activation
-from natgrad_flax.scalars import check_integer, check_number, check_seed, keep_plain
+from natgrad_flax.arguments.scalars import check_integer, check_number, check_seed, keep_plain
+from natgrad_flax.models.activations import get_activation
 from ntk_analysis.analytic import Progress, analytic_kernels
 from ntk_analysis.analytic_signals import check_limit
 from ntk_analysis.coefficient import Kernels, analytic_signals

@@ -19,10 +19,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from natgrad_flax import RelativeDamping, Signals, Structure
-from natgrad_flax.checks import check_damping, check_structure
-from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.memory import check_fits
-from natgrad_flax.scalars import as_values, check_learning_rate
+from natgrad_flax.arguments.memory import check_fits
+from natgrad_flax.arguments.scalars import as_values, check_learning_rate
+from natgrad_flax.optimizer.checks import check_damping, check_structure
+from natgrad_flax.optimizer.gradient import resolve_damping
 from ntk_analysis.coefficient import Damping, check_coefficient_fits
 from ntk_analysis.empirical import Matrix, initial_signals
 
@@ -106,7 +106,7 @@ def spectral_radius(
 
 
 def signal_resonances(structure: Structure, signals: Signals) -> Matrix:
-    """``resonances`` from float64 signals of the training samples, seeded or not."""
+    """``resonances`` from float64 signals of the training samples, of any output directions."""
     depth, n = len(signals.layers), signals.size
     sigma = structure.coupling(depth)
     if sigma is None:

@@ -11,8 +11,14 @@ from natgrad_datasets import Dataset
 from numpy.typing import NDArray
 
 from natgrad_flax import RelativeDamping
-from natgrad_flax.activations import get_activation
-from natgrad_flax.scalars import check_integer, check_number, check_seed, check_steps, keep_plain
+from natgrad_flax.arguments.scalars import (
+    check_integer,
+    check_number,
+    check_seed,
+    check_steps,
+    keep_plain,
+)
+from natgrad_flax.models.activations import get_activation
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.methods import Method, find_structure, select_methods
 from ntk_analysis.networks import check_damping_size, check_variances, find_network, layout

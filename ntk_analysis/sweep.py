@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from natgrad_flax import MLP, ConvNet, RelativeDamping, SingularCouplingWarning, Structure
-from natgrad_flax.activations import get_activation
-from natgrad_flax.checks import check_structure
-from natgrad_flax.scalars import check_integer, check_number, check_seed, keep_plain
+from natgrad_flax.arguments.scalars import check_integer, check_number, check_seed, keep_plain
+from natgrad_flax.models.activations import get_activation
+from natgrad_flax.optimizer.checks import check_structure
 from natgrad_flax.structures import Geometry
-from natgrad_flax.weight_sharing import signals_geometry
+from natgrad_flax.structures.weight_sharing import signals_geometry
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.conditions import NetworkRanks, measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals

@@ -14,7 +14,7 @@ from jax import Array
 
 import natgrad_flax as ng
 from benchmarks.leaderboard.workload import Workload
-from natgrad_flax.fisher_kinds import FisherKind
+from natgrad_flax.signals.fisher import FisherKind
 from ntk_analysis.names import find
 
 if TYPE_CHECKING:

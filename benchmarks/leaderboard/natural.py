@@ -23,10 +23,10 @@ from benchmarks.leaderboard.contestant import (
 )
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.damping import is_zero
-from natgrad_flax.fisher_kinds import FisherKind
-from natgrad_flax.plans import dense_layers
-from natgrad_flax.sizes_of_signals import sample_jacobian_entries, signal_entries
+from natgrad_flax.signals.fisher import FisherKind
+from natgrad_flax.signals.plan import dense_layers
 from natgrad_flax.structures import AveragedStructure
+from natgrad_flax.structures.memory import sample_jacobian_entries, signal_entries
 
 THEORY = ng.RelativeDamping(1e-3)
 # what a batch leaves out of its own Fisher, a step divides by the damping alone: less than this
@@ -227,7 +227,7 @@ def unsuitable(
     built = max(sample_jacobian_entries(structure, layer) for layer in layers)
     if held + built > LARGEST_SIGNALS:
         size = f"{(held + built) * 4 / 2**30:.1f} GiB"
-        if signals.num_seeds == 1:
+        if signals.num_directions == 1:
             return f"what a step holds of {signals.num_samples} samples, {size}, does not fit"
         return (
             f"the true Fisher needs {signals.num_seeds} backward passes of {signals.num_samples} "

@@ -18,7 +18,7 @@ from benchmarks.leaderboard.contestant import Contestant
 from benchmarks.leaderboard.natural import damping_on
 from benchmarks.leaderboard.program import OptaxProgram
 from benchmarks.leaderboard.workload import Workload
-from natgrad_flax.spectrum import rate_of_largest
+from natgrad_flax.optimizer.spectrum import rate_of_largest
 
 ITERATIONS = 20
 """Of the power method, a training step each; lambda_max comes out some percent too small."""

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from natgrad_flax.scalars import check_integer, check_number
+from natgrad_flax.arguments.scalars import check_integer, check_number
 
 R_MAX = 4.0
 """Where the profile ends: AlgoPerf's choice."""

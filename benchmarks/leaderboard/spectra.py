@@ -12,7 +12,7 @@ import natgrad_flax as ng
 from benchmarks.leaderboard.contestant import Contestant
 from benchmarks.leaderboard.natural import is_dense
 from benchmarks.leaderboard.workload import Workload
-from natgrad_flax.learning_rate import model_geometry
+from natgrad_flax.optimizer.learning_rate import model_geometry
 from ntk_analysis.cost import gradient_flops, structure_cost
 from ntk_analysis.isotropy import isotropy
 

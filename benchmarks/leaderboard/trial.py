@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shlex
 import time
@@ -17,7 +16,6 @@ from flax import nnx
 from numpy.typing import NDArray
 
 import benchmarks.leaderboard
-import natgrad_flax
 from benchmarks.leaderboard import RULES
 from benchmarks.leaderboard.contestant import Contestant, find_contestant
 from benchmarks.leaderboard.program import Evaluation, OptaxProgram, Program
@@ -26,9 +24,10 @@ from benchmarks.leaderboard.spectra import structure_outcome
 from benchmarks.leaderboard.targets import reason_of
 from benchmarks.leaderboard.workload import METRICS, Workload, find_workload
 from benchmarks.step import environment as step_environment
-from natgrad_flax.scalars import check_number, check_seed
+from natgrad_flax.arguments.scalars import check_number, check_seed
 from ntk_analysis.results import environment as versions
 from ntk_analysis.results import plain
+from ntk_analysis.sources import source_digest
 
 Config = dict[str, Any]
 Outcome = dict[str, Any]
@@ -38,10 +37,12 @@ DIVERGED = 1e3
 # every step at first, then every twentieth part of the steps so far
 DENSE_STEPS = 20
 
-_SOURCES = (
-    "contestant.py", "natural.py", "program.py", "rates.py", "samples.py", "spectra.py",
-    "trial.py", "workload.py",
+_AFTERWARDS = (
+    "__main__", "board", "cli", "cluster", "figures", "locks", "page", "plan", "progress",
+    "reading", "readme", "record_form", "runner", "scoring", "store", "tables", "texts", "torture",
+    "verdict",
 )  # fmt: skip
+"""Modules that plan, run, keep and show trials, and decide nothing that one finds."""
 
 
 def execute(config: Config) -> dict[str, Any]:
@@ -147,13 +148,9 @@ def identity() -> dict[str, Any]:
 def code_version() -> str:
     """SHA-256 of the sources that decide what a trial finds, so not of pages and scores."""
     own = Path(benchmarks.leaderboard.__file__).parent
-    files = [own / name for name in _SOURCES]
-    for folder in (own / "workloads", own / "contestants", Path(natgrad_flax.__file__).parent):
-        files.extend(sorted(folder.rglob("*.py")))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+    modules = [file for file in own.glob("*.py") if file.stem not in _AFTERWARDS]
+    found = [*modules, *(own / "workloads").glob("*.py"), *(own / "contestants").glob("*.py")]
+    return source_digest(sorted(found))
 
 
 @cache

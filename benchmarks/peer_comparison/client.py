@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.machine import cores
 from benchmarks.peer_comparison import exchange
 from benchmarks.peer_comparison.environments import ROOT, Peer
-from natgrad_flax.compiler import flags_of_others
+from natgrad_flax.xla.compiler import flags_of_others
 
 PATIENCE = 600.0
 """Seconds after which a worker that does not answer is given up."""

@@ -14,7 +14,7 @@ from jax import Array
 import natgrad_flax as ng
 from benchmarks.peer_comparison import exchange
 from benchmarks.peer_comparison.examples import Example, as_problem, layers_of
-from natgrad_flax.fisher_kinds import FisherKind
+from natgrad_flax.signals.fisher import FisherKind
 from natgrad_flax.structures import NAMED
 
 RATE = 1e-3
@@ -46,7 +46,7 @@ class Side:
         self._example, self.problem = example, as_problem(example)
         self._found: dict[str, exchange.Array] = {}
         self._graphdef, self._state = nnx.split(example.model)
-        self._signals = jax.jit(self._seeded, static_argnames="fisher")
+        self._signals = jax.jit(self._of_fisher, static_argnames="fisher")
 
     def quantity(self, name: str) -> exchange.Array:
         """A matrix or vector, in the order of ``exchange``.
@@ -79,7 +79,7 @@ class Side:
         outputs = nnx.merge(self._graphdef, state)(self._example.x)
         return self._example.loss(outputs, self._example.y)
 
-    def _seeded(self, state: nnx.State, x: Array, y: Array, fisher: FisherKind) -> Any:
+    def _of_fisher(self, state: nnx.State, x: Array, y: Array, fisher: FisherKind) -> Any:
         model = nnx.merge(self._graphdef, state)
         return ng.fisher_signals(model, x, y, loss=self._example.loss, fisher=fisher)[0]
 

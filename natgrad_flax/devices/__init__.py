@@ -2,8 +2,8 @@
 
 from natgrad_flax.devices.gradient import UnsolvedError, sharded_natural_gradient
 from natgrad_flax.devices.placement import replicate, shard_batch
-from natgrad_flax.devices.processes import LostPeerError, connect, lost_peers
 from natgrad_flax.devices.structure import Sharded
+from natgrad_flax.processes import LostPeerError, connect, lost_peers
 
 __all__ = [
     "LostPeerError",

@@ -15,13 +15,13 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.devices.dealing import Task, deal_out
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.operators.gradient import Gradient
+from natgrad_flax.devices.tasks import Task, distribute
 from natgrad_flax.operators.kronecker import factor_rows
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerUpdate
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 from natgrad_flax.structures import EKFAC, AveragedStructure, Moments
 
 Entries = tuple[dict[str, Any], ...]
@@ -64,7 +64,7 @@ def invert_dealt(
         Task(partial(entry, *place), (moments, *given), cubed(found[place[0]][place[1]]))
         for place in places
     ]
-    for (index, name), inverse in zip(places, deal_out(tasks, placement.mesh), strict=True):
+    for (index, name), inverse in zip(places, distribute(tasks, placement.mesh), strict=True):
         found[index][name] = inverse
     return tuple(found)
 
@@ -82,7 +82,7 @@ def basis_dealt(structure: EKFAC, factors: Entries, placement: Placement) -> Ent
     """What ``structure.basis`` returns, the eigenvectors of each factor from one device."""
     places = [(index, name) for index, one in enumerate(factors) for name in _SIDES if name in one]
     tasks = [_basis_task(structure, name, factors[index][name]) for index, name in places]
-    return _place(deal_out(tasks, placement.mesh), places, len(factors))
+    return _place(distribute(tasks, placement.mesh), places, len(factors))
 
 
 def moments_dealt(structure: EKFAC, signals: Signals, placement: Placement) -> Moments:
@@ -106,7 +106,7 @@ def moments_dealt(structure: EKFAC, signals: Signals, placement: Placement) -> M
             one = Signals((layer,), signals.outputs)
             cost = float(groups * (side + count) * count**2)
             tasks.append(Task(partial(_basis_of_rows, structure, name), (one,), cost))
-    basis = _place(deal_out(tasks, placement.mesh), places, len(factors))
+    basis = _place(distribute(tasks, placement.mesh), places, len(factors))
     blocks = tuple({"blocks": one["blocks"]} if "blocks" in one else {} for one in factors)
     return Moments(blocks, basis, structure.rotated(signals, basis))
 

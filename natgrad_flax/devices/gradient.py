@@ -12,15 +12,8 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 
-from natgrad_flax.arrays import batch_size, own_promotion
-from natgrad_flax.checks import (
-    check_fisher_batch,
-    check_microbatches,
-    check_needed_batch,
-    check_one_damping,
-    check_settings,
-    is_concrete,
-)
+from natgrad_flax.arguments.arrays import batch_size, own_promotion
+from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.devices.linear_solve import Solution
 from natgrad_flax.devices.passes import over_devices
@@ -32,26 +25,33 @@ from natgrad_flax.devices.placement import (
     on_mesh,
 )
 from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
-from natgrad_flax.fisher_kinds import FisherKind, check_key, in_range, part_signals, sampler
-from natgrad_flax.gradient import (
+from natgrad_flax.linalg import full_products
+from natgrad_flax.losses import Loss
+from natgrad_flax.optimizer.checks import (
+    check_fisher_batch,
+    check_microbatches,
+    check_needed_batch,
+    check_one_damping,
+    check_settings,
+    is_concrete,
+)
+from natgrad_flax.optimizer.gradient import (
     Damping,
     fisher_targets,
     loss_gradient,
     resolve_damping,
     static_damping,
 )
-from natgrad_flax.independence import check_samples_alone
-from natgrad_flax.layer_signals import LayerUpdate, layer_updates, named_updates
-from natgrad_flax.linalg import full_products
-from natgrad_flax.losses import Loss
-from natgrad_flax.operators.gradient import Gradient, ParameterGradient
-from natgrad_flax.plans import hashable_filter
-from natgrad_flax.preparation import prepare
-from natgrad_flax.scalars import check_integer
-from natgrad_flax.signals import Signals
+from natgrad_flax.optimizer.preflight import preflight
+from natgrad_flax.optimizer.trees import as_state, by_path, moved_by_gradient
+from natgrad_flax.signals.base import LayerUpdate, layer_updates, named_updates
+from natgrad_flax.signals.dense import Signals
+from natgrad_flax.signals.fisher import FisherKind, check_key, in_range, microbatch_signals, sampler
+from natgrad_flax.signals.gradient import Gradient, ParameterGradient
+from natgrad_flax.signals.independence import check_samples_alone
+from natgrad_flax.signals.plan import hashable_filter
+from natgrad_flax.signals.recording import Path
 from natgrad_flax.structures import Structure
-from natgrad_flax.taps import Path
-from natgrad_flax.trees import as_state, by_path, moved_by_gradient
 
 
 class UnsolvedError(RuntimeError):
@@ -130,13 +130,13 @@ def sharded_natural_gradient(
     microbatches = check_integer("microbatches", microbatches, 1)
     check_one_damping(damping)
     check_key(fisher, key)
-    here = local_model(model)
+    on_this_process = local_model(model)
     needed = gradient is None or (fisher == "empirical" and fisher_x is None)
     own = jax.tree.map(local_part, (x, y, fisher_x, fisher_y))
-    seen = check_needed_batch(here, own[0], own[1], loss, needed)
+    seen = check_needed_batch(on_this_process, own[0], own[1], loss, needed)
     if gradient is not None:
         wrt = moved_by_gradient(model, gradient, wrt)
-    seen_by_fisher = check_fisher_batch(here, fisher, *seen, own[2], own[3])
+    seen_by_fisher = check_fisher_batch(on_this_process, fisher, *seen, own[2], own[3])
     if jax.process_count() == 1:
         (x, y), (fisher_x, fisher_y) = seen, seen_by_fisher
     for batch in (x, fisher_x):
@@ -151,7 +151,7 @@ def sharded_natural_gradient(
         lambda array: jax.ShapeDtypeStruct(np.shape(array), jnp.result_type(array)), at
     )
     on_devices = nnx.merge(graphdef, moved)
-    prepare(sharded, on_devices, inputs, targets, loss, fisher, mc_samples, damping, wrt)
+    preflight(sharded, on_devices, inputs, targets, loss, fisher, mc_samples, damping, wrt)
     if check_samples:
         check_samples_alone(on_devices, on_mesh(placement, x, placement.rows))
     static = static_damping(damping)
@@ -210,7 +210,7 @@ def compute_on_devices(
     draw = sampler(loss, key, mc_samples, batch_size(at[0]))
 
     def run(first: Array | int, x: Any, y: Array | None = None) -> tuple[tuple[()], Any]:
-        return (), part_signals(model, x, y, first, draw=draw, **passes)
+        return (), microbatch_signals(model, x, y, first, draw=draw, **passes)
 
     over = partial(over_devices, placement=placement)
     arrays = tuple(part for part in at if part is not None)

@@ -13,16 +13,16 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.devices.dealing import Task, deal_out
 from natgrad_flax.devices.factors import cubed, split_last
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.devices.tasks import Task, distribute
 from natgrad_flax.linalg import symmetric_product
 from natgrad_flax.operators.base import in_parameters
-from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.operators.kronecker import factor_rows, grouped, ungrouped
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient, Residual
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 from natgrad_flax.structures import KFAC
 from natgrad_flax.structures.kronecker_average import inverse_groups
 
@@ -112,7 +112,7 @@ def solve_kfac(
         if not isinstance(signals.layers[index], ExplicitSignals)
     }
     tasks = [factor.task() for pair in pairs.values() for factor in pair]
-    matrices = iter(deal_out(tasks, placement.mesh))
+    matrices = iter(distribute(tasks, placement.mesh))
     for index, pair in pairs.items():
         a, b = (_Inverse(factor, next(matrices)) for factor in pair)
         # in place of what one device would do, which XLA drops
@@ -149,7 +149,7 @@ def _solve_layer(layer: LayerSignals, gradient: Gradient, a: _Inverse, b: _Inver
 def _directions(layer: DenseSignals, residual: Residual, b: _Inverse) -> Array:
     """r^T D B^{-1} sample by sample, shape (N, M)."""
     if residual.coefficients is None or b.factor.small:
-        return b.times(residual.direction(layer, 0).T[None])[0].T
+        return b.times(residual.cotangent(layer, 0).T[None])[0].T
     n, s = residual.coefficients.shape
     rows = jnp.einsum("ns,nsm->nm", residual.coefficients, b.matrix.reshape(n, s, n * s))
     return b.factor.over * rows @ layer.flat_derivatives()

@@ -1,7 +1,7 @@
 """The passes through the model, each device with its own samples.
 
 Left to itself XLA partitions products with ease, but not the backward pass of a convolution, whose
-samples and seeds are one axis by then.
+samples and output directions are one axis by then.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import jax
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from natgrad_flax.arrays import batch_size
+from natgrad_flax.arguments.arrays import batch_size
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.parts import Run, in_parts
+from natgrad_flax.signals.microbatches import Run, in_microbatches
 
 
 def over_devices(
-    run: Run, arrays: tuple[Any, ...], parts: int, placement: Placement
+    run: Run, arrays: tuple[Any, ...], microbatches: int, placement: Placement
 ) -> tuple[Any, Any]:
-    """What ``in_parts`` gives, from the parts of all devices at once.
+    """What ``in_microbatches`` gives, from the microbatches of all devices at once.
 
     Args:
-      run: of one part; as in ``in_parts``.
+      run: of one microbatch; as in ``in_microbatches``.
       arrays: of the batch, or trees of them; the first axis counts N samples and is sharded.
-      parts: how many parts, one after the other, on every device; a divisor of N / k.
+      microbatches: how many, one after the other, on every device; a divisor of N / k.
       placement: the devices. Parameters that ``run`` closes over may be sharded over other axes of
         the mesh, which are left to XLA.
 
@@ -37,10 +37,10 @@ def over_devices(
     def local(*own: Any) -> tuple[Any, Any]:
         start = lax.axis_index(axis) * batch_size(own)
 
-        def from_start(first: Array | int, *part: Any) -> tuple[Any, Any]:
-            return run(start + first, *part)
+        def from_start(first: Array | int, *microbatch: Any) -> tuple[Any, Any]:
+            return run(start + first, *microbatch)
 
-        means, rows = in_parts(from_start, own, parts)
+        means, rows = in_microbatches(from_start, own, microbatches)
         return jax.tree.map(lambda leaf: lax.pmean(leaf, axis), means), rows
 
     return jax.shard_map(

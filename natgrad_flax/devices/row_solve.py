@@ -1,6 +1,7 @@
 """Structures of sample space whose Gram matrices stay sharded by rows.
 
-With N samples and S seeds the matrix is N S x N S; each of k devices holds N S / k of its rows.
+With N samples and S output directions the matrix is N S x N S; each of k devices holds N S / k of
+its rows.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from jax.sharding import PartitionSpec
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve, conjugate_gradients
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate
 from natgrad_flax.operators.coupling import mix
-from natgrad_flax.operators.gradient import Gradient
-from natgrad_flax.shared_signals import SharedSignals
-from natgrad_flax.signals import Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate
+from natgrad_flax.signals.dense import Signals
+from natgrad_flax.signals.gradient import Gradient
+from natgrad_flax.signals.shared import SharedSignals
 from natgrad_flax.structures import BlockDiagonal, Exact, LayerWise, Structure
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from natgrad_flax.checks import check_structure
+from natgrad_flax.arguments.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.damping import is_zero
 from natgrad_flax.devices.factors import (
     apply_split,
@@ -24,12 +24,12 @@ from natgrad_flax.devices.kfac import solve_kfac
 from natgrad_flax.devices.linear_solve import Solution
 from natgrad_flax.devices.placement import Placement, check_divisible, device_memory, place
 from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
-from natgrad_flax.devices.units import deal_out_units
-from natgrad_flax.layer_signals import LayerUpdate
+from natgrad_flax.devices.units import solve_units_on_mesh
 from natgrad_flax.operators.base import Operator
-from natgrad_flax.operators.gradient import Gradient, Residual
-from natgrad_flax.scalars import check_integer, check_number, keep_plain
-from natgrad_flax.signals import Signals
+from natgrad_flax.optimizer.checks import check_structure
+from natgrad_flax.signals.base import LayerUpdate
+from natgrad_flax.signals.dense import Signals
+from natgrad_flax.signals.gradient import Gradient, Residual
 from natgrad_flax.structures import (
     EKFAC,
     KFAC,
@@ -141,7 +141,7 @@ class Sharded(Structure):
         if isinstance(gradient, Residual):
             gradient = jax.lax.with_sharding_constraint(gradient, rows)
         if isinstance(self.structure, UnitWise):
-            found = deal_out_units(self.structure, signals, gradient, damping, self.placement)
+            found = solve_units_on_mesh(self.structure, signals, gradient, damping, self.placement)
             return found, None
         if isinstance(self.structure, KFAC) and not is_zero(damping):
             return solve_kfac(self.structure, signals, gradient, damping, self.placement), None

@@ -16,14 +16,14 @@ from jax.sharding import PartitionSpec
 
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
-from natgrad_flax.operators.gradient import Gradient, ParameterGradient, Residual
 from natgrad_flax.operators.units import solve_units
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient, ParameterGradient, Residual
 from natgrad_flax.structures import UnitWise
 
 
-def deal_out_units(
+def solve_units_on_mesh(
     structure: UnitWise,
     signals: Signals,
     gradient: Gradient,
@@ -79,7 +79,7 @@ def _solve_dense(
     residual = isinstance(gradient, Residual)
     seen: Any
     if isinstance(gradient, Residual):
-        seen = gradient.coefficients if inside else gradient.direction(layer, 0)
+        seen = gradient.coefficients if inside else gradient.cotangent(layer, 0)
     else:
         seen = matrix_of(gradient.vector((layer,))[0])
 

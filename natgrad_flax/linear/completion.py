@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.arrays import real_array
+from natgrad_flax.arguments.arrays import real_array
+from natgrad_flax.arguments.scalars import (
+    check_integer,
+    check_learning_rate,
+    check_number,
+    check_steps,
+)
 from natgrad_flax.linear.matrix_factorization import (
     Factors,
     check_observations,
@@ -20,7 +26,6 @@ from natgrad_flax.linear.matrix_factorization import (
     product,
     residual,
 )
-from natgrad_flax.scalars import check_integer, check_learning_rate, check_number, check_steps
 
 DECAY = 0.99
 STABILISER = 1e-4

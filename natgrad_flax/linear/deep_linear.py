@@ -20,8 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.arrays import is_concrete
-from natgrad_flax.checks import check_damping, check_normal
+from natgrad_flax.arguments.arrays import is_concrete
+from natgrad_flax.arguments.scalars import (
+    check_integer,
+    check_learning_rate,
+    check_number,
+    is_traced_number,
+    shown,
+)
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_bottleneck import bottleneck_natural_gradient
@@ -38,13 +44,7 @@ from natgrad_flax.linear.deep_linear_moments import (
     moments,
     optimum,
 )
-from natgrad_flax.scalars import (
-    check_integer,
-    check_learning_rate,
-    check_number,
-    is_traced_number,
-    shown,
-)
+from natgrad_flax.optimizer.checks import check_damping, check_normal
 
 __all__ = [
     "Moments",

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from natgrad_flax.arguments.memory import check_fits
+from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.linear.deep_linear_forms import chain
 from natgrad_flax.linear.deep_linear_moments import (
     Moments,
@@ -21,8 +23,6 @@ from natgrad_flax.linear.deep_linear_moments import (
     check_weights,
     is_square,
 )
-from natgrad_flax.memory import check_fits
-from natgrad_flax.scalars import check_integer
 
 
 def fisher_block(weights: Weights, data: Moments, i: int, j: int) -> Array:

@@ -10,8 +10,8 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.arrays import solve_dtype
-from natgrad_flax.checks import check_array, check_damping, check_normal
+from natgrad_flax.arguments.arrays import solve_dtype
+from natgrad_flax.arguments.scalars import check_learning_rate, check_number
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_forms import (
@@ -23,10 +23,10 @@ from natgrad_flax.linear.deep_linear_forms import (
 from natgrad_flax.linear.deep_linear_moments import Moments, check_factors, is_square
 from natgrad_flax.losses import MeanSquaredError
 from natgrad_flax.models import MLP
-from natgrad_flax.plans import dense_layers
-from natgrad_flax.scalars import check_learning_rate, check_number
-from natgrad_flax.taps import Path
-from natgrad_flax.transformation import NaturalGradientState, Step, transformation
+from natgrad_flax.optimizer.checks import check_array, check_damping, check_normal
+from natgrad_flax.optimizer.transformation import NaturalGradientState, Step, transformation
+from natgrad_flax.signals.plan import dense_layers
+from natgrad_flax.signals.recording import Path
 
 
 def deep_linear_descent(

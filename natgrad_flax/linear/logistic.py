@@ -17,9 +17,9 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from natgrad_flax.checks import check_array, is_concrete
 from natgrad_flax.linalg import inverse_psd, solve_psd, symmetric_product
 from natgrad_flax.linear.descent import as_floating, check_memory
+from natgrad_flax.optimizer.checks import check_array, is_concrete
 
 FisherData = Literal["train", "population"]
 

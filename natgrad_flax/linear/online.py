@@ -10,27 +10,27 @@ import optax
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.arrays import solve_dtype
-from natgrad_flax.checks import check_normal
+from natgrad_flax.arguments.arrays import solve_dtype
+from natgrad_flax.arguments.scalars import check_integer, check_seed
 from natgrad_flax.damping import LevenbergMarquardt, is_zero
-from natgrad_flax.fisher_kinds import fisher_signals
-from natgrad_flax.independence import check_samples_alone
-from natgrad_flax.layer_signals import matrix_of
 from natgrad_flax.linalg import full_products
 from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
 from natgrad_flax.linear.deep_linear_optimizer import check_settings
 from natgrad_flax.linear.inverse_moments import DirectInverse, InverseMoment
 from natgrad_flax.losses import Loss, MeanSquaredError
-from natgrad_flax.plans import dense_layers
-from natgrad_flax.scalars import check_integer, check_seed
-from natgrad_flax.signals import DenseSignals
-from natgrad_flax.transformation import (
+from natgrad_flax.optimizer.checks import check_normal
+from natgrad_flax.optimizer.transformation import (
     NaturalGradientState,
     Step,
     change_of_loss,
     transformation,
 )
-from natgrad_flax.trees import leaf_names
+from natgrad_flax.optimizer.trees import leaf_names
+from natgrad_flax.signals.base import matrix_of
+from natgrad_flax.signals.dense import DenseSignals
+from natgrad_flax.signals.fisher import fisher_signals
+from natgrad_flax.signals.independence import check_samples_alone
+from natgrad_flax.signals.plan import dense_layers
 
 
 def online_natural_gradient_descent(
@@ -130,7 +130,7 @@ def online_natural_gradient_descent(
         root = jnp.sqrt(rho).astype(signals.outputs.dtype)
         with full_products():
             down = [
-                -matrix_of(layer.pull_back(residual.direction(layer, index))) / count
+                -matrix_of(layer.local_vjp(residual.cotangent(layer, index))) / count
                 for index, layer in enumerate(layers)
             ]
             inverses = {}

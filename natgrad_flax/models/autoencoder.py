@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.activations import get_activation
+from natgrad_flax.models.activations import get_activation
 from natgrad_flax.models.mlp import MLP
-from natgrad_flax.sizes import size_tuple
+from natgrad_flax.models.sizes import size_tuple
 
 
 class Autoencoder(nnx.Module):

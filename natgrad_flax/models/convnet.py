@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.activations import get_activation
-from natgrad_flax.layers import Conv, Dense
-from natgrad_flax.sizes import (
+from natgrad_flax.models.activations import get_activation
+from natgrad_flax.models.layers import Conv, Dense
+from natgrad_flax.models.sizes import (
     PADDINGS,
     check_choice,
     check_images,

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.activations import get_activation
-from natgrad_flax.layers import Dense
-from natgrad_flax.sizes import check_variances, size_tuple
+from natgrad_flax.models.activations import get_activation
+from natgrad_flax.models.layers import Dense
+from natgrad_flax.models.sizes import check_variances, size_tuple
 
 
 class MLP(nnx.Module):

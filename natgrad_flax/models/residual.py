@@ -11,8 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.arrays import solve_dtype
-from natgrad_flax.sizes import check_choice, check_images, check_sizes, image_shape, size_tuple
+from natgrad_flax.arguments.arrays import solve_dtype
+from natgrad_flax.models.sizes import (
+    check_choice,
+    check_images,
+    check_sizes,
+    image_shape,
+    size_tuple,
+)
 
 NORMALISATIONS = ("group", "batch", "none")
 """What stands before each activation: nnx.GroupNorm, nnx.BatchNorm or nothing."""

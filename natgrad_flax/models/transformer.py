@@ -11,8 +11,8 @@ from flax import nnx
 from flax.nnx.nn.attention import dot_product_attention_weights
 from jax import Array
 
-from natgrad_flax.activations import get_activation
-from natgrad_flax.sizes import check_images, check_sizes, image_shape
+from natgrad_flax.models.activations import get_activation
+from natgrad_flax.models.sizes import check_images, check_sizes, image_shape
 
 POSITION_DEVIATION = 0.02
 """Standard deviation of the position embedding at initialisation."""

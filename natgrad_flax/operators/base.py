@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, unravel
-from natgrad_flax.operators.gradient import Gradient, ParameterGradient
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, unravel
+from natgrad_flax.signals.gradient import Gradient, ParameterGradient
 
 Space = Literal["auto", "sample", "parameter"]
 
@@ -87,7 +87,7 @@ class OfRows(Operator):
     """An operator made of the rows of J of some layers.
 
     Attributes:
-      layers: the signals, N samples and S seeds each.
+      layers: the signals, N samples and S output directions each.
       space: "sample" for systems as large as the rows, "parameter" for (P, P), "auto" for the
         smaller.
     """
@@ -103,7 +103,7 @@ class OfRows(Operator):
     @property
     def num_rows(self) -> int:
         """N S."""
-        return self.num_samples * self.layers[0].num_seeds
+        return self.num_samples * self.layers[0].num_directions
 
     @property
     def num_params(self) -> int:

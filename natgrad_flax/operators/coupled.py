@@ -12,7 +12,6 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerUpdate, dense_jacobian, ravel, unravel
 from natgrad_flax.linalg import eigvalsh, lu_solve, pinv_solve
 from natgrad_flax.operators.base import OfRows, add, noise
 from natgrad_flax.operators.coupling import (
@@ -22,7 +21,8 @@ from natgrad_flax.operators.coupling import (
     solve_in_ranges,
     solve_undamped,
 )
-from natgrad_flax.operators.gradient import Gradient
+from natgrad_flax.signals.base import LayerUpdate, dense_jacobian, ravel, unravel
+from natgrad_flax.signals.gradient import Gradient
 
 Solver = Callable[..., list[Array]]
 """Of damped systems in sample space, with the arguments and results of ``solve_coupled``."""
@@ -110,7 +110,7 @@ class Coupled(OfRows):
     def sample(self, key: Array, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """As for ``LowRank``, with z of covariance Sigma between layers; NaN without such z."""
         keys, n, layers = jax.random.split(key), self.num_samples, self.layers
-        shape, dtype = (n, layers[0].num_seeds), jax.tree.leaves(layers)[0].dtype
+        shape, dtype = (n, layers[0].num_directions), jax.tree.leaves(layers)[0].dtype
         draw = jax.random.normal(keys[0], (len(layers), *shape), dtype) / float(n) ** 0.5
         values, vectors = np.linalg.eigh(self.sigma)
         negative = values < -1e-12 * np.abs(values).max()

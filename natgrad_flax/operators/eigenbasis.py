@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import above_rounding, add_diagonal, rank_cutoff, reciprocal
 from natgrad_flax.operators.base import OfLayer, add, noise
-from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.operators.kronecker import AffineSignals, grouped, ungrouped
-from natgrad_flax.signals import DenseSignals
+from natgrad_flax.signals.base import LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals
+from natgrad_flax.signals.gradient import Gradient, Residual
 
 Basis = dict[str, Array]
 """U_A as "inputs", (G, fan_in, r), and U_B as "units", (G, M/G, r')."""
@@ -39,15 +39,15 @@ class Eigenbasis(OfLayer):
         """See ``Operator.solve``.
 
         The gradient of the batch lies in the span of its inputs and, where r lies in the span of
-        the seeds, of its derivatives. What it has outside is rounding, which a division by rho
-        would magnify; so only its coordinates in the basis are taken.
+        the output directions, of its derivatives. What it has outside is rounding, which a division
+        by rho would magnify; so only its coordinates in the basis are taken.
         """
         inverse = invert_squares(self.basis, self.squares, damping)
         if not isinstance(gradient, Residual):
             (g,) = gradient.vector((self.layer,))
             return (self.layer.update(solve_in_basis(inverse, matrix_of(g))),)
-        direction = gradient.direction(self.layer, 0) / self.layer.num_samples
-        half = _turned_gradient(self.layer, direction, self.basis["inputs"])
+        cotangent = gradient.cotangent(self.layer, 0) / self.layer.num_samples
+        half = _turned_gradient(self.layer, cotangent, self.basis["inputs"])
         seen = None
         if gradient.coefficients is not None:
             seen = _seen_units(self.layer, self.basis["units"])
@@ -138,16 +138,16 @@ def _is_thin(basis: Array) -> bool:
     return basis.shape[2] < basis.shape[1]
 
 
-def _turned_gradient(layer: AffineSignals, direction: Array, left: Array) -> Array:
+def _turned_gradient(layer: AffineSignals, cotangent: Array, left: Array) -> Array:
     """U_A^T a^T R, (G, r, M/G), for cotangents R of the pre-activations; 0 where a U_A is."""
     if isinstance(layer, DenseSignals):
         turned = layer.augmented_inputs() @ left[0]
-        return ((turned * _seen(turned)).T @ direction)[None]
+        return ((turned * _seen(turned)).T @ cotangent)[None]
     if _is_thin(left):
         turned = jnp.einsum("ntgk,gkp->ntgp", layer.augmented_inputs(), left)
-        return jnp.einsum("ntgp,ntgm->gpm", turned, direction)
+        return jnp.einsum("ntgp,ntgm->gpm", turned, cotangent)
     # many rows: rather turn their sum
-    return left.mT @ grouped(matrix_of(layer.pull_back(direction)), len(left))
+    return left.mT @ grouped(matrix_of(layer.local_vjp(cotangent)), len(left))
 
 
 def _seen_units(layer: AffineSignals, right: Array) -> Array:

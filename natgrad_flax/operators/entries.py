@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
 from natgrad_flax.operators.base import OfLayer
-from natgrad_flax.operators.gradient import Gradient
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ravel
+from natgrad_flax.signals.gradient import Gradient
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import matrix_of
 from natgrad_flax.linalg import (
     add_diagonal,
     eigh,
@@ -28,7 +27,8 @@ from natgrad_flax.operators.base import (
     log_determinant,
 )
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
-from natgrad_flax.signals import DenseSignals
+from natgrad_flax.signals.base import matrix_of
+from natgrad_flax.signals.dense import DenseSignals
 
 
 class Rows(Protocol):
@@ -95,19 +95,19 @@ class InputRows:
 
     def transposed_times(self, matrix: Array) -> Array:
         """a^T c."""
-        return matrix_of(self.layer.pull_back(matrix))
+        return matrix_of(self.layer.local_vjp(matrix))
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """The derivatives of the outputs with respect to the units, one row a sample and seed."""
+    """The derivatives D with respect to the units, one row a sample and output direction."""
 
     layer: DenseSignals
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N S, M)."""
-        return self.layer.num_samples * self.layer.num_seeds, self.layer.num_units
+        return self.layer.num_samples * self.layer.num_directions, self.layer.num_units
 
     def array(self) -> Array:
         """D, shape (N S, M)."""

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerUpdate, matrix_of
 from natgrad_flax.linalg import inverse_psd
 from natgrad_flax.operators.base import OfLayer, Space
 from natgrad_flax.operators.factor import ArrayRows, Factor, InputRows, UnitRows
-from natgrad_flax.operators.gradient import Gradient, Residual
-from natgrad_flax.shared_signals import SharedSignals, Sharing
-from natgrad_flax.signals import DenseSignals, expand_samples
+from natgrad_flax.signals.base import LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, expand_samples
+from natgrad_flax.signals.gradient import Gradient, Residual
+from natgrad_flax.signals.shared import SharedSignals, Sharing
 
 AffineSignals = DenseSignals | SharedSignals
 """Signals of an affine layer, which has Kronecker factors."""
@@ -97,8 +97,8 @@ class Kronecker(OfLayer):
         right, w = self.right, residual.coefficients
         flat = right.rows.array()
         if right.in_parameters or w is None:
-            direction = residual.direction(self.layer, 0)
-            return right.solve(direction.T, damping).T
+            cotangent = residual.cotangent(self.layer, 0)
+            return right.solve(cotangent.T, damping).T
         n, s = w.shape
         inverse = inverse_psd(right.system(damping), shifted=not is_zero(damping))
         rows = jnp.einsum("ns,nsm->nm", w, inverse.reshape(n, s, n * s))
@@ -116,7 +116,7 @@ class Kronecker(OfLayer):
         by_a, by_b = self.split(damping)
         units = self.right.cross(UnitRows(test), by_b)
         inputs = self.left.cross(InputRows(test), by_a)
-        return units * expand_samples(inputs, test.num_seeds, self.layer.num_seeds)
+        return units * expand_samples(inputs, test.num_directions, self.layer.num_directions)
 
     def matvec(self, vector: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
         """A G B."""

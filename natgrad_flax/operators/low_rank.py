@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerUpdate, dense_jacobian, ravel, unravel
 from natgrad_flax.linalg import add_diagonal, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import OfRows, add, noise
-from natgrad_flax.operators.gradient import Gradient
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
+from natgrad_flax.signals.base import LayerUpdate, dense_jacobian, ravel, unravel
+from natgrad_flax.signals.gradient import Gradient
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LowRank(OfRows):
     def sample(self, key: Array, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """J^T z / N^(1/2) and noise of variance rho, with z standard normal."""
         keys, n = jax.random.split(key), self.num_samples
-        shape, dtype = (n, self.layers[0].num_seeds), jax.tree.leaves(self.layers)[0].dtype
+        shape, dtype = (n, self.layers[0].num_directions), jax.tree.leaves(self.layers)[0].dtype
         draw = jax.random.normal(keys[0], shape, dtype) / float(n) ** 0.5
         seen = tuple(layer.vjp(draw) for layer in self.layers)
         return add(seen, noise(keys[1], self.layers, damping))

@@ -10,11 +10,11 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, inverse_psd, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import OfLayer, Space, add, noise
-from natgrad_flax.operators.gradient import Gradient
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals.gradient import Gradient
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jax import Array
 
-from natgrad_flax.layer_signals import LayerUpdate
-from natgrad_flax.signals import Signals
+from natgrad_flax.signals.base import LayerUpdate
+from natgrad_flax.signals.dense import Signals
 from natgrad_flax.structures.base import Structure
 
 
@@ -32,7 +32,7 @@ class AveragedStructure(Structure):
 
     ``statistics`` and ``rotated`` are means with equal weights: those of a batch are the mean of
     those of its equal parts. The shapes of all that is returned here depend on the network alone,
-    not on the number of samples or seeds.
+    not on the number of samples or output directions.
     """
 
     cheap_inverse: ClassVar[bool] = False

@@ -11,11 +11,11 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
 from natgrad_flax.operators.base import Operator
-from natgrad_flax.operators.gradient import Gradient, ParameterGradient
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ravel
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient, ParameterGradient
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import Style, style_of_class
 
@@ -28,10 +28,10 @@ class IsotropyWarning(UserWarning):
 class Structure(abc.ABC):
     """A Fisher approximation G; everything it does is a function of signals.
 
-    The signals are seeded by a factor of the Fisher (``fisher_kinds``), so F = J^T J / N with J the
-    seeded Jacobian, whatever the loss. A damping is added to F in this 1/N convention.
-    It is a number, or an array of the shape that ``damping_scale`` has; the number 0 stands for the
-    pseudo-inverse.
+    The output directions of the signals are a factor of the Fisher (``signals.fisher``), so
+    F = J^T J / N with their Jacobian J, whatever the loss. A damping is added to F in this 1/N
+    convention. It is a number, or an array of the shape that ``damping_scale`` has; the number 0
+    stands for the pseudo-inverse.
     """
 
     style: ClassVar[Style]
@@ -170,7 +170,7 @@ class Structure(abc.ABC):
 
         Args:
           test: signals at x' of the plain outputs, S = C.
-          train: signals at x, seeded by the factor of the Fisher.
+          train: signals at x, of the output directions of the Fisher.
           damping: as in ``solve``.
 
         Returns:

@@ -7,11 +7,11 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.operators.base import Blocks, Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.low_rank import LowRank
-from natgrad_flax.signals import Signals
+from natgrad_flax.signals.base import LayerSignals
+from natgrad_flax.signals.dense import Signals
 from natgrad_flax.structures.base import block_words
 from natgrad_flax.structures.layer_wise import LayerWise
 from natgrad_flax.structures.style import styled
@@ -54,11 +54,11 @@ class BlockDiagonal(LayerWise):
         """sum_l K_l(x', x) (K_l + N rho_l)^{-1} V."""
         total = jnp.zeros((test.size, vectors.shape[1]), train.outputs.dtype)
         shifted = not is_zero(damping)
-        for there, here, rho in zip(
+        for test_layer, train_layer, rho in zip(
             test.layers, train.layers, per_layer(damping, len(train.layers)), strict=True
         ):
-            gram = add_diagonal(here.gram(), train.num_samples * rho)
-            total = total + there.gram(here) @ solve_psd(gram, vectors, shifted=shifted)
+            gram = add_diagonal(train_layer.gram(), train.num_samples * rho)
+            total = total + test_layer.gram(train_layer) @ solve_psd(gram, vectors, shifted=shifted)
         return total
 
     def damping_scale(self, signals: Signals) -> Array:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
 from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.entries import Entries, divide
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ravel
+from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import (
     Geometry,
@@ -66,21 +66,21 @@ class Diagonal(AveragedStructure):
         if has_shared_layers(train):
             return super().coefficient(test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
-        for there, here, rho in zip(
+        for test_layer, train_layer, rho in zip(
             map(dense_layer, test.layers),
             map(dense_layer, train.layers),
             per_layer(damping, len(train.layers)),
             strict=True,
         ):
-            left, right = there.augmented_inputs(), here.augmented_inputs()
-            square = jnp.sum(here.derivatives**2, axis=1)
-            entries = square.T @ right**2 / here.num_samples
+            left, right = test_layer.augmented_inputs(), train_layer.augmented_inputs()
+            square = jnp.sum(train_layer.derivatives**2, axis=1)
+            entries = square.T @ right**2 / train_layer.num_samples
             inverse = divide(jnp.ones_like(entries), entries + rho)
 
             def kernel(row: tuple[Array, ...], left: Array = left, right: Array = right) -> Array:
                 return (left * row[0]) @ right.T
 
-            total = total + sum_over_units(there, here, (inverse,), kernel)
+            total = total + sum_over_units(test_layer, train_layer, (inverse,), kernel)
         return total / train.num_samples
 
     def gram_size(self, signals: Signals) -> int:
@@ -124,16 +124,16 @@ def mean_squares(layer: DenseSignals) -> Array:
 
 
 def sum_over_units(
-    there: DenseSignals,
-    here: DenseSignals,
+    test_layer: DenseSignals,
+    train_layer: DenseSignals,
     rows: tuple[Array, ...],
     kernel: Callable[[tuple[Array, ...]], Array],
 ) -> Array:
     """sum_i (D'_i D_i^T) . kernel(rows_i), unit after unit, shape (N' S', N S).
 
     Args:
-      there: signals at x'.
-      here: signals at x.
+      test_layer: signals at x'.
+      train_layer: signals at x.
       rows: arrays whose first axis counts the units.
       kernel: from one entry of each array to an (N', N) array.
     """
@@ -143,8 +143,12 @@ def sum_over_units(
         inputs = kernel(row)[:, None, :, None]
         return total + out[:, :, None, None] * inputs * into[None, None, :, :], None
 
-    shape = (*there.derivatives.shape[:2], *here.derivatives.shape[:2])
-    start = jnp.zeros(shape, here.inputs.dtype)
-    units = (jnp.moveaxis(there.derivatives, 2, 0), jnp.moveaxis(here.derivatives, 2, 0), rows)
+    shape = (*test_layer.derivatives.shape[:2], *train_layer.derivatives.shape[:2])
+    start = jnp.zeros(shape, train_layer.inputs.dtype)
+    units = (
+        jnp.moveaxis(test_layer.derivatives, 2, 0),
+        jnp.moveaxis(train_layer.derivatives, 2, 0),
+        rows,
+    )
     total, _ = jax.lax.scan(add, start, units)
-    return total.reshape(-1, here.num_samples * here.num_seeds)
+    return total.reshape(-1, train_layer.num_samples * train_layer.num_directions)

@@ -10,7 +10,6 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import (
     eigh,
     qr,
@@ -20,8 +19,9 @@ from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.eigenbasis import Eigenbasis, invert_squares, solve_in_basis
 from natgrad_flax.operators.kronecker import factor_rows, over_groups
 from natgrad_flax.operators.units import UnitBlocks, invert_blocks, multiply_blocks, unit_blocks
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.geometry import Geometry
@@ -154,11 +154,11 @@ class EKFAC(AveragedStructure):
             if isinstance(layer, ExplicitSignals):
                 sides.append(layer.fan_in)
                 continue
-            samples, seeds, groups = layer.num_samples, layer.num_seeds, 1
+            samples, directions, groups = layer.num_samples, layer.num_directions, 1
             if isinstance(layer, SharedSignals):
                 groups = layer.num_groups
                 samples = samples * layer.num_positions
-            pairs = (samples, layer.fan_in), (samples * seeds, layer.num_units // groups)
+            pairs = (samples, layer.fan_in), (samples * directions, layer.num_units // groups)
             whole = isinstance(layer, SharedSignals) and self.sharing == "reduce"
             sides.extend(params if whole else min(rows, params) for rows, params in pairs)
         return max(sides)
@@ -250,7 +250,7 @@ def _mean_squares(layer: LayerSignals, left: Array, right: Array) -> Array:
 
 def _turns_rows(layer: SharedSignals, left: Array, right: Array) -> bool:
     """Whether turning inputs and derivatives costs less than turning the Jacobians of samples."""
-    s, t = layer.num_seeds, layer.num_positions
+    s, t = layer.num_directions, layer.num_positions
     (k, p), (m, q) = left.shape[1:], right.shape[1:]
     rows = t * k * p + s * t * (m * q + p * q)
     return rows < s * (t * k * m + p * k * m + p * m * q)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import add_diagonal, solve_psd
 from natgrad_flax.operators.base import Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.low_rank import LowRank
-from natgrad_flax.signals import Signals
+from natgrad_flax.signals.base import LayerSignals
+from natgrad_flax.signals.dense import Signals
 from natgrad_flax.structures.base import Structure, triangle
 from natgrad_flax.structures.geometry import Geometry, NeededRank
 from natgrad_flax.structures.style import styled

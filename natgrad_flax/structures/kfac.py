@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import has_full_rank
 from natgrad_flax.operators.base import Blocks, Space, check_space, in_parameters
 from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker
 from natgrad_flax.operators.units import UnitBlocks
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.base import (
     IsotropyWarning,
     dense_layer,
@@ -233,8 +233,10 @@ class KFAC(KroneckerAverage):
             return super().coefficient(test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
         rhos = per_layer(damping, len(train.layers))
-        for index, (there, rho) in enumerate(zip(map(dense_layer, test.layers), rhos, strict=True)):
-            total = total + self._kronecker(train, index).cross(there, rho) / train.num_samples
+        for index, (test_layer, rho) in enumerate(
+            zip(map(dense_layer, test.layers), rhos, strict=True)
+        ):
+            total = total + self._kronecker(train, index).cross(test_layer, rho) / train.num_samples
         return total
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
@@ -257,7 +259,7 @@ class KFAC(KroneckerAverage):
                 inputs = jnp.diagonal(block.left.cross(block.left.rows, 0.0))
             if index == len(train.layers) - 1:
                 units = jnp.diagonal(block.right.cross(block.right.rows, 0.0))
-            total = total + units * jnp.repeat(inputs, layer.num_seeds) / train.num_samples
+            total = total + units * jnp.repeat(inputs, layer.num_directions) / train.num_samples
         return total
 
     def gram_size(self, signals: Signals) -> int:

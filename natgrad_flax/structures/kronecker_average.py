@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, inverse_psd, symmetric_product
 from natgrad_flax.operators.kronecker import (
     AffineSignals,
@@ -18,8 +17,9 @@ from natgrad_flax.operators.kronecker import (
     ungrouped,
 )
 from natgrad_flax.operators.units import invert_blocks, multiply_blocks, unit_blocks
-from natgrad_flax.shared_signals import ExplicitSignals, SharedSignals, Sharing
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 
 Entry = dict[str, Array]
@@ -87,7 +87,7 @@ class KroneckerAverage(AveragedStructure):
         groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
         rows = float(layer.num_samples * positions * groups)
         # floats: products of sizes outgrow the integers of XLA
-        return jnp.stack([sum_a / (rows * positions), sum_b / (rows * layer.num_seeds)])
+        return jnp.stack([sum_a / (rows * positions), sum_b / (rows * layer.num_directions)])
 
     def invert(
         self, moments: Moments, damping: Array | float, num_samples: int
@@ -155,7 +155,7 @@ class KroneckerAverage(AveragedStructure):
 
 def block_norms(layer: ExplicitSignals) -> Array:
     """The mean diagonal of the Gram matrix, in both places of a pair."""
-    mean = jnp.sum(layer.gram_norms()) / float(layer.num_samples * layer.num_seeds)
+    mean = jnp.sum(layer.gram_norms()) / float(layer.num_samples * layer.num_directions)
     return jnp.stack([mean, mean])
 
 

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.arrays import real_array
+from natgrad_flax.arguments.arrays import real_array
 from natgrad_flax.damping import is_zero
-from natgrad_flax.layer_signals import LayerSignals
 from natgrad_flax.linalg import has_full_rank
 from natgrad_flax.operators.base import Operator, Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.coupled import Coupled, Solver
 from natgrad_flax.operators.coupling import solve_coupled, solve_tridiagonal
-from natgrad_flax.signals import Signals
+from natgrad_flax.signals.base import LayerSignals
+from natgrad_flax.signals.dense import Signals
 from natgrad_flax.structures.base import Structure, has_shared_layers, rank_failures
 from natgrad_flax.structures.geometry import Geometry, NeededRank
 from natgrad_flax.structures.style import styled
@@ -121,8 +121,8 @@ class LayerWise(Structure):
         coupled = Coupled(train.layers, sigma=self.coupling(len(train.layers)), solver=self._solver)
         duals = coupled.solve_duals(vectors, damping)
         parts = [
-            there.gram(here) @ dual
-            for there, here, dual in zip(test.layers, train.layers, duals, strict=True)
+            test_layer.gram(train_layer) @ dual
+            for test_layer, train_layer, dual in zip(test.layers, train.layers, duals, strict=True)
         ]
         return sum(parts[1:], start=parts[0])
 
@@ -168,7 +168,7 @@ class LayerWise(Structure):
                 if layer.num_params < signals.size
             ]
         else:
-            failures = rank_failures(Geometry(shapes, signals.num_samples, signals.num_seeds))
+            failures = rank_failures(Geometry(shapes, signals.num_samples, signals.num_directions))
         if failures:
             raise ValueError(
                 f"{self.name} at zero damping needs layer Jacobians of full row rank: "

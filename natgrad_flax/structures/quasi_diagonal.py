@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, ravel
 from natgrad_flax.linalg import eigvalsh, rank_cutoff, reciprocal
 from natgrad_flax.operators.base import Blocks, OfLayer
 from natgrad_flax.operators.entries import Entries, divide
-from natgrad_flax.operators.gradient import Gradient, Residual
-from natgrad_flax.shared_signals import SharedSignals
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ravel
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient, Residual
+from natgrad_flax.signals.shared import SharedSignals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.base import (
     Geometry,
@@ -101,20 +101,20 @@ class QuasiDiagonal(AveragedStructure):
         if has_shared_layers(train):
             return super().coefficient(test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
-        for there, here, rho in zip(
+        for test_layer, train_layer, rho in zip(
             map(dense_layer, test.layers),
             map(dense_layer, train.layers),
             per_layer(damping, len(train.layers)),
             strict=True,
         ):
-            scale = here.bias_scale
+            scale = train_layer.bias_scale
             if scale is None:
-                left = Signals((there,), test.outputs)
-                right = Signals((here,), train.outputs)
+                left = Signals((test_layer,), test.outputs)
+                right = Signals((train_layer,), train.outputs)
                 total = total + Diagonal().coefficient(left, right, rho)
                 continue
             (entries,) = self.invert(
-                self.moments(Signals((here,), train.outputs)), rho, here.num_samples
+                self.moments(Signals((train_layer,), train.outputs)), rho, train_layer.num_samples
             )
             rows = (
                 entries["ratio"].T,
@@ -124,15 +124,17 @@ class QuasiDiagonal(AveragedStructure):
 
             def kernel(
                 row: tuple[Array, ...],
-                left: Array = there.inputs,
-                right: Array = here.inputs,
+                left: Array = test_layer.inputs,
+                right: Array = train_layer.inputs,
                 scale: float = scale,
             ) -> Array:
                 ratio, weight, bias = row
                 centred = (left - scale * ratio) * weight
                 return centred @ (right - scale * ratio).T + scale**2 * bias
 
-            total = total + sum_over_units(there, here, rows, kernel) / train.num_samples
+            total = (
+                total + sum_over_units(test_layer, train_layer, rows, kernel) / train.num_samples
+            )
         return total
 
     def gram_size(self, signals: Signals) -> int:

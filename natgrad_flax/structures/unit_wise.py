@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.damping import RelativeDamping, is_zero, per_layer
-from natgrad_flax.layer_signals import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import (
     Blocks,
@@ -21,9 +19,10 @@ from natgrad_flax.operators.base import (
     noise,
 )
 from natgrad_flax.operators.entries import divide
-from natgrad_flax.operators.gradient import Gradient, Residual
 from natgrad_flax.operators.units import UnitBlocks, solve_block
-from natgrad_flax.signals import DenseSignals, Signals
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.gradient import Gradient, Residual
 from natgrad_flax.structures.base import (
     Structure,
     dense_layer,
@@ -33,6 +32,7 @@ from natgrad_flax.structures.base import (
 from natgrad_flax.structures.diagonal import sum_over_units
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import styled
+from natgrad_flax.xla.batched_solve import solve_scaled_gram
 
 _NO_SHARED_LIMIT = (
     "UnitWise has no infinite-width kernel of a ConvNet: a channel of the first convolution keeps "
@@ -117,13 +117,13 @@ class UnitWise(Structure):
         if has_shared_layers(train):
             return super().coefficient(test, train, damping)
         total = jnp.zeros((), train.outputs.dtype)
-        for there, here, rho in zip(
+        for test_layer, train_layer, rho in zip(
             map(dense_layer, test.layers),
             map(dense_layer, train.layers),
             per_layer(damping, len(train.layers)),
             strict=True,
         ):
-            gram, cross = here.input_gram(), there.input_gram(here)
+            gram, cross = train_layer.input_gram(), test_layer.input_gram(train_layer)
             shift = train.num_samples * rho
             zero = is_zero(damping)
 
@@ -145,8 +145,8 @@ class UnitWise(Structure):
                     solved = solve_psd(matrix + shift * eye, right, shifted=True)
                 return (cross * root) @ solved
 
-            roots = jnp.sqrt(_weights(here)).T
-            total = total + sum_over_units(there, here, (roots,), kernel)
+            roots = jnp.sqrt(_weights(train_layer)).T
+            total = total + sum_over_units(test_layer, train_layer, (roots,), kernel)
         return total
 
     def damping_scale(self, signals: Signals) -> Array:
@@ -208,16 +208,16 @@ class DenseUnits(UnitBlocks):
             (g,) = gradient.vector((layer,))
             return (_in_parameters(layer, matrix_of(g), damping),)
         if residual is not None:
-            direction = residual.direction(layer, 0)
+            cotangent = residual.cotangent(layer, 0)
             if zero:
-                return (layer.pull_back(_undamped(layer, direction)),)
+                return (layer.local_vjp(_undamped(layer, cotangent)),)
             inside = residual.coefficients is not None
-            return (layer.pull_back(_damped(layer, direction, n * damping, inside)),)
+            return (layer.local_vjp(_damped(layer, cotangent, n * damping, inside)),)
         (g,) = gradient.vector((layer,))
         root = jnp.sqrt(_weights(layer))
-        image = root * layer.push_forward(g)
+        image = root * layer.local_jvp(g)
         dual = solve_units_of_gram(layer.input_gram(), root, n * damping, image)
-        back = layer.pull_back(root * dual)
+        back = layer.local_vjp(root * dual)
         return (jax.tree.map(lambda a, b: (a - b) / damping, g, back),)
 
     def eigenvalues(self) -> Array:
@@ -236,12 +236,12 @@ class DenseUnits(UnitBlocks):
         """See ``Operator.sample``."""
         keys, roots = jax.random.split(key), jnp.sqrt(_weights(self.layer) / self.layer.num_samples)
         draw = roots * jax.random.normal(keys[0], roots.shape, roots.dtype)
-        return add((self.layer.pull_back(draw),), noise(keys[1], (self.layer,), damping))
+        return add((self.layer.local_vjp(draw),), noise(keys[1], (self.layer,), damping))
 
     def matvec(self, vector: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
         """See ``Operator.matvec``."""
-        moved = self.layer.push_forward(vector[0]) / self.layer.num_samples
-        return (self.layer.pull_back(_weights(self.layer) * moved),)
+        moved = self.layer.local_jvp(vector[0]) / self.layer.num_samples
+        return (self.layer.local_vjp(_weights(self.layer) * moved),)
 
 
 def _weights(layer: DenseSignals) -> Array:
@@ -249,13 +249,13 @@ def _weights(layer: DenseSignals) -> Array:
     return jnp.sum(layer.derivatives**2, axis=1)
 
 
-def _damped(layer: DenseSignals, direction: Array, shift: Array | float, inside: bool) -> Array:
+def _damped(layer: DenseSignals, cotangent: Array, shift: Array | float, inside: bool) -> Array:
     """(S_i A + s)^{-1} delta_i for every unit, shape (N, M) (science: 3.5)."""
     gram, root = layer.input_gram(), jnp.sqrt(_weights(layer))
     if inside:
-        return root * solve_units_of_gram(gram, root, shift, divide(direction, root))
-    dual = solve_units_of_gram(gram, root, shift, root * (gram @ direction))
-    return (direction - root * dual) / shift
+        return root * solve_units_of_gram(gram, root, shift, divide(cotangent, root))
+    dual = solve_units_of_gram(gram, root, shift, root * (gram @ cotangent))
+    return (cotangent - root * dual) / shift
 
 
 def solve_units_of_gram(gram: Array, root: Array, shift: Array | float, rhs: Array) -> Array:
@@ -290,7 +290,7 @@ def _in_parameters(layer: DenseSignals, gradient: Array, rho: Array | float) -> 
     return layer.update(solved.T)
 
 
-def _undamped(layer: DenseSignals, direction: Array) -> Array:
+def _undamped(layer: DenseSignals, cotangent: Array) -> Array:
     """The pseudo-inverse limit of ``_damped`` at s = 0 (science: 3.5).
 
     Where the inputs have rank N this is A_SS^{-1} (delta / s) on the samples S on which the unit is
@@ -299,7 +299,7 @@ def _undamped(layer: DenseSignals, direction: Array) -> Array:
     gram, weights = layer.input_gram(), _weights(layer)
     full_rank = has_full_rank(gram)
     active = weights > 0
-    targets = divide(direction, weights)
+    targets = divide(cotangent, weights)
 
     def shared() -> Array:
         return solve_psd(gram, targets, shifted=False)
@@ -315,7 +315,7 @@ def _undamped(layer: DenseSignals, direction: Array) -> Array:
             root, target = columns
             return root * pinv_solve(root[:, None] * gram * root, divide(target, root))
 
-        return jax.lax.map(unit, (jnp.sqrt(weights).T, direction.T)).T
+        return jax.lax.map(unit, (jnp.sqrt(weights).T, cotangent.T)).T
 
     def regular() -> Array:
         return jax.lax.cond(jnp.all(active), shared, masked)

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import natgrad_datasets
 import numpy as np
 
-import natgrad_flax
-import ntk_analysis
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError
 from ntk_analysis.results import CHECKS, FILE_NAME, Say, environment, now, open_results, plain
+from ntk_analysis.sources import source_digest
 
 COMMAND = "natgrad reproduce"
 FINISHED = ("passed", "failed")
@@ -138,16 +136,7 @@ def _shared_source(package: str) -> str:
     return "".join(path.read_text(encoding="utf-8") for path in others)
 
 
-@cache
-def _library_source() -> str:
-    """SHA-256 of the modules of the packages, without those that only draw, print or check."""
-    digest = hashlib.sha256()
-    for package in (natgrad_flax, natgrad_datasets, ntk_analysis):
-        folder = Path(package.__file__ or "").parent
-        inside = "*.py" if package is ntk_analysis else "**/*.py"
-        for path in sorted(folder.glob(inside)):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+_library_source = cache(source_digest)
 
 
 def _run(check: Check, report: Report) -> dict[str, Any]:

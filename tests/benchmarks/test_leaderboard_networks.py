@@ -21,7 +21,7 @@ from benchmarks.leaderboard.rates import TheoreticalRate
 from benchmarks.leaderboard.spectra import structure_outcome
 from benchmarks.leaderboard.trial import configuration, execute
 from benchmarks.leaderboard.workload import Data, Workload, find_workload
-from natgrad_flax.fisher_kinds import FisherKind
+from natgrad_flax.signals.fisher import FisherKind
 
 ENTROPY = ng.SoftmaxCrossEntropy()
 AVERAGED = ("kfac-average", "ekfac-average")
@@ -69,7 +69,7 @@ def test_shapes_are_those_of_real_signals(model: object, fisher: FisherKind) -> 
         return ng.fisher_signals(network, x, y, loss=ENTROPY, fisher=fisher, key=key)[0]
 
     real = signals(graph[1], data.x_train[:4], data.y_train[:4])
-    assert found.num_seeds == real.num_seeds == (1 if fisher == "mc" else 2)
+    assert found.num_directions == real.num_directions == (1 if fisher == "mc" else 2)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, real)
     assert jax.tree.structure(found) == jax.tree.structure(real)
 

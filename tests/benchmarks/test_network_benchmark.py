@@ -9,7 +9,7 @@ import natgrad_flax as ng
 from benchmarks import networks, step
 from benchmarks.answers import check_step, metric_times
 from benchmarks.problems import LINES, NETWORKS, STRUCTURES, make_problem
-from natgrad_flax.shared_signals import SharedSignals
+from natgrad_flax.signals.shared import SharedSignals
 from natgrad_flax.structures.base import ravel
 
 

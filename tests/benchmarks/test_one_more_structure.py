@@ -27,7 +27,7 @@ from ntk_analysis.palette import STYLES
 
 RHO = 0.1
 RATES = (1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 LINE = "    QuasiDiagonal,\n)"
 """The end of the list of structures, where the toy comes in."""
 
@@ -38,14 +38,14 @@ def listed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("listed")
     package = folder / "source" / "natgrad_flax"
     shutil.copytree(Path(ng.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(HERE / "scalar_structure.py", package / "structures" / "scalar.py")
+    shutil.copy(HELPERS / "scalar_structure.py", package / "structures" / "scalar.py")
     registry = package / "structures" / "__init__.py"
     source = registry.read_text(encoding="utf-8")
     assert source.count(LINE) == 1
     source = source.replace(LINE, LINE.replace("\n", "\n    Scalar,\n"))
     imported = "from natgrad_flax.structures.scalar import Scalar\n\nSTRUCTURES:"
     registry.write_text(source.replace("STRUCTURES:", imported, 1), encoding="utf-8")
-    script, folders = HERE / "scalar_run.py", (package.parent, HERE.parents[1])
+    script, folders = HELPERS / "scalar_run.py", (package.parent, HELPERS.parents[1])
     return found_by(script, folder, str(folder), folders=folders) | {"folder": folder}
 
 

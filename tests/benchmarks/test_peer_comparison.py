@@ -34,7 +34,7 @@ STEPS = [name for name in QUANTITIES if name.startswith("step/")]
 @pytest.fixture
 def numpy_side(monkeypatch):
     """The NumPy peer can be found, and is imported by its worker."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "helpers"))
     monkeypatch.setitem(PEERS, "numpy", NUMPY)
 
 

@@ -75,7 +75,7 @@ def test_a_wrong_theory_fails_isotropy_and_dynamics(monkeypatch):
 
 
 SLOW = '''
-from natgrad_flax.operators.gradient import Residual
+from natgrad_flax.signals.gradient import Residual
 
 _solve = Exact.solve
 

@@ -12,11 +12,11 @@ from flax import nnx
 import natgrad_flax as ng
 from benchmarks import answers, networks, programs, step
 from benchmarks.problems import LINES, STRUCTURES, Case, Entry, Line, make_problem
-from natgrad_flax.fisher_kinds import fisher_signals
-from natgrad_flax.gradient import resolve_damping
-from natgrad_flax.layer_signals import LayerUpdate, ravel
-from natgrad_flax.operators.gradient import Residual
-from natgrad_flax.signals import Signals
+from natgrad_flax.optimizer.gradient import resolve_damping
+from natgrad_flax.signals.base import LayerUpdate, ravel
+from natgrad_flax.signals.dense import Signals
+from natgrad_flax.signals.fisher import fisher_signals
+from natgrad_flax.signals.gradient import Residual
 from ntk_analysis.gradient_descent import GradientDescent
 
 

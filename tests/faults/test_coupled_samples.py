@@ -10,11 +10,11 @@ from fault_networks import SETTINGS, Net, X, Y, plain, step, update
 from flax import nnx
 
 import natgrad_flax as ng
-from natgrad_flax import independence
 from natgrad_flax.devices import sharded_natural_gradient
-from natgrad_flax.independence import check_samples_alone
 from natgrad_flax.linear import online_natural_gradient_descent
-from natgrad_flax.variables import whole_model
+from natgrad_flax.optimizer.variables import whole_model
+from natgrad_flax.signals import independence
+from natgrad_flax.signals.independence import check_samples_alone
 
 BATCH = np.random.default_rng(2).normal(size=(8, 5)).astype(np.float32)
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 import natgrad_flax as ng
 import ntk_analysis as na
-from natgrad_flax import memory
+from natgrad_flax.arguments import memory
 from ntk_analysis.networks import build_network
 
 MODEL = ng.MLP((5, 6, 6, 2), activation="tanh", bias_variance=0.1, rngs=nnx.Rngs(0))

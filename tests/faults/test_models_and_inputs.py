@@ -11,8 +11,8 @@ from fault_networks import ENTRIES, SETTINGS, Net, X, Y, kernels, plain, step, u
 from flax import nnx
 
 import natgrad_flax as ng
-from natgrad_flax.checks import check_inputs
 from natgrad_flax.devices import shard_batch, sharded_natural_gradient
+from natgrad_flax.optimizer.checks import check_inputs
 
 IDS = np.array([0, 4, 2, 2])
 PIXELS = np.random.default_rng(1).integers(0, 256, (4, 5)).astype(np.uint8)

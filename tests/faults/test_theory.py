@@ -10,7 +10,7 @@ from flax import nnx
 
 import natgrad_flax as ng
 import ntk_analysis as na
-from natgrad_flax.spectrum import check_symmetric, rate_of_alpha, rate_of_largest
+from natgrad_flax.optimizer.spectrum import check_symmetric, rate_of_alpha, rate_of_largest
 from ntk_analysis.analytic import analytic_kernels, analytic_layer_kernels
 from ntk_analysis.methods import Method, theoretical_learning_rate
 

@@ -12,8 +12,8 @@ from fault_harness import Right, over
 from flax import nnx
 
 import natgrad_flax as ng
-from natgrad_flax.batched_solve import solve_scaled_gram
 from natgrad_flax.linalg import eigh, inverse_psd, lu_solve, pinv_solve, qr, solve_psd
+from natgrad_flax.xla.batched_solve import solve_scaled_gram
 
 RNG = np.random.default_rng(0)
 THREE = RNG.normal(size=(2, 3, 3))

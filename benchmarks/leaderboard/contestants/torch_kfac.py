@@ -30,7 +30,7 @@ from benchmarks.leaderboard.contestant import Contestant
 from benchmarks.leaderboard.natural import fisher_on
 from benchmarks.leaderboard.workload import Workload
 from benchmarks.machine import cores
-from natgrad_flax.trees import as_state
+from natgrad_flax.optimizer.trees import as_state
 
 if TYPE_CHECKING:
     import torch

@@ -134,8 +134,8 @@ def _function_step(
     damping: float,
 ) -> Array:
     model = nnx.merge(graphdef, state)
-    seeded, residual = fisher_signals(model, x, y, loss=loss)
-    updates = structure.solve(seeded, residual, damping)
+    signals, residual = fisher_signals(model, x, y, loss=loss)
+    updates = structure.solve(signals, residual, damping)
     plain = jacobian_signals(model, x)
     parts = [layer.jvp(update) for layer, update in zip(plain.layers, updates, strict=True)]
     return sum(parts[1:], start=parts[0]).reshape(-1)

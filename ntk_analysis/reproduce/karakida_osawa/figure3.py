@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from natgrad_flax import MLP, BlockDiagonal, Diagonal, QuasiDiagonal, Structure, UnitWise
-from natgrad_flax.learning_rate import model_geometry
+from natgrad_flax.optimizer.learning_rate import model_geometry
 from ntk_analysis.coefficient import coefficient_pair
 from ntk_analysis.conditions import measured_ranks
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals

@@ -10,9 +10,9 @@ import numpy as np
 
 from ntk_analysis.analytic import AnalyticKernels, analytic_kernels
 from ntk_analysis.empirical import Matrix, empirical_layer_kernels
+from ntk_analysis.infinite_width import infinite_width_limit
 from ntk_analysis.reproduce.karakida_osawa.common import distance, problem, relative, unit_rows
 from ntk_analysis.reproduce.registry import Measurement, Outcome, Report, below, check
-from ntk_analysis.twin import infinite_width_twin
 
 Expectations = Callable[[Matrix, Matrix, Matrix], tuple[Matrix, Matrix]]
 """E[phi(u) phi(v)] and E[phi'(u) phi'(v)] from the covariance and both variances of u and v."""
@@ -120,7 +120,7 @@ def sec_e(report: Report) -> Outcome:
             _worst(inside, reference_kernels(x, None, variances, expectations)),
             _worst(outside, reference_kernels(x_test, x, variances, expectations)),
         )
-        network = infinite_width_twin(model).network[2]
+        network = infinite_width_limit(model).network[2]
         with jax.enable_x64(True):
             theirs = network(x_test, x, ("nngp", "ntk"))
             ntk, nngp = np.asarray(theirs.ntk), np.asarray(theirs.nngp)

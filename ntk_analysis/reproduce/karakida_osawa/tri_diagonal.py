@@ -28,7 +28,7 @@ from natgrad_flax import (
     jacobian_signals,
     natural_gradient,
 )
-from natgrad_flax.trees import as_state
+from natgrad_flax.optimizer.trees import as_state
 from ntk_analysis.empirical import Matrix
 
 Update = Callable[[MLP, Array, Array, float], Any]

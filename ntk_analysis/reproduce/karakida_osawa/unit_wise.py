@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from natgrad_flax import MLP, Exact, RelativeDamping, UnitWise
-from natgrad_flax.learning_rate import model_geometry
+from natgrad_flax.optimizer.learning_rate import model_geometry
 from ntk_analysis.coefficient import coefficient_pair
 from ntk_analysis.cost import structure_cost
 from ntk_analysis.dynamics import squared_losses

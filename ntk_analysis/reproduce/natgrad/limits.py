@@ -13,6 +13,7 @@ from ntk_analysis.analytic import analytic_kernels
 from ntk_analysis.coefficient import analytic_signals
 from ntk_analysis.dynamics import linearised_dynamics
 from ntk_analysis.empirical import Matrix, empirical_layer_kernels
+from ntk_analysis.infinite_width import infinite_width_limit
 from ntk_analysis.isotropy import limit_isotropy
 from ntk_analysis.networks import NETWORKS, build_network, layout
 from ntk_analysis.prediction import predict_from_signals
@@ -25,7 +26,6 @@ from ntk_analysis.reproduce.registry import (
     below,
     check,
 )
-from ntk_analysis.twin import infinite_width_twin
 
 _STEPS = 1000
 
@@ -55,7 +55,7 @@ def kernels(report: Report) -> Outcome:
         model = conv_net(shape, (2, 2), **options)
         limit = analytic_kernels(model, x[:1], x[1:])
         with jax.enable_x64(True):
-            whole = jax.jit(lambda a, b, m=model: infinite_width_twin(m).network[2](a, b, "ntk"))
+            whole = jax.jit(lambda a, b, m=model: infinite_width_limit(m).network[2](a, b, "ntk"))
             theirs = np.asarray(whole(x[:1], x[1:]))
         found = [np.zeros((3, 3))] * 3
         for seed in range(6):

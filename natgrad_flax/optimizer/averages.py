@@ -1,0 +1,398 @@
+"""Moving averages of the statistics of a structure, and inverses that are renewed now and then.
+
+An average s_t = decay s_{t-1} + (1 - decay) new starts at zero, so it is divided by 1 - decay^t
+(Kingma & Ba 2015, Section 3). What is kept is that quotient itself:
+s_t / (1 - decay^t) = (1 - w_t) (its predecessor) + w_t new, with w_t = (1 - decay) / (1 - decay^t).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from natgrad_flax.arguments.arrays import batch_size, shapes_of
+from natgrad_flax.arguments.scalars import check_integer, check_number, keep_plain
+from natgrad_flax.damping import RelativeDamping, damping_as
+from natgrad_flax.linalg import full_products
+from natgrad_flax.losses import Loss
+from natgrad_flax.optimizer.gradient import fisher_targets, loss_gradient
+from natgrad_flax.optimizer.trees import by_path, moved_by
+from natgrad_flax.signals.base import LayerUpdate, layer_updates
+from natgrad_flax.signals.capture import jacobian_signals
+from natgrad_flax.signals.dense import Signals
+from natgrad_flax.signals.fisher import FisherKind, microbatch_signals, sampler
+from natgrad_flax.signals.microbatches import in_microbatches
+from natgrad_flax.signals.recording import Path
+from natgrad_flax.structures import STRUCTURES, AveragedStructure, Moments
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """How a structure's statistics are averaged over batches, and how often they are renewed.
+
+    A step at which nothing is renewed costs one gradient and the products with the inverses that
+    are kept; a changed damping counts from the next renewal on. EKFAC's scaling is averaged in the
+    basis of its time, and enters the inverse at once; when the basis is renewed (every
+    ``inverse_every`` steps) that average starts anew with the batch of this step (George et al.
+    2018, Algorithm 1, which renews the basis by one batch, too, but here from averaged factors).
+
+    Args:
+      decay: weight of the past at a renewal, at least 0 and below 1. At 0 each renewal forgets the
+        past, and a layer with more inputs than samples keeps the rows of its factor alone.
+      every: steps from one renewal of the statistics to the next.
+      inverse_every: steps from one renewal of inverses and eigenbases to the next, a multiple of
+        ``every``; None means the same.
+
+    Raises:
+      ValueError: a number is out of range, or ``inverse_every`` no multiple of ``every``.
+    """
+
+    decay: float = 0.95
+    every: int = 1
+    inverse_every: int | None = None
+
+    def __post_init__(self) -> None:
+        keep_plain(self)
+        check_number("decay", self.decay, positive=False)
+        if self.decay >= 1:
+            raise ValueError(f"decay must be below 1, got {self.decay!r}")
+        check_integer("every", self.every, 1)
+        if self.inverse_every is not None:
+            check_integer("inverse_every", self.inverse_every, 1)
+            if self.inverse_every % self.every:
+                raise ValueError(
+                    f"inverse_every must be a multiple of every, got {self.inverse_every} and "
+                    f"{self.every}: inverses are renewed when statistics are"
+                )
+
+    def weight(self, count: Array, dtype: Any) -> Array:
+        """w_t of the t-th renewal, shape ()."""
+        past = jnp.asarray(self.decay, dtype)
+        return (1 - past) / (1 - past ** count.astype(dtype))
+
+    def mix(self, average: Any, new: Any, count: Array) -> Any:
+        """The average after the renewal of this number, 1 for the first."""
+        if self.decay == 0:
+            return new
+
+        def one(old: Array, now: Array) -> Array:
+            weight = self.weight(count, old.dtype)
+            # the first has nothing before it, and rounding would remain of it
+            return jnp.where(count == 1, now, old + weight * (now - old)).astype(old.dtype)
+
+        return jax.tree.map(one, average, new)
+
+
+class Averages(NamedTuple):
+    """What is kept from step to step.
+
+    Attributes:
+      renewals: of the factors so far, shape ().
+      turns: renewals of what is averaged in the present basis, shape ().
+      moments: averages, corrected for their start.
+      inverse: what ``AveragedStructure.apply`` needs.
+    """
+
+    renewals: Array
+    turns: Array
+    moments: Moments
+    inverse: Any
+
+
+def check_average(average: object, structure: object, example: object) -> None:
+    """Raises TypeError or ValueError where a moving average does not serve.
+
+    Raises:
+      TypeError: no ``MovingAverage``; a structure that is no function of means; no example.
+      ValueError: an example without an average.
+    """
+    if average is None:
+        if example is not None:
+            raise ValueError("example= is for average=ng.MovingAverage(...) only")
+        return
+    if not isinstance(average, MovingAverage):
+        raise TypeError(f"average must be an ng.MovingAverage, got {average!r}")
+    if not isinstance(structure, AveragedStructure):
+        *most, last = [f"ng.{c.__name__}()" for c in STRUCTURES if issubclass(c, AveragedStructure)]
+        raise TypeError(
+            "average= needs a structure that means over samples make up: "
+            f"{', '.join(most)} or {last}; {getattr(structure, 'name', structure)} solves "
+            "each batch by itself, for which ng.Exact() and ng.BlockDiagonal() take momentum="
+        )
+    if (
+        not isinstance(example, tuple)
+        or len(example) != 2
+        or not isinstance(example[0], nnx.Module)
+        or not (leaves := jax.tree.leaves(example[1]))
+        or not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+    ):
+        raise TypeError(
+            "average= keeps arrays whose shapes the model decides: pass example=(model, x) with "
+            "the model and a batch of inputs, or the shape of one as jax.ShapeDtypeStruct"
+        )
+
+
+def empty_averages(
+    structure: AveragedStructure,
+    model: nnx.Module,
+    x: Any,
+    wrt: Any,
+    average: MovingAverage,
+    microbatches: int,
+) -> Callable[[Any], Averages]:
+    """A function that makes averages of nothing, with the shapes that a model gives them.
+
+    It takes the tree of parameters that move, of which some may be held back.
+
+    Args:
+      structure: the Fisher approximation.
+      model: of which only shapes are looked at.
+      x: inputs (N, ...), a tree of arrays or of their shapes and dtypes.
+      wrt: filter of the parameters.
+      average: decay and intervals.
+      microbatches: parts of a batch.
+
+    Raises:
+      ValueError, TypeError: a model that cannot be served, at once; in the function, a tree that is
+        not one of its parameters.
+    """
+    graphdef, arrays = nnx.split(model)
+    # shapes alone, so that the parameters of now are not kept
+    state = jax.eval_shape(lambda: arrays)
+    inputs = shapes_of(x)
+    means = _means(structure, average, microbatches)
+
+    def moments(wrt: Any, state: Any, x: Any) -> tuple[Moments, Any]:
+        signals = jacobian_signals(nnx.merge(graphdef, state), x, wrt)
+        found = Moments(means(signals))
+        if structure.has_basis:
+            basis = structure.basis(found.factors)
+            found = Moments(found.factors, basis, structure.rotated(signals, basis))
+        return found, structure.invert(found, jnp.ones((), signals.outputs.dtype), batch_size(x))
+
+    whole = jax.eval_shape(partial(moments, wrt), state, inputs)
+
+    def empty(params: Any) -> Averages:
+        moved = moved_by(nnx.merge(graphdef, state), params, wrt) if by_path(params) else wrt
+        shapes = whole
+        if moved is not wrt:
+            shapes = jax.eval_shape(partial(moments, moved), state, inputs)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return Averages(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start)
+
+    return empty
+
+
+def _means(
+    structure: AveragedStructure, average: MovingAverage, microbatches: int
+) -> Callable[[Signals], tuple[Any, ...]]:
+    """From the signals of a batch, or of a part of it, to its statistics."""
+    alone = average.decay == 0 and microbatches == 1
+    return structure.latest if alone else structure.statistics
+
+
+@dataclass(frozen=True)
+class AveragedStep:
+    """One step with averaged statistics, of given settings.
+
+    Attributes:
+      average: decay and intervals.
+      structure: the Fisher approximation.
+      loss: the loss.
+      fisher: which Fisher.
+      mc_samples: drawn targets a sample, for "mc".
+      wrt: filter of the parameters.
+      microbatches: parts of a batch.
+    """
+
+    average: MovingAverage
+    structure: AveragedStructure
+    loss: Loss
+    fisher: FisherKind
+    mc_samples: int
+    wrt: Any
+    microbatches: int
+
+    def __call__(
+        self,
+        model: nnx.Module,
+        x: Any,
+        y: Array | None,
+        shapes: Signals,
+        kept: Averages,
+        steps: Array,
+        damping: Any,
+        key: Array,
+        fisher_x: Any,
+        fisher_y: Array | None,
+        incoming: dict[Path, Array] | None,
+    ) -> tuple[tuple[LayerUpdate, ...], tuple[LayerUpdate, ...], Array | None, Averages]:
+        """The natural gradient, the gradient, the outputs at x (of its own gradient), what is kept.
+
+        Args:
+          model: the model.
+          x: inputs, shape (N, ...).
+          y: targets, shape (N, C).
+          shapes: signals of this batch, or their shapes.
+          kept: of the step before.
+          steps: taken before this one.
+          damping: a number, or relative.
+          key: draws targets.
+          fisher_x: inputs of the Fisher, None for x.
+          fisher_y: their targets, for "empirical".
+          incoming: the gradient by the paths of the parameters; None for that of the loss.
+        """
+
+        def aside() -> Averages:
+            batch = fisher_targets(self.fisher, x, y, fisher_x, fisher_y)
+            return self._renew(model, batch, False, kept, steps, damping, key)[2]
+
+        if incoming is not None:
+            slope = layer_updates(shapes.layers, incoming)
+            kept = self._at(steps, self.average.every, aside, lambda: kept)
+            return self._apply(kept, slope), slope, None, kept
+
+        def gradient() -> tuple[tuple[LayerUpdate, ...], Array]:
+            assert y is not None
+            found, outputs = loss_gradient(
+                model, x, y, loss=self.loss, wrt=self.wrt, microbatches=self.microbatches
+            )
+            return layer_updates(shapes.layers, found), outputs
+
+        def held() -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
+            slope, outputs = gradient()
+            return slope, outputs, kept
+
+        if fisher_x is None:
+            # one pass gives the statistics and the gradient
+            def renewed() -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
+                assert y is not None
+                return self._renew(model, (x, y), True, kept, steps, damping, key)
+
+            slope, outputs, kept = self._at(steps, self.average.every, renewed, held)
+            return self._apply(kept, slope), slope, outputs, kept
+
+        slope, outputs = gradient()
+        kept = self._at(steps, self.average.every, aside, lambda: kept)
+        return self._apply(kept, slope), slope, outputs, kept
+
+    @full_products()
+    def _apply(self, kept: Averages, slope: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
+        """G^{-1} g by the inverses that are kept."""
+        return self.structure.apply(kept.inverse, slope)
+
+    def _at(self, steps: Array, every: int, due: Callable[[], Any], held: Callable[[], Any]) -> Any:
+        """One of two results, by whether this step is a multiple of an interval."""
+        if every == 1:
+            return due()
+        shapes = jax.eval_shape(held)
+
+        def cast() -> Any:
+            return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), due(), shapes)
+
+        return jax.lax.cond(steps % every == 0, cast, held)
+
+    def _renew(
+        self,
+        model: nnx.Module,
+        batch: tuple[Any, Array | None],
+        own: bool,
+        kept: Averages,
+        steps: Array,
+        damping: Any,
+        key: Array,
+    ) -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
+        """The gradient (if the batch is its own) and the outputs of a batch, and what is kept."""
+        structure, average, size = self.structure, self.average, batch_size(batch)
+        arrays = tuple(part for part in batch if part is not None)
+        draw = sampler(self.loss, key, self.mc_samples, size)
+        means = _means(structure, average, self.microbatches)
+        settings = {"loss": self.loss, "fisher": self.fisher, "draw": draw, "wrt": self.wrt}
+
+        def first_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, Any]:
+            signals, residual = microbatch_signals(model, x, y, first, **settings)
+            slope: Any = ()
+            if own:
+                assert residual is not None
+                slope = residual.vector(signals.layers)
+            one_part = self.microbatches == 1
+            with full_products():
+                statistics = means(signals)
+            return (statistics, slope), (
+                signals.outputs,
+                signals if one_part else (),
+            )
+
+        (new, slope), (outputs, signals) = in_microbatches(first_pass, arrays, self.microbatches)
+        _check_shapes(kept.moments.factors, new, size, average.decay == 0)
+        count = kept.renewals + 1
+        factors = average.mix(kept.moments.factors, new, count)
+
+        turn = full_products()(structure.rotated)
+
+        def rotated(basis: Any) -> Any:
+            if self.microbatches == 1:
+                return turn(signals, basis)
+
+            def second_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, tuple[()]]:
+                part, _ = microbatch_signals(model, x, y, first, **settings)
+                return turn(part, basis), ()
+
+            return in_microbatches(second_pass, arrays, self.microbatches)[0]
+
+        def fresh() -> tuple[Any, Any, Array]:
+            with full_products():
+                basis = structure.basis(factors)
+            return basis, rotated(basis), jnp.ones((), jnp.int32)
+
+        def same() -> tuple[Any, Any, Array]:
+            turns = kept.turns + 1
+            moments = kept.moments
+            return (
+                moments.basis,
+                average.mix(moments.rotated, rotated(moments.basis), turns),
+                turns,
+            )
+
+        interval = average.inverse_every or average.every
+        basis, turned, turns = kept.moments.basis, kept.moments.rotated, kept.turns
+        if structure.has_basis:
+            always = 1 if interval == average.every else interval
+            basis, turned, turns = self._at(steps, always, fresh, same)
+        moments = Moments(factors, basis, turned)
+
+        @full_products()
+        def inverted() -> Any:
+            rho = damping
+            if isinstance(damping, RelativeDamping):
+                rho = damping.times(structure.scale_of(moments, size))
+            rho = damping_as(rho, jax.tree.leaves(moments)[0].dtype)
+            return structure.invert(moments, rho, size)
+
+        always = 1 if structure.cheap_inverse or interval == average.every else interval
+        inverse = self._at(steps, always, inverted, lambda: kept.inverse)
+        return slope, outputs, Averages(count, turns, moments, inverse)
+
+
+def _check_shapes(kept: Any, new: Any, size: int, rows: bool) -> None:
+    """Refuses statistics of other layers or, where they are rows of a batch, of another size."""
+    before, now = (jax.tree.map(jnp.shape, entries) for entries in (kept, new))
+    if before == now:
+        return
+    if not rows:
+        raise ValueError(
+            "the averages that are kept are of other layers than this module has: start them anew, "
+            "with init and an example=(model, x) of this model"
+        )
+    raise ValueError(
+        f"average= with decay 0 keeps what is as large as a batch, and example=(model, x) had "
+        f"another number of samples than this batch, which has {size}: pass an example with as "
+        "many, or a positive decay"
+    )

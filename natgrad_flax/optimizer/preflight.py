@@ -1,0 +1,118 @@
+"""Checks of a structure on a batch that need the shapes of signals, and nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from natgrad_flax.arguments.memory import check_fits
+from natgrad_flax.damping import (
+    LevenbergMarquardt,
+    RelativeDamping,
+    check_damping_shape,
+    warn_of_rounding,
+)
+from natgrad_flax.losses import Loss
+from natgrad_flax.optimizer.checks import check_normal
+from natgrad_flax.signals.dense import Signals
+from natgrad_flax.signals.fisher import FisherKind, fisher_signals, population_signals
+from natgrad_flax.structures import Structure
+from natgrad_flax.structures.memory import check_signals_fit
+
+
+def preflight(
+    structure: Structure,
+    model: nnx.Module,
+    x: Any,
+    y: Array | None,
+    loss: Loss,
+    fisher: FisherKind,
+    mc_samples: int,
+    damping: object,
+    wrt: Any = nnx.Param,
+    size: Callable[[Signals], int] | None = None,
+) -> Signals:
+    """Checks that need shapes: sizes that cannot fit, couplings that do not match the depth.
+
+    The arguments are those of ``natural_gradient`` for the batch of the Fisher; ``size`` gives the
+    side of the largest square array, which is ``structure.gram_size`` unless told.
+
+    Returns:
+      The shapes of the signals.
+
+    Raises:
+      ValueError: the largest array or the signals do not fit, the structure does not suit the
+        network, or the damping has another shape than the structure takes.
+    """
+    graphdef, state = nnx.split(model)
+    # through jit, so that only the first call of a shape is traced
+    signals = jax.eval_shape(
+        partial(
+            _signals, graphdef=graphdef, loss=loss, fisher=fisher, mc_samples=mc_samples, wrt=wrt
+        ),
+        state,
+        x,
+        y,
+    )
+    side = structure.gram_size(signals) if size is None else size(signals)
+    check_fits(
+        side,
+        signals.outputs.dtype.itemsize,
+        f"the system that {structure.name} solves",
+        structure.system_arrays(signals) if size is None else 2.0,
+    )
+    if size is None:
+        check_signals_fit(structure, signals)
+    check_damping_on_batch(structure, signals, damping, inside=fisher != "mc")
+    structure.check(signals, damping)
+    return signals
+
+
+def check_damping_on_batch(
+    structure: Structure, signals: Signals, damping: Any, *, inside: bool
+) -> None:
+    """Its shape beside that of the structure's own scale, and its size beside the rounding.
+
+    Args:
+      structure: the structure.
+      signals: of the batch, or their shapes.
+      damping: rho.
+      inside: what is solved for lies in the span of the output directions.
+
+    Raises:
+      ValueError: another shape than the structure takes, or lost in the precision.
+    """
+    if callable(damping) or isinstance(damping, (RelativeDamping, LevenbergMarquardt)):
+        return
+    if np.ndim(damping):
+        scale = jax.eval_shape(structure.damping_scale, signals).shape
+        check_damping_shape(damping, scale, structure.name, len(signals.layers))
+    check_normal(damping, signals.outputs.dtype)
+    # a gradient outside of the span of the output directions is divided by the damping (Woodbury)
+    margin = max(structure.damping_margin, 1.0 if inside else 100.0)
+    warn_of_rounding(damping, signals.outputs.dtype, margin)
+
+
+@partial(jax.jit, static_argnames=("loss", "fisher", "mc_samples", "wrt"))
+def _signals(
+    state: Any,
+    x: Any,
+    y: Array | None,
+    *,
+    graphdef: Any,
+    loss: Loss,
+    fisher: FisherKind,
+    mc_samples: int,
+    wrt: Any,
+) -> Signals:
+    model, key = nnx.merge(graphdef, state), jax.random.key(0)
+    settings: dict[str, Any] = {"loss": loss, "fisher": fisher, "key": key, "wrt": wrt}
+    if y is None:
+        return population_signals(model, x, y, num_samples=mc_samples, **settings)
+    return fisher_signals(model, x, y, num_samples=mc_samples, **settings)[0]

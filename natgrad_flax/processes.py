@@ -1,0 +1,89 @@
+"""Runs of several processes: how they find each other, and what a lost one does to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from natgrad_flax.arguments.scalars import check_integer
+
+_SIGNS = ("gloo", "nccl", "connection closed by peer", "connection reset", "coordination")
+
+
+class LostPeerError(RuntimeError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
+def connect(
+    coordinator: str,
+    num_processes: int,
+    process_id: int,
+    *,
+    timeout: int = 30,
+    start_timeout: int = 300,
+) -> None:
+    """Joins the processes of a run; to be called by each of them before JAX is used otherwise.
+
+    ``jax.distributed.initialize`` with a time after which a lost process is an error in all others.
+    One that ends, for example because it is killed, closes its connections: the next collective of
+    the others on CPUs raises at once. One that hangs or whose machine is gone sends no heartbeats:
+    after ``timeout`` seconds, and at most 5 more, JAX ends the others with a message and SIGABRT.
+    After either start all processes anew, and go on from the last checkpoint.
+
+    Args:
+      coordinator: "host:port" of process 0, free there and reachable for all.
+      num_processes: of the run.
+      process_id: 0 to num_processes - 1, another one for each process.
+      timeout: seconds without a heartbeat after which a process counts as lost; as long again a
+        process waits for the others at its own end.
+      start_timeout: seconds to wait for all processes to join.
+
+    Raises:
+      ValueError: an address without a port, a number out of range.
+      RuntimeError: this process has joined a run before, or JAX was used before.
+    """
+    host, colon, port = str(coordinator).rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        raise ValueError(f'coordinator must be "host:port", got {coordinator!r}')
+    check_integer("num_processes", num_processes, 1)
+    check_integer("process_id", process_id, 0)
+    if process_id >= num_processes:
+        raise ValueError(
+            f"process_id must be below num_processes = {num_processes}, got {process_id}"
+        )
+    check_integer("timeout", timeout, 1)
+    check_integer("start_timeout", start_timeout, 1)
+    if jax.distributed.is_initialized():
+        raise RuntimeError("this process has joined a run before; connect is called once")
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        initialization_timeout=start_timeout,
+        heartbeat_timeout_seconds=timeout,
+        shutdown_timeout_seconds=timeout,
+    )
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Turns the errors of collectives, which name sockets, into one that says what happened.
+
+    Computations run on after their call returns, so the results should be waited for
+    (``jax.block_until_ready``) inside.
+
+    Raises:
+      LostPeerError: a collective inside failed.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        text = str(error).lower()
+        if jax.process_count() == 1 or not any(sign in text for sign in _SIGNS):
+            raise
+        raise LostPeerError(
+            f"process {jax.process_index()} of {jax.process_count()} lost another one, which ended "
+            "or cannot be reached: start all processes anew, and go on from the last checkpoint"
+        ) from error

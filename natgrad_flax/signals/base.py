@@ -1,0 +1,243 @@
+"""What the signals of a layer answer, whatever kind of layer it is, and updates of parameters."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from natgrad_flax.arguments.renamed import Renamed
+
+LayerUpdate = dict[str, Array]
+"""A step in the parameters of one layer: ``kernel`` (K, M) and, with a bias, ``bias`` (M,).
+
+This form is the same for all layers; ``LayerSignals.parameters`` gives the layer's own names and
+shapes.
+"""
+
+
+class ParameterForm(NamedTuple):
+    """How the parameter of a layer is laid out beside its matrix of (inputs, units).
+
+    Attributes:
+      name: of the parameter in its module.
+      shape: of the parameter.
+      split: sizes into which the matrix is reshaped, in its own order of axes.
+      order: for each axis of the parameter the place of its axis in ``split``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, name: str, shape: tuple[int, ...]) -> ParameterForm:
+        """A parameter that is its matrix, reshaped at most."""
+        return cls(name, shape, shape, tuple(range(len(shape))))
+
+    def to_parameter(self, matrix: Array) -> Array:
+        """From (..., units) to the shape of the parameter."""
+        return matrix.reshape(self.split).transpose(self.order).reshape(self.shape)
+
+    def to_matrix(self, parameter: Array, shape: tuple[int, ...]) -> Array:
+        """From the parameter to a matrix of a given shape."""
+        moved = parameter.reshape([self.split[axis] for axis in self.order])
+        return moved.transpose(np.argsort(self.order)).reshape(shape)
+
+
+class LayerSignals(abc.ABC):
+    """Signals of one layer on a batch of N samples and S output directions.
+
+    The layer has ``num_units`` units of ``fan_in`` parameters each, of which the last belongs to
+    the bias where there is one. Its cotangent is what the layer sees of a cotangent of the outputs,
+    sample by sample; its shape is the layer's own affair.
+    """
+
+    path: tuple[str | int, ...]
+    bias_scale: float | None
+    kernel_form: ParameterForm | None
+    bias_form: ParameterForm | None
+
+    num_seeds = Renamed("num_directions")
+    take_seeds = Renamed("take_directions")
+    reseed = Renamed("mix_directions")
+    direction = Renamed("cotangent")
+    pull_back = Renamed("local_vjp")
+    push_forward = Renamed("local_jvp")
+
+    @property
+    def gram_by(self) -> str:
+        """What the Gram matrix is built from, in words."""
+        return "Jacobians"
+
+    @property
+    @abc.abstractmethod
+    def num_samples(self) -> int:
+        """N."""
+
+    @property
+    @abc.abstractmethod
+    def num_directions(self) -> int:
+        """S, the number of output directions a sample."""
+
+    @property
+    @abc.abstractmethod
+    def num_units(self) -> int:
+        """M."""
+
+    @property
+    @abc.abstractmethod
+    def fan_in(self) -> int:
+        """K, plus 1 with a bias: parameters a unit."""
+
+    @abc.abstractmethod
+    def take_directions(self, start: int, stop: int) -> LayerSignals:
+        """The same signals with some of the output directions only."""
+
+    @abc.abstractmethod
+    def mix_directions(self, factor: Array) -> LayerSignals:
+        """The signals of sum_s R[n,s,r] f[n,s] as output directions, for R of shape (N, S, S')."""
+
+    @abc.abstractmethod
+    def cotangent(self, index: int) -> Array:
+        """The cotangent of one output direction."""
+
+    @abc.abstractmethod
+    def gram(self, other: Any = None) -> Array:
+        """K_l = J_l J'_l^T, shape (N S, N' S'); no 1/N."""
+
+    @abc.abstractmethod
+    def gram_norms(self) -> Array:
+        """The diagonal of ``gram``, shape (N, S)."""
+
+    @abc.abstractmethod
+    def combine(self, coefficients: Array) -> Array:
+        """The cotangent of sum_s v[n,s] f[n,s] for v of shape (N, S)."""
+
+    @abc.abstractmethod
+    def local_vjp(self, cotangents: Array) -> LayerUpdate:
+        """From a cotangent of the layer to its parameters, summed over samples."""
+
+    @abc.abstractmethod
+    def local_jvp(self, update: LayerUpdate) -> Array:
+        """The dual of ``local_vjp``: <local_vjp(R), u> is the inner product of R with this."""
+
+    @abc.abstractmethod
+    def jvp(self, update: LayerUpdate) -> Array:
+        """J_l applied to a step in the parameters, shape (N, S)."""
+
+    @abc.abstractmethod
+    def jacobian(self) -> Array:
+        """J_l as (N, S, fan_in, M), the row of the bias last."""
+
+    @abc.abstractmethod
+    def squares(self) -> LayerUpdate:
+        """sum_n sum_s J_l^2, entry by entry."""
+
+    def gram_times(self, cotangents: Array) -> Array:
+        """J_l applied to the ``local_vjp`` of a cotangent, shape (N, S)."""
+        return self.jvp(self.local_vjp(cotangents))
+
+    def vjp(self, coefficients: Array) -> LayerUpdate:
+        """J_l^T v for v of shape (N, S)."""
+        return self.local_vjp(self.combine(coefficients))
+
+    @property
+    def num_params(self) -> int:
+        """P_l."""
+        return self.fan_in * self.num_units
+
+    def to_dense(self) -> Array:
+        """The Jacobian, shape (N S, P_l): rows n-major, columns kernel row by row, then bias."""
+        return self.jacobian().reshape(-1, self.num_params)
+
+    def update(self, matrix: Array) -> LayerUpdate:
+        """A matrix (fan_in, M) as kernel and bias."""
+        if self.bias_scale is None:
+            return {"kernel": matrix}
+        return {"kernel": matrix[:-1], "bias": matrix[-1]}
+
+    def unravel(self, vector: Array) -> LayerUpdate:
+        """The inverse of the column order of ``to_dense``: (P_l,) to parameters."""
+        return self.update(vector.reshape(self.fan_in, self.num_units))
+
+    def parameters(self, update: LayerUpdate) -> dict[str, Array]:
+        """An update under the names and in the shapes of the layer's own parameters."""
+        forms = {"kernel": self.kernel_form, "bias": self.bias_form}
+        named = {}
+        for key, leaf in update.items():
+            form = forms[key]
+            named[form.name if form else key] = form.to_parameter(leaf) if form else leaf
+        return named
+
+    def from_parameters(self, named: Mapping[Any, Array]) -> LayerUpdate:
+        """The inverse of ``parameters``; names that are not this layer's are passed by."""
+        inputs = self.fan_in - (self.bias_scale is not None)
+        shapes = {"kernel": (inputs, self.num_units), "bias": (self.num_units,)}
+        forms = {"kernel": self.kernel_form, "bias": self.bias_form}
+        if self.bias_scale is None:
+            del forms["bias"]
+        return {
+            key: form.to_matrix(named[form.name], shapes[key]) if form else named[key]
+            for key, form in forms.items()
+        }
+
+
+def named_updates(
+    layers: Sequence[LayerSignals], updates: Sequence[LayerUpdate]
+) -> dict[tuple[str | int, ...], dict[str, Array]]:
+    """Updates of layers by the paths of the modules and the names of their parameters."""
+    named: dict[tuple[str | int, ...], dict[str, Array]] = {}
+    for layer, update in zip(layers, updates, strict=True):
+        named.setdefault(layer.path, {}).update(layer.parameters(update))
+    return named
+
+
+def layer_updates(
+    layers: Sequence[LayerSignals], parameters: dict[tuple[str | int, ...], Array]
+) -> tuple[LayerUpdate, ...]:
+    """The inverse of ``named_updates``, from arrays by the paths of parameters."""
+    return tuple(
+        layer.from_parameters(
+            {path[-1]: leaf for path, leaf in parameters.items() if path[:-1] == layer.path}
+        )
+        for layer in layers
+    )
+
+
+def matrix_of(update: LayerUpdate) -> Array:
+    """Kernel and bias as one matrix (fan_in, M), the bias last."""
+    if "bias" not in update:
+        return update["kernel"]
+    return jnp.concatenate([update["kernel"], update["bias"][None]])
+
+
+def ravel(updates: Sequence[LayerUpdate]) -> Array:
+    """One vector (P,) in the column order of ``dense_jacobian``."""
+    return jnp.concatenate(
+        [
+            jnp.ravel(update[key])
+            for update in updates
+            for key in ("kernel", "bias")
+            if key in update
+        ]
+    )
+
+
+def unravel(layers: Sequence[LayerSignals], vector: Array) -> tuple[LayerUpdate, ...]:
+    """The inverse of ``ravel``: a vector (P,) as one update a layer."""
+    updates, first = [], 0
+    for layer in layers:
+        updates.append(layer.unravel(vector[first : first + layer.num_params]))
+        first += layer.num_params
+    return tuple(updates)
+
+
+def dense_jacobian(layers: Sequence[LayerSignals]) -> Array:
+    """J of some layers together, shape (N S, P), layer after layer."""
+    return jnp.concatenate([layer.to_dense() for layer in layers], axis=1)

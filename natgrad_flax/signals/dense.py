@@ -1,0 +1,245 @@
+"""Per-layer signals (a, D): all that any Fisher structure or empirical kernel needs.
+
+For an affine layer u = a W~ with scaled inputs a and outputs f of the whole network, the Jacobian
+of S weighted outputs is J[(n,s), (j,i)] = a[n,j] D[n,s,i] (science: section 0). Nothing of the
+size of a Jacobian is ever built: Gram matrices, products and updates are formulas over (a, D).
+Layers whose weights are shared by many positions have signals of their own in ``shared``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from natgrad_flax.arguments.renamed import Renamed
+from natgrad_flax.linalg import symmetric_product
+from natgrad_flax.signals.base import (
+    LayerSignals,
+    LayerUpdate,
+    ParameterForm,
+    dense_jacobian,
+    unravel,
+)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inputs", "derivatives"],
+    meta_fields=["bias_scale", "path", "kernel_form", "bias_form"],
+)
+@dataclass(frozen=True)
+class DenseSignals(LayerSignals):
+    """Signals of one affine layer that is called once, on one position a sample.
+
+    Attributes:
+      inputs: a, shape (N, K): inputs of the layer times the scale of its weights.
+      derivatives: D, shape (N, S, M): derivative of the S outputs of each sample with
+        respect to the M pre-activations of that sample.
+      bias_scale: the factor in front of the bias, None where the layer has no bias.
+      path: where the layer stands in the model.
+      kernel_form: layout of the kernel, None where it is called kernel and is (K, M).
+      bias_form: layout of the bias, None where it is called bias and is (M,).
+    """
+
+    inputs: Array
+    derivatives: Array
+    bias_scale: float | None
+    path: tuple[str | int, ...]
+    kernel_form: ParameterForm | None = None
+    bias_form: ParameterForm | None = None
+
+    @property
+    def gram_by(self) -> str:
+        """Inputs and units."""
+        return "inputs and units"
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.inputs.shape[0]
+
+    @property
+    def num_directions(self) -> int:
+        """S, the number of output directions a sample."""
+        return self.derivatives.shape[1]
+
+    @property
+    def num_units(self) -> int:
+        """M."""
+        return self.derivatives.shape[2]
+
+    @property
+    def fan_in(self) -> int:
+        """K, plus 1 with a bias: parameters a unit."""
+        return self.inputs.shape[1] + (self.bias_scale is not None)
+
+    def take_directions(self, start: int, stop: int) -> DenseSignals:
+        """The same signals with some of the output directions only."""
+        return dataclasses.replace(self, derivatives=self.derivatives[:, start:stop])
+
+    def mix_directions(self, factor: Array) -> DenseSignals:
+        """The same layer with combinations of its output directions, R of shape (N, S, S')."""
+        mixed = jnp.einsum("nsr,nsm->nrm", factor, self.derivatives)
+        return dataclasses.replace(self, derivatives=mixed)
+
+    def cotangent(self, index: int) -> Array:
+        """D of one output direction, shape (N, M)."""
+        return self.derivatives[:, index]
+
+    def augmented_inputs(self) -> Array:
+        """a with the column of the bias last, shape (N, fan_in)."""
+        if self.bias_scale is None:
+            return self.inputs
+        column = jnp.full((self.num_samples, 1), self.bias_scale, self.inputs.dtype)
+        return jnp.concatenate([self.inputs, column], axis=1)
+
+    def flat_derivatives(self) -> Array:
+        """D with samples and output directions in one axis, n-major, shape (N S, M)."""
+        return self.derivatives.reshape(-1, self.num_units)
+
+    def input_gram(self, other: DenseSignals | None = None) -> Array:
+        """a a'^T with the bias, shape (N, N'); no 1/N."""
+        right = self.inputs if other is None else other.inputs
+        gram = self.inputs @ right.T
+        return gram if self.bias_scale is None else gram + self.bias_scale**2
+
+    def derivative_gram(self, other: DenseSignals | None = None) -> Array:
+        """D D'^T over units, shape (N S, N' S'); no 1/N."""
+        flat = self.flat_derivatives()
+        if other is not None:
+            return flat @ other.flat_derivatives().T
+        return symmetric_product(flat)
+
+    def input_norms(self) -> Array:
+        """The diagonal of ``input_gram``, shape (N,)."""
+        norms = jnp.sum(self.inputs**2, axis=1)
+        return norms if self.bias_scale is None else norms + self.bias_scale**2
+
+    def derivative_norms(self) -> Array:
+        """The diagonal of ``derivative_gram``, shape (N, S)."""
+        return jnp.sum(self.derivatives**2, axis=2)
+
+    def gram_norms(self) -> Array:
+        """The diagonal of ``gram``, shape (N, S)."""
+        return self.input_norms()[:, None] * self.derivative_norms()
+
+    def gram(self, other: DenseSignals | None = None) -> Array:
+        """K_l = J_l J'_l^T, shape (N S, N' S'); no 1/N."""
+        other_seeds = self.num_directions if other is None else other.num_directions
+        inputs = self.input_gram(other)
+        return self.derivative_gram(other) * expand_samples(
+            inputs, self.num_directions, other_seeds
+        )
+
+    def gram_times(self, cotangents: Array) -> Array:
+        """J_l J_l^T-like: from cotangents of the pre-activations (N, M) to (N, S)."""
+        mixed = self.input_gram() @ cotangents
+        return jnp.einsum("nsm,nm->ns", self.derivatives, mixed)
+
+    def combine(self, coefficients: Array) -> Array:
+        """sum_s v[n,s] D[n,s,:], shape (N, M)."""
+        return jnp.einsum("ns,nsm->nm", coefficients, self.derivatives)
+
+    def local_vjp(self, cotangents: Array) -> LayerUpdate:
+        """a^T R for pre-activation cotangents R (N, M): the parameter-shaped product."""
+        update = {"kernel": self.inputs.T @ cotangents}
+        if self.bias_scale is not None:
+            update["bias"] = self.bias_scale * jnp.sum(cotangents, axis=0)
+        return update
+
+    def jvp(self, update: LayerUpdate) -> Array:
+        """J_l applied to a step in the parameters, shape (N, S)."""
+        return jnp.einsum("nsm,nm->ns", self.derivatives, self.local_jvp(update))
+
+    def local_jvp(self, update: LayerUpdate) -> Array:
+        """The change of the pre-activations under a step in the parameters, shape (N, M)."""
+        moved = self.inputs @ update["kernel"]
+        return moved if self.bias_scale is None else moved + self.bias_scale * update["bias"]
+
+    def jacobian(self) -> Array:
+        """J_l as (N, S, fan_in, M)."""
+        return jnp.einsum("nsm,nk->nskm", self.derivatives, self.augmented_inputs())
+
+    def squares(self) -> LayerUpdate:
+        """sum_n sum_s J_l^2, entry by entry, without the Jacobian."""
+        square = jnp.sum(self.derivatives**2, axis=1)
+        entries = {"kernel": (self.inputs**2).T @ square}
+        if self.bias_scale is not None:
+            entries["bias"] = self.bias_scale**2 * jnp.sum(square, axis=0)
+        return entries
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["layers", "outputs"], meta_fields=[])
+@dataclass(frozen=True)
+class Signals:
+    """Signals of every layer of a network on one batch, in forward order.
+
+    Attributes:
+      layers: one entry a layer.
+      outputs: f, shape (N, C).
+    """
+
+    layers: tuple[LayerSignals, ...]
+    outputs: Array
+
+    num_seeds = Renamed("num_directions")
+    take_seeds = Renamed("take_directions")
+    reseed = Renamed("mix_directions")
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.outputs.shape[0]
+
+    @property
+    def num_directions(self) -> int:
+        """S."""
+        return self.layers[0].num_directions
+
+    @property
+    def size(self) -> int:
+        """N S, the side of every Gram matrix."""
+        return self.num_samples * self.num_directions
+
+    @property
+    def num_params(self) -> int:
+        """P."""
+        return sum(layer.num_params for layer in self.layers)
+
+    def take_directions(self, count: int) -> Signals:
+        """The same signals with the first ``count`` output directions only."""
+        return Signals(
+            tuple(layer.take_directions(0, count) for layer in self.layers), self.outputs
+        )
+
+    def mix_directions(self, factor: Array) -> Signals:
+        """The signals of sum_s R[n,s,r] f[n,s] as output directions, for R of shape (N, S, S')."""
+        return Signals(tuple(layer.mix_directions(factor) for layer in self.layers), self.outputs)
+
+    def gram(self, other: Signals | None = None) -> Array:
+        """K = sum_l K_l, shape (N S, N' S'); no 1/N."""
+        others: Sequence[LayerSignals | None]
+        others = [None] * len(self.layers) if other is None else other.layers
+        grams = [a.gram(b) for a, b in zip(self.layers, others, strict=True)]
+        return sum(grams[1:], start=grams[0])
+
+    def to_dense(self) -> Array:
+        """The Jacobian, shape (N S, P), layer after layer."""
+        return dense_jacobian(self.layers)
+
+    def unravel(self, vector: Array) -> tuple[LayerUpdate, ...]:
+        """A vector (P,) in the column order of ``to_dense`` as one update a layer."""
+        return unravel(self.layers, vector)
+
+
+def expand_samples(gram: Array, rows: int, columns: int) -> Array:
+    """An (N, N') array as (N rows, N' columns), every entry repeated; n-major."""
+    n, m = gram.shape
+    blown = jnp.broadcast_to(gram[:, None, :, None], (n, rows, m, columns))
+    return blown.reshape(n * rows, m * columns)

@@ -1,0 +1,1 @@
+"""Detours around faults of XLA, and the solver that its CPU backend needs."""

@@ -1,0 +1,238 @@
+"""From a finite network to its infinite-width limit in neural-tangents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from flax import nnx
+
+from natgrad_flax import MLP, ConvNet
+from natgrad_flax.models.layers import Conv, Dense
+from ntk_analysis._neural_tangents import stax
+from ntk_analysis.activation_kernels import ACTIVATION_KERNELS, HERMITE_TERMS
+from ntk_analysis.patches import Patches
+
+Affine = tuple[int, float, float]
+"""Units, weight variance and bias variance of a layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class InfiniteWidthLimit:
+    """A fully connected network as its width goes to infinity.
+
+    Attributes:
+      network: (init_fn, apply_fn, kernel_fn) of neural-tangents, with the widths of the model and
+        its parametrisation: ``kernel_fn(x1, x2, ("nngp", "ntk"))``.
+      affine: kernel function of every affine layer, L in number.
+      activations: kernel function of every hidden activation, L - 1 in number.
+      negative_slope: phi(u) / u below 0 of an activation that is u above, else None.
+      description: all that decides the kernels, in a form that JSON can hold; widths do not.
+    """
+
+    network: tuple[Any, Any, Any]
+    affine: tuple[Any, ...]
+    activations: tuple[Any, ...]
+    negative_slope: float | None
+    description: dict[str, Any]
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.affine)
+
+
+@dataclass(frozen=True, eq=False)
+class ConvolutionalLimit:
+    """A convolutional network as the number of its channels goes to infinity.
+
+    Attributes:
+      network: (init_fn, apply_fn, kernel_fn) of neural-tangents, with the channels of the model
+        and its parametrisation.
+      patches: what every convolution reads, L - 1 in number.
+      activation: kernel function of the activation behind each of them.
+      pooled: whether the readout sees the mean over positions; else it sees every position.
+      diagonal_derivative: E[phi'(u)^2] of an activation with a kink, else None.
+      description: all that decides the kernels, in a form that JSON can hold; channels do not.
+    """
+
+    network: tuple[Any, Any, Any]
+    patches: tuple[Patches, ...]
+    activation: Any
+    pooled: bool
+    diagonal_derivative: float | None
+    description: dict[str, Any]
+
+    @property
+    def depth(self) -> int:
+        """L, the readout counted."""
+        return len(self.patches) + 1
+
+    def covariances(self) -> list[int]:
+        """Covariances that two samples have at the input and behind every convolution, L numbers.
+
+        A mean over positions needs those between all pairs of them, the square of their number; a
+        readout of every position needs those of a position with itself only.
+        """
+        shapes = [self.patches[0].shape, *(patches.positions for patches in self.patches)]
+        return [math.prod(shape) ** (2 if self.pooled else 1) for shape in shapes]
+
+
+Limit = InfiniteWidthLimit | ConvolutionalLimit
+
+
+def infinite_width_limit(model: nnx.Module) -> Limit:
+    """The infinite-width limit of a network in NTK parametrisation.
+
+    Depth, activation, variances and biases are the model's, and in a ``ng.ConvNet`` images,
+    kernels, strides, padding and pooling; its parameters and hidden widths do not matter. Closed
+    forms for relu, leaky_relu, erf, gelu and identity. For tanh the kernel is a
+    Hermite series of 256 terms, which is exact to rounding for pre-activations of correlation up
+    to 0.9. Between nearly equal inputs all terms count: the relative error of E[phi' phi'] on the
+    diagonal is 3e-13 for variance 2, 4e-9 for 4 and 2e-3 for 25.
+
+    Args:
+      model: an ``ng.MLP`` or an ``ng.ConvNet``.
+
+    Raises:
+      TypeError: the model is neither, so that its limit would have to be worked out by hand.
+      ValueError: a layer of it was changed so that it has no limit; the message names the layer.
+    """
+    network = require_limit(model)
+    if network.activation not in ACTIVATION_KERNELS:
+        raise ValueError(
+            f"layer 1: activation {network.activation!r} has no infinite-width kernel here; those "
+            f'with one are {", ".join(ACTIVATION_KERNELS)}; or use kernels="empirical"'
+        )
+    if isinstance(network, MLP):
+        layers = tuple(_affine(layer, i) for i, layer in enumerate(network.layers, 1))
+        return _make_limit(network.activation, layers)
+    shape: tuple[int, ...] = network.input_shape[:2]
+    convolutions = []
+    for index, layer in enumerate(network.convolutions, 1):
+        convolutions.append((_convolution(layer, index), Patches.of(layer, shape), layer.padding))
+        shape = layer.positions(shape)
+    readout = _affine(network.readout, len(convolutions) + 1)
+    return _make_convolutional_limit(
+        network.activation, tuple(convolutions), network.pooling == "average", readout
+    )
+
+
+def require_limit(model: nnx.Module) -> MLP | ConvNet:
+    """The model, which must be one whose infinite-width limit is known.
+
+    Raises:
+      TypeError: it is not.
+    """
+    if not isinstance(model, (MLP, ConvNet)):
+        raise TypeError(
+            f"{type(model).__name__} has no infinite-width limit: analytic kernels are known for "
+            'ng.MLP and ng.ConvNet, any depth; use kernels="empirical" for other models'
+        )
+    return model
+
+
+def sample_shape(model: MLP | ConvNet) -> tuple[int, ...]:
+    """The shape of one sample: (M_0,), or (H, W, C) of an image."""
+    return model.widths[:1] if isinstance(model, MLP) else model.input_shape
+
+
+def num_outputs(model: MLP | ConvNet) -> int:
+    """C."""
+    return model.widths[-1] if isinstance(model, MLP) else model.outputs
+
+
+def _affine(layer: nnx.Module, index: int) -> Affine:
+    if not isinstance(layer, Dense):
+        raise ValueError(
+            f"layer {index} ({type(layer).__name__}) has no infinite-width limit: it is not "
+            "an ng.Dense in NTK parametrisation"
+        )
+    return layer.out_features, layer.weight_variance, layer.bias_variance
+
+
+def _convolution(layer: nnx.Module, index: int) -> Affine:
+    if not isinstance(layer, Conv):
+        raise ValueError(
+            f"layer {index} ({type(layer).__name__}) has no infinite-width limit: it is not "
+            "an ng.Conv in NTK parametrisation"
+        )
+    if layer.feature_group_count != 1 or set(layer.kernel_dilation) != {1}:
+        raise ValueError(
+            f"layer {index} (Conv) has no infinite-width limit: stax.Conv of neural-tangents has "
+            "neither groups nor dilation"
+        )
+    return layer.out_features, layer.weight_variance, layer.bias_variance
+
+
+def _scales(weight_variance: float, bias_variance: float) -> dict[str, float | None]:
+    """The arguments of a stax layer; a bias of None is no bias."""
+    bias_scale = bias_variance**0.5 if bias_variance > 0 else None
+    return {"W_std": weight_variance**0.5, "b_std": bias_scale}
+
+
+def _describe(name: str, layers: tuple[Affine, ...]) -> dict[str, Any]:
+    return {
+        "activation": name,
+        "hermite_terms": HERMITE_TERMS if ACTIVATION_KERNELS[name].series else None,
+        "weight_variances": [weight for _, weight, _ in layers],
+        "bias_variances": [bias for _, _, bias in layers],
+    }
+
+
+@cache
+def _make_limit(name: str, layers: tuple[Affine, ...]) -> InfiniteWidthLimit:
+    """The same object for the same network, so that compiled kernels are found again."""
+    kernel_of = ACTIVATION_KERNELS[name]
+    activation = kernel_of.layer()
+    kernels: dict[tuple[float, float], Any] = {}
+    blocks, affine = [], []
+    for index, (width, weight_variance, bias_variance) in enumerate(layers):
+        if index:
+            blocks.append(activation)
+        dense = stax().Dense(width, **_scales(weight_variance, bias_variance))
+        blocks.append(dense)
+        # one function for equal layers, whatever their width: it is compiled once
+        affine.append(kernels.setdefault((weight_variance, bias_variance), dense[2]))
+    return InfiniteWidthLimit(
+        network=stax().serial(*blocks),
+        affine=tuple(affine),
+        activations=(activation[2],) * (len(layers) - 1),
+        negative_slope=kernel_of.negative_slope,
+        description=_describe(name, layers),
+    )
+
+
+@cache
+def _make_convolutional_limit(
+    name: str,
+    convolutions: tuple[tuple[Affine, Patches, str], ...],
+    pooled: bool,
+    readout: Affine,
+) -> ConvolutionalLimit:
+    """As ``_make_limit``; a convolution is what it is made with, what it reads, and its padding."""
+    kernel_of = ACTIVATION_KERNELS[name]
+    activation = kernel_of.layer()
+    blocks = []
+    for (channels, *variances), patches, padding in convolutions:
+        convolution = stax().Conv(
+            channels, patches.kernel_size, patches.strides, padding, **_scales(*variances)
+        )
+        blocks += [convolution, activation]
+    blocks.append(stax().GlobalAvgPool() if pooled else stax().Flatten())
+    blocks.append(stax().Dense(readout[0], **_scales(*readout[1:])))
+    layers = tuple(layer for layer, _, _ in convolutions)
+    return ConvolutionalLimit(
+        network=stax().serial(*blocks),
+        patches=tuple(patches for _, patches, _ in convolutions),
+        activation=activation[2],
+        pooled=pooled,
+        diagonal_derivative=kernel_of.diagonal_derivative,
+        description=_describe(name, (*layers, readout))
+        | {
+            "convolutions": [patches.describe() for _, patches, _ in convolutions],
+            "pooled": pooled,
+        },
+    )

@@ -113,7 +113,7 @@ def rank_cutoff(size: int, dtype: jnp.dtype) -> float:
 
 
 def above_rounding(values: Array, largest: Array | None = None) -> Array:
-    """Eigenvalues or singular values (n,), with 0 for those that are rounding beside the largest."""
+    """Eigenvalues or singular values (n,), with 0 for those that the largest takes as rounding."""
     size = jnp.abs(values)
     largest = jnp.max(size) if largest is None else largest
     return jnp.where(size > rank_cutoff(len(values), values.dtype) * largest, values, 0)

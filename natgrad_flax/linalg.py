@@ -8,7 +8,7 @@ and the derivatives are rules of products with inverses: any mode, any order, ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -231,32 +231,24 @@ def _inverse_from_factor(factor: Array) -> Array:
     Nearly all of it is matrix products, which use every core; triangular solves with many
     right-hand sides do not.
     """
-    n = factor.shape[0]
+    inverse, n = _inverse_lower(factor), factor.shape[0]
     if n < 512:
-        inverse = _inverse_lower(factor)
         return inverse.T @ inverse
-    a, c, b = _inverse_blocks(factor)
-    corner = b.T @ c
-    top = jnp.concatenate([symmetric_product(a.T) + symmetric_product(c.T), corner.T], axis=1)
-    return jnp.concatenate([top, jnp.concatenate([corner, symmetric_product(b.T)], axis=1)])
+    half = n // 2
+    product = symmetric_product(inverse[half:].T)
+    return product.at[:half, :half].add(symmetric_product(inverse[:half, :half].T))
 
 
 def _inverse_lower(factor: Array) -> Array:
     """The inverse of a lower triangular matrix, by halves."""
     n = factor.shape[0]
-    if n <= 160:
+    if n <= 300:
         eye = jnp.eye(n, dtype=factor.dtype)
         return lax_linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    a, c, b = _inverse_blocks(factor)
-    top = jnp.pad(a, ((0, 0), (0, b.shape[1])))
-    return jnp.concatenate([top, jnp.concatenate([c, b], axis=1)])
-
-
-def _inverse_blocks(factor: Array) -> tuple[Array, Array, Array]:
-    """A, C, B of the inverse [[A, 0], [C, B]] of a lower triangular matrix."""
-    half = factor.shape[0] // 2
+    half = n // 2
     a, b = _inverse_lower(factor[:half, :half]), _inverse_lower(factor[half:, half:])
-    return a, -(b @ factor[half:, :half]) @ a, b
+    c = -(b @ factor[half:, :half]) @ a
+    return jnp.concatenate([jnp.pad(a, ((0, 0), (0, n - half))), jnp.concatenate([c, b], axis=1)])
 
 
 def add_diagonal(matrix: Array, value: Array | float) -> Array:
@@ -335,22 +327,37 @@ def symmetric_product(x: Array) -> Array:
     return x @ x.T if n < 512 or m < 256 else _product_of_blocks(x)
 
 
+def symmetric_blocks(block: Callable[..., Array], count: int, width: int, dtype: Any) -> Array:
+    """A symmetric matrix (count width, count width), by 10 of 4 x 4 blocks in one loop.
+
+    Args:
+      block: from the first row and column, counted in widths, and the ``side`` of a block in
+        widths to the entries of the block.
+      count: rows, in widths.
+      width: rows that stand together.
+      dtype: of the entries.
+    """
+    side = -(-count // 4)
+    # the last block begins where it fits, over a part of the one before
+    corners = np.minimum(side * np.stack(np.tril_indices(4), axis=1), count - side)
+
+    def mirrored(matrix: Array, corner: Array) -> tuple[Array, None]:
+        row, column = corner
+        entries = block(row, column, side=side)
+        matrix = lax.dynamic_update_slice(matrix, entries, (width * row, width * column))
+        return lax.dynamic_update_slice(matrix, entries.T, (width * column, width * row)), None
+
+    start = jnp.zeros((count * width, count * width), dtype)
+    return lax.scan(mirrored, start, jnp.asarray(corners, jnp.int32))[0]
+
+
 @jax.custom_jvp
 def _product_of_blocks(x: Array) -> Array:
-    """One loop over the blocks: ten products and their copies would be compiled one by one."""
-    n = len(x)
-    side = -(-n // 4)
-    # the last block begins where it fits, over a part of the one before
-    corners = np.minimum(side * np.stack(np.tril_indices(4), axis=1), n - side).astype(np.int32)
+    def block(*corner: Array, side: int) -> Array:
+        rows, columns = (lax.dynamic_slice_in_dim(x, at, side) for at in corner)
+        return rows @ columns.T
 
-    def mirrored(product: Array, corner: Array) -> tuple[Array, None]:
-        row, column = corner
-        left, right = (lax.dynamic_slice_in_dim(x, first, side) for first in (row, column))
-        block = left @ right.T
-        product = lax.dynamic_update_slice(product, block, (row, column))
-        return lax.dynamic_update_slice(product, block.T, (column, row)), None
-
-    return lax.scan(mirrored, jnp.zeros((n, n), x.dtype), jnp.asarray(corners))[0]
+    return symmetric_blocks(block, len(x), 1, x.dtype)
 
 
 @_product_of_blocks.defjvp

@@ -22,6 +22,7 @@ from natgrad_flax.operators.coupling import (
     solve_undamped,
 )
 from natgrad_flax.signals.base import LayerUpdate, dense_jacobian, ravel, unravel
+from natgrad_flax.signals.dense import symmetric_gram
 from natgrad_flax.signals.gradient import Gradient
 
 Solver = Callable[..., list[Array]]
@@ -55,7 +56,7 @@ class Coupled(OfRows):
             flat = solve(self.to_dense(damping), ravel(gradient.vector(self.layers)))
             return unravel(self.layers, flat)
         shift = self.num_samples * damping
-        grams = [layer.gram() for layer in self.layers]
+        grams = [symmetric_gram([layer]) for layer in self.layers]
         targets = gradient.targets(self.layers)
         inside = gradient.coefficients is not None
         if zero:
@@ -71,7 +72,7 @@ class Coupled(OfRows):
 
     def solve_duals(self, vectors: Array, damping: Array | float) -> list[Array]:
         """U_l with J_l^T U_l the layers of (G + rho)^{-1} J^T V / N, for V (N S,) or (N S, k)."""
-        grams = [layer.gram() for layer in self.layers]
+        grams = [symmetric_gram([layer]) for layer in self.layers]
         if is_zero(damping):
             return solve_undamped(self.sigma, grams, vectors)
         targets = [vectors] * len(grams)
@@ -104,7 +105,7 @@ class Coupled(OfRows):
         """Of the smaller of G and a matrix over the ranges of the layers."""
         if self.num_params < self.num_rows:
             return eigvalsh(self.to_dense())
-        grams = [layer.gram() for layer in self.layers]
+        grams = [symmetric_gram([layer]) for layer in self.layers]
         return eigvalsh(coupled_gram(self.sigma, grams)[0] / self.num_samples)
 
     def sample(self, key: Array, damping: Array | float) -> tuple[LayerUpdate, ...]:

@@ -331,7 +331,7 @@ def symmetric_blocks(block: Callable[..., Array], count: int, width: int, dtype:
     """A symmetric matrix (count width, count width), by 10 of 4 x 4 blocks in one loop.
 
     Args:
-      block: from the first row and column, counted in widths, and the ``side`` of a block in
+      block: from the first row and column, counted in widths, and the side of a block in
         widths to the entries of the block.
       count: rows, in widths.
       width: rows that stand together.
@@ -343,18 +343,19 @@ def symmetric_blocks(block: Callable[..., Array], count: int, width: int, dtype:
 
     def mirrored(matrix: Array, corner: Array) -> tuple[Array, None]:
         row, column = corner
-        entries = block(row, column, side=side)
+        entries = block(row, column, side)
         matrix = lax.dynamic_update_slice(matrix, entries, (width * row, width * column))
         return lax.dynamic_update_slice(matrix, entries.T, (width * column, width * row)), None
 
     start = jnp.zeros((count * width, count * width), dtype)
-    return lax.scan(mirrored, start, jnp.asarray(corners, jnp.int32))[0]
+    # of numbers without a sign nothing asks whether they count from the end
+    return lax.scan(mirrored, start, jnp.asarray(corners, jnp.uint32))[0]
 
 
 @jax.custom_jvp
 def _product_of_blocks(x: Array) -> Array:
-    def block(*corner: Array, side: int) -> Array:
-        rows, columns = (lax.dynamic_slice_in_dim(x, at, side) for at in corner)
+    def block(row: Array, column: Array, side: int) -> Array:
+        rows, columns = (lax.dynamic_slice_in_dim(x, at, side) for at in (row, column))
         return rows @ columns.T
 
     return symmetric_blocks(block, len(x), 1, x.dtype)

@@ -257,17 +257,21 @@ def _whole_gram(layers: Sequence[LayerSignals]) -> Array:
 
 @jax.custom_jvp
 def _gram_of_blocks(layers: tuple[DenseSignals, ...]) -> Array:
-    def block(*corner: Array, side: int) -> Array:
-        rows, columns = (
-            jax.tree.map(lambda leaf, at=at: lax.dynamic_slice_in_dim(leaf, at, side), layers)
-            for at in corner
-        )
-        grams = [a.gram(b) for a, b in zip(rows, columns, strict=True)]
-        return sum(grams[1:], start=grams[0])
+    n, s = layers[0].num_samples, layers[0].num_directions
+    pairs = [(layer.derivatives, layer.input_gram()) for layer in layers]
 
-    first = layers[0]
-    dtype = first.derivatives.dtype
-    return symmetric_blocks(block, first.num_samples, first.num_directions, dtype)
+    def block(row: Array, column: Array, side: int) -> Array:
+        total = jnp.zeros((), layers[0].derivatives.dtype)
+        for derivatives, gram in pairs:
+            left, right = (
+                lax.dynamic_slice_in_dim(derivatives, at, side).reshape(side * s, -1)
+                for at in (row, column)
+            )
+            inputs = lax.dynamic_slice(gram, (row, column), (side, side))
+            total = total + left @ right.T * expand_samples(inputs, s, s)
+        return total
+
+    return symmetric_blocks(block, n, s, layers[0].derivatives.dtype)
 
 
 @_gram_of_blocks.defjvp

@@ -18,7 +18,7 @@ import natgrad_flax as ng
 from benchmarks.problems import Entry, Line, Problem, make_problem
 from natgrad_flax.optimizer.gradient import compute
 from natgrad_flax.optimizer.trees import as_state
-from natgrad_flax.signals.base import named_updates
+from natgrad_flax.signals.fisher import Batch, Fisher
 
 LEARNING_RATE = 0.1
 SGD_PER_ROUND = 3
@@ -102,18 +102,14 @@ def unchecked_step(line: Line, entry: Entry, graphdef: Any) -> jax.stages.Wrappe
 
     @jax.jit
     def step(state: nnx.State, x: Array, y: Array, key: Array) -> nnx.State:
-        solved, signals, _ = compute(
+        found = compute(
             nnx.merge(graphdef, state),
-            x,
-            y,
+            Batch(x, y, key=key),
+            damping(line, entry),
             structure=entry.structure,
-            loss=line.loss,
-            damping=damping(line, entry),
-            fisher=line.fisher,
-            key=key,
-            mc_samples=1,
+            fisher=Fisher(line.loss, line.fisher),
         )
-        return _descend(state, as_state(state, named_updates(signals.layers, solved)))
+        return _descend(state, as_state(state, found.named()))
 
     return step
 

@@ -9,7 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
+
+HOST_SIZE = 2**18
+"""Entries up to which an array is looked at by NumPy."""
 
 
 def batch_size(x: Any) -> int:
@@ -77,3 +81,44 @@ def check_concrete(tree: Any, name: str) -> None:
             f"{name} must be known numbers: this is computed outside of jax.jit, grad, vmap and "
             "eval_shape; call it outside of them, with concrete arrays"
         )
+
+
+def as_array(value: Any, name: str) -> Array:
+    """What a caller gave for an array, as one of JAX.
+
+    Raises:
+      TypeError: it is none, or holds something other than numbers.
+      ValueError: integers that are too large for those of JAX.
+    """
+    if isinstance(value, np.ndarray):
+        # JAX takes the byte order of this machine alone
+        value = value.astype(value.dtype.newbyteorder("="), copy=False)
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be an array of numbers, got {kind} {value!r:.60}") from None
+    narrowed = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
+    if narrowed and array.dtype != value.dtype and (np.asarray(array) != value).any():
+        raise ValueError(
+            f"{name} has integers that {array.dtype} cannot hold: number them from 0, or switch on "
+            "jax_enable_x64"
+        )
+    return array
+
+
+def check_finite(array: Any, name: str) -> None:
+    """Raises ValueError on a concrete array with NaN or infinite entries."""
+    if not is_concrete(array) or not jnp.issubdtype(array.dtype, jnp.inexact):
+        return
+    # small arrays without a compilation for every shape
+    xp: Any = np if array.size <= HOST_SIZE else jnp
+    values = np.asarray(array) if xp is np else array
+    # a sum is finite where all entries are, in one pass without a temporary; only overflow of the
+    # sum itself needs the second look
+    with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
+        if np.isfinite(xp.sum(values)):
+            return
+        bad = int(array.size - xp.sum(xp.isfinite(values)))
+    if bad:
+        raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, Sharding
 
-from natgrad_flax.arguments.arrays import batch_size, own_promotion
+from natgrad_flax.arguments.arrays import batch_size, is_concrete, own_promotion
 from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.damping import RelativeDamping
 from natgrad_flax.devices.linear_solve import Solution
-from natgrad_flax.devices.passes import over_devices
 from natgrad_flax.devices.placement import (
     check_automatic,
     check_divisible,
@@ -24,32 +23,19 @@ from natgrad_flax.devices.placement import (
     local_part,
     on_mesh,
 )
-from natgrad_flax.devices.structure import Sharded, SolverName, or_nan
-from natgrad_flax.linalg import full_products
+from natgrad_flax.devices.structure import Sharded, SolverName
 from natgrad_flax.losses import Loss
 from natgrad_flax.optimizer.checks import (
-    check_fisher_batch,
+    check_arrays,
     check_microbatches,
-    check_needed_batch,
     check_one_damping,
     check_settings,
-    is_concrete,
 )
-from natgrad_flax.optimizer.gradient import (
-    Damping,
-    fisher_targets,
-    loss_gradient,
-    resolve_damping,
-    static_damping,
-)
+from natgrad_flax.optimizer.gradient import Damping, compute, static_damping
 from natgrad_flax.optimizer.preflight import preflight
 from natgrad_flax.optimizer.trees import as_state, by_path, moved_by_gradient
-from natgrad_flax.signals.base import LayerUpdate, layer_updates, named_updates
-from natgrad_flax.signals.dense import Signals
-from natgrad_flax.signals.fisher import FisherKind, check_key, in_range, microbatch_signals, sampler
-from natgrad_flax.signals.gradient import Gradient, ParameterGradient
+from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_key
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.plan import hashable_filter
 from natgrad_flax.signals.recording import Path
 from natgrad_flax.structures import Structure
 
@@ -124,159 +110,78 @@ def sharded_natural_gradient(
     sharded = Sharded(structure, mesh, axis, solver, tolerance, max_iterations)
     placement = sharded.placement
     check_automatic(*jax.tree.leaves((x, y)))
-    wrt = hashable_filter(wrt)
-    check_settings(structure, loss, fisher, damping)
-    mc_samples = check_integer("mc_samples", mc_samples, 1)
+    which = check_settings(structure, loss, fisher, damping, mc_samples, wrt)
     microbatches = check_integer("microbatches", microbatches, 1)
+    which = replace(which, microbatches=microbatches)
     check_one_damping(damping)
     check_key(fisher, key)
-    on_this_process = local_model(model)
-    needed = gradient is None or (fisher == "empirical" and fisher_x is None)
-    own = jax.tree.map(local_part, (x, y, fisher_x, fisher_y))
-    seen = check_needed_batch(on_this_process, own[0], own[1], loss, needed)
+    batch = Batch(x, y, fisher_x, fisher_y, key, gradient)
+    own = batch.map_samples(partial(jax.tree.map, local_part))
+    checked = check_arrays(local_model(model), which, own)
     if gradient is not None:
-        wrt = moved_by_gradient(model, gradient, wrt)
-    seen_by_fisher = check_fisher_batch(on_this_process, fisher, *seen, own[2], own[3])
+        which = replace(which, wrt=moved_by_gradient(model, gradient, which.wrt))
+        batch = batch._replace(gradient=by_path(gradient))
     if jax.process_count() == 1:
-        (x, y), (fisher_x, fisher_y) = seen, seen_by_fisher
-    for batch in (x, fisher_x):
-        if batch is not None:
-            check_divisible(placement, batch_size(batch))
-            check_microbatches(microbatches, jnp.zeros(batch_size(batch) // placement.size))
+        batch = checked._replace(gradient=batch.gradient)
+    elif not which.needs_targets(batch):
+        batch = batch._replace(y=None)
+    for inputs in (batch.x, batch.fisher_x):
+        if inputs is not None:
+            check_divisible(placement, batch_size(inputs))
+            check_microbatches(microbatches, jnp.zeros(batch_size(inputs) // placement.size))
+    over_devices = partial(on_mesh, placement, default=placement.rows)
     graphdef, state = nnx.split(model)
     moved = on_mesh(placement, state, placement.whole)
-    y = y if needed else None
-    at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
-    inputs, targets = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(np.shape(array), jnp.result_type(array)), at
-    )
+    shapes = jax.eval_shape(lambda arrays: arrays, batch)
     on_devices = nnx.merge(graphdef, moved)
-    preflight(sharded, on_devices, inputs, targets, loss, fisher, mc_samples, damping, wrt)
+    preflight(sharded, on_devices, which, shapes, damping)
     if check_samples:
-        check_samples_alone(on_devices, on_mesh(placement, x, placement.rows))
+        check_samples_alone(on_devices, over_devices(batch.x))
     static = static_damping(damping)
     updates, solution = _compiled(
         moved,
-        on_mesh(placement, (x, y, fisher_x, fisher_y), placement.rows),
-        on_mesh(
-            placement,
-            (None if static is not None else jnp.asarray(damping), key, gradient),
-            placement.whole,
-        ),
+        on_mesh(placement, batch.map_samples(over_devices), placement.whole),
+        on_mesh(placement, None if static is not None else jnp.asarray(damping), placement.whole),
         graphdef=graphdef,
         structure=sharded,
-        loss=loss,
-        fisher=fisher,
-        mc_samples=mc_samples,
+        fisher=which,
         static_damping=static,
-        wrt=wrt,
-        microbatches=microbatches,
         shardings=_shardings(moved),
     )
     solved = solution is None or not is_concrete(solution.converged) or solution.converged
     if not bool(solved):
         raise UnsolvedError(_why(solution, sharded))
-    return as_state(nnx.state(model, wrt) if gradient is None else gradient, updates)
+    return as_state(nnx.state(model, which.wrt) if gradient is None else gradient, updates)
 
 
-def compute_on_devices(
-    model: nnx.Module,
-    x: Any,
-    y: Array | None,
-    *,
-    structure: Sharded,
-    loss: Loss,
-    damping: Damping,
-    fisher: FisherKind,
-    key: Array | None,
-    mc_samples: int,
-    wrt: Any,
-    fisher_x: Any,
-    fisher_y: Array | None,
-    microbatches: int,
-    gradient: dict[Path, Array] | None = None,
-) -> tuple[tuple[LayerUpdate, ...], Signals, Solution | None]:
-    """The natural gradient layer by layer, without checks; to be traced.
-
-    The arguments are those of ``sharded_natural_gradient``.
-
-    Returns:
-      The updates, the signals of the Fisher, and how the solves with sharded rows went.
-    """
-    placement = structure.placement
-    passes: dict[str, Any] = {"loss": loss, "fisher": fisher, "wrt": wrt}
-    given = gradient is not None or fisher_x is not None
-    at = fisher_targets(fisher, x, y, fisher_x, fisher_y) if given else (x, y)
-    draw = sampler(loss, key, mc_samples, batch_size(at[0]))
-
-    def run(first: Array | int, x: Any, y: Array | None = None) -> tuple[tuple[()], Any]:
-        return (), microbatch_signals(model, x, y, first, draw=draw, **passes)
-
-    over = partial(over_devices, placement=placement)
-    arrays = tuple(part for part in at if part is not None)
-    _, (signals, residual) = over(run, arrays, microbatches)
-    signals, residual = in_range(signals, residual, loss=loss, fisher=fisher, damping=damping)
-    right: Gradient = residual
-    if given:
-        if gradient is None:
-            assert y is not None
-            gradient, _ = loss_gradient(
-                model, x, y, loss=loss, wrt=wrt, microbatches=microbatches, passes=over
-            )
-        right = ParameterGradient(layer_updates(signals.layers, gradient))
-    with full_products():
-        rho = resolve_damping(structure, signals, damping)
-        solved, solution = structure.solve_and_report(signals, right, rho)
-    return or_nan(solved, solution), signals, solution
-
-
-@partial(
-    jax.jit,
-    static_argnames=(
-        *("structure", "loss", "fisher", "mc_samples", "static_damping", "wrt"),
-        *("microbatches", "shardings"),
-    ),
-)
+@partial(jax.jit, static_argnames=("structure", "fisher", "static_damping", "shardings"))
 def _compiled(
     state: Any,
-    batches: tuple[Any, Array | None, Any, Array | None],
-    single: tuple[Array | None, Array | None, Any],
+    batch: Batch,
+    damping: Array | None,
     *,
     graphdef: Any,
     structure: Sharded,
+    fisher: Fisher,
     static_damping: float | RelativeDamping | None,
     shardings: tuple[tuple[Path, Sharding], ...],
-    **settings: Any,
 ) -> tuple[dict[Path, dict[str, Array]], Solution | None]:
     placement = structure.placement
-    batches = lax.with_sharding_constraint(batches, placement.rows)
-    x, y, fisher_x, fisher_y = batches
-    damping, key, gradient = single
     chosen = static_damping if damping is None else damping
     assert chosen is not None
-    solved, signals, solution = compute_on_devices(
-        nnx.merge(graphdef, state),
-        x,
-        y,
-        structure=structure,
-        damping=chosen,
-        key=key,
-        fisher_x=fisher_x,
-        fisher_y=fisher_y,
-        gradient=None if gradient is None else by_path(gradient),
-        **settings,
-    )
+    batch = batch.map_samples(lambda tree: lax.with_sharding_constraint(tree, placement.rows))
+    found = compute(nnx.merge(graphdef, state), batch, chosen, structure=structure, fisher=fisher)
     where = dict(shardings)
     placed = {
         path: {
             name: lax.with_sharding_constraint(leaf, where.get((*path, name), placement.whole))
             for name, leaf in layer.items()
         }
-        for path, layer in named_updates(signals.layers, solved).items()
+        for path, layer in found.named().items()
     }
-    if solution is None:
+    if found.report is None:
         return placed, None
-    report = solution._replace(value=jnp.zeros(()))
+    report = found.report._replace(value=jnp.zeros(()))
     return placed, lax.with_sharding_constraint(report, placement.whole)
 
 

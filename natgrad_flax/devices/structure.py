@@ -22,6 +22,7 @@ from natgrad_flax.devices.factors import (
 )
 from natgrad_flax.devices.kfac import solve_kfac
 from natgrad_flax.devices.linear_solve import Solution
+from natgrad_flax.devices.passes import OverDevices
 from natgrad_flax.devices.placement import Placement, check_divisible, device_memory, place
 from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
 from natgrad_flax.devices.units import solve_units_on_mesh
@@ -115,6 +116,11 @@ class Sharded(Structure):
         """The devices."""
         return Placement(self.mesh, self.axis)
 
+    @property
+    def passes(self) -> OverDevices:
+        """Each device runs the model on its own samples."""
+        return OverDevices(self.placement)
+
     def operator(self, signals: Signals) -> Operator:
         """That of the structure, partitioned by XLA."""
         return self.structure.operator(signals)
@@ -123,8 +129,7 @@ class Sharded(Structure):
         self, signals: Signals, gradient: Gradient, damping: Array | float
     ) -> tuple[LayerUpdate, ...]:
         """G^{-1} g; see ``Structure.solve``."""
-        solved, solution = self.solve_and_report(signals, gradient, damping)
-        return or_nan(solved, solution)
+        return self.solve_and_report(signals, gradient, damping)[0]
 
     def solve_and_report(
         self, signals: Signals, gradient: Gradient, damping: Array | float
@@ -136,6 +141,15 @@ class Sharded(Structure):
           gradient: what is solved for.
           damping: as in ``Structure.solve``.
         """
+        solved, solution = self._solved(signals, gradient, damping)
+        if solution is None:
+            return solved, None
+        done = solution.converged
+        return jax.tree.map(lambda leaf: jnp.where(done, leaf, jnp.nan), solved), solution
+
+    def _solved(
+        self, signals: Signals, gradient: Gradient, damping: Array | float
+    ) -> tuple[tuple[LayerUpdate, ...], Solution | None]:
         rows = self.placement.rows
         signals = jax.lax.with_sharding_constraint(signals, rows)
         if isinstance(gradient, Residual):
@@ -290,10 +304,3 @@ class ShardedAverage(Sharded, AveragedStructure):
     def factor_size(self, signals: Signals) -> int:
         """That of the structure."""
         return self.structure.factor_size(signals)
-
-
-def or_nan(solved: tuple[LayerUpdate, ...], solution: Solution | None) -> tuple[LayerUpdate, ...]:
-    """Updates, or NaN where the systems they come from were not solved."""
-    if solution is None:
-        return solved
-    return jax.tree.map(lambda leaf: jnp.where(solution.converged, leaf, jnp.nan), solved)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from natgrad_flax.arguments.arrays import is_concrete
 from natgrad_flax.linear.deep_linear_forms import chain, whiten
 from natgrad_flax.linear.deep_linear_moments import (
     Moments,
@@ -21,7 +22,6 @@ from natgrad_flax.linear.deep_linear_moments import (
     matrix_rank,
     optimum,
 )
-from natgrad_flax.optimizer.checks import is_concrete
 
 
 def bottleneck_natural_gradient(weights: Weights, data: Moments) -> list[Array]:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from natgrad_flax.arguments.arrays import as_array, check_finite
 from natgrad_flax.arguments.memory import available_memory
 from natgrad_flax.arguments.scalars import check_integer, check_number, check_steps
-from natgrad_flax.optimizer.checks import as_array, check_finite
 
 Integrator = Literal["euler", "rk4"]
 

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from natgrad_flax.arguments.arrays import is_concrete
 from natgrad_flax.arguments.scalars import check_integer, check_number
 from natgrad_flax.linalg import solve_psd, symmetric_product
 from natgrad_flax.linear import logistic
 from natgrad_flax.linear.descent import as_floating
-from natgrad_flax.optimizer.checks import is_concrete
 
 
 def coefficients(weights: Array) -> Array:

@@ -20,9 +20,9 @@ import numpy as np
 from jax import Array
 from jax.lax import Precision
 
+from natgrad_flax.arguments.arrays import is_concrete
 from natgrad_flax.arguments.scalars import as_number, check_number, shown
 from natgrad_flax.linear.descent import as_floating, check_memory
-from natgrad_flax.optimizer.checks import is_concrete
 
 Factors = tuple[Array, ...]
 Solution = Literal["joint", "split"]

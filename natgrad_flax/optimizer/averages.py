@@ -21,15 +21,14 @@ from natgrad_flax.arguments.arrays import batch_size, shapes_of
 from natgrad_flax.arguments.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.damping import RelativeDamping, damping_as
 from natgrad_flax.linalg import full_products
-from natgrad_flax.losses import Loss
-from natgrad_flax.optimizer.gradient import fisher_targets, loss_gradient
+from natgrad_flax.optimizer.gradient import Solved, loss_gradient
 from natgrad_flax.optimizer.trees import by_path, moved_by
 from natgrad_flax.signals.base import LayerUpdate, layer_updates
 from natgrad_flax.signals.capture import jacobian_signals
 from natgrad_flax.signals.dense import Signals
-from natgrad_flax.signals.fisher import FisherKind, microbatch_signals, sampler
+from natgrad_flax.signals.fisher import Batch, Fisher
+from natgrad_flax.signals.gradient import ParameterGradient
 from natgrad_flax.signals.microbatches import in_microbatches
-from natgrad_flax.signals.recording import Path
 from natgrad_flax.structures import STRUCTURES, AveragedStructure, Moments
 
 
@@ -139,65 +138,6 @@ def check_average(average: object, structure: object, example: object) -> None:
         )
 
 
-def empty_averages(
-    structure: AveragedStructure,
-    model: nnx.Module,
-    x: Any,
-    wrt: Any,
-    average: MovingAverage,
-    microbatches: int,
-) -> Callable[[Any], Averages]:
-    """A function that makes averages of nothing, with the shapes that a model gives them.
-
-    It takes the tree of parameters that move, of which some may be held back.
-
-    Args:
-      structure: the Fisher approximation.
-      model: of which only shapes are looked at.
-      x: inputs (N, ...), a tree of arrays or of their shapes and dtypes.
-      wrt: filter of the parameters.
-      average: decay and intervals.
-      microbatches: parts of a batch.
-
-    Raises:
-      ValueError, TypeError: a model that cannot be served, at once; in the function, a tree that is
-        not one of its parameters.
-    """
-    graphdef, arrays = nnx.split(model)
-    # shapes alone, so that the parameters of now are not kept
-    state = jax.eval_shape(lambda: arrays)
-    inputs = shapes_of(x)
-    means = _means(structure, average, microbatches)
-
-    def moments(wrt: Any, state: Any, x: Any) -> tuple[Moments, Any]:
-        signals = jacobian_signals(nnx.merge(graphdef, state), x, wrt)
-        found = Moments(means(signals))
-        if structure.has_basis:
-            basis = structure.basis(found.factors)
-            found = Moments(found.factors, basis, structure.rotated(signals, basis))
-        return found, structure.invert(found, jnp.ones((), signals.outputs.dtype), batch_size(x))
-
-    whole = jax.eval_shape(partial(moments, wrt), state, inputs)
-
-    def empty(params: Any) -> Averages:
-        moved = moved_by(nnx.merge(graphdef, state), params, wrt) if by_path(params) else wrt
-        shapes = whole
-        if moved is not wrt:
-            shapes = jax.eval_shape(partial(moments, moved), state, inputs)
-        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return Averages(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start)
-
-    return empty
-
-
-def _means(
-    structure: AveragedStructure, average: MovingAverage, microbatches: int
-) -> Callable[[Signals], tuple[Any, ...]]:
-    """From the signals of a batch, or of a part of it, to its statistics."""
-    alone = average.decay == 0 and microbatches == 1
-    return structure.latest if alone else structure.statistics
-
-
 @dataclass(frozen=True)
 class AveragedStep:
     """One step with averaged statistics, of given settings.
@@ -205,88 +145,101 @@ class AveragedStep:
     Attributes:
       average: decay and intervals.
       structure: the Fisher approximation.
-      loss: the loss.
       fisher: which Fisher.
-      mc_samples: drawn targets a sample, for "mc".
-      wrt: filter of the parameters.
-      microbatches: parts of a batch.
     """
 
     average: MovingAverage
     structure: AveragedStructure
-    loss: Loss
-    fisher: FisherKind
-    mc_samples: int
-    wrt: Any
-    microbatches: int
+    fisher: Fisher
+
+    def empty(self, model: nnx.Module, x: Any) -> Callable[[Any], Averages]:
+        """A function that makes averages of nothing, with the shapes that a model gives them.
+
+        It takes the tree of parameters that move, of which some may be held back.
+
+        Args:
+          model: of which only shapes are looked at.
+          x: inputs (N, ...), a tree of arrays or of their shapes and dtypes.
+
+        Raises:
+          ValueError, TypeError: a model that cannot be served, at once; in the function, a tree
+            that is not one of its parameters.
+        """
+        graphdef, arrays = nnx.split(model)
+        # shapes alone, so that the parameters of now are not kept
+        state = jax.eval_shape(lambda: arrays)
+        inputs, structure, own = shapes_of(x), self.structure, self.fisher.wrt
+
+        def moments(wrt: Any, state: Any, x: Any) -> tuple[Moments, Any]:
+            signals = jacobian_signals(nnx.merge(graphdef, state), x, wrt)
+            found = Moments(self._means(signals))
+            if structure.has_basis:
+                basis = structure.basis(found.factors)
+                found = Moments(found.factors, basis, structure.rotated(signals, basis))
+            one = jnp.ones((), signals.outputs.dtype)
+            return found, structure.invert(found, one, batch_size(x))
+
+        whole = jax.eval_shape(partial(moments, own), state, inputs)
+
+        def empty(params: Any) -> Averages:
+            moved = moved_by(nnx.merge(graphdef, state), params, own) if by_path(params) else own
+            shapes = whole
+            if moved is not own:
+                shapes = jax.eval_shape(partial(moments, moved), state, inputs)
+            start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            return Averages(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *start)
+
+        return empty
+
+    def _means(self, signals: Signals) -> tuple[Any, ...]:
+        """The statistics of a batch, or of a microbatch."""
+        alone = self.average.decay == 0 and self.fisher.microbatches == 1
+        return self.structure.latest(signals) if alone else self.structure.statistics(signals)
 
     def __call__(
         self,
         model: nnx.Module,
-        x: Any,
-        y: Array | None,
+        batch: Batch,
         shapes: Signals,
         kept: Averages,
         steps: Array,
         damping: Any,
-        key: Array,
-        fisher_x: Any,
-        fisher_y: Array | None,
-        incoming: dict[Path, Array] | None,
-    ) -> tuple[tuple[LayerUpdate, ...], tuple[LayerUpdate, ...], Array | None, Averages]:
-        """The natural gradient, the gradient, the outputs at x (of its own gradient), what is kept.
+    ) -> tuple[Solved, Averages]:
+        """The natural gradient, and what is kept; the outputs at x, of a gradient of its own.
 
         Args:
           model: the model.
-          x: inputs, shape (N, ...).
-          y: targets, shape (N, C).
+          batch: the arrays of this step.
           shapes: signals of this batch, or their shapes.
           kept: of the step before.
           steps: taken before this one.
           damping: a number, or relative.
-          key: draws targets.
-          fisher_x: inputs of the Fisher, None for x.
-          fisher_y: their targets, for "empirical".
-          incoming: the gradient by the paths of the parameters; None for that of the loss.
         """
+        every, incoming = self.average.every, batch.gradient
 
         def aside() -> Averages:
-            batch = fisher_targets(self.fisher, x, y, fisher_x, fisher_y)
-            return self._renew(model, batch, False, kept, steps, damping, key)[2]
-
-        if incoming is not None:
-            slope = layer_updates(shapes.layers, incoming)
-            kept = self._at(steps, self.average.every, aside, lambda: kept)
-            return self._apply(kept, slope), slope, None, kept
-
-        def gradient() -> tuple[tuple[LayerUpdate, ...], Array]:
-            assert y is not None
-            found, outputs = loss_gradient(
-                model, x, y, loss=self.loss, wrt=self.wrt, microbatches=self.microbatches
-            )
-            return layer_updates(shapes.layers, found), outputs
+            return self._renew(model, batch, False, kept, steps, damping)[2]
 
         def held() -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
-            slope, outputs = gradient()
-            return slope, outputs, kept
+            found, outputs = loss_gradient(model, batch, self.fisher)
+            return layer_updates(shapes.layers, found), outputs, kept
 
-        if fisher_x is None:
+        outputs: Any = None
+        if incoming is not None:
+            gradient = layer_updates(shapes.layers, incoming)
+            after = self._at(steps, every, aside, lambda: kept)
+        elif batch.fisher_x is None:
             # one pass gives the statistics and the gradient
             def renewed() -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
-                assert y is not None
-                return self._renew(model, (x, y), True, kept, steps, damping, key)
+                return self._renew(model, batch, True, kept, steps, damping)
 
-            slope, outputs, kept = self._at(steps, self.average.every, renewed, held)
-            return self._apply(kept, slope), slope, outputs, kept
-
-        slope, outputs = gradient()
-        kept = self._at(steps, self.average.every, aside, lambda: kept)
-        return self._apply(kept, slope), slope, outputs, kept
-
-    @full_products()
-    def _apply(self, kept: Averages, slope: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
-        """G^{-1} g by the inverses that are kept."""
-        return self.structure.apply(kept.inverse, slope)
+            gradient, outputs, after = self._at(steps, every, renewed, held)
+        else:
+            gradient, outputs, _ = held()
+            after = self._at(steps, every, aside, lambda: kept)
+        with full_products():
+            updates = self.structure.apply(after.inverse, gradient)
+        return Solved(updates, shapes, ParameterGradient(gradient), outputs, None), after
 
     def _at(self, steps: Array, every: int, due: Callable[[], Any], held: Callable[[], Any]) -> Any:
         """One of two results, by whether this step is a multiple of an interval."""
@@ -302,35 +255,30 @@ class AveragedStep:
     def _renew(
         self,
         model: nnx.Module,
-        batch: tuple[Any, Array | None],
+        batch: Batch,
         own: bool,
         kept: Averages,
         steps: Array,
         damping: Any,
-        key: Array,
     ) -> tuple[tuple[LayerUpdate, ...], Array, Averages]:
         """The gradient (if the batch is its own) and the outputs of a batch, and what is kept."""
-        structure, average, size = self.structure, self.average, batch_size(batch)
-        arrays = tuple(part for part in batch if part is not None)
-        draw = sampler(self.loss, key, self.mc_samples, size)
-        means = _means(structure, average, self.microbatches)
-        settings = {"loss": self.loss, "fisher": self.fisher, "draw": draw, "wrt": self.wrt}
+        structure, average, fisher = self.structure, self.average, self.fisher
+        arrays, microbatches = fisher.arrays(batch), fisher.microbatches
+        size = batch_size(arrays)
 
-        def first_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, Any]:
-            signals, residual = microbatch_signals(model, x, y, first, **settings)
-            slope: Any = ()
+        def first_pass(first: Any, x: Any, y: Array | None) -> tuple[Any, Any]:
+            signals, residual = fisher.of_microbatch(model, x, y, first, batch.key, size)
+            gradient: Any = ()
             if own:
                 assert residual is not None
-                slope = residual.vector(signals.layers)
-            one_part = self.microbatches == 1
+                gradient = residual.vector(signals.layers)
             with full_products():
-                statistics = means(signals)
-            return (statistics, slope), (
-                signals.outputs,
-                signals if one_part else (),
-            )
+                statistics = self._means(signals)
+            seen = signals if microbatches == 1 else ()
+            return (statistics, gradient), (signals.outputs, seen)
 
-        (new, slope), (outputs, signals) = in_microbatches(first_pass, arrays, self.microbatches)
+        passed = in_microbatches(first_pass, arrays, microbatches)
+        (new, gradient), (outputs, signals) = passed
         _check_shapes(kept.moments.factors, new, size, average.decay == 0)
         count = kept.renewals + 1
         factors = average.mix(kept.moments.factors, new, count)
@@ -338,14 +286,14 @@ class AveragedStep:
         turn = full_products()(structure.rotated)
 
         def rotated(basis: Any) -> Any:
-            if self.microbatches == 1:
+            if microbatches == 1:
                 return turn(signals, basis)
 
-            def second_pass(first: Any, x: Any, y: Array | None = None) -> tuple[Any, tuple[()]]:
-                part, _ = microbatch_signals(model, x, y, first, **settings)
-                return turn(part, basis), ()
+            def second_pass(first: Any, x: Any, y: Array | None) -> tuple[Any, tuple[()]]:
+                signals, _ = fisher.of_microbatch(model, x, y, first, batch.key, size)
+                return turn(signals, basis), ()
 
-            return in_microbatches(second_pass, arrays, self.microbatches)[0]
+            return in_microbatches(second_pass, arrays, microbatches)[0]
 
         def fresh() -> tuple[Any, Any, Array]:
             with full_products():
@@ -378,7 +326,7 @@ class AveragedStep:
 
         always = 1 if structure.cheap_inverse or interval == average.every else interval
         inverse = self._at(steps, always, inverted, lambda: kept.inverse)
-        return slope, outputs, Averages(count, turns, moments, inverse)
+        return gradient, outputs, Averages(count, turns, moments, inverse)
 
 
 def _check_shapes(kept: Any, new: Any, size: int, rows: bool) -> None:

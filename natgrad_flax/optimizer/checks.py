@@ -11,17 +11,21 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.arguments.arrays import batch_size, check_real, is_concrete, solve_dtype
+from natgrad_flax.arguments.arrays import (
+    as_array,
+    batch_size,
+    check_finite,
+    check_real,
+    is_concrete,
+    solve_dtype,
+)
 from natgrad_flax.arguments.scalars import as_number, check_integer, check_number, is_real, shown
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.losses import Loss
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
-from natgrad_flax.signals.fisher import check_kind
-from natgrad_flax.signals.plan import check_model
+from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_kind
+from natgrad_flax.signals.plan import check_model, hashable_filter
 from natgrad_flax.structures import STRUCTURES, BlockDiagonal, Exact, Structure
-
-HOST_SIZE = 2**18
-"""Entries up to which an array is looked at by NumPy."""
 
 
 def check_structure(structure: object) -> Structure:
@@ -40,8 +44,16 @@ def _needed(cls: type[Structure]) -> str:
     return ", ".join(arg.name for arg in arguments if arg.default is arg.empty)
 
 
-def check_settings(structure: object, loss: object, fisher: object, damping: object) -> None:
-    """Raises TypeError or ValueError on settings that do not fit together."""
+def check_settings(
+    structure: object,
+    loss: object,
+    fisher: Any,
+    damping: object,
+    mc_samples: object = 1,
+    wrt: Any = nnx.Param,
+) -> Fisher:
+    """Which Fisher is meant; raises TypeError or ValueError where settings do not fit together."""
+    wrt = hashable_filter(wrt)
     check_structure(structure)
     if not isinstance(loss, Loss):
         raise TypeError(
@@ -54,6 +66,7 @@ def check_settings(structure: object, loss: object, fisher: object, damping: obj
             "a Monte-Carlo Fisher needs a positive damping: the gradient does not lie in the range "
             "of the sampled Fisher"
         )
+    return Fisher(loss, fisher, check_integer("mc_samples", mc_samples, 1), wrt)
 
 
 def check_damping(damping: object) -> None:
@@ -106,30 +119,6 @@ def check_normal(damping: object, dtype: Any) -> None:
             f"damping {shown(damping)} is below {smallest:.2g}, the smallest normal number here, "
             "and would count as 0: pass 0 for the pseudo-inverse, or a larger damping"
         )
-
-
-def as_array(value: Any, name: str) -> Array:
-    """What a caller gave for an array, as one of JAX.
-
-    Raises:
-      TypeError: it is none, or holds something other than numbers.
-      ValueError: integers that are too large for those of JAX.
-    """
-    if isinstance(value, np.ndarray):
-        # JAX takes the byte order of this machine alone
-        value = value.astype(value.dtype.newbyteorder("="), copy=False)
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError):
-        kind = type(value).__name__
-        raise TypeError(f"{name} must be an array of numbers, got {kind} {value!r:.60}") from None
-    narrowed = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
-    if narrowed and array.dtype != value.dtype and (np.asarray(array) != value).any():
-        raise ValueError(
-            f"{name} has integers that {array.dtype} cannot hold: number them from 0, or switch on "
-            "jax_enable_x64"
-        )
-    return array
 
 
 def check_inputs(x: Any, model: nnx.Module | None = None, name: str = "x") -> Any:
@@ -284,20 +273,29 @@ def check_needed_batch(
     return check_model_inputs(model, x), None
 
 
-def check_fisher_batch(
-    model: nnx.Module, fisher: str, x: Any, y: Array | None, fisher_x: Any, fisher_y: Any
-) -> tuple[Any, Array | None]:
-    """The batch of the Fisher as arrays, or None and None where it is that of the loss.
+def check_arrays(model: nnx.Module, fisher: Fisher, batch: Batch) -> Batch:
+    """The arrays of a step, after every check that needs no forward pass.
+
+    Raises:
+      ValueError, TypeError: as ``check_batch`` and ``check_fisher_batch``.
+    """
+    x, y = check_needed_batch(model, batch.x, batch.y, fisher.loss, fisher.needs_targets(batch))
+    return check_fisher_batch(fisher.kind, batch._replace(x=x, y=y))
+
+
+def check_fisher_batch(fisher: FisherKind, batch: Batch) -> Batch:
+    """With the batch of the Fisher as arrays, where it has one of its own.
 
     Raises:
       ValueError: targets where none are needed, or none where they are; shapes that do not fit;
         NaN or infinity.
       TypeError: inputs that are no numbers, or targets that are not floating.
     """
+    x, y, fisher_x, fisher_y = batch[:4]
     if fisher_x is None:
         if fisher_y is not None:
             raise ValueError("fisher_y belongs to a fisher_x: pass both, or neither")
-        return None, None
+        return batch
     fisher_x = check_inputs(fisher_x, name="fisher_x")
     if _shapes(fisher_x, 1) != _shapes(x, 1):
         raise ValueError(
@@ -309,7 +307,7 @@ def check_fisher_batch(
                 f'fisher="{fisher}" takes no targets from data: pass fisher_y for fisher='
                 '"empirical" only'
             )
-        return fisher_x, None
+        return batch._replace(fisher_x=fisher_x)
     if fisher_y is None:
         raise ValueError('fisher="empirical" is made of targets: pass fisher_y with fisher_x')
     fisher_y = as_array(fisher_y, "fisher_y")
@@ -320,7 +318,7 @@ def check_fisher_batch(
             f"{fisher_y.shape}"
         )
     check_finite(fisher_y, "fisher_y")
-    return fisher_x, fisher_y
+    return batch._replace(fisher_x=fisher_x, fisher_y=fisher_y)
 
 
 def check_microbatches(microbatches: object, *batches: Any) -> int:
@@ -361,20 +359,3 @@ def check_momentum(momentum: object, structure: Structure, damping: object) -> f
     if is_zero(damping):
         raise ValueError("momentum= needs a positive damping, which weighs the previous step")
     return decay
-
-
-def check_finite(array: Any, name: str) -> None:
-    """Raises ValueError on a concrete array with NaN or infinite entries."""
-    if not is_concrete(array) or not jnp.issubdtype(array.dtype, jnp.inexact):
-        return
-    # small arrays without a compilation for every shape
-    xp: Any = np if array.size <= HOST_SIZE else jnp
-    values = np.asarray(array) if xp is np else array
-    # a sum is finite where all entries are, in one pass without a temporary; only overflow of the
-    # sum itself needs the second look
-    with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
-        if np.isfinite(xp.sum(values)):
-            return
-        bad = int(array.size - xp.sum(xp.isfinite(values)))
-    if bad:
-        raise ValueError(f"{name} has {bad} NaN or infinite entries of {array.size}")

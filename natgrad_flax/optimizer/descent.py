@@ -20,7 +20,6 @@ from natgrad_flax.optimizer.averages import (
     Averages,
     MovingAverage,
     check_average,
-    empty_averages,
 )
 from natgrad_flax.optimizer.checks import (
     check_fisher_batch,
@@ -28,7 +27,7 @@ from natgrad_flax.optimizer.checks import (
     check_momentum,
     check_settings,
 )
-from natgrad_flax.optimizer.gradient import AtBatch, compute
+from natgrad_flax.optimizer.gradient import compute
 from natgrad_flax.optimizer.momentum import Momentum
 from natgrad_flax.optimizer.preflight import preflight
 from natgrad_flax.optimizer.transformation import (
@@ -40,10 +39,8 @@ from natgrad_flax.optimizer.transformation import (
 )
 from natgrad_flax.optimizer.trees import as_state, by_path
 from natgrad_flax.signals.base import named_updates
-from natgrad_flax.signals.fisher import FisherKind
-from natgrad_flax.signals.gradient import inner_product
+from natgrad_flax.signals.fisher import Batch, FisherKind
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.plan import hashable_filter
 from natgrad_flax.signals.recording import Path
 from natgrad_flax.structures import AveragedStructure, Structure
 
@@ -122,21 +119,19 @@ def natural_gradient_descent(
     Raises:
       ValueError, TypeError: bad settings here, a bad batch in ``update``.
     """
-    wrt = hashable_filter(wrt)
-    check_settings(structure, loss, fisher, damping)
-    learning_rate = check_learning_rate(learning_rate, schedule=True)
-    mc_samples, seed = check_integer("mc_samples", mc_samples, 1), check_seed(seed)
+    settings = check_settings(structure, loss, fisher, damping, mc_samples, wrt)
+    learning_rate, seed = check_learning_rate(learning_rate, schedule=True), check_seed(seed)
     check_average(average, structure, example)
     momentum = check_momentum(momentum, structure, damping)
-    microbatches = check_integer("microbatches", microbatches, 1)
+    settings = replace(settings, microbatches=check_integer("microbatches", microbatches, 1))
     _check_gradient(gradient, damping)
     averaged: AveragedStep | None = None
     empty: Callable[[Any], Averages] | None = None
     if average is not None:
         assert isinstance(structure, AveragedStructure)
         assert example is not None
-        averaged = AveragedStep(average, structure, loss, fisher, mc_samples, wrt, microbatches)
-        empty = empty_averages(structure, *example, wrt, average, microbatches)
+        averaged = AveragedStep(average, structure, settings)
+        empty = averaged.empty(*example)
 
     def step(
         module: nnx.Module,
@@ -151,20 +146,18 @@ def natural_gradient_descent(
         wrt: Any,
         incoming: dict[Path, Array],
     ) -> Step:
-        fisher_x, fisher_y = check_fisher_batch(module, fisher, x, y, fisher_x, fisher_y)
-        check_microbatches(microbatches, x, fisher_x)
-        at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
         given = incoming if gradient == "incoming" else None
+        batch = check_fisher_batch(fisher, Batch(x, y, fisher_x, fisher_y, key, given))
+        which = replace(settings, wrt=wrt)
+        check_microbatches(which.microbatches, x, batch.fisher_x)
         size = averaged.structure.factor_size if averaged else None
-        shapes = preflight(structure, module, *at, loss, fisher, mc_samples, rho, wrt, size)
+        shapes = preflight(structure, module, which, batch, rho, size)
         if check_samples:
             check_samples_alone(module, x)
+        kept: Any
         if averaged is not None:
-            kept: Any
-            solved, slope, outputs, kept = replace(averaged, wrt=wrt)(
-                module, x, y, shapes, state.kept, state.steps, rho, key, fisher_x, fisher_y, given
-            )
-            found = AtBatch(outputs, lambda: inner_product(slope, solved))
+            step = replace(averaged, fisher=which)
+            found, kept = step(module, batch, shapes, state.kept, state.steps, rho)
         else:
             before = by_path(state.kept)
             if momentum and set(before) != set(incoming):
@@ -173,25 +166,9 @@ def natural_gradient_descent(
                     "init the same tree as update"
                 )
             carried = Momentum(momentum, before) if momentum else None
-            solved, _, found = compute(
-                module,
-                x,
-                y,
-                structure=structure,
-                loss=loss,
-                damping=rho,
-                fisher=fisher,
-                key=key,
-                mc_samples=mc_samples,
-                wrt=wrt,
-                fisher_x=fisher_x,
-                fisher_y=fisher_y,
-                microbatches=microbatches,
-                momentum=carried,
-                gradient=given,
-            )
-            kept = as_state(state.kept, named_updates(shapes.layers, solved)) if momentum else ()
-        down = jax.tree.map(jnp.negative, solved)
+            found = compute(module, batch, rho, structure=structure, fisher=which, momentum=carried)
+            kept = as_state(state.kept, found.named()) if momentum else ()
+        down = jax.tree.map(jnp.negative, found.updates)
         return Step(
             named_updates(shapes.layers, down),
             found.inner,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,14 +12,12 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.arguments.arrays import own_promotion, solve_dtype
-from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.damping import RelativeDamping, damping_as, is_zero
 from natgrad_flax.linalg import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.optimizer.checks import (
-    check_fisher_batch,
+    check_arrays,
     check_microbatches,
-    check_needed_batch,
     check_one_damping,
     check_settings,
 )
@@ -28,17 +26,10 @@ from natgrad_flax.optimizer.preflight import preflight
 from natgrad_flax.optimizer.trees import as_state, by_path, moved_by_gradient
 from natgrad_flax.signals.base import LayerUpdate, layer_updates, named_updates
 from natgrad_flax.signals.dense import Signals
-from natgrad_flax.signals.fisher import (
-    FisherKind,
-    check_key,
-    fisher_signals,
-    in_range,
-    population_signals,
-)
+from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_key
 from natgrad_flax.signals.gradient import Gradient, ParameterGradient
 from natgrad_flax.signals.independence import check_samples_alone
 from natgrad_flax.signals.microbatches import Passes, in_microbatches
-from natgrad_flax.signals.plan import hashable_filter
 from natgrad_flax.signals.recording import Path, outputs_of, with_fast_gradients
 from natgrad_flax.structures import Structure
 
@@ -101,134 +92,108 @@ def natural_gradient(
     Raises:
       ValueError, TypeError: bad settings or a bad batch, before any work.
     """
-    wrt = hashable_filter(wrt)
-    check_settings(structure, loss, fisher, damping)
-    mc_samples = check_integer("mc_samples", mc_samples, 1)
+    which = check_settings(structure, loss, fisher, damping, mc_samples, wrt)
     check_one_damping(damping)
     check_key(fisher, key)
-    needed = gradient is None or (fisher == "empirical" and fisher_x is None)
-    x, y = check_needed_batch(model, x, y, loss, needed)
-    fisher_x, fisher_y = check_fisher_batch(model, fisher, x, y, fisher_x, fisher_y)
-    microbatches = check_microbatches(microbatches, x, fisher_x)
-    at = (x, y) if fisher_x is None else (fisher_x, fisher_y)
+    batch = check_arrays(model, which, Batch(x, y, fisher_x, fisher_y, key, gradient))
+    which = replace(which, microbatches=check_microbatches(microbatches, batch.x, batch.fisher_x))
     if gradient is not None:
-        wrt = moved_by_gradient(model, gradient, wrt)
-    preflight(structure, model, *at, loss, fisher, mc_samples, damping, wrt)
+        which = replace(which, wrt=moved_by_gradient(model, gradient, which.wrt))
+        batch = batch._replace(gradient=by_path(gradient))
+    preflight(structure, model, which, batch, damping)
     if check_samples:
-        check_samples_alone(model, x)
+        check_samples_alone(model, batch.x)
     static = static_damping(damping)
     graphdef, state = nnx.split(model)
     updates = _compiled(
         state,
-        x,
-        y,
+        batch,
         None if static is not None else jnp.asarray(damping),
-        key,
-        fisher_x,
-        fisher_y,
-        gradient,
         graphdef=graphdef,
         structure=structure,
-        loss=loss,
-        fisher=fisher,
-        mc_samples=mc_samples,
+        fisher=which,
         static_damping=static,
-        wrt=wrt,
-        microbatches=microbatches,
     )
-    return as_state(nnx.state(model, wrt) if gradient is None else gradient, updates)
+    return as_state(nnx.state(model, which.wrt) if gradient is None else gradient, updates)
 
 
-class AtBatch(NamedTuple):
-    """What adaptive damping asks of the batch.
+class Solved(NamedTuple):
+    """A natural gradient, and what it was made of.
 
     Attributes:
-      outputs: f, shape (N, C); None where the gradient came from elsewhere.
-      inner: the product of the gradient of the loss with the step that was found.
+      updates: one a layer.
+      signals: of the Fisher.
+      gradient: what was solved for.
+      outputs: f at x, shape (N, C); those of the Fisher's batch where the gradient was given.
+      report: how the structure's solve went, None where it has nothing to say.
     """
 
-    outputs: Array | None
-    inner: Callable[[], Array]
+    updates: tuple[LayerUpdate, ...]
+    signals: Signals
+    gradient: Gradient
+    outputs: Array
+    report: Any
+
+    def inner(self) -> Array:
+        """The inner product of the gradient with the step, shape ()."""
+        return self.gradient.inner(self.signals.layers, self.updates)
+
+    def named(self) -> dict[Path, dict[str, Array]]:
+        """The updates by the paths of the layers, in the shapes of the parameters."""
+        return named_updates(self.signals.layers, self.updates)
 
 
 def compute(
     model: nnx.Module,
-    x: Any,
-    y: Array | None,
+    batch: Batch,
+    damping: Damping,
     *,
     structure: Structure,
-    loss: Loss,
-    damping: Damping,
-    fisher: FisherKind,
-    key: Array | None,
-    mc_samples: int,
-    wrt: Any = nnx.Param,
-    fisher_x: Any = None,
-    fisher_y: Array | None = None,
-    microbatches: int = 1,
+    fisher: Fisher,
     momentum: Momentum | None = None,
-    gradient: dict[Path, Array] | None = None,
-) -> tuple[tuple[LayerUpdate, ...], Signals, AtBatch]:
+) -> Solved:
     """The natural gradient layer by layer, without checks; to be traced.
 
-    The arguments are those of ``natural_gradient``, and the momentum, where there is one; the
-    gradient is by the paths of the parameters.
+    Args:
+      model: the model.
+      batch: the arrays of this step.
+      damping: as in ``natural_gradient``.
+      structure: the Fisher approximation, on one device or on several.
+      fisher: which Fisher.
+      momentum: the step before, where it is taken along.
     """
-    settings: dict[str, Any] = {
-        "loss": loss,
-        "fisher": fisher,
-        "key": key,
-        "num_samples": mc_samples,
-        "wrt": wrt,
-        "microbatches": microbatches,
-    }
-    null: dict[str, Any] = {"loss": loss, "fisher": fisher, "damping": damping}
+    signals, residual = fisher.signals(model, batch, structure.passes)
+    signals, residual = fisher.in_range(signals, residual, damping)
+    outputs, gradient = signals.outputs, batch.gradient
     right: Gradient
-    if fisher_x is None and gradient is None:
-        assert y is not None
-        signals, residual = fisher_signals(model, x, y, **settings)
-        signals, right = in_range(signals, residual, **null)
-        outputs = signals.outputs
+    if gradient is None and batch.fisher_x is None:
+        assert residual is not None
+        right = residual
     else:
-        at = fisher_targets(fisher, x, y, fisher_x, fisher_y)
-        signals, _ = in_range(population_signals(model, *at, **settings), None, **null)
-        outputs = signals.outputs
         if gradient is None:
-            assert y is not None
-            gradient, outputs = loss_gradient(
-                model, x, y, loss=loss, wrt=wrt, microbatches=microbatches
-            )
+            gradient, outputs = loss_gradient(model, batch, fisher, structure.passes)
         right = ParameterGradient(layer_updates(signals.layers, gradient))
     with full_products():
         rho = resolve_damping(structure, signals, damping)
         if momentum is None:
-            solved = structure.solve(signals, right, rho)
+            updates, report = structure.solve_and_report(signals, right, rho)
         else:
-            solved = momentum.solve(structure, signals, right, rho)
-    return solved, signals, AtBatch(outputs, lambda: right.inner(signals.layers, solved))
-
-
-def fisher_targets(
-    fisher: FisherKind, x: Array, y: Array | None, fisher_x: Array | None, fisher_y: Array | None
-) -> tuple[Array, Array | None]:
-    """The batch of a Fisher without a residual: targets for the empirical one alone."""
-    if fisher_x is not None:
-        return fisher_x, fisher_y
-    return x, y if fisher == "empirical" else None
+            updates, report = momentum.solve(structure, signals, right, rho), None
+    return Solved(updates, signals, right, outputs, report)
 
 
 def loss_gradient(
-    model: nnx.Module,
-    x: Any,
-    y: Array,
-    *,
-    loss: Loss,
-    wrt: Any,
-    microbatches: int = 1,
-    passes: Passes = in_microbatches,
+    model: nnx.Module, batch: Batch, fisher: Fisher, passes: Passes = in_microbatches
 ) -> tuple[dict[Path, Array], Array]:
-    """J^T r / N by the paths of the parameters, and the outputs (N, C); plain backpropagation."""
-    graphdef, chosen, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]
+    """J^T r / N at x and y by the paths of the parameters, and the outputs (N, C).
+
+    Args:
+      model: the model.
+      batch: the arrays of this step.
+      fisher: whose loss, parameters and microbatches count.
+      passes: how the batch runs through the model.
+    """
+    graphdef, chosen, rest = nnx.split(model, fisher.wrt, ...)  # type: ignore[misc]
 
     def run(first: Array | int, x: Any, y: Array) -> tuple[dict[Path, Array], Array]:
         del first
@@ -240,11 +205,12 @@ def loss_gradient(
         leaves = jax.tree.leaves(chosen)
         dtype = solve_dtype(computed.dtype, *(leaf.dtype for leaf in leaves))
         outputs = computed.astype(dtype)
-        residual = loss.residual(outputs, y.astype(dtype)) / len(y)
+        residual = fisher.loss.residual(outputs, y.astype(dtype)) / len(y)
         (gradient,) = backward(residual.astype(computed.dtype))
         return by_path(jax.tree.map(lambda leaf: leaf.astype(dtype), gradient)), outputs
 
-    return passes(run, (x, y), microbatches)
+    assert batch.y is not None
+    return passes(run, (batch.x, batch.y), fisher.microbatches)
 
 
 def static_damping(damping: Damping) -> float | RelativeDamping | None:
@@ -261,47 +227,18 @@ def resolve_damping(structure: Structure, signals: Signals, damping: Damping) ->
     return damping_as(damping, signals.outputs.dtype)
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        *("structure", "loss", "fisher", "mc_samples", "static_damping", "wrt", "microbatches"),
-    ),
-)
+@partial(jax.jit, static_argnames=("structure", "fisher", "static_damping"))
 def _compiled(
     state: Any,
-    x: Any,
-    y: Array | None,
+    batch: Batch,
     damping: Array | None,
-    key: Array | None,
-    fisher_x: Any,
-    fisher_y: Array | None,
-    gradient: Any,
     *,
     graphdef: Any,
     structure: Structure,
-    loss: Loss,
-    fisher: FisherKind,
-    mc_samples: int,
+    fisher: Fisher,
     static_damping: float | RelativeDamping | None,
-    wrt: Any,
-    microbatches: int,
 ) -> dict[Path, dict[str, Array]]:
     chosen = static_damping if damping is None else damping
     assert chosen is not None
-    solved, signals, _ = compute(
-        nnx.merge(graphdef, state),
-        x,
-        y,
-        structure=structure,
-        loss=loss,
-        damping=chosen,
-        fisher=fisher,
-        key=key,
-        mc_samples=mc_samples,
-        wrt=wrt,
-        fisher_x=fisher_x,
-        fisher_y=fisher_y,
-        microbatches=microbatches,
-        gradient=None if gradient is None else by_path(gradient),
-    )
-    return named_updates(signals.layers, solved)
+    model = nnx.merge(graphdef, state)
+    return compute(model, batch, chosen, structure=structure, fisher=fisher).named()

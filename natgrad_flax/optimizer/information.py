@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,6 @@ from jax.flatten_util import ravel_pytree
 
 from natgrad_flax.arguments.arrays import check_real, is_concrete, own_promotion
 from natgrad_flax.arguments.memory import check_fits
-from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.damping import RelativeDamping, is_zero
 from natgrad_flax.linalg import full_products, rank_cutoff
 from natgrad_flax.losses import Loss
@@ -31,10 +31,9 @@ from natgrad_flax.optimizer.trees import as_state, by_path
 from natgrad_flax.signals.base import LayerUpdate, layer_updates, named_updates, ravel, unravel
 from natgrad_flax.signals.capture import jacobian_signals
 from natgrad_flax.signals.dense import Signals
-from natgrad_flax.signals.fisher import FisherKind, check_key, population_signals
+from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_key
 from natgrad_flax.signals.gradient import ParameterGradient
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.plan import hashable_filter
 from natgrad_flax.signals.recording import dotted
 from natgrad_flax.structures import Structure
 
@@ -121,10 +120,8 @@ def fisher(
       >>> bool(jnp.isclose(largest.max(), F.eigenvalues().max(), rtol=1e-3))
       True
     """
-    wrt = hashable_filter(wrt)
     # a positive number: what is looked at is a Fisher without a gradient
-    check_settings(structure, loss, fisher, 1.0)
-    mc_samples = check_integer("mc_samples", mc_samples, 1)
+    which = check_settings(structure, loss, fisher, 1.0, mc_samples, wrt)
     check_key(fisher, key)
     if fisher == "empirical":
         if y is None:
@@ -134,25 +131,22 @@ def fisher(
         raise ValueError(f'fisher="{fisher}" takes no targets: pass y for "empirical" only')
     else:
         x = check_model_inputs(model, x)
-    microbatches = check_microbatches(microbatches, x)
-    preflight(structure, model, x, y, loss, fisher, mc_samples, 1.0, wrt)
+    which = replace(which, microbatches=check_microbatches(microbatches, x))
+    batch = Batch(x, y, key=key)
+    preflight(structure, model, which, batch, 1.0)
     if check_samples:
         check_samples_alone(model, x)
     graphdef, state = nnx.split(model)
-    settings = {"loss": loss, "fisher": fisher, "wrt": wrt, "microbatches": microbatches}
-    signals = _signals(state, x, y, key, graphdef=graphdef, num_samples=mc_samples, **settings)
-    shapes = jax.eval_shape(lambda: nnx.state(model, wrt))
-    return FisherOperator(structure, signals, shapes, wrt)
+    signals = _signals(state, batch, graphdef=graphdef, structure=structure, fisher=which)
+    shapes = jax.eval_shape(lambda: nnx.state(model, which.wrt))
+    return FisherOperator(structure, signals, shapes, which.wrt)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("graphdef", "loss", "fisher", "num_samples", "wrt", "microbatches"),
-)
+@partial(jax.jit, static_argnames=("structure", "fisher"))
 def _signals(
-    state: Any, x: Any, y: Array | None, key: Array | None, *, graphdef: Any, **settings: Any
+    state: Any, batch: Batch, *, graphdef: Any, structure: Structure, fisher: Fisher
 ) -> Signals:
-    return population_signals(nnx.merge(graphdef, state), x, y, key=key, **settings)
+    return fisher.signals(nnx.merge(graphdef, state), batch, structure.passes)[0]
 
 
 class Conditioning(NamedTuple):

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax import Array
 
 from natgrad_flax.arguments.memory import check_fits
 from natgrad_flax.damping import (
@@ -18,10 +17,10 @@ from natgrad_flax.damping import (
     check_damping_shape,
     warn_of_rounding,
 )
-from natgrad_flax.losses import Loss
 from natgrad_flax.optimizer.checks import check_normal
 from natgrad_flax.signals.dense import Signals
-from natgrad_flax.signals.fisher import FisherKind, fisher_signals, population_signals
+from natgrad_flax.signals.fisher import Batch, Fisher
+from natgrad_flax.signals.microbatches import Passes
 from natgrad_flax.structures import Structure
 from natgrad_flax.structures.memory import check_signals_fit
 
@@ -29,19 +28,21 @@ from natgrad_flax.structures.memory import check_signals_fit
 def preflight(
     structure: Structure,
     model: nnx.Module,
-    x: Any,
-    y: Array | None,
-    loss: Loss,
-    fisher: FisherKind,
-    mc_samples: int,
+    fisher: Fisher,
+    batch: Batch,
     damping: object,
-    wrt: Any = nnx.Param,
     size: Callable[[Signals], int] | None = None,
 ) -> Signals:
     """Checks that need shapes: sizes that cannot fit, couplings that do not match the depth.
 
-    The arguments are those of ``natural_gradient`` for the batch of the Fisher; ``size`` gives the
-    side of the largest square array, which is ``structure.gram_size`` unless told.
+    Args:
+      structure: the Fisher approximation.
+      model: the model.
+      fisher: which Fisher.
+      batch: arrays, or their shapes.
+      damping: as in ``natural_gradient``.
+      size: from signals to the side of the largest square array; ``structure.gram_size`` unless
+        told.
 
     Returns:
       The shapes of the signals.
@@ -53,12 +54,7 @@ def preflight(
     graphdef, state = nnx.split(model)
     # through jit, so that only the first call of a shape is traced
     signals = jax.eval_shape(
-        partial(
-            _signals, graphdef=graphdef, loss=loss, fisher=fisher, mc_samples=mc_samples, wrt=wrt
-        ),
-        state,
-        x,
-        y,
+        partial(_signals, graphdef=graphdef, fisher=fisher, passes=structure.passes), state, batch
     )
     side = structure.gram_size(signals) if size is None else size(signals)
     check_fits(
@@ -69,7 +65,7 @@ def preflight(
     )
     if size is None:
         check_signals_fit(structure, signals)
-    check_damping_on_batch(structure, signals, damping, inside=fisher != "mc")
+    check_damping_on_batch(structure, signals, damping, inside=fisher.kind != "mc")
     structure.check(signals, damping)
     return signals
 
@@ -99,20 +95,6 @@ def check_damping_on_batch(
     warn_of_rounding(damping, signals.outputs.dtype, margin)
 
 
-@partial(jax.jit, static_argnames=("loss", "fisher", "mc_samples", "wrt"))
-def _signals(
-    state: Any,
-    x: Any,
-    y: Array | None,
-    *,
-    graphdef: Any,
-    loss: Loss,
-    fisher: FisherKind,
-    mc_samples: int,
-    wrt: Any,
-) -> Signals:
-    model, key = nnx.merge(graphdef, state), jax.random.key(0)
-    settings: dict[str, Any] = {"loss": loss, "fisher": fisher, "key": key, "wrt": wrt}
-    if y is None:
-        return population_signals(model, x, y, num_samples=mc_samples, **settings)
-    return fisher_signals(model, x, y, num_samples=mc_samples, **settings)[0]
+@partial(jax.jit, static_argnames=("fisher", "passes"))
+def _signals(state: Any, batch: Batch, *, graphdef: Any, fisher: Fisher, passes: Passes) -> Signals:
+    return fisher.signals(nnx.merge(graphdef, state), batch, passes)[0]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from natgrad_flax.optimizer.checks import check_finite
+from natgrad_flax.arguments.arrays import check_finite
 from natgrad_flax.signals.plan import parameter_paths
 from natgrad_flax.signals.recording import Path, dotted
 

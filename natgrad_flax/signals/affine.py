@@ -204,8 +204,8 @@ def patches(layer: Any, images: Array) -> Array:
     images = _padded(layer, images, extent, strides)
     last = [size - length for size, length in zip(images.shape[1:-1], extent, strict=True)]
     found = []
-    for make_recording in np.ndindex(*layer.kernel_size):
-        start = [t * d for t, d in zip(make_recording, dilation, strict=True)]
+    for tap in np.ndindex(*layer.kernel_size):
+        start = [t * d for t, d in zip(tap, dilation, strict=True)]
         stop = [s + end + 1 for s, end in zip(start, last, strict=True)]
         found.append(
             jax.lax.slice(

@@ -8,7 +8,9 @@ what differs: the columns of R with R R^T = H (exact), residuals of targets draw
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,9 @@ from natgrad_flax.losses import Loss
 from natgrad_flax.signals.capture import linearise
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Residual
-from natgrad_flax.signals.microbatches import in_microbatches
+from natgrad_flax.signals.microbatches import Passes, in_microbatches
+from natgrad_flax.signals.plan import hashable_filter
+from natgrad_flax.signals.recording import Path
 
 FisherKind = Literal["exact", "mc", "empirical"]
 FISHER_KINDS: tuple[str, ...] = get_args(FisherKind)
@@ -44,6 +48,170 @@ def check_key(fisher: FisherKind, key: object) -> None:
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (shape == () if typed else dtype == jnp.uint32 and shape != ()):
         raise TypeError(f"key must be one key of jax.random, jax.random.key(seed), got {key!r:.60}")
+
+
+class Batch(NamedTuple):
+    """The arrays of one step.
+
+    Attributes:
+      x: inputs, a tree of arrays (N, ...).
+      y: targets, shape (N, C); None where nothing is made of them.
+      fisher_x: inputs (N', ...) of the Fisher, None where it is that at x.
+      fisher_y: their targets, for the empirical Fisher.
+      key: draws the targets of a Monte-Carlo Fisher.
+      gradient: g by the paths of the parameters; None for that of the loss at x and y.
+    """
+
+    x: Any
+    y: Array | None
+    fisher_x: Any = None
+    fisher_y: Array | None = None
+    key: Array | None = None
+    gradient: dict[Path, Array] | None = None
+
+    def map_samples(self, function: Callable[[Any], Any]) -> Batch:
+        """With a function of the trees of arrays whose first axis counts samples."""
+        samples, single = self[:4], self[4:]
+        return Batch._make((*(function(tree) for tree in samples), *single))
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Which Fisher information of a model is taken.
+
+    Attributes:
+      loss: what the outputs mean.
+      kind: "exact" (S = C, or C - 1 for softmax), "mc" (S = samples) or "empirical" (S = 1).
+      samples: targets drawn a sample, for "mc".
+      wrt: filter of the parameters.
+      microbatches: how many, one after the other, the model runs a batch in.
+    """
+
+    loss: Loss
+    kind: FisherKind = "exact"
+    samples: int = 1
+    wrt: Any = nnx.Param
+    microbatches: int = 1
+
+    def needs_targets(self, batch: Batch) -> bool:
+        """Whether anything is made of y."""
+        own = batch.fisher_x is None
+        return batch.gradient is None or (self.kind == "empirical" and own)
+
+    def arrays(self, batch: Batch) -> tuple[Any, Array | None]:
+        """Inputs and targets at which the Fisher is taken; without targets it has no residual."""
+        if batch.fisher_x is not None:
+            return batch.fisher_x, batch.fisher_y
+        return batch.x, batch.y if self.needs_targets(batch) else None
+
+    def signals(
+        self, model: nnx.Module, batch: Batch, passes: Passes = in_microbatches
+    ) -> tuple[Signals, Residual | None]:
+        """Signals of the output directions, and the residual of the loss where there are targets.
+
+        Args:
+          model: the model.
+          batch: the arrays.
+          passes: how the batch runs through the model.
+        """
+        x, y = self.arrays(batch)
+        size = batch_size(x)
+
+        def run(first: Array | int, x: Any, y: Array | None) -> tuple[tuple[()], Any]:
+            return (), self.of_microbatch(model, x, y, first, batch.key, size)
+
+        _, found = passes(run, (x, y), self.microbatches)
+        return found
+
+    def of_microbatch(
+        self,
+        model: nnx.Module,
+        x: Any,
+        y: Array | None,
+        first: Array | int,
+        key: Array | None,
+        batch_size: int,
+    ) -> tuple[Signals, Residual | None]:
+        """``signals`` of some samples of a batch, the first of which has a given number.
+
+        A model is traced once for shapes that it has seen: checks before a step look at the same
+        program.
+        """
+        graphdef, state = nnx.split(model)
+        plain = Fisher(self.loss, self.kind, self.samples, self.wrt)
+        return _traced(state, x, y, first, key, graphdef=graphdef, fisher=plain, size=batch_size)
+
+    def in_range(
+        self, signals: Signals, residual: Residual | None, damping: Any
+    ) -> tuple[Signals, Residual | None]:
+        """What a zero damping leaves of an exact Fisher and of its residual; all at a positive one.
+
+        The pseudo-inverse drops the component of the gradient outside of the Fisher's range.
+        A class whose probability is 0 to rounding has no Fisher, but the residual of a wrong label.
+        """
+        if self.kind != "exact" or not is_zero(damping):
+            return signals, residual
+        inside = self.loss.columns_in_range(signals.outputs)
+        if inside is None:
+            return signals, residual
+        kept = inside.astype(signals.outputs.dtype)
+        eye = jnp.eye(kept.shape[1], dtype=kept.dtype)
+        signals = signals.mix_directions(kept[:, :, None] * eye)
+        if residual is None:
+            return signals, None
+        assert residual.coefficients is not None
+        return signals, Residual(jnp.where(inside, residual.coefficients, 0), None)
+
+    def _drawn(self, outputs: Array, first: Array | int, key: Array | None, size: int) -> Array:
+        """Output directions (n, S, C) of "mc", which do not depend on the microbatches.
+
+        Targets of a sample depend on its own outputs and on its place in the batch.
+        """
+        assert key is not None
+        if len(outputs) == size:
+            return jnp.swapaxes(self.loss.sample(key, outputs, self.samples), 1, 2)
+        whole = jnp.zeros((size, outputs.shape[1]), outputs.dtype)
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, outputs, first, 0)
+        drawn = jnp.swapaxes(self.loss.sample(key, whole, self.samples), 1, 2)
+        return jax.lax.dynamic_slice_in_dim(drawn, first, len(outputs))
+
+    def _directions(
+        self, model: nnx.Module, x: Any, y: Array | None, first: Any, key: Array | None, size: int
+    ) -> tuple[Signals, Residual | None]:
+        outputs, backward = linearise(model, x, self.wrt)
+        if y is not None and outputs.shape != y.shape:
+            raise ValueError(f"the model returns {outputs.shape}, but y has shape {y.shape}")
+        y = None if y is None else y.astype(outputs.dtype)
+        if self.kind == "exact":
+            signals = backward(jnp.swapaxes(self.loss.factor(outputs), 1, 2))
+            inside = None if y is None else Residual(self.loss.coefficients(outputs, y), None)
+            return signals, inside
+        if y is None:
+            assert self.kind == "mc"
+            return backward(self._drawn(outputs, first, key, size)), None
+        residual = self.loss.residual(outputs, y)
+        if self.kind == "empirical":
+            ones = jnp.ones((outputs.shape[0], 1), outputs.dtype)
+            return backward(residual[:, None, :]), Residual(ones, None)
+        directions = self._drawn(outputs, first, key, size)
+        both = backward(jnp.concatenate([directions, residual[:, None, :]], axis=1))
+        cotangents = tuple(layer.cotangent(-1) for layer in both.layers)
+        return both.take_directions(directions.shape[1]), Residual(None, cotangents)
+
+
+@partial(jax.jit, static_argnames=("fisher", "size"), inline=True)
+def _traced(
+    state: Any,
+    x: Any,
+    y: Array | None,
+    first: Array | int,
+    key: Array | None,
+    *,
+    graphdef: Any,
+    fisher: Fisher,
+    size: int,
+) -> tuple[Signals, Residual | None]:
+    return fisher._directions(nnx.merge(graphdef, state), x, y, first, key, size)
 
 
 def fisher_signals(
@@ -80,117 +248,13 @@ def fisher_signals(
     """
     check_kind(fisher)
     check_key(fisher, key)
-    draw = sampler(loss, key, check_integer("num_samples", num_samples, 1), batch_size(x))
-
-    def run(first: Array | int, x: Any, y: Array) -> tuple[tuple[()], tuple[Signals, Residual]]:
-        signals, residual = microbatch_signals(
-            model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt
-        )
-        assert residual is not None
-        return (), (signals, residual)
-
-    _, found = in_microbatches(run, (x, y), microbatches)
-    return found
-
-
-def population_signals(
-    model: nnx.Module,
-    x: Any,
-    y: Array | None,
-    *,
-    loss: Loss,
-    fisher: FisherKind,
-    key: Array | None,
-    num_samples: int,
-    wrt: Any,
-    microbatches: int = 1,
-) -> Signals:
-    """The signals of ``fisher_signals`` without a residual; targets are for "empirical" only."""
-    draw = sampler(loss, key, num_samples, batch_size(x))
-
-    def run(first: Array | int, x: Any, y: Array | None = None) -> tuple[tuple[()], Signals]:
-        part = microbatch_signals(model, x, y, first, loss=loss, fisher=fisher, draw=draw, wrt=wrt)
-        return (), part[0]
-
-    _, found = in_microbatches(run, (x,) if y is None else (x, y), microbatches)
-    return found
-
-
-Draw = Callable[[Array, Array | int], Array]
-"""From the outputs of some samples, and the number of the first, to output directions (n, S, C)."""
-
-
-def sampler(loss: Loss, key: Array | None, num_samples: int, batch_size: int) -> Draw:
-    """Output directions of a Monte-Carlo Fisher that do not depend on the microbatches.
-
-    Targets of a sample depend on its own outputs and on its place in the batch.
-    """
-
-    def draw(outputs: Array, first: Array | int) -> Array:
-        assert key is not None
-        if len(outputs) == batch_size:
-            return jnp.swapaxes(loss.sample(key, outputs, num_samples), 1, 2)
-        whole = jnp.zeros((batch_size, outputs.shape[1]), outputs.dtype)
-        whole = jax.lax.dynamic_update_slice_in_dim(whole, outputs, first, 0)
-        drawn = jnp.swapaxes(loss.sample(key, whole, num_samples), 1, 2)
-        return jax.lax.dynamic_slice_in_dim(drawn, first, len(outputs))
-
-    return draw
-
-
-def in_range(
-    signals: Signals,
-    residual: Residual | None,
-    *,
-    loss: Loss,
-    fisher: FisherKind,
-    damping: Any,
-) -> tuple[Signals, Any]:
-    """What a zero damping leaves of an exact Fisher and of its residual; all at a positive one.
-
-    The pseudo-inverse drops the component of the gradient outside of the Fisher's range. A class
-    whose probability is zero to rounding has no Fisher, but the residual of a wrong label.
-    """
-    if fisher != "exact" or not is_zero(damping):
-        return signals, residual
-    inside = loss.columns_in_range(signals.outputs)
-    if inside is None:
-        return signals, residual
-    kept = inside.astype(signals.outputs.dtype)
-    signals = signals.mix_directions(kept[:, :, None] * jnp.eye(kept.shape[1], dtype=kept.dtype))
-    if residual is None:
-        return signals, None
-    assert residual.coefficients is not None
-    return signals, Residual(jnp.where(inside, residual.coefficients, 0), None)
-
-
-def microbatch_signals(
-    model: nnx.Module,
-    x: Any,
-    y: Array | None,
-    first: Array | int,
-    *,
-    loss: Loss,
-    fisher: FisherKind,
-    draw: Draw,
-    wrt: Any,
-) -> tuple[Signals, Residual | None]:
-    """``fisher_signals`` of some samples of a batch; without targets there is no residual."""
-    outputs, backward = linearise(model, x, wrt)
-    if y is not None and outputs.shape != y.shape:
-        raise ValueError(f"the model returns {outputs.shape}, but y has shape {y.shape}")
-    y = None if y is None else y.astype(outputs.dtype)
-    if fisher == "exact":
-        signals = backward(jnp.swapaxes(loss.factor(outputs), 1, 2))
-        return signals, None if y is None else Residual(loss.coefficients(outputs, y), None)
-    if y is None:
-        assert fisher == "mc"
-        return backward(draw(outputs, first)), None
-    residual = loss.residual(outputs, y)
-    if fisher == "empirical":
-        ones = jnp.ones((outputs.shape[0], 1), outputs.dtype)
-        return backward(residual[:, None, :]), Residual(ones, None)
-    directions = draw(outputs, first)
-    both = backward(jnp.concatenate([directions, residual[:, None, :]], axis=1))
-    cotangents = tuple(layer.cotangent(-1) for layer in both.layers)
-    return both.take_directions(directions.shape[1]), Residual(None, cotangents)
+    settings = Fisher(
+        loss,
+        fisher,
+        check_integer("num_samples", num_samples, 1),
+        hashable_filter(wrt),
+        microbatches,
+    )
+    signals, residual = settings.signals(model, Batch(x, y, key=key))
+    assert residual is not None
+    return signals, residual

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from natgrad_flax.operators.base import Operator
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ravel
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.gradient import Gradient, ParameterGradient
+from natgrad_flax.signals.microbatches import Passes, in_microbatches
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import Style, style_of_class
@@ -158,6 +159,17 @@ class Structure(abc.ABC):
           damping: rho.
         """
         return self.operator(signals).solve(gradient, damping)
+
+    def solve_and_report(
+        self, signals: Signals, gradient: Gradient, damping: Array | float
+    ) -> tuple[tuple[LayerUpdate, ...], Any]:
+        """``solve``, and how it went where there is something to say of it, else None."""
+        return self.solve(signals, gradient, damping), None
+
+    @property
+    def passes(self) -> Passes:
+        """How a batch runs through the model."""
+        return in_microbatches
 
     def precondition(
         self, signals: Signals, gradient: tuple[LayerUpdate, ...], damping: Array | float

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -317,6 +318,27 @@ def _qr_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     return (span, triangle), (change - span @ rest, rest @ triangle)
 
 
+_WHOLE = ContextVar("whole", default=False)
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """What is traced within it makes no symmetric matrix by blocks.
+
+    XLA shares out the rows of a product to devices; of a loop over blocks all would do all.
+    """
+    token = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
+def by_blocks() -> bool:
+    """Whether large symmetric matrices are made by blocks: outside of ``whole_products``."""
+    return not _WHOLE.get()
+
+
 def symmetric_product(x: Array) -> Array:
     """x x^T for x (n, m), with the blocks above the diagonal mirrored where n and m are large.
 
@@ -324,7 +346,7 @@ def symmetric_product(x: Array) -> Array:
     m of about 256 the copies of blocks cost more than that saves.
     """
     n, m = x.shape
-    return x @ x.T if n < 512 or m < 256 else _product_of_blocks(x)
+    return x @ x.T if n < 512 or m < 256 or not by_blocks() else _product_of_blocks(x)
 
 
 def symmetric_blocks(block: Callable[..., Array], count: int, width: int, dtype: Any) -> Array:

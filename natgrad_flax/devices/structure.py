@@ -26,6 +26,7 @@ from natgrad_flax.devices.passes import OverDevices
 from natgrad_flax.devices.placement import Placement, check_divisible, device_memory, place
 from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
 from natgrad_flax.devices.units import solve_units_on_mesh
+from natgrad_flax.linalg import whole_products
 from natgrad_flax.operators.base import Operator
 from natgrad_flax.optimizer.checks import check_structure
 from natgrad_flax.signals.base import LayerUpdate
@@ -165,7 +166,8 @@ class Sharded(Structure):
         if name != "replicated":
             solver = RowSolver(self.placement, name, self.tolerance, self.max_iterations)
             return solve_rows(self.structure, signals, gradient, damping, solver)
-        return self.structure.solve(signals, gradient, damping), None
+        with whole_products():
+            return self.structure.solve(signals, gradient, damping), None
 
     def chosen_solver(self, signals: Signals, damping: object) -> SolverName:
         """The solver for a batch of these shapes.
@@ -198,7 +200,8 @@ class Sharded(Structure):
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """That of the structure, partitioned by XLA."""
-        return self.structure.coefficient(test, train, damping)
+        with whole_products():
+            return self.structure.coefficient(test, train, damping)
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
         """That of the structure."""

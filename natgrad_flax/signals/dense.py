@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from natgrad_flax.arguments.renamed import Renamed
-from natgrad_flax.linalg import symmetric_blocks, symmetric_product
+from natgrad_flax.linalg import by_blocks, symmetric_blocks, symmetric_product
 from natgrad_flax.signals.base import (
     LayerSignals,
     LayerUpdate,
@@ -247,7 +247,9 @@ def symmetric_gram(layers: Sequence[LayerSignals]) -> Array:
     n, s = layers[0].num_samples, layers[0].num_directions
     dense = all(isinstance(layer, DenseSignals) for layer in layers)
     wide = max(layer.num_units for layer in layers) >= 256 and n * s >= 512 and n >= 8
-    return _gram_of_blocks(tuple(layers)) if dense and wide else _whole_gram(layers)
+    if dense and wide and by_blocks():
+        return _gram_of_blocks(tuple(layers))
+    return _whole_gram(layers)
 
 
 def _whole_gram(layers: Sequence[LayerSignals]) -> Array:

@@ -104,7 +104,7 @@ def _solve_in_chunks(systems: list[ScaledGram], *, chunk_size: int | None) -> li
     groups = min(max(1, (chunk_size or 64) // lanes), sum(sizes))
     spare = -sum(sizes) % groups
 
-    def split(arrays: list[Array], fill: float) -> Array:
+    def split(arrays: Sequence[Array], fill: float) -> Array:
         """(N, M) each -> (chunks, groups, N, lanes) of all."""
         parts = []
         for x, count in zip(arrays, sizes, strict=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,8 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 from jax.lax import linalg as lax_linalg
+
+from natgrad_flax.execution import cubic, many_devices, product
 
 # called outside of any program, a cond would be compiled anew each time; inside one it is inlined
 _compiled_once = partial(jax.jit, static_argnames="shifted", inline=True)
@@ -50,10 +51,9 @@ def pinv_solve(matrix: Array, rhs: Array) -> Array:
 
     Eigenvalues below ``rank_cutoff`` times the largest count as zero.
     """
-    return _solve(matrix, rhs, None)
+    return cubic(lambda matrix, rhs: _solve(matrix, rhs, None), matrix, rhs)
 
 
-@_compiled_once
 def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
     """Solves a positive semi-definite system, by Cholesky where it is definite in this precision.
 
@@ -67,12 +67,23 @@ def solve_psd(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
     Returns:
       matrix^{-1} rhs, or matrix^+ rhs (n^3 x 10 flops more) where it has no full rank.
     """
+    if many_devices() and rhs.ndim == 2 and 3 * rhs.shape[1] > len(matrix):
+        return product(inverse_psd(matrix, shifted=shifted), rhs)
+    return cubic(partial(_solved, shifted=shifted), matrix, rhs)
+
+
+def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
+    """The inverse, or pseudo-inverse, of an (n, n) matrix; the arguments are ``solve_psd``'s."""
+    return cubic(partial(_inverted, shifted=shifted), matrix)
+
+
+@_compiled_once
+def _solved(matrix: Array, rhs: Array, *, shifted: bool) -> Array:
     return _solve(matrix, rhs, shifted)
 
 
 @_compiled_once
-def inverse_psd(matrix: Array, *, shifted: bool) -> Array:
-    """The inverse, or pseudo-inverse, of an (n, n) matrix; the arguments are ``solve_psd``'s."""
+def _inverted(matrix: Array, *, shifted: bool) -> Array:
     return _inverse(matrix, shifted)
 
 
@@ -236,8 +247,9 @@ def _inverse_from_factor(factor: Array) -> Array:
     if n < 512:
         return inverse.T @ inverse
     half = n // 2
-    product = symmetric_product(inverse[half:].T)
-    return product.at[:half, :half].add(symmetric_product(inverse[:half, :half].T))
+    # of the rows above only the columns to the left are not zero
+    lower = symmetric_product(inverse[half:].T)
+    return lower.at[:half, :half].add(symmetric_product(inverse[:half, :half].T))
 
 
 def _inverse_lower(factor: Array) -> Array:
@@ -260,7 +272,10 @@ def add_diagonal(matrix: Array, value: Array | float) -> Array:
 
 def lu_solve(matrix: Array, rhs: Array) -> Array:
     """Solves a general (n, n) system with rhs (n,) or (n, k) by LU with partial pivoting."""
+    return cubic(_lu_solve, matrix, rhs)
 
+
+def _lu_solve(matrix: Array, rhs: Array) -> Array:
     @sequential_vmap
     def solve(matrix: Array, rhs: Array) -> Array:
         return jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(matrix), rhs)
@@ -273,18 +288,23 @@ def lu_solve(matrix: Array, rhs: Array) -> Array:
     )
 
 
-@jax.custom_jvp
 def eigh(matrix: Array) -> tuple[Array, Array]:
     """Eigenvalues and eigenvectors of a symmetric (n, n) matrix.
 
     Eigenvectors of equal eigenvalues have no derivative: it is not finite.
     """
+    values, vectors = cubic(_eigh, matrix)
+    return values, vectors
+
+
+@jax.custom_jvp
+def _eigh(matrix: Array) -> tuple[Array, Array]:
     return sequential_vmap(lambda matrix: tuple(jnp.linalg.eigh(matrix)))(matrix)
 
 
-@eigh.defjvp
+@_eigh.defjvp
 def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
-    values, vectors = eigh(*primals)
+    values, vectors = _eigh(*primals)
     eye = jnp.eye(len(values), dtype=values.dtype)
     turned = vectors.T @ tangents[0] @ vectors
     between = 1 / (values[None, :] - values[:, None] + eye) - eye
@@ -318,35 +338,15 @@ def _qr_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     return (span, triangle), (change - span @ rest, rest @ triangle)
 
 
-_WHOLE = ContextVar("whole", default=False)
-
-
-@contextmanager
-def whole_products() -> Iterator[None]:
-    """What is traced within it makes no symmetric matrix by blocks.
-
-    XLA shares out the rows of a product to devices; of a loop over blocks all would do all.
-    """
-    token = _WHOLE.set(True)
-    try:
-        yield
-    finally:
-        _WHOLE.reset(token)
-
-
-def by_blocks() -> bool:
-    """Whether large symmetric matrices are made by blocks: outside of ``whole_products``."""
-    return not _WHOLE.get()
-
-
 def symmetric_product(x: Array) -> Array:
     """x x^T for x (n, m), with the blocks above the diagonal mirrored where n and m are large.
 
     XLA has no symmetric rank-k product; 10 of 4 x 4 blocks do 5/8 of the full product's work. Below
-    m of about 256 the copies of blocks cost more than that saves.
+    m of about 256 the copies of blocks cost more than that saves. On a mesh it is a whole product,
+    whose rows XLA shares out; of a loop over blocks all devices would do all.
     """
     n, m = x.shape
-    return x @ x.T if n < 512 or m < 256 or not by_blocks() else _product_of_blocks(x)
+    return x @ x.T if n < 512 or m < 256 or many_devices() else _product_of_blocks(x)
 
 
 def symmetric_blocks(block: Callable[..., Array], count: int, width: int, dtype: Any) -> Array:

@@ -6,6 +6,7 @@ same formulas give its finite-width and its infinite-width kernel.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,6 +27,9 @@ from ntk_analysis.empirical import Matrix
 @dataclass(frozen=True, eq=False)
 class LimitLayer:
     """A layer of an infinitely wide network on training or on test inputs, for one output.
+
+    It answers what is asked of a ``DenseSignals`` in sample space: Gram matrices, and sizes, of
+    which some are infinite.
 
     Attributes:
       index: of the layer, from 0.
@@ -54,21 +58,21 @@ class LimitLayer:
         return 1
 
     @property
-    def fan_in(self) -> int:
-        """That of the first layer; behind it infinite, for which N stands."""
+    def fan_in(self) -> float:
+        """That of the first layer; infinite behind it."""
         if self.raw_inputs is None:
-            return self.num_samples
+            return math.inf
         return self.raw_inputs.shape[1] + (self.bias_scale is not None)
 
     @property
-    def num_units(self) -> int:
-        """1 in the last layer; before it infinite, for which N stands."""
-        return 1 if self.index == self.train.limit.depth - 1 else self.num_samples
+    def num_units(self) -> float:
+        """1 in the last layer; infinite before it."""
+        return 1 if self.index == self.train.limit.depth - 1 else math.inf
 
     @property
-    def num_params(self) -> int:
-        """Infinite, for which N^2 stands."""
-        return self.num_samples**2
+    def num_params(self) -> float:
+        """Infinite."""
+        return math.inf
 
     def augmented_inputs(self) -> Array:
         """Scaled inputs of the first layer with the column of the bias, (N, fan_in)."""
@@ -121,10 +125,6 @@ class LimitLayer:
             return kernel(self.cross)
         assert other.cross is not None
         return kernel(other.cross).T
-
-
-# structures that tell kinds of layers apart take it for what it answers as
-DenseSignals.register(LimitLayer)
 
 
 def limit_signals(

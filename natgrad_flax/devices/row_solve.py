@@ -1,4 +1,4 @@
-"""Structures of sample space whose Gram matrices stay sharded by rows.
+"""Operators of sample space whose Gram matrices stay sharded by rows.
 
 With N samples and S output directions the matrix is N S x N S; each of k devices holds N S / k of
 its rows.
@@ -18,12 +18,14 @@ from jax.sharding import PartitionSpec
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve, conjugate_gradients
 from natgrad_flax.devices.placement import Placement
+from natgrad_flax.linalg import add_diagonal
+from natgrad_flax.operators.base import Blocks, Operator
+from natgrad_flax.operators.coupled import Coupled
 from natgrad_flax.operators.coupling import mix
+from natgrad_flax.operators.low_rank import LowRank
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate
-from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Gradient
 from natgrad_flax.signals.shared import SharedSignals
-from natgrad_flax.structures import BlockDiagonal, Exact, LayerWise, Structure
 
 
 @dataclass(frozen=True)
@@ -43,74 +45,78 @@ class RowSolver:
     max_iterations: int
 
 
-def serves(structure: Structure, depth: int) -> bool:
-    """Whether the systems of a structure can be solved with sharded rows: they are definite."""
-    if isinstance(structure, LayerWise):
-        return bool(np.linalg.eigvalsh(structure.coupling(depth))[0] > 1e-9)
-    return isinstance(structure, Exact)
+def rows_side(operator: Operator) -> int:
+    """The side of the largest system that can be solved with sharded rows, 0 where none can.
+
+    It is definite and in sample space.
+    """
+    if isinstance(operator, Blocks):
+        # blocks that are smaller in parameter space are solved there, by all
+        sides = [
+            block.num_rows
+            for block in operator.blocks
+            if isinstance(block, LowRank) and block.space != "parameter"
+        ]
+        return max(sides) if len(sides) == len(operator.blocks) else 0
+    if not isinstance(operator, (LowRank, Coupled)) or operator.in_parameters:
+        return 0
+    if isinstance(operator, Coupled) and np.linalg.eigvalsh(operator.sigma)[0] <= 1e-9:
+        return 0
+    return operator.num_rows
 
 
 def solve_rows(
-    structure: Structure,
-    signals: Signals,
-    gradient: Gradient,
-    damping: Array | float,
-    solver: RowSolver,
+    operator: Operator, gradient: Gradient, damping: Array | float, solver: RowSolver
 ) -> tuple[tuple[LayerUpdate, ...], Solution]:
-    """What ``structure.solve`` or ``structure.precondition`` returns, and how the solves went.
+    """What ``operator.solve`` returns, and how the solves went.
 
     Args:
-      structure: one that ``serves``.
-      signals: of the whole batch, samples sharded.
+      operator: one that has a ``rows_side``, of the whole batch, samples sharded.
       gradient: what is solved for.
-      damping: as in ``Structure.solve``.
+      damping: as in ``Operator.solve``.
       solver: how.
 
     Raises:
       ValueError: no damping for a vector that may lie outside of the span of the batch.
     """
-    if gradient.coefficients is None and is_zero(damping):
+    inside, zero = gradient.coefficients is not None, is_zero(damping)
+    if zero and not inside:
         raise ValueError(
             f'solver="{solver.name}" needs a positive damping where the Fisher has a batch of its '
             'own, or use solver="replicated"'
         )
-    layers = signals.layers
-    if isinstance(structure, BlockDiagonal):
-        return _solve_blocks(structure, signals, gradient, damping, solver)
-    shift = signals.num_samples * damping
-    inside = gradient.coefficients is not None
-    if isinstance(structure, Exact):
-        target = gradient.target(layers)
-        solution = _solve_sum(layers, target, shift, solver, zero=is_zero(damping))
-        duals = [solution.value] * len(layers)
+    if isinstance(operator, Blocks):
+        return _solve_blocks(operator, gradient, damping, solver)
+    assert isinstance(operator, (LowRank, Coupled))
+    layers, shift = operator.layers, operator.num_samples * damping
+    groups: tuple[tuple[LayerSignals, ...], ...]
+    if isinstance(operator, LowRank):
+        groups, coupling, targets = (layers,), np.eye(1), [gradient.target(layers)]
     else:
-        assert isinstance(structure, LayerWise)
-        sigma, parts = structure.coupling(len(layers)), gradient.targets(layers)
-        solution = _solve_coupled(sigma, layers, parts, shift, solver, inside=inside)
-        duals = list(solution.value)
+        groups, coupling = tuple((layer,) for layer in layers), np.linalg.inv(operator.sigma)
+        targets = gradient.targets(layers)
+        if inside:
+            targets = mix(coupling, targets)
+    solution = _solve_groups(groups, coupling, jnp.stack(targets), shift, solver, shifted=not zero)
+    duals = list(solution.value) * (len(layers) // len(groups))
     return gradient.updates(layers, duals, shift), solution
 
 
 def _solve_blocks(
-    structure: BlockDiagonal,
-    signals: Signals,
-    gradient: Gradient,
-    damping: Array | float,
-    solver: RowSolver,
+    operator: Blocks, gradient: Gradient, damping: Array | float, solver: RowSolver
 ) -> tuple[tuple[LayerUpdate, ...], Solution]:
-    """One system a layer; those that are smaller in parameter space are solved there, by all."""
+    """One system a layer."""
     updates: list[LayerUpdate] = []
     solutions = []
-    rhos = per_layer(damping, len(signals.layers))
-    for index, (layer, rho) in enumerate(zip(signals.layers, rhos, strict=True)):
+    rhos = per_layer(damping, len(operator.blocks))
+    for index, (block, rho) in enumerate(zip(operator.blocks, rhos, strict=True)):
         part = gradient.of_layer(index)
-        if layer.num_params < signals.size and structure.space == "auto":
-            updates += structure.solve(Signals((layer,), signals.outputs), part, rho)
+        assert isinstance(block, LowRank)
+        if block.in_parameters:
+            updates += block.solve(part, rho)
             continue
-        shift = signals.num_samples * rho
-        target = part.target((layer,))
-        solution = _solve_sum((layer,), target, shift, solver, zero=is_zero(damping))
-        updates += part.updates((layer,), [solution.value], shift)
+        solved, solution = solve_rows(block, part, rho, solver)
+        updates += solved
         solutions.append(solution)
     worst = Solution(
         jnp.zeros(()),
@@ -121,91 +127,59 @@ def _solve_blocks(
     return tuple(updates), worst
 
 
-def _solve_sum(
-    layers: tuple[LayerSignals, ...],
-    target: Array,
+def _solve_groups(
+    groups: tuple[tuple[LayerSignals, ...], ...],
+    coupling: np.ndarray,
+    targets: Array,
     shift: Array | float,
     solver: RowSolver,
     *,
-    zero: bool,
+    shifted: bool,
 ) -> Solution:
-    """(sum_l K_l + s) v = t."""
+    """(s C (x) I + blockdiag(K_1, ..., K_G)) v = t, where K_g is the sum over layers of a group.
+
+    Args:
+      groups: the signals.
+      coupling: C, shape (G, G).
+      targets: t, shape (G, N S); so is v.
+      shift: s.
+      solver: by a factorisation of one group only.
+      shifted: whether s is other than 0.
+    """
     axis = solver.placement.axis
-    layers = tuple(map(_as_it_travels, layers))
+    groups = tuple(tuple(map(_as_it_travels, group)) for group in groups)
 
-    def local(layers: tuple[LayerSignals, ...], target: Array, shift: Array) -> Solution:
-        grams = [gram_rows(layer, axis) for layer in layers]
-        rows = _add_to_diagonal(sum(grams[1:], start=grams[0]), shift, axis)
+    def local(groups: Any, targets: Array, shift: Array) -> Solution:
+        parts = [[gram_rows(layer, axis) for layer in group] for group in groups]
+        grams = [sum(rows[1:], start=rows[0]) for rows in parts]
+        scaled = shift * jnp.asarray(coupling, targets.dtype)
         if solver.name == "cholesky":
-            return cholesky_solve(rows, target, axis, shifted=not zero)
-        found = conjugate_gradients(
-            lambda v: (rows @ lax.all_gather(v[0], axis, tiled=True))[None],
-            [_own_block(rows, axis)],
-            target[None],
-            axis,
-            tolerance=solver.tolerance,
-            max_iterations=solver.max_iterations,
-        )
-        return found._replace(value=found.value[0])
-
-    return _on_devices(local, solver, PartitionSpec(axis))(
-        layers, target, jnp.asarray(shift, target.dtype)
-    )
-
-
-def _solve_coupled(
-    sigma: np.ndarray,
-    layers: tuple[LayerSignals, ...],
-    targets: list[Array],
-    shift: Array | float,
-    solver: RowSolver,
-    *,
-    inside: bool,
-) -> Solution:
-    """(s Sigma^{-1} (x) I + blockdiag(K_l)) u = Sigma^{-1} t; outside of the span = t."""
-    axis, inverse = solver.placement.axis, np.linalg.inv(sigma)
-    layers = tuple(map(_as_it_travels, layers))
-    if inside:
-        targets = mix(inverse, targets)
-
-    def local(layers: tuple[LayerSignals, ...], targets: list[Array], shift: Array) -> Solution:
-        grams = [gram_rows(layer, axis) for layer in layers]
-        coupling = jnp.asarray(inverse, targets[0].dtype) * shift
+            rows = _add_to_diagonal(grams[0], scaled[0, 0], axis)
+            found = cholesky_solve(rows, targets[0], axis, shifted=shifted)
+            return found._replace(value=found.value[None])
 
         def times(vectors: Array) -> Array:
             whole = lax.all_gather(vectors, axis, axis=1, tiled=True)
             products = [rows @ part for rows, part in zip(grams, whole, strict=True)]
-            return coupling @ vectors + jnp.stack(products)
+            return scaled @ vectors + jnp.stack(products)
 
-        blocks = [
-            _own_block(_add_to_diagonal(rows, coupling[index, index], axis), axis)
-            for index, rows in enumerate(grams)
-        ]
         return conjugate_gradients(
             times,
-            blocks,
-            jnp.stack(targets),
+            [add_diagonal(_own_block(g, axis), scaled[i, i]) for i, g in enumerate(grams)],
+            targets,
             axis,
             tolerance=solver.tolerance,
             max_iterations=solver.max_iterations,
         )
 
-    return _on_devices(local, solver, PartitionSpec(None, axis))(
-        layers, targets, jnp.asarray(shift, targets[0].dtype)
-    )
-
-
-def _on_devices(local: Any, solver: RowSolver, value: PartitionSpec) -> Any:
-    """A function of samples, right-hand sides and a shift, run on every device's own part."""
-    rows, whole = PartitionSpec(solver.placement.axis), PartitionSpec()
-    report: Any = Solution(*(value, whole, whole, whole))  # type: ignore[arg-type]
+    rows, columns, whole = PartitionSpec(axis), PartitionSpec(None, axis), PartitionSpec()
     return jax.shard_map(
         local,
         mesh=solver.placement.mesh,
-        in_specs=(rows, rows, whole),
-        out_specs=report,
+        in_specs=(rows, columns, whole),
+        out_specs=Solution(columns, whole, whole, whole),  # type: ignore[arg-type]
         check_vma=False,
-    )
+    )(groups, targets, jnp.asarray(shift, targets.dtype))
 
 
 def gram_rows(layer: LayerSignals, axis: str) -> Array:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,38 +15,29 @@ from jax.sharding import Mesh
 
 from natgrad_flax.arguments.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.damping import is_zero
-from natgrad_flax.devices.factors import (
-    apply_split,
-    basis_dealt,
-    invert_dealt,
-    moments_dealt,
-    solve_ekfac,
-)
-from natgrad_flax.devices.kfac import solve_kfac
+from natgrad_flax.devices.executor import run_on_mesh
 from natgrad_flax.devices.linear_solve import Solution
 from natgrad_flax.devices.passes import OverDevices
 from natgrad_flax.devices.placement import Placement, check_divisible, device_memory, place
-from natgrad_flax.devices.row_solve import RowSolver, serves, solve_rows
-from natgrad_flax.devices.units import solve_units_on_mesh
-from natgrad_flax.linalg import whole_products
-from natgrad_flax.operators.base import Operator
+from natgrad_flax.devices.row_solve import RowSolver, rows_side, solve_rows
+from natgrad_flax.operators.coupled import Coupled
 from natgrad_flax.optimizer.checks import check_structure
 from natgrad_flax.signals.base import LayerUpdate
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Gradient, Residual
-from natgrad_flax.structures import (
-    EKFAC,
-    KFAC,
-    AveragedStructure,
-    BlockDiagonal,
-    Geometry,
-    LayerWise,
-    Moments,
-    Structure,
-    UnitWise,
-)
+from natgrad_flax.structures import AveragedStructure, Structure
 
 SolverName = Literal["auto", "replicated", "cholesky", "cg"]
+
+
+def _own(name: str, *, on_mesh: bool = False) -> Callable[..., Any]:
+    """A method that gives what the structure gives: as XLA partitions it, or dealt out."""
+
+    def method(self: Sharded, *arguments: Any, **named: Any) -> Any:
+        own = partial(getattr(self.structure, name), *arguments, **named)
+        return run_on_mesh(own, self.placement) if on_mesh else own()
+
+    return method
 
 
 @dataclass(frozen=True)
@@ -54,8 +47,8 @@ class Sharded(Structure):
     Every structure serves a batch that is sharded over a mesh as it is: XLA partitions the passes,
     the Gram matrices and the means over samples, and puts the collectives between them. This
     wrapper adds what XLA does not see: systems in sample space whose N S x N S matrices stay
-    sharded by rows; the units of ng.UnitWise and the factors of ng.KFAC and ng.EKFAC, each of which
-    one device solves, inverts or diagonalises for all.
+    sharded by rows; units that are independent of each other; and systems, inverses and
+    eigendecompositions (of layers, of Kronecker factors), each of which one device does for all.
 
     Where a system with sharded rows is not definite, or conjugate gradients end above the
     tolerance, the update is NaN; ``sharded_natural_gradient`` makes an error of it.
@@ -101,6 +94,11 @@ class Sharded(Structure):
         check_number("tolerance", self.tolerance, positive=True)
         check_integer("max_iterations", self.max_iterations, 1)
         keep_plain(self)
+        for kind in (Structure, AveragedStructure):
+            for name in kind.__annotations__:
+                if hasattr(self.structure, name):
+                    # what a class says of itself, the structure's says of this one
+                    object.__setattr__(self, name, getattr(self.structure, name))
 
     @property
     def name(self) -> str:
@@ -122,9 +120,7 @@ class Sharded(Structure):
         """Each device runs the model on its own samples."""
         return OverDevices(self.placement)
 
-    def operator(self, signals: Signals) -> Operator:
-        """That of the structure, partitioned by XLA."""
-        return self.structure.operator(signals)
+    operator = _own("operator")
 
     def solve(
         self, signals: Signals, gradient: Gradient, damping: Array | float
@@ -155,19 +151,16 @@ class Sharded(Structure):
         signals = jax.lax.with_sharding_constraint(signals, rows)
         if isinstance(gradient, Residual):
             gradient = jax.lax.with_sharding_constraint(gradient, rows)
-        if isinstance(self.structure, UnitWise):
-            found = solve_units_on_mesh(self.structure, signals, gradient, damping, self.placement)
-            return found, None
-        if isinstance(self.structure, KFAC) and not is_zero(damping):
-            return solve_kfac(self.structure, signals, gradient, damping, self.placement), None
-        if isinstance(self.structure, EKFAC):
-            return solve_ekfac(self.structure, signals, gradient, damping, self.placement), None
         name = self.chosen_solver(signals, damping)
-        if name != "replicated":
+
+        def solve() -> tuple[tuple[LayerUpdate, ...], Solution | None]:
+            if name == "replicated":
+                return self.structure.solve(signals, gradient, damping), None
             solver = RowSolver(self.placement, name, self.tolerance, self.max_iterations)
-            return solve_rows(self.structure, signals, gradient, damping, solver)
-        with whole_products():
-            return self.structure.solve(signals, gradient, damping), None
+            return solve_rows(self.structure.operator(signals), gradient, damping, solver)
+
+        found: tuple[tuple[LayerUpdate, ...], Solution | None] = run_on_mesh(solve, self.placement)
+        return found
 
     def chosen_solver(self, signals: Signals, damping: object) -> SolverName:
         """The solver for a batch of these shapes.
@@ -175,19 +168,17 @@ class Sharded(Structure):
         Raises:
           ValueError: this solver does not serve the structure.
         """
-        structure, depth = self.structure, len(signals.layers)
-        side, samples = structure.gram_size(signals), signals.size
-        sharded = serves(structure, depth) and side in (samples, depth * samples)
+        structure, (coupled, side) = self.structure, self._rows(signals)
         fits = 2 * side**2 * signals.outputs.dtype.itemsize <= device_memory()
-        if self.solver == "replicated" or (self.solver == "auto" and (fits or not sharded)):
+        if self.solver == "replicated" or (self.solver == "auto" and fits):
             return "replicated"
-        if not sharded:
+        if not side:
             raise ValueError(
                 f'solver="{self.solver}" needs a definite system in sample space, which ng.Exact, '
                 "ng.BlockDiagonal and ng.LayerWise with a positive definite sigma have; for "
                 f'{structure!r} on this batch use solver="replicated"'
             )
-        if isinstance(structure, LayerWise) and not isinstance(structure, BlockDiagonal):
+        if coupled:
             if self.solver == "cholesky":
                 raise ValueError(
                     f"{structure.name} couples its layers, so its rows cannot be factorised layer "
@@ -198,26 +189,19 @@ class Sharded(Structure):
             return "cg"
         return "cholesky" if self.solver == "auto" else self.solver
 
-    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
-        """That of the structure, partitioned by XLA."""
-        with whole_products():
-            return self.structure.coefficient(test, train, damping)
+    def _rows(self, signals: Signals) -> tuple[bool, int]:
+        """Whether layers are coupled, and the side of systems whose rows can be sharded, or 0."""
+        # operators of Gram matrices are made of shapes alone
+        if self.structure.shared_weights != "gram":
+            return False, 0
+        operator = self.structure.operator(signals)
+        return isinstance(operator, Coupled), rows_side(operator)
 
-    def undamped_diagonal(self, train: Signals) -> Array | None:
-        """That of the structure."""
-        return self.structure.undamped_diagonal(train)
-
-    def damping_scale(self, signals: Signals) -> Array:
-        """That of the structure."""
-        return self.structure.damping_scale(signals)
-
-    def alpha(self, geometry: Geometry) -> float:
-        """That of the structure."""
-        return self.structure.alpha(geometry)
-
-    def failed_conditions(self, geometry: Geometry) -> list[str]:
-        """Those of the structure."""
-        return self.structure.failed_conditions(geometry)
+    coefficient = _own("coefficient")
+    undamped_diagonal = _own("undamped_diagonal")
+    damping_scale = _own("damping_scale")
+    alpha = _own("alpha")
+    failed_conditions = _own("failed_conditions")
 
     def check(self, signals: Signals, damping: object) -> None:
         """The batch must divide by the devices, and the solver serve the structure.
@@ -231,11 +215,9 @@ class Sharded(Structure):
 
     def gram_size(self, signals: Signals) -> int:
         """The side of the largest square array, or of one as large as the rows of a device."""
-        side = self.structure.gram_size(signals)
-        depth = len(signals.layers)
-        sharded = serves(self.structure, depth) and side in (signals.size, depth * signals.size)
-        if not sharded or self.solver == "replicated":
-            return side
+        side = self._rows(signals)[1]
+        if not side or self.solver == "replicated":
+            return self.structure.gram_size(signals)
         # rows, and as many again while they are put together and factorised
         return math.ceil(side * math.sqrt(2 / self.placement.size))
 
@@ -252,58 +234,12 @@ class ShardedAverage(Sharded, AveragedStructure):
 
     structure: AveragedStructure
 
-    @property
-    def cheap_inverse(self) -> bool:  # type: ignore[override]
-        """That of the structure."""
-        return self.structure.cheap_inverse
-
-    @property
-    def has_basis(self) -> bool:  # type: ignore[override]
-        """That of the structure."""
-        return self.structure.has_basis
-
-    def statistics(self, signals: Signals) -> tuple[Any, ...]:
-        """Those of the structure, partitioned by XLA."""
-        return self.structure.statistics(signals)
-
-    def latest(self, signals: Signals) -> tuple[Any, ...]:
-        """Those of the structure, partitioned by XLA."""
-        return self.structure.latest(signals)
-
-    def basis(self, factors: tuple[Any, ...]) -> tuple[Any, ...]:
-        """That of the structure, the eigenvectors of a factor from one device."""
-        if isinstance(self.structure, EKFAC):
-            return basis_dealt(self.structure, factors, self.placement)
-        return self.structure.basis(factors)
-
-    def rotated(self, signals: Signals, basis: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Those of the structure, partitioned by XLA."""
-        return self.structure.rotated(signals, basis)
-
-    def moments(self, signals: Signals) -> Moments:
-        """Those of the structure."""
-        if isinstance(self.structure, EKFAC):
-            return moments_dealt(self.structure, signals, self.placement)
-        return self.structure.moments(signals)
-
-    def invert(self, moments: Moments, damping: Array | float, num_samples: int) -> tuple[Any, ...]:
-        """What the structure returns, each inverse from one device."""
-        if isinstance(self.structure, (KFAC, EKFAC)):
-            return invert_dealt(self.structure, moments, damping, num_samples, self.placement)
-        return self.structure.invert(moments, damping, num_samples)
-
-    def apply(
-        self, inverse: tuple[Any, ...], slope: tuple[LayerUpdate, ...]
-    ) -> tuple[LayerUpdate, ...]:
-        """What the structure returns, each device with its share of the products."""
-        if isinstance(self.structure, (KFAC, EKFAC)):
-            return apply_split(self.structure, inverse, slope, self.placement)
-        return self.structure.apply(inverse, slope)
-
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
-        """That of the structure."""
-        return self.structure.scale_of(moments, num_samples)
-
-    def factor_size(self, signals: Signals) -> int:
-        """That of the structure."""
-        return self.structure.factor_size(signals)
+    statistics = _own("statistics")
+    latest = _own("latest")
+    rotated = _own("rotated")
+    scale_of = _own("scale_of")
+    factor_size = _own("factor_size")
+    basis = _own("basis", on_mesh=True)
+    moments = _own("moments", on_mesh=True)
+    invert = _own("invert", on_mesh=True)
+    apply = _own("apply", on_mesh=True)

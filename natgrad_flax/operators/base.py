@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -24,9 +25,14 @@ def check_space(space: str) -> None:
         raise ValueError(f"space must be one of {', '.join(get_args(Space))}, got {space!r}")
 
 
-def in_parameters(space: Space, rows: int, params: int) -> bool:
-    """Whether a system is solved as (params, params) and not as (rows, rows)."""
-    return params < rows if space == "auto" else space == "parameter"
+def in_parameters(space: Space, rows: int, params: float) -> bool:
+    """Whether a system is solved as (params, params) and not as (rows, rows).
+
+    One of infinitely many parameters (of a layer at infinite width) never is.
+    """
+    if space == "auto" or params == math.inf:
+        return params < rows
+    return space == "parameter"
 
 
 class Operator(abc.ABC):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from natgrad_flax.execution import many_devices
 from natgrad_flax.linalg import (
     above_rounding,
     add_diagonal,
@@ -101,9 +104,8 @@ def _eliminate(grams: list[Array], shift: Array | float) -> Callable[[list[Array
     """The factorised tri-diagonal system, as a function of its right-hand sides."""
     depth, n = len(grams), grams[0].shape[0]
     kept = range(1, depth, 2)
-    # one after the other in a loop, which is compiled once
-    shifted = jnp.stack([add_diagonal(gram, shift) for gram in grams[::2]])
-    found = jax.lax.map(lambda matrix: inverse_psd(matrix, shifted=True), shifted)
+    shifted = [add_diagonal(gram, shift) for gram in grams[::2]]
+    found = _each(partial(inverse_psd, shifted=True), shifted)
     inverses = dict(zip(range(0, depth, 2), found, strict=True))
 
     # an eliminated layer has u_i = P_i c_i and z_i = K_i u_i = c_i - s P_i c_i with P_i the inverse
@@ -140,6 +142,16 @@ def _eliminate(grams: list[Array], shift: Array | float) -> Callable[[list[Array
         return [duals[i].reshape(targets[i].shape) for i in range(depth)]
 
     return solve
+
+
+def _each(function: Callable[[Array], Any], matrices: list[Array]) -> Any:
+    """The stacked results of a function of every matrix.
+
+    In one loop, which is compiled once; on a mesh each of them is a task of its own.
+    """
+    if many_devices():
+        return jax.tree.map(lambda *found: jnp.stack(found), *map(function, matrices))
+    return jax.lax.map(function, jnp.stack(matrices))
 
 
 def solve_undamped(sigma: np.ndarray, grams: list[Array], target: Array) -> list[Array]:
@@ -186,7 +198,7 @@ def coupled_gram(sigma: np.ndarray, grams: list[Array]) -> tuple[Array, Array, t
 
     Also U_l s_l of every layer, (L, n, n), and both s_l, (L, n), and U_l: J_l = U_l s_l V_l^T.
     """
-    values, vectors = jax.lax.map(eigh, jnp.stack(grams))
+    values, vectors = _each(eigh, grams)
     roots = jnp.sqrt(jnp.maximum(jax.vmap(above_rounding)(values), 0))
     halves = vectors * roots[:, None, :]
     depth, n = roots.shape

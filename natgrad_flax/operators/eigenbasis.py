@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
+from natgrad_flax.execution import product
 from natgrad_flax.linalg import above_rounding, add_diagonal, rank_cutoff, reciprocal
 from natgrad_flax.operators.base import OfLayer, add, noise
 from natgrad_flax.operators.kronecker import AffineSignals, grouped, ungrouped
@@ -51,7 +52,7 @@ class Eigenbasis(OfLayer):
         seen = None
         if gradient.coefficients is not None:
             seen = _seen_units(self.layer, self.basis["units"])
-        solved = self.basis["inputs"] @ _solve_units(inverse, half, seen)
+        solved = product(self.basis["inputs"], _solve_units(inverse, half, seen))
         return (self.layer.update(ungrouped(solved)),)
 
     def matvec(self, vector: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
@@ -107,10 +108,10 @@ def solve_in_basis(inverse: dict[str, Any], matrix: Array) -> Array:
     """
     left = inverse["inputs"]
     parts = grouped(matrix, len(left))
-    half = left.mT @ parts
-    solved = left @ _solve_units(inverse, half)
+    half = product(left.mT, parts)
+    solved = product(left, _solve_units(inverse, half))
     if _is_thin(left):
-        solved = solved + inverse["outside"] * (parts - left @ half)
+        solved = solved + inverse["outside"] * (parts - product(left, half))
     return ungrouped(solved)
 
 
@@ -124,12 +125,12 @@ def _solve_units(entry: dict[str, Any], half: Array, seen: Array | float | None 
         where g is in their span; else None.
     """
     right = entry["units"]
-    inside = half @ right
+    inside = product(half, right)
     if seen is not None:
-        return (entry["inverse"] * inside * seen) @ right.mT
-    solved = (entry["inverse"] * inside) @ right.mT
+        return product(entry["inverse"] * inside * seen, right.mT)
+    solved = product(entry["inverse"] * inside, right.mT)
     if _is_thin(right):
-        solved = solved + entry["outside"] * (half - inside @ right.mT)
+        solved = solved + entry["outside"] * (half - product(inside, right.mT))
     return solved
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
+from natgrad_flax.execution import by_rows
 from natgrad_flax.linalg import (
     add_diagonal,
     eigh,
@@ -155,7 +156,7 @@ class Factor:
         """What is factorised: A + rho, or r r^T + d rho."""
         if self.in_parameters:
             return self.to_dense(damping)
-        return add_diagonal(self.rows.gram(), self.divisor * damping)
+        return add_diagonal(by_rows(self.rows.gram()), self.divisor * damping)
 
     def solve(self, target: Array, damping: Array | float) -> Array:
         """(A + rho)^{-1} G for any G of shape (P, k)."""

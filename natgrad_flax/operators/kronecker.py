@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
+from natgrad_flax.execution import cubic
 from natgrad_flax.linalg import inverse_psd
 from natgrad_flax.operators.base import OfLayer, Space
 from natgrad_flax.operators.factor import ArrayRows, Factor, InputRows, UnitRows
-from natgrad_flax.signals.base import LayerUpdate, matrix_of
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals, expand_samples
 from natgrad_flax.signals.gradient import Gradient, Residual
 from natgrad_flax.signals.shared import SharedSignals, Sharing
@@ -24,6 +25,11 @@ AffineSignals = DenseSignals | SharedSignals
 
 Dampings = tuple[Array | float, Array | float]
 """What is added to A and to B."""
+
+
+def affine(layer: LayerSignals) -> AffineSignals:
+    """A layer of which is known that it is no ``ExplicitSignals``."""
+    return cast(AffineSignals, layer)
 
 
 def factor_rows(layer: AffineSignals, sharing: Sharing) -> tuple[Array, Array]:
@@ -86,11 +92,11 @@ class Kronecker(OfLayer):
             half = self._solve_units(gradient, by_b) / self.layer.num_samples
             return (self.layer.update(self.left.solve_range(half, by_a)),)
 
-        def group(left: Factor, right: Factor, matrix: Array) -> Array:
+        def group(left: Factor, right: Factor, matrix: Array, by_a: Any, by_b: Any) -> Array:
             return right.solve(left.solve(matrix, by_a).T, by_b).T
 
         (g,) = gradient.vector((self.layer,))
-        return (self.layer.update(self._over_groups(group, matrix_of(g))),)
+        return (self.layer.update(self._over_groups(group, matrix_of(g), by_a, by_b)),)
 
     def _solve_units(self, residual: Residual, damping: Array | float) -> Array:
         """r^T D (B + rho)^{-1} sample by sample, shape (N, M)."""
@@ -104,12 +110,12 @@ class Kronecker(OfLayer):
         rows = jnp.einsum("ns,nsm->nm", w, inverse.reshape(n, s, n * s))
         return right.divisor * rows @ flat
 
-    def _over_groups(self, function: Callable[..., Array], matrix: Array) -> Array:
-        """A function of A, B and the part of (fan_in, M), group by group."""
+    def _over_groups(self, function: Callable[..., Array], matrix: Array, *whole: Any) -> Array:
+        """A function of A, B and the part of (fan_in, M), group by group, and of other things."""
         if isinstance(self.layer, DenseSignals):
-            return function(self.left, self.right, matrix)
+            return function(self.left, self.right, matrix, *whole)
         parts = (self.left, self.right, grouped(matrix, self.groups))
-        return ungrouped(over_groups(lambda part: function(*part), parts))
+        return ungrouped(over_groups(lambda part, *whole: function(*part, *whole), parts, *whole))
 
     def cross(self, test: DenseSignals, damping: Array | float) -> Array:
         """J' (A (x) B)^{-1} J^T between samples, shape (N' S', N S), of a dense layer."""
@@ -158,10 +164,10 @@ class Kronecker(OfLayer):
         shape = (self.layer.fan_in, self.layer.num_units)
         draw = jax.random.normal(key, shape, self.layer.inputs.dtype)
 
-        def group(left: Factor, right: Factor, matrix: Array) -> Array:
+        def group(left: Factor, right: Factor, matrix: Array, by_a: Any, by_b: Any) -> Array:
             return left.root(by_a) @ matrix @ right.root(by_b)
 
-        return (self.layer.update(self._over_groups(group, draw)),)
+        return (self.layer.update(self._over_groups(group, draw, by_a, by_b)),)
 
     def logdet(self, damping: Array | float) -> Array:
         """M log det(A + rho_A) + K log det(B + rho_B)."""
@@ -213,9 +219,19 @@ def ungrouped(matrices: Array) -> Array:
     return jnp.moveaxis(matrices, 0, 1).reshape(k, g * m)
 
 
-def over_groups(function: Callable[[Any], Any], parts: Any) -> Any:
-    """A function of every group, one after the other; without a loop where there is but one."""
+def over_groups(function: Callable[..., Any], parts: Any, *whole: Any) -> Any:
+    """A function of every group, one after the other; without a loop where there is but one.
+
+    Args:
+      function: of the part of a group, and of what all groups share; it closes over no arrays.
+      parts: a pytree whose leaves have an axis of groups.
+      whole: what all groups share.
+    """
     if len(jax.tree.leaves(parts)[0]) == 1:
-        first = function(jax.tree.map(lambda leaf: leaf[0], parts))
+        first = function(jax.tree.map(lambda leaf: leaf[0], parts), *whole)
         return jax.tree.map(lambda leaf: leaf[None], first)
-    return jax.lax.map(function, parts)
+
+    def every(parts: Any, *whole: Any) -> Any:
+        return jax.lax.map(lambda part: function(part, *whole), parts)
+
+    return cubic(every, parts, *whole)

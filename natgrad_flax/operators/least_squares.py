@@ -6,21 +6,30 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from natgrad_flax.execution import cubic
 from natgrad_flax.linalg import lu_solve, pinv_solve, qr
 
 
 def least_squares(rows: Array, target: Array) -> Array:
     """J^+ b for J (R, P) and b (R,) or (R, k), by a QR factorisation of J or of its transpose."""
+    return cubic(_least_squares, rows, target)
+
+
+def normal_solve(rows: Array, target: Array) -> Array:
+    """(J^T J)^+ g = J^+ (J^+)^T g for J (R, P) and g (P,) or (P, k)."""
+
+    def solve(rows: Array, target: Array) -> Array:
+        return _least_squares(rows, _least_squares(rows.T, target))
+
+    return cubic(solve, rows, target)
+
+
+def _least_squares(rows: Array, target: Array) -> Array:
     if rows.shape[0] < rows.shape[1]:
         span, triangle = qr(rows.T)
         return span @ _pseudo_inverse_times(triangle.T, target)
     span, triangle = qr(rows)
     return _pseudo_inverse_times(triangle, span.T @ target)
-
-
-def normal_solve(rows: Array, target: Array) -> Array:
-    """(J^T J)^+ g = J^+ (J^+)^T g for J (R, P) and g (P,) or (P, k)."""
-    return least_squares(rows, least_squares(rows.T, target))
 
 
 def _pseudo_inverse_times(triangle: Array, target: Array) -> Array:

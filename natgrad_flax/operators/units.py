@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block
+from natgrad_flax.execution import by_columns, cubic
 from natgrad_flax.linalg import add_diagonal, inverse_psd, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import OfLayer, Space, add, noise
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
@@ -32,12 +34,10 @@ class UnitBlocks(OfLayer):
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """See ``Operator.solve``; of a pair of dampings the first counts."""
         (g,) = gradient.vector((self.layer,))
-        solved = solve_units(
-            self.layer.jacobian(),
-            matrix_of(g),
-            of_block(damping),
-            coefficients=gradient.coefficients,
-            space=self.space,
+        solved = by_columns(
+            partial(solve_units, rho=of_block(damping), space=self.space),
+            (self.layer.jacobian(), matrix_of(g)),
+            (gradient.coefficients,),
         )
         return (self.layer.update(solved),)
 
@@ -80,9 +80,9 @@ class UnitBlocks(OfLayer):
 def solve_units(
     jacobian: Array,
     gradient: Array,
-    rho: Array | float,
-    *,
     coefficients: Array | None = None,
+    *,
+    rho: Array | float,
     space: Space = "auto",
 ) -> Array:
     """(J_i^T J_i / N + rho)^{-1} g_i for every unit i.
@@ -90,9 +90,9 @@ def solve_units(
     Args:
       jacobian: J, shape (N, S, fan_in, M).
       gradient: g, shape (fan_in, M).
-      rho: damping; the number 0 means the pseudo-inverse.
       coefficients: w with g = J^T w / N, shape (N, S), where there are such; they save the
         rounding of a small damping in sample space.
+      rho: damping; the number 0 means the pseudo-inverse.
       space: "sample" (N S x N S systems), "parameter", or "auto" for the smaller.
 
     Returns:
@@ -143,9 +143,13 @@ def invert_blocks(blocks: Array, rho: Array | float) -> Array:
     if blocks.shape[-1] == 1:
         shifted = blocks + rho
         return jnp.where(shifted != 0, 1 / jnp.where(shifted != 0, shifted, 1), 0)
-    return jax.lax.map(
-        lambda block: inverse_psd(add_diagonal(block, rho), shifted=not is_zero(rho)), blocks
-    )
+
+    def invert(blocks: Array, rho: Array | float) -> Array:
+        return jax.lax.map(
+            lambda block: inverse_psd(add_diagonal(block, rho), shifted=not is_zero(rho)), blocks
+        )
+
+    return cubic(invert, blocks, rho)
 
 
 def multiply_blocks(blocks: Array, gradient: Array) -> Array:

@@ -25,7 +25,7 @@ from natgrad_flax.losses import Loss
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
 from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_kind
 from natgrad_flax.signals.plan import check_model, hashable_filter
-from natgrad_flax.structures import STRUCTURES, BlockDiagonal, Exact, Structure
+from natgrad_flax.structures import STRUCTURES, Structure
 
 
 def check_structure(structure: object) -> Structure:
@@ -345,7 +345,7 @@ def check_momentum(momentum: object, structure: Structure, damping: object) -> f
         raise ValueError(f"momentum must be below 1, got {momentum!r}")
     if decay == 0:
         return 0.0
-    if not isinstance(structure.plain, (Exact, BlockDiagonal)):
+    if not structure.plain.takes_momentum:
         raise TypeError(
             "momentum= projects the previous step by blocks of the Fisher itself, which "
             f"ng.Exact() and ng.BlockDiagonal() have; behind {structure.name} put optax.trace: "

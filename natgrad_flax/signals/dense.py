@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from natgrad_flax.arguments.renamed import Renamed
-from natgrad_flax.linalg import by_blocks, symmetric_blocks, symmetric_product
+from natgrad_flax.execution import by_rows, many_devices
+from natgrad_flax.linalg import symmetric_blocks, symmetric_product
 from natgrad_flax.signals.base import (
     LayerSignals,
     LayerUpdate,
@@ -247,13 +248,13 @@ def symmetric_gram(layers: Sequence[LayerSignals]) -> Array:
     n, s = layers[0].num_samples, layers[0].num_directions
     dense = all(isinstance(layer, DenseSignals) for layer in layers)
     wide = max(layer.num_units for layer in layers) >= 256 and n * s >= 512 and n >= 8
-    if dense and wide and by_blocks():
+    if dense and wide and not many_devices():
         return _gram_of_blocks(tuple(layers))
     return _whole_gram(layers)
 
 
 def _whole_gram(layers: Sequence[LayerSignals]) -> Array:
-    grams = [layer.gram() for layer in layers]
+    grams = [by_rows(layer.gram()) for layer in layers]
     return sum(grams[1:], start=grams[0])
 
 

@@ -63,12 +63,16 @@ class Structure(abc.ABC):
     couples_layers: ClassVar[bool] = False
     """Whether layers are solved together, from the Gram matrix or Fisher block of each."""
 
+    takes_momentum: ClassVar[bool] = False
+    """Whether it solves blocks of the Fisher itself, by which the step before can be projected."""
+
     masks_units: ClassVar[bool] = False
     """Whether, undamped, a unit that is off on a sample has a system of its own, as if damped."""
 
     shared_weights: ClassVar[Literal["gram", "jacobians", "rows"]] = "jacobians"
     """What it builds of weights that positions share: Gram matrices, which may come from pairs of
-    positions, the Jacobians of samples, or nothing but the rows of positions."""
+    positions, the Jacobians of samples, or nothing but the rows of positions. Where it is Gram
+    matrices, ``operator`` computes nothing, so that it can be asked of shapes."""
 
     limit_kernels: ClassVar[tuple[str, ...]] = ("tangent",)
     """The kernels of layers that this limit is made of: "inputs", "derivatives", "tangent"."""

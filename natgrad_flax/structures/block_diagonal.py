@@ -30,6 +30,7 @@ class BlockDiagonal(LayerWise):
     style = styled("Block-diagonal", "#D55E00", "D", short="block-diag")
     optimal_rate = "1/L"
     couples_layers = False
+    takes_momentum = True
 
     def largest_system(self, signals: Signals) -> int:
         """Each layer in the smaller space."""

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import per_layer
+from natgrad_flax.execution import cubic
 from natgrad_flax.linalg import (
     eigh,
     qr,
@@ -18,14 +19,19 @@ from natgrad_flax.linalg import (
 from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.eigenbasis import Eigenbasis, invert_squares, solve_in_basis
 from natgrad_flax.operators.kronecker import factor_rows, over_groups
-from natgrad_flax.operators.units import UnitBlocks, invert_blocks, multiply_blocks, unit_blocks
-from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
+from natgrad_flax.operators.units import UnitBlocks, invert_blocks, unit_blocks
+from natgrad_flax.signals.base import LayerSignals, LayerUpdate
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
-from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
+from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.geometry import Geometry
-from natgrad_flax.structures.kronecker_average import factor_means, kronecker_words
+from natgrad_flax.structures.kronecker_average import (
+    apply_entries,
+    factor_means,
+    kronecker_words,
+    products_of_rows,
+)
 from natgrad_flax.structures.style import styled
 
 
@@ -138,14 +144,7 @@ class EKFAC(AveragedStructure):
         self, inverse: tuple[dict[str, Any], ...], gradient: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:
         """See ``AveragedStructure.apply``."""
-        updates = []
-        for entry, g in zip(inverse, gradient, strict=True):
-            blocks, matrix = entry.get("blocks"), matrix_of(g)
-            if blocks is None:
-                updates.append(update_like(g, solve_in_basis(entry, matrix)))
-            else:
-                updates.append(update_like(g, multiply_blocks(blocks, matrix)))
-        return tuple(updates)
+        return apply_entries(inverse, gradient, solve_in_basis)
 
     def gram_size(self, signals: Signals) -> int:
         """The larger side of the two factors, or of the rows where these are fewer."""
@@ -213,15 +212,15 @@ def _span(rows: Array, whole: bool) -> Array:
     With fewer rows than columns they come from a basis of the rows' span, and the null space is
     left out, unless the whole space is asked for.
     """
+    if whole or rows.shape[1] >= rows.shape[2]:
+        return over_groups(_eigenvectors, products_of_rows(rows))
 
     def group(part: Array) -> Array:
-        if whole or part.shape[0] >= part.shape[1]:
-            return _eigenvectors(symmetric_product(part.T))
         # orthonormal to rounding whatever the rank of the rows, unlike rows^T times a scaling
         span, triangle = qr(part.T)
         return span @ _eigenvectors(symmetric_product(triangle))
 
-    return over_groups(group, rows)
+    return over_groups(lambda part: cubic(group, part), rows)
 
 
 def _mean_squares(layer: LayerSignals, left: Array, right: Array) -> Array:

@@ -34,6 +34,7 @@ class Exact(Structure):
     optimal_rate = "1"
     infinite_width = "all"
     couples_layers = True
+    takes_momentum = True
     shared_weights = "gram"
 
     def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:

@@ -13,10 +13,10 @@ from jax import Array
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.linalg import has_full_rank
 from natgrad_flax.operators.base import Blocks, Space, check_space, in_parameters
-from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker
+from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker, affine
 from natgrad_flax.operators.units import UnitBlocks
 from natgrad_flax.signals.base import LayerSignals
-from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.base import (
     IsotropyWarning,
@@ -27,7 +27,8 @@ from natgrad_flax.structures.base import (
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.kronecker_average import (
     KroneckerAverage,
-    block_norms,
+    Scalings,
+    Size,
     kronecker_words,
     num_positions,
     scaled_norms,
@@ -154,29 +155,26 @@ class KFAC(KroneckerAverage):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
 
-    def _scalings(
-        self, index: int, last: int, fan_in: int, shared: bool, num_samples: int
-    ) -> tuple[float, float]:
-        """By how much the divisors of A* and B* are larger than those of the means."""
-        dense_first = index == 0 and fan_in < num_samples and not shared
-        scaled = dense_first and self.first_layer == "scaled"
-        return (
-            num_samples / fan_in if scaled else 1.0,
-            float(num_samples) if index == last and self.last_layer == "scaled" else 1.0,
-        )
+    def _scalings(self, sizes: list[Size], num_samples: int) -> Scalings:
+        """See ``KroneckerAverage``; parameters without a formula stand behind all affine layers."""
+        scalings = [(1.0, 1.0)] * len(sizes)
+        places = [index for index, size in enumerate(sizes) if size is not None]
+        if places and self.last_layer == "scaled":
+            scalings[places[-1]] = (1.0, float(num_samples))
+        if sizes[0] is not None and self.first_layer == "scaled":
+            fan_in, shared = sizes[0]
+            if fan_in < num_samples and not shared:
+                scalings[0] = (num_samples / fan_in, scalings[0][1])
+        return scalings
 
-    def divisors(self, signals: Signals, index: int) -> tuple[float, float]:
-        """What the sums of products of rows are divided by: A* = a^T a / d_A, B* = D^T D / d_B.
-
-        Args:
-          signals: of the batch.
-          index: of an affine layer.
-        """
-        n, layer = signals.num_samples, signals.layers[index]
-        assert isinstance(layer, (DenseSignals, SharedSignals))
-        shared = isinstance(layer, SharedSignals)
-        by_a, by_b = self._scalings(index, _last(signals), layer.fan_in, shared, n)
-        return n * num_positions(layer, self.sharing) * by_a, n * by_b
+    def _scalings_on(self, signals: Signals) -> Scalings:
+        sizes: list[Size] = [
+            None
+            if isinstance(layer, ExplicitSignals)
+            else (layer.fan_in, isinstance(layer, SharedSignals))
+            for layer in signals.layers
+        ]
+        return self._scalings(sizes, signals.num_samples)
 
     def operator(self, signals: Signals) -> Blocks:
         """(B* + rho_B) (x) (A* + rho_A) of affine layers, the blocks of the units of others."""
@@ -190,25 +188,16 @@ class KFAC(KroneckerAverage):
         )
 
     def _kronecker(self, signals: Signals, index: int) -> Kronecker:
-        layer = signals.layers[index]
-        assert isinstance(layer, (DenseSignals, SharedSignals))
-        divisors = self.divisors(signals, index)
-        split = partial(self.dampings, layer, divisors)
+        n, layer = signals.num_samples, affine(signals.layers[index])
+        by_a, by_b = self._scalings_on(signals)[index]
+        divisors = n * num_positions(layer, self.sharing) * by_a, n * by_b
+        split = partial(self._dampings, layer, divisors)
         return Kronecker.of(layer, self.sharing, divisors, self.space, split)
 
-    def dampings(
-        self,
-        layer: AffineSignals,
-        overs: tuple[float, float],
-        damping: Array | float,
+    def _dampings(
+        self, layer: AffineSignals, overs: tuple[float, float], damping: Array | float
     ) -> Dampings:
-        """What is added to A* and to B*.
-
-        Args:
-          layer: signals of the layer.
-          overs: the divisors.
-          damping: one number, split as ``split`` says, or the pair itself, shape (2,).
-        """
+        """What is added to A* = a^T a / overs[0] and to B* = D^T D / overs[1]."""
         sum_a, sum_b = self._row_norms(layer)
         groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
         mean_a = sum_a / float(overs[0] * layer.fan_in * groups)
@@ -216,7 +205,7 @@ class KFAC(KroneckerAverage):
         return self._split(damping, mean_a, mean_b)
 
     def _split(self, damping: Array | float, mean_a: Array, mean_b: Array) -> Dampings:
-        """As ``dampings``, from the mean diagonals of both factors."""
+        """See ``KroneckerAverage``; a damping of shape (2,) is the pair itself."""
         if jnp.ndim(damping) == 1:
             pair = jnp.asarray(damping)
             return pair[0], pair[1]
@@ -282,16 +271,8 @@ class KFAC(KroneckerAverage):
 
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonals of the Gram matrices of A* and of B*, over their divisors, (L, 2)."""
-        scales, n = [], signals.num_samples
-        for index, layer in enumerate(signals.layers):
-            if isinstance(layer, ExplicitSignals):
-                scales.append(block_norms(layer) / n)
-                continue
-            assert isinstance(layer, (DenseSignals, SharedSignals))
-            shared = isinstance(layer, SharedSignals)
-            scalings = self._scalings(index, _last(signals), layer.fan_in, shared, n)
-            scales.append(scaled_norms(self._gram_means(layer), n, scalings))
-        return jnp.stack(scales)
+        norms = [self._gram_means(layer) for layer in signals.layers]
+        return scaled_norms(norms, self._scalings_on(signals), signals.num_samples)
 
     def alpha(self, geometry: Geometry) -> float:
         """N L with both scalings, N (L - 1) + 1 literally; layer 1 counts its fan-in where below N.
@@ -334,9 +315,3 @@ class KFAC(KroneckerAverage):
     def block_form(self, layer: LayerSignals) -> str:
         """See ``Structure.block_form``."""
         return kronecker_words(layer, self.sharing)
-
-
-def _last(signals: Signals) -> int:
-    """The place of the last affine layer; parameters without a formula stand behind it."""
-    affine = [i for i, a in enumerate(signals.layers) if not isinstance(a, ExplicitSignals)]
-    return affine[-1] if affine else len(signals.layers) - 1

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
+from natgrad_flax.execution import by_columns, by_rows, product
 from natgrad_flax.linalg import add_diagonal, inverse_psd, symmetric_product
 from natgrad_flax.operators.kronecker import (
     AffineSignals,
+    affine,
     factor_rows,
     grouped,
     over_groups,
@@ -24,6 +29,12 @@ from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_
 
 Entry = dict[str, Array]
 
+Size = tuple[float, bool] | None
+"""The fan-in of an affine layer, and whether positions share its weights; None of other layers."""
+
+Scalings = list[tuple[float, float]]
+"""By how much the divisors of A* and B* of every layer are larger than those of the means."""
+
 
 class KroneckerAverage(AveragedStructure):
     """What ``KFAC`` keeps of a batch: means of A and B, or of the blocks of units.
@@ -35,10 +46,8 @@ class KroneckerAverage(AveragedStructure):
     sharing: Sharing
 
     @abc.abstractmethod
-    def _scalings(
-        self, index: int, last: int, fan_in: int, shared: bool, num_samples: int
-    ) -> tuple[float, float]:
-        """By how much the divisors of A* and B* are larger than those of the means."""
+    def _scalings(self, sizes: list[Size], num_samples: int) -> Scalings:
+        """Of all layers, 1 where a layer is not affine."""
 
     @abc.abstractmethod
     def _split(
@@ -58,7 +67,7 @@ class KroneckerAverage(AveragedStructure):
         found: list[Entry] = []
         for layer in signals.layers:
             if isinstance(layer, ExplicitSignals):
-                found.append({"blocks": unit_blocks(layer), "norms": block_norms(layer)})
+                found.append({"blocks": unit_blocks(layer), "norms": self._gram_means(layer)})
                 continue
             assert isinstance(layer, (DenseSignals, SharedSignals))
             norms = self._gram_means(layer)
@@ -80,8 +89,15 @@ class KroneckerAverage(AveragedStructure):
             return jnp.sum(left**2), jnp.sum(right**2)
         return jnp.sum(layer.input_norms()), jnp.sum(layer.derivative_norms())
 
-    def _gram_means(self, layer: AffineSignals) -> Array:
-        """Mean diagonals of the Gram matrices of the rows of both factors, of a over T, (2,)."""
+    def _gram_means(self, layer: LayerSignals) -> Array:
+        """Mean diagonals of the Gram matrices of the rows of both factors, of a over T, (2,).
+
+        Of a layer that is not affine that of its Gram matrix, twice.
+        """
+        if isinstance(layer, ExplicitSignals):
+            mean = jnp.sum(layer.gram_norms()) / float(layer.num_samples * layer.num_directions)
+            return jnp.stack([mean, mean])
+        layer = affine(layer)
         sum_a, sum_b = self._row_norms(layer)
         positions = num_positions(layer, self.sharing)
         groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
@@ -94,21 +110,17 @@ class KroneckerAverage(AveragedStructure):
     ) -> tuple[Entry, ...]:
         """The inverses of both factors, or of the blocks of units."""
         factors = moments.factors
-        last, shifted = _last(factors), not is_zero(damping)
+        scalings, rhos = self._scalings_of(factors, num_samples), per_layer(damping, len(factors))
+        shifted = not is_zero(damping)
         found: list[Entry] = []
-        for index, (entry, rho) in enumerate(
-            zip(factors, per_layer(damping, len(factors)), strict=True)
-        ):
+        for entry, rho, (by_a, by_b) in zip(factors, rhos, scalings, strict=True):
             if "blocks" in entry:
                 found.append({"blocks": invert_blocks(entry["blocks"], of_block(rho))})
                 continue
-            inputs = _inputs(entry)
-            fan_in = inputs.shape[-1]
-            by_a, by_b = self._scalings(index, last, fan_in, "shared" in entry, num_samples)
-            b = entry["units"] / by_b
+            inputs, b = _inputs(entry), entry["units"] / by_b
             if "rows" in entry:
                 rows = inputs / jnp.sqrt(by_a)
-                mean_a = jnp.sum(rows**2) / float(fan_in)
+                mean_a = jnp.sum(rows**2) / float(inputs.shape[-1])
             else:
                 a = inputs / by_a
                 mean_a = _mean_diagonal(a)
@@ -124,58 +136,70 @@ class KroneckerAverage(AveragedStructure):
         self, inverse: tuple[Entry, ...], gradient: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:
         """A^{-1} G B^{-1}, group by group."""
-        updates = []
-        for entry, g in zip(inverse, gradient, strict=True):
-            matrix = matrix_of(g)
-            if "blocks" in entry:
-                updates.append(update_like(g, multiply_blocks(entry["blocks"], matrix)))
-                continue
-            parts = grouped(matrix, len(entry["units"]))
-            if "rows" in entry:
-                rows = entry["rows"]
-                inside = rows.T @ (entry["core"] @ (rows @ parts))
-                half = entry["outside"] * parts - inside
-            else:
-                half = entry["inputs"] @ parts
-            updates.append(update_like(g, ungrouped(half @ entry["units"])))
-        return tuple(updates)
+        return apply_entries(inverse, gradient, _solve_affine)
 
     def scale_of(self, moments: Moments, num_samples: int) -> Array:
         """``damping_scale`` from moments, (L, 2)."""
-        scales, factors = [], moments.factors
-        for index, entry in enumerate(factors):
-            if "blocks" in entry:
-                scales.append(entry["norms"] / num_samples)
-                continue
-            last, fan_in = _last(factors), _inputs(entry).shape[-1]
-            scalings = self._scalings(index, last, fan_in, "shared" in entry, num_samples)
-            scales.append(scaled_norms(entry["norms"], num_samples, scalings))
-        return jnp.stack(scales)
+        scalings = self._scalings_of(moments.factors, num_samples)
+        return scaled_norms([entry["norms"] for entry in moments.factors], scalings, num_samples)
+
+    def _scalings_of(self, factors: tuple[Entry, ...], num_samples: int) -> Scalings:
+        sizes: list[Size] = [
+            None if "blocks" in entry else (_inputs(entry).shape[-1], "shared" in entry)
+            for entry in factors
+        ]
+        return self._scalings(sizes, num_samples)
 
 
-def block_norms(layer: ExplicitSignals) -> Array:
-    """The mean diagonal of the Gram matrix, in both places of a pair."""
-    mean = jnp.sum(layer.gram_norms()) / float(layer.num_samples * layer.num_directions)
-    return jnp.stack([mean, mean])
+def apply_entries(
+    inverse: tuple[dict[str, Any], ...],
+    gradient: tuple[LayerUpdate, ...],
+    solve: Callable[[dict[str, Any], Array], Array],
+) -> tuple[LayerUpdate, ...]:
+    """G^{-1} g by inverses of blocks of units or, of an affine layer, by a function.
+
+    Args:
+      inverse: of ``AveragedStructure.invert``.
+      gradient: g.
+      solve: from an entry of the inverse and g (fan_in, M) to the update of this shape.
+    """
+    return tuple(
+        update_like(
+            g,
+            multiply_blocks(entry["blocks"], matrix_of(g))
+            if "blocks" in entry
+            else solve(entry, matrix_of(g)),
+        )
+        for entry, g in zip(inverse, gradient, strict=True)
+    )
 
 
-def scaled_norms(norms: Array, num_samples: int, scalings: tuple[float, float]) -> Array:
-    """Mean diagonals of the Gram matrices, shape (2,), over N and the scalings of both factors."""
-    overs = jnp.asarray([num_samples * scaling for scaling in scalings], norms.dtype)
-    return norms / overs
+def _solve_affine(entry: Entry, matrix: Array) -> Array:
+    """A^{-1} G B^{-1}."""
+    parts = grouped(matrix, len(entry["units"]))
+    if "rows" in entry:
+        half = entry["outside"] * parts - by_columns(
+            lambda parts, rows, core: rows.T @ (core @ (rows @ parts)),
+            (parts,),
+            (entry["rows"], entry["core"]),
+        )
+    else:
+        half = product(entry["inputs"], parts)
+    return ungrouped(product(half, entry["units"]))
+
+
+def scaled_norms(norms: list[Array], scalings: Scalings, num_samples: int) -> Array:
+    """Mean diagonals of Gram matrices, (2,) a layer, over N and the scalings of both factors."""
+    means = jnp.stack(norms)
+    return means / jnp.asarray(num_samples * np.asarray(scalings), means.dtype)
 
 
 def _invert_rows(rows: Array, rho: Array | float, shifted: bool) -> Entry:
     """(r^T r + rho)^{-1} = outside - r^T core r for rows r (R, P); the pseudo-inverse at 0."""
-    gram = inverse_psd(add_diagonal(symmetric_product(rows), rho), shifted=shifted)
+    gram = inverse_psd(add_diagonal(by_rows(symmetric_product(rows)), rho), shifted=shifted)
     if not shifted:
         return {"rows": rows, "core": -gram @ gram, "outside": jnp.zeros((), rows.dtype)}
     return {"rows": rows, "core": gram / rho, "outside": jnp.asarray(1 / rho, rows.dtype)}
-
-
-def _last(factors: tuple[Entry, ...]) -> int:
-    """The place of the last affine layer."""
-    return max((i for i, a in enumerate(factors) if "units" in a), default=len(factors) - 1)
 
 
 def _inputs(entry: Entry) -> Array:
@@ -200,20 +224,21 @@ def factor_means(layer: AffineSignals, sharing: Sharing) -> tuple[Array, Array]:
     left, right = factor_rows(layer, sharing)
     n = layer.num_samples
     over = float(n * num_positions(layer, sharing))
-    return _products(left) / over, _products(right) / float(n)
+    return products_of_rows(left) / over, products_of_rows(right) / float(n)
 
 
-def _products(rows: Array) -> Array:
+def products_of_rows(rows: Array) -> Array:
+    """rows^T rows of every group, (G, P, P) for rows (G, R, P)."""
     return jnp.stack([symmetric_product(group.T) for group in rows])
 
 
 def inverse_groups(factors: Array, rho: Array | float, *, shifted: bool) -> Array:
     """(A + rho)^{-1} for each of g groups, shape (g, K, K); the pseudo-inverse at the number 0."""
 
-    def group(factor: Array) -> Array:
+    def group(factor: Array, rho: Array | float) -> Array:
         return inverse_psd(add_diagonal(factor, rho), shifted=shifted)
 
-    return over_groups(group, factors)
+    return over_groups(group, factors, rho)
 
 
 def kronecker_words(layer: LayerSignals, sharing: Sharing) -> str:

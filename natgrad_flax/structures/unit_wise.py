@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, is_zero, per_layer
+from natgrad_flax.execution import by_columns, by_rows, many_devices
 from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import (
     Blocks,
@@ -199,7 +201,9 @@ class LayersOfUnits(Blocks):
     """The blocks of the units of all layers, whose systems in sample space are solved together."""
 
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
-        """See ``Blocks.solve``."""
+        """See ``Blocks.solve``; on a mesh each layer is split by its units."""
+        if many_devices():
+            return super().solve(gradient, damping)
         rhos = per_layer(damping, len(self.blocks))
         systems: dict[int, ScaledGram] = {}
         for index, (block, rho) in enumerate(zip(self.blocks, rhos, strict=True)):
@@ -226,15 +230,21 @@ class DenseUnits(UnitBlocks):
 
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """See ``Operator.solve``."""
+        layer, weights = self.layer, _weights(self.layer)
         system = self.system(gradient, damping)
         if system is not None:
-            (dual,) = solve_units_of_grams([system])
-            return (self.finish(gradient, damping, dual),)
-        layer = self.layer
+            gram, root, shift, rhs = system
+            return (self.finish(gradient, damping, by_columns(_solve, (root, rhs), (gram, shift))),)
         if isinstance(gradient, Residual) and not self._small:
-            return (layer.local_vjp(_undamped(layer, gradient.cotangent(layer, 0))),)
+            columns = (weights, gradient.cotangent(layer, 0))
+            dual = by_columns(_undamped, columns, (by_rows(layer.input_gram()),))
+            return (layer.local_vjp(by_rows(dual)),)
         (g,) = gradient.vector((layer,))
-        return (_in_parameters(layer, matrix_of(g), damping),)
+        roots = jnp.sqrt(weights / layer.num_samples)
+        in_parameters = partial(_in_parameters, rho=damping)
+        columns = (roots, matrix_of(g))
+        solved = by_columns(in_parameters, columns, (layer.augmented_inputs(),))
+        return (layer.update(solved),)
 
     @property
     def _small(self) -> bool:
@@ -253,7 +263,7 @@ class DenseUnits(UnitBlocks):
         layer = self.layer
         if is_zero(damping) or self._small:
             return None
-        gram, root = layer.input_gram(), jnp.sqrt(_weights(layer))
+        gram, root = by_rows(layer.input_gram()), jnp.sqrt(_weights(layer))
         if not isinstance(gradient, Residual):
             (g,) = gradient.vector((layer,))
             rhs = root * layer.local_jvp(g)
@@ -266,7 +276,7 @@ class DenseUnits(UnitBlocks):
     def finish(self, gradient: Gradient, damping: Array | float, dual: Array) -> LayerUpdate:
         """The update of the layer from the solution of ``system``, (N, M)."""
         layer = self.layer
-        inside = jnp.sqrt(_weights(layer)) * dual
+        inside = jnp.sqrt(_weights(layer)) * by_rows(dual)
         if not isinstance(gradient, Residual):
             (g,) = gradient.vector((layer,))
             return jax.tree.map(lambda a, b: (a - b) / damping, g, layer.local_vjp(inside))
@@ -302,6 +312,11 @@ class DenseUnits(UnitBlocks):
 def _weights(layer: DenseSignals) -> Array:
     """sum_s D[n,s,i]^2, shape (N, M)."""
     return jnp.sum(layer.derivatives**2, axis=1)
+
+
+def _solve(root: Array, rhs: Array, gram: Array, shift: Array) -> Array:
+    """``solve_units_of_grams`` of one layer."""
+    return solve_units_of_grams([ScaledGram(gram, root, shift, rhs)])[0]
 
 
 def solve_units_of_grams(systems: Sequence[ScaledGram]) -> list[Array]:
@@ -347,26 +362,22 @@ def solve_units_of_grams(systems: Sequence[ScaledGram]) -> list[Array]:
     return jax.lax.cond(jnp.all(good), lambda: found, by_eigenvalues)
 
 
-def _in_parameters(layer: DenseSignals, gradient: Array, rho: Array | float) -> LayerUpdate:
+def _in_parameters(roots: Array, gradient: Array, inputs: Array, *, rho: Array | float) -> Array:
     """(a^T S_i a / N + rho)^{-1} g_i, unit after unit, for g of shape (fan_in, M)."""
-    inputs = layer.augmented_inputs()
 
     def unit(columns: tuple[Array, Array]) -> Array:
         root, target = columns
         return solve_block(root[:, None] * inputs, target, rho)
 
-    roots = jnp.sqrt(_weights(layer) / layer.num_samples)
-    solved = jax.lax.map(unit, (roots.T, gradient.T))
-    return layer.update(solved.T)
+    return jax.lax.map(unit, (roots.T, gradient.T)).T
 
 
-def _undamped(layer: DenseSignals, cotangent: Array) -> Array:
+def _undamped(weights: Array, cotangent: Array, gram: Array) -> Array:
     """The pseudo-inverse limit of ``_damped`` at s = 0 (science: 3.5).
 
     Where the inputs have rank N this is A_SS^{-1} (delta / s) on the samples S on which the unit is
     active. Otherwise every unit gets an eigendecomposition of its own.
     """
-    gram, weights = layer.input_gram(), _weights(layer)
     full_rank = has_full_rank(gram)
     active = weights > 0
     targets = divide(cotangent, weights)

@@ -18,15 +18,20 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import jax.numpy as jnp
 import numpy as np
-from battery import STRUCTURES
+from battery import QUICK, STRUCTURES
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from random_signals import dense, explicit, network, shared
 
 import natgrad_flax as ng
 from natgrad_flax import devices
+from natgrad_flax.devices.executor import run_on_mesh
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve
 from natgrad_flax.devices.placement import place
 from natgrad_flax.devices.tasks import Task, distribute
+from natgrad_flax.execution import cubic
+from natgrad_flax.signals.gradient import ParameterGradient
+from natgrad_flax.structures import Moments
 
 LOSS = ng.SoftmaxCrossEntropy()
 CASES = {
@@ -78,6 +83,54 @@ def compare_structures():
                 model, x, y, mesh=mesh, solver=solver, **options
             )
             found[f"{name}, {solver}"] = distance(one, many)
+    return found
+
+
+def compare_solves():
+    """Solves with layers of all kinds in float64: chains of factorisations, groups, no damping.
+
+    Of structures that are averaged, also the steps from one batch to an inverse that is applied.
+    """
+    mesh = jax.make_mesh((8,), ("data",))
+    found = {}
+    with jax.enable_x64(True):
+        layers = ((dense, 21, 5), (shared, 2, 2, 4, 3), (shared, 3, 1, 3, 4), (explicit, 2, 3))
+        signals, residual = network(np.random.default_rng(0), 16, 2, *layers)
+        vector = ParameterGradient(residual.vector(signals.layers))
+        for name, damping, gradient in (
+            ("kfac", 0.1, residual),
+            ("kfac-reduce", 0.1, vector),
+            ("kfac", 0.0, vector),
+            ("ekfac", 0.1, residual),
+            ("block-diagonal", 0.0, residual),
+            ("block-tri-diagonal", 0.1, vector),
+            ("unit-wise", 0.1, vector),
+        ):
+            structure = STRUCTURES[name](len(layers), "auto")
+            many = devices.Sharded(structure, mesh)
+            solves = [
+                jax.jit(partial(each.solve, damping=damping), compiler_options=QUICK)
+                for each in (structure, many)
+            ]
+            found[f"{name}, {damping}"] = distance(*(solve(signals, gradient) for solve in solves))
+
+        def through_averages(structure, signals, vector, newest):
+            moments = structure.moments(signals)
+            if newest:
+                moments = Moments(structure.latest(signals))
+            elif structure.has_basis:
+                basis = structure.basis(structure.statistics(signals))
+                moments = moments._replace(basis=basis, rotated=structure.rotated(signals, basis))
+            inverse = structure.invert(moments, 0.1, 16)
+            return structure.apply(inverse, vector.layers)
+
+        for name, newest in (("kfac", True), ("kfac-reduce", False), ("ekfac", False)):
+            structure = STRUCTURES[name](len(layers), "auto")
+            runs = [
+                jax.jit(partial(through_averages, each, newest=newest), compiler_options=QUICK)
+                for each in (structure, devices.Sharded(structure, mesh))
+            ]
+            found[f"averaged {name}"] = distance(*(run(signals, vector) for run in runs))
     return found
 
 
@@ -268,6 +321,29 @@ def count_calls():
     return {"calls": calls, "results": [float(result["sum"]) for result in results]}
 
 
+def count_chains():
+    """Flops of a device, times 8, over those of one, of eight chains of two cubic operations each.
+
+    The second needs the result of the first, and of what stands between them.
+    """
+    placement = place(jax.make_mesh((8,), ("data",)), "data")
+
+    def program(matrices):
+        def square(matrix):
+            return matrix @ matrix
+
+        return [cubic(square, cubic(square, matrix) / 100 + matrix) for matrix in matrices]
+
+    matrices = [jax.random.normal(jax.random.key(seed), (64, 64)) for seed in range(8)]
+    dealt_out = jax.jit(lambda matrices: run_on_mesh(partial(program, matrices), placement))
+    many = dealt_out.lower(matrices).compile()
+    one = jax.jit(program).lower(matrices).compile()
+    return {
+        "flops": 8 * many.cost_analysis()["flops"] / one.cost_analysis()["flops"],
+        "error": distance(one(matrices), many(matrices)),
+    }
+
+
 def solve_dense():
     """The distributed factorisation in float64, with rows that do not fill their groups."""
     mesh = place(jax.make_mesh((8,), ("data",)), "data").mesh
@@ -320,11 +396,13 @@ def refusals():
 if __name__ == "__main__":
     results = {
         "structures": compare_structures(),
+        "solves": compare_solves(),
         "conv": compare_conv(),
         "traced": compare_traced(),
         "optimizers": compare_optimizers(),
         "flops": count_flops(),
         "calls": count_calls(),
+        "chains": count_chains(),
         "solve": solve_dense(),
         "refusals": refusals(),
     }

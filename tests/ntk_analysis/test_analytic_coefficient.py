@@ -113,11 +113,15 @@ def test_layer_wise_theorem_at_infinite_width():
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize(("last", "divisor"), [("scaled", N**2), ("literal", N)])
+@pytest.mark.parametrize(
+    ("last", "divisor", "space"),
+    # in sample space whatever is asked for: parameters are infinitely many
+    [("scaled", N**2, "auto"), ("scaled", N**2, "parameter"), ("literal", N, "auto")],
+)
 @pytest.mark.parametrize("damping", [0.0, 0.02])
-def test_kfac_is_eq_21(last, divisor, damping, outputs):
+def test_kfac_is_eq_21(last, divisor, space, damping, outputs):
     inside, outside = references()
-    model, structure = make_model(outputs), ng.KFAC(last_layer=last)
+    model, structure = make_model(outputs), ng.KFAC(last_layer=last, space=space)
     for x_test, cross in ((None, inside), (X_TEST, outside)):
         found = analytic(structure, model, x_test=x_test, damping=damping)
         expected = kfac(inside, cross, damping, N, divisor)

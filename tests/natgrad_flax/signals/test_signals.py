@@ -8,7 +8,8 @@ from flax import nnx
 from natgrad_reference import ACTIVATIONS, make_mlp, reference
 
 import natgrad_flax as ng
-from natgrad_flax.linalg import symmetric_product, whole_products
+from natgrad_flax.execution import Executor, executed_by
+from natgrad_flax.linalg import symmetric_product
 from natgrad_flax.signals.dense import symmetric_gram
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -105,6 +106,12 @@ def test_large_symmetric_product_is_the_full_product(shape):
         np.testing.assert_allclose(jax.jit(symmetric_product)(y), y @ y.T, atol=1e-10)
 
 
+class ManyDevices(Executor):
+    """As on a mesh, where products are whole so that their rows can be shared out."""
+
+    many_devices = True
+
+
 @pytest.mark.parametrize("n", [52, 57])
 def test_gram_of_wide_layers_by_blocks(n):
     """Of layers together, with a last block that overlaps and without; derivatives, too."""
@@ -121,7 +128,7 @@ def test_gram_of_wide_layers_by_blocks(n):
     rows = jnp.concatenate([layer.to_dense() for layer in layers], axis=1)
     np.testing.assert_allclose(jax.jit(symmetric_gram)(layers), rows @ rows.T, atol=1e-9)
     blocks = str(jax.make_jaxpr(symmetric_gram)(layers))
-    with whole_products():
+    with executed_by(ManyDevices()):
         # of a function of its own, as traces are kept
         both = jax.make_jaxpr(lambda *a: (symmetric_gram(a), symmetric_product(rows)))(*layers)
     assert "scan" in blocks

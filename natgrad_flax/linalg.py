@@ -8,7 +8,7 @@ and the derivatives are rules of products with inverses: any mode, any order, ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 from jax.lax import linalg as lax_linalg
 
@@ -89,9 +89,10 @@ def _inverted(matrix: Array, *, shifted: bool) -> Array:
 
 def is_full_rank(matrix: Array, factor: Array, shifted: bool) -> Array:
     """Whether a Cholesky factor is that of a regular matrix, as ``solve_psd`` decides it."""
-    pivots, n = jnp.diagonal(factor) ** 2, matrix.shape[0]
     if shifted:
-        return jnp.all(pivots > 0)
+        # a factorisation that fails is NaN as a whole, and NaN in a pivot reaches the last one
+        return factor[-1, -1] > 0
+    pivots, n = jnp.diagonal(factor) ** 2, matrix.shape[0]
     eps = float(jnp.finfo(matrix.dtype).eps)
     threshold = max(n * eps, eps**0.75)
     # elimination magnifies the rounding of a zero pivot by the condition of those before it, but
@@ -111,7 +112,7 @@ def has_full_rank(matrix: Array) -> Array:
         factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
         return is_full_rank(matrix, factor, shifted=False)
 
-    return sequential_vmap(decide)(jax.lax.stop_gradient(matrix))
+    return sequential_vmap(decide)(lax.stop_gradient(matrix))
 
 
 def rank_cutoff(size: int, dtype: jnp.dtype) -> float:
@@ -123,10 +124,11 @@ def rank_cutoff(size: int, dtype: jnp.dtype) -> float:
     return max(size**0.5, 32) * float(jnp.finfo(dtype).eps)
 
 
-def above_rounding(values: Array) -> Array:
-    """Eigenvalues or singular values (n,), with 0 for those that are rounding."""
+def above_rounding(values: Array, largest: Array | None = None) -> Array:
+    """Eigenvalues or singular values (n,), with 0 for those that the largest takes as rounding."""
     size = jnp.abs(values)
-    return jnp.where(size > rank_cutoff(len(values), values.dtype) * jnp.max(size), values, 0)
+    largest = jnp.max(size) if largest is None else largest
+    return jnp.where(size > rank_cutoff(len(values), values.dtype) * largest, values, 0)
 
 
 def reciprocal(values: Array) -> Array:
@@ -136,8 +138,9 @@ def reciprocal(values: Array) -> Array:
 
 def _spectrum(matrix: Array) -> tuple[Array, Array]:
     """Eigenvalues of the pseudo-inverse of a symmetric matrix, and its eigenvectors."""
-    values, vectors = jnp.linalg.eigh(matrix)
-    return reciprocal(above_rounding(values)), vectors
+    vectors, values = lax_linalg.eigh(matrix, symmetrize_input=False)
+    # in ascending order
+    return reciprocal(above_rounding(values, jnp.maximum(-values[0], values[-1]))), vectors
 
 
 def _solve_by_eigenvalues(matrix: Array, rhs: Array) -> Array:
@@ -156,7 +159,7 @@ def _solve(matrix: Array, rhs: Array, shifted: bool | None) -> Array:
         if shifted is None:
             return _solve_by_eigenvalues(matrix, rhs)
         factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
-        return jax.lax.cond(
+        return lax.cond(
             is_full_rank(matrix, factor, shifted),
             lambda: _cholesky_solve(factor, rhs),
             lambda: _solve_by_eigenvalues(matrix, rhs),
@@ -185,7 +188,7 @@ def _inverse(matrix: Array, shifted: bool) -> Array:
     def invert(matrix: Array) -> Array:
         factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
         eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-        return jax.lax.cond(
+        return lax.cond(
             is_full_rank(matrix, factor, shifted),
             lambda: _inverse_from_factor(factor),
             lambda: _solve_by_eigenvalues(matrix, eye),
@@ -213,7 +216,7 @@ def _inverse_and_null(matrix: Array, shifted: bool | None) -> tuple[Array, Array
         if shifted is None:
             return by_eigenvalues()
         factor = lax_linalg.cholesky(matrix, symmetrize_input=False)
-        return jax.lax.cond(
+        return lax.cond(
             is_full_rank(matrix, factor, shifted),
             lambda: (_inverse_from_factor(factor), jnp.zeros_like(matrix)),
             by_eigenvalues,
@@ -240,32 +243,25 @@ def _inverse_from_factor(factor: Array) -> Array:
     Nearly all of it is matrix products, which use every core; triangular solves with many
     right-hand sides do not.
     """
-    n = factor.shape[0]
+    inverse, n = _inverse_lower(factor), factor.shape[0]
     if n < 512:
-        inverse = _inverse_lower(factor)
         return inverse.T @ inverse
-    a, c, b = _inverse_blocks(factor)
-    corner = b.T @ c
-    top = jnp.concatenate([symmetric_product(a.T) + symmetric_product(c.T), corner.T], axis=1)
-    return jnp.concatenate([top, jnp.concatenate([corner, symmetric_product(b.T)], axis=1)])
+    half = n // 2
+    # of the rows above only the columns to the left are not zero
+    lower = symmetric_product(inverse[half:].T)
+    return lower.at[:half, :half].add(symmetric_product(inverse[:half, :half].T))
 
 
 def _inverse_lower(factor: Array) -> Array:
     """The inverse of a lower triangular matrix, by halves."""
     n = factor.shape[0]
-    if n <= 160:
+    if n <= 300:
         eye = jnp.eye(n, dtype=factor.dtype)
         return lax_linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    a, c, b = _inverse_blocks(factor)
-    top = jnp.pad(a, ((0, 0), (0, b.shape[1])))
-    return jnp.concatenate([top, jnp.concatenate([c, b], axis=1)])
-
-
-def _inverse_blocks(factor: Array) -> tuple[Array, Array, Array]:
-    """A, C, B of the inverse [[A, 0], [C, B]] of a lower triangular matrix."""
-    half = factor.shape[0] // 2
+    half = n // 2
     a, b = _inverse_lower(factor[:half, :half]), _inverse_lower(factor[half:, half:])
-    return a, -(b @ factor[half:, :half]) @ a, b
+    c = -(b @ factor[half:, :half]) @ a
+    return jnp.concatenate([jnp.pad(a, ((0, 0), (0, n - half))), jnp.concatenate([c, b], axis=1)])
 
 
 def add_diagonal(matrix: Array, value: Array | float) -> Array:
@@ -284,7 +280,7 @@ def _lu_solve(matrix: Array, rhs: Array) -> Array:
     def solve(matrix: Array, rhs: Array) -> Array:
         return jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(matrix), rhs)
 
-    return jax.lax.custom_linear_solve(
+    return lax.custom_linear_solve(
         lambda v: matrix @ v,
         rhs,
         lambda _, b: solve(matrix, b),
@@ -342,17 +338,52 @@ def _qr_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     return (span, triangle), (change - span @ rest, rest @ triangle)
 
 
-def symmetric_product(x: Array, halvings: int = 2) -> Array:
+def symmetric_product(x: Array) -> Array:
     """x x^T for x (n, m), with the blocks above the diagonal mirrored where n and m are large.
 
-    XLA has no symmetric rank-k product; two halvings do 5/8 of the full product's work. Below m of
-    about 256 the copies of blocks cost more than that saves.
+    XLA has no symmetric rank-k product; 10 of 4 x 4 blocks do 5/8 of the full product's work. Below
+    m of about 256 the copies of blocks cost more than that saves. On a mesh it is a whole product,
+    whose rows XLA shares out; of a loop over blocks all devices would do all.
     """
     n, m = x.shape
-    if halvings == 0 or n < 512 or m < 256:
-        return x @ x.T
-    upper, lower = x[: n // 2], x[n // 2 :]
-    corner = lower @ upper.T
-    top = jnp.concatenate([symmetric_product(upper, halvings - 1), corner.T], axis=1)
-    bottom = jnp.concatenate([corner, symmetric_product(lower, halvings - 1)], axis=1)
-    return jnp.concatenate([top, bottom])
+    return x @ x.T if n < 512 or m < 256 or many_devices() else _product_of_blocks(x)
+
+
+def symmetric_blocks(block: Callable[..., Array], count: int, width: int, dtype: Any) -> Array:
+    """A symmetric matrix (count width, count width), by 10 of 4 x 4 blocks in one loop.
+
+    Args:
+      block: from the first row and column, counted in widths, and the side of a block in
+        widths to the entries of the block.
+      count: rows, in widths.
+      width: rows that stand together.
+      dtype: of the entries.
+    """
+    side = -(-count // 4)
+    # the last block begins where it fits, over a part of the one before
+    corners = np.minimum(side * np.stack(np.tril_indices(4), axis=1), count - side)
+
+    def mirrored(matrix: Array, corner: Array) -> tuple[Array, None]:
+        row, column = corner
+        entries = block(row, column, side)
+        matrix = lax.dynamic_update_slice(matrix, entries, (width * row, width * column))
+        return lax.dynamic_update_slice(matrix, entries.T, (width * column, width * row)), None
+
+    start = jnp.zeros((count * width, count * width), dtype)
+    # of numbers without a sign nothing asks whether they count from the end
+    return lax.scan(mirrored, start, jnp.asarray(corners, jnp.uint32))[0]
+
+
+@jax.custom_jvp
+def _product_of_blocks(x: Array) -> Array:
+    def block(row: Array, column: Array, side: int) -> Array:
+        rows, columns = (lax.dynamic_slice_in_dim(x, at, side) for at in (row, column))
+        return rows @ columns.T
+
+    return symmetric_blocks(block, len(x), 1, x.dtype)
+
+
+@_product_of_blocks.defjvp
+def _product_of_blocks_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    half = tangents[0] @ primals[0].T
+    return _product_of_blocks(*primals), half + half.T

@@ -12,7 +12,6 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.execution import by_rows
 from natgrad_flax.linalg import eigvalsh, lu_solve, pinv_solve
 from natgrad_flax.operators.base import OfRows, add, noise
 from natgrad_flax.operators.coupling import (
@@ -23,6 +22,7 @@ from natgrad_flax.operators.coupling import (
     solve_undamped,
 )
 from natgrad_flax.signals.base import LayerUpdate, dense_jacobian, ravel, unravel
+from natgrad_flax.signals.dense import symmetric_gram
 from natgrad_flax.signals.gradient import Gradient
 
 Solver = Callable[..., list[Array]]
@@ -56,7 +56,7 @@ class Coupled(OfRows):
             flat = solve(self.to_dense(damping), ravel(gradient.vector(self.layers)))
             return unravel(self.layers, flat)
         shift = self.num_samples * damping
-        grams = [by_rows(layer.gram()) for layer in self.layers]
+        grams = [symmetric_gram([layer]) for layer in self.layers]
         targets = gradient.targets(self.layers)
         inside = gradient.coefficients is not None
         if zero:
@@ -72,7 +72,7 @@ class Coupled(OfRows):
 
     def solve_duals(self, vectors: Array, damping: Array | float) -> list[Array]:
         """U_l with J_l^T U_l the layers of (G + rho)^{-1} J^T V / N, for V (N S,) or (N S, k)."""
-        grams = [layer.gram() for layer in self.layers]
+        grams = [symmetric_gram([layer]) for layer in self.layers]
         if is_zero(damping):
             return solve_undamped(self.sigma, grams, vectors)
         targets = [vectors] * len(grams)
@@ -105,7 +105,7 @@ class Coupled(OfRows):
         """Of the smaller of G and a matrix over the ranges of the layers."""
         if self.num_params < self.num_rows:
             return eigvalsh(self.to_dense())
-        grams = [layer.gram() for layer in self.layers]
+        grams = [symmetric_gram([layer]) for layer in self.layers]
         return eigvalsh(coupled_gram(self.sigma, grams)[0] / self.num_samples)
 
     def sample(self, key: Array, damping: Array | float) -> tuple[LayerUpdate, ...]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from natgrad_flax.execution import many_devices
 from natgrad_flax.linalg import (
     above_rounding,
     add_diagonal,
@@ -101,9 +104,9 @@ def _eliminate(grams: list[Array], shift: Array | float) -> Callable[[list[Array
     """The factorised tri-diagonal system, as a function of its right-hand sides."""
     depth, n = len(grams), grams[0].shape[0]
     kept = range(1, depth, 2)
-    inverses = {
-        i: inverse_psd(add_diagonal(grams[i], shift), shifted=True) for i in range(0, depth, 2)
-    }
+    shifted = [add_diagonal(gram, shift) for gram in grams[::2]]
+    found = _each(partial(inverse_psd, shifted=True), shifted)
+    inverses = dict(zip(range(0, depth, 2), found, strict=True))
 
     # an eliminated layer has u_i = P_i c_i and z_i = K_i u_i = c_i - s P_i c_i with P_i the inverse
     # and c_i = b_i - z_{i-1} - z_{i+1}; no product with K_i is needed
@@ -141,6 +144,16 @@ def _eliminate(grams: list[Array], shift: Array | float) -> Callable[[list[Array
     return solve
 
 
+def _each(function: Callable[[Array], Any], matrices: list[Array]) -> Any:
+    """The stacked results of a function of every matrix.
+
+    In one loop, which is compiled once; on a mesh each of them is a task of its own.
+    """
+    if many_devices():
+        return jax.tree.map(lambda *found: jnp.stack(found), *map(function, matrices))
+    return jax.lax.map(function, jnp.stack(matrices))
+
+
 def solve_undamped(sigma: np.ndarray, grams: list[Array], target: Array) -> list[Array]:
     """u with J_l^T u_l the layers of G^+ S^T (1 (x) b), for one b of all layers.
 
@@ -173,30 +186,25 @@ def solve_in_ranges(
     With J_l = U s V^T it is u = U s^{-1} (M + N rho)^+ s U^T b, M = s U^T (Sigma (x) I) U s: one
     eigendecomposition a layer, and one of the whole L n x L n system.
     """
-    inside, halves, spectra = coupled_gram(sigma, grams)
-    inner = jnp.concatenate([a.T @ b for a, b in zip(halves, targets, strict=True)])
-    parts = jnp.split(pinv_solve(add_diagonal(inside, shift), inner), len(grams))
-    return [
-        (vectors * reciprocal(root)) @ part
-        for (root, vectors), part in zip(spectra, parts, strict=True)
-    ]
+    inside, halves, (roots, vectors) = coupled_gram(sigma, grams)
+    inner = halves.mT @ jnp.stack(targets).reshape(len(grams), len(inside) // len(grams), -1)
+    solved = pinv_solve(add_diagonal(inside, shift), inner.reshape(len(inside), -1))
+    duals = vectors @ (reciprocal(roots)[:, :, None] * solved.reshape(inner.shape))
+    return [dual.reshape(target.shape) for dual, target in zip(duals, targets, strict=True)]
 
 
-def coupled_gram(
-    sigma: np.ndarray, grams: list[Array]
-) -> tuple[Array, list[Array], list[tuple[Array, Array]]]:
+def coupled_gram(sigma: np.ndarray, grams: list[Array]) -> tuple[Array, Array, tuple[Array, Array]]:
     """M = s U^T (Sigma (x) I) U s, whose eigenvalues but zeros are those of N G, shape (L n, L n).
 
-    Also U_l s_l of every layer, and the pairs s_l, U_l: J_l = U_l s_l V_l^T.
+    Also U_l s_l of every layer, (L, n, n), and both s_l, (L, n), and U_l: J_l = U_l s_l V_l^T.
     """
-    decomposed = [eigh(gram) for gram in grams]
-    spectra = [(jnp.sqrt(jnp.maximum(above_rounding(a), 0)), u) for a, u in decomposed]
-    halves = [vectors * root for root, vectors in spectra]
-    rows = [
-        jnp.concatenate([c * (a.T @ b) for c, b in zip(row, halves, strict=True)], axis=1)
-        for row, a in zip(sigma.tolist(), halves, strict=True)
-    ]
-    return jnp.concatenate(rows), halves, spectra
+    values, vectors = _each(eigh, grams)
+    roots = jnp.sqrt(jnp.maximum(jax.vmap(above_rounding)(values), 0))
+    halves = vectors * roots[:, None, :]
+    depth, n = roots.shape
+    blocks = jnp.einsum("iap,jaq->ipjq", halves, halves)
+    blocks = blocks * jnp.asarray(sigma, blocks.dtype)[:, None, :, None]
+    return blocks.reshape(depth * n, depth * n), halves, (roots, vectors)
 
 
 def _is_regular(sigma: np.ndarray) -> bool:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.execution import by_rows
 from natgrad_flax.linalg import add_diagonal, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import OfRows, add, noise
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
 from natgrad_flax.signals.base import LayerUpdate, dense_jacobian, ravel, unravel
+from natgrad_flax.signals.dense import symmetric_gram
 from natgrad_flax.signals.gradient import Gradient
 
 
@@ -23,8 +23,7 @@ class LowRank(OfRows):
 
     def gram(self) -> Array:
         """J J^T, shape (N S, N S); no 1/N."""
-        grams = [by_rows(layer.gram()) for layer in self.layers]
-        return sum(grams[1:], start=grams[0])
+        return symmetric_gram(self.layers)
 
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """See ``Operator.solve``."""

@@ -12,13 +12,15 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from natgrad_flax.arguments.renamed import Renamed
-from natgrad_flax.linalg import symmetric_product
+from natgrad_flax.execution import by_rows, many_devices
+from natgrad_flax.linalg import symmetric_blocks, symmetric_product
 from natgrad_flax.signals.base import (
     LayerSignals,
     LayerUpdate,
@@ -239,6 +241,48 @@ class Signals:
     def unravel(self, vector: Array) -> tuple[LayerUpdate, ...]:
         """A vector (P,) in the column order of ``to_dense`` as one update a layer."""
         return unravel(self.layers, vector)
+
+
+def symmetric_gram(layers: Sequence[LayerSignals]) -> Array:
+    """sum_l K_l, shape (N S, N S); no 1/N.
+
+    Of wide layers by pairs of blocks of samples, in one loop that adds the layers up.
+    """
+    n, s = layers[0].num_samples, layers[0].num_directions
+    dense = all(isinstance(layer, DenseSignals) for layer in layers)
+    wide = max(layer.num_units for layer in layers) >= 256 and n * s >= 512 and n >= 8
+    if dense and wide and not many_devices():
+        return _gram_of_blocks(tuple(layers))
+    return _whole_gram(layers)
+
+
+def _whole_gram(layers: Sequence[LayerSignals]) -> Array:
+    grams = [by_rows(layer.gram()) for layer in layers]
+    return sum(grams[1:], start=grams[0])
+
+
+@jax.custom_jvp
+def _gram_of_blocks(layers: tuple[DenseSignals, ...]) -> Array:
+    n, s = layers[0].num_samples, layers[0].num_directions
+    pairs = [(layer.derivatives, layer.input_gram()) for layer in layers]
+
+    def block(row: Array, column: Array, side: int) -> Array:
+        total = jnp.zeros((), layers[0].derivatives.dtype)
+        for derivatives, gram in pairs:
+            left, right = (
+                lax.dynamic_slice_in_dim(derivatives, at, side).reshape(side * s, -1)
+                for at in (row, column)
+            )
+            inputs = lax.dynamic_slice(gram, (row, column), (side, side))
+            total = total + left @ right.T * expand_samples(inputs, s, s)
+        return total
+
+    return symmetric_blocks(block, n, s, layers[0].derivatives.dtype)
+
+
+@_gram_of_blocks.defjvp
+def _gram_of_blocks_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _gram_of_blocks(*primals), jax.jvp(_whole_gram, primals, tangents)[1]
 
 
 def expand_samples(gram: Array, rows: int, columns: int) -> Array:

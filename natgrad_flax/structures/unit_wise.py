@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, is_zero, per_layer
-from natgrad_flax.execution import by_columns, by_rows
+from natgrad_flax.execution import by_columns, by_rows, many_devices
 from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import (
     Blocks,
@@ -34,7 +36,7 @@ from natgrad_flax.structures.base import (
 from natgrad_flax.structures.diagonal import sum_over_units
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import styled
-from natgrad_flax.xla.batched_solve import solve_scaled_gram
+from natgrad_flax.xla.batched_solve import ScaledGram, solve_scaled_gram, solve_scaled_grams
 
 _NO_SHARED_LIMIT = (
     "UnitWise has no infinite-width kernel of a ConvNet: a channel of the first convolution keeps "
@@ -105,7 +107,7 @@ class UnitWise(Structure):
 
     def operator(self, signals: Signals) -> Blocks:
         """The Fisher blocks of all units, layer by layer."""
-        return Blocks(
+        return LayersOfUnits(
             tuple(
                 DenseUnits(layer, self.space)
                 if isinstance(layer, DenseSignals)
@@ -195,6 +197,32 @@ class UnitWise(Structure):
 
 
 @dataclass(frozen=True)
+class LayersOfUnits(Blocks):
+    """The blocks of the units of all layers, whose systems in sample space are solved together."""
+
+    def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
+        """See ``Blocks.solve``; on a mesh each layer is split by its units."""
+        if many_devices():
+            return super().solve(gradient, damping)
+        rhos = per_layer(damping, len(self.blocks))
+        systems: dict[int, ScaledGram] = {}
+        for index, (block, rho) in enumerate(zip(self.blocks, rhos, strict=True)):
+            if isinstance(block, DenseUnits):
+                system = block.system(gradient.of_layer(index), rho)
+                systems |= {} if system is None else {index: system}
+        found = solve_units_of_grams(list(systems.values())) if systems else []
+        duals = dict(zip(systems, found, strict=True))
+        updates: list[LayerUpdate] = []
+        for index, (block, rho) in enumerate(zip(self.blocks, rhos, strict=True)):
+            part = gradient.of_layer(index)
+            if index in duals and isinstance(block, DenseUnits):
+                updates.append(block.finish(part, rho, duals[index]))
+            else:
+                updates.extend(block.solve(part, rho))
+        return tuple(updates)
+
+
+@dataclass(frozen=True)
 class DenseUnits(UnitBlocks):
     """As ``UnitBlocks``, of inputs that all units of a layer share."""
 
@@ -202,29 +230,60 @@ class DenseUnits(UnitBlocks):
 
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """See ``Operator.solve``."""
-        layer, n, zero = self.layer, self.layer.num_samples, is_zero(damping)
-        # the solves in sample space run several times as fast as those in parameter space
-        small = 2 * layer.fan_in < n if self.space == "auto" else self.space == "parameter"
-        residual = gradient if isinstance(gradient, Residual) else None
-        if small or (zero and residual is None):
-            (g,) = gradient.vector((layer,))
-            roots = jnp.sqrt(_weights(layer) / n)
-            solve = partial(_in_parameters, rho=damping)
-            solved = by_columns(solve, (roots, matrix_of(g)), (layer.augmented_inputs(),))
-            return (layer.update(solved),)
-        gram, weights = by_rows(layer.input_gram()), _weights(layer)
-        if residual is not None:
-            inside = residual.coefficients is not None
-            solve = partial(_damped, shift=n * damping, inside=inside)
-            cotangent = residual.cotangent(layer, 0)
-            dual = by_columns(_undamped if zero else solve, (weights, cotangent), (gram,))
+        layer, weights = self.layer, _weights(self.layer)
+        system = self.system(gradient, damping)
+        if system is not None:
+            gram, root, shift, rhs = system
+            return (self.finish(gradient, damping, by_columns(_solve, (root, rhs), (gram, shift))),)
+        if isinstance(gradient, Residual) and not self._small:
+            columns = (weights, gradient.cotangent(layer, 0))
+            dual = by_columns(_undamped, columns, (by_rows(layer.input_gram()),))
             return (layer.local_vjp(by_rows(dual)),)
         (g,) = gradient.vector((layer,))
-        root = jnp.sqrt(weights)
-        solve = partial(solve_units_of_gram, shift=n * damping)
-        dual = by_columns(solve, (root, root * layer.local_jvp(g)), (gram,))
-        back = layer.local_vjp(root * by_rows(dual))
-        return (jax.tree.map(lambda a, b: (a - b) / damping, g, back),)
+        roots = jnp.sqrt(weights / layer.num_samples)
+        in_parameters = partial(_in_parameters, rho=damping)
+        columns = (roots, matrix_of(g))
+        solved = by_columns(in_parameters, columns, (layer.augmented_inputs(),))
+        return (layer.update(solved),)
+
+    @property
+    def _small(self) -> bool:
+        """Whether systems are (fan_in, fan_in)."""
+        # the solves in sample space run several times as fast as those in parameter space
+        small = 2 * self.layer.fan_in < self.layer.num_samples
+        return small if self.space == "auto" else self.space == "parameter"
+
+    def system(self, gradient: Gradient, damping: Array | float) -> ScaledGram | None:
+        """The damped systems of all units in sample space; None where others are solved.
+
+        (sqrt(S_i) A sqrt(S_i) + s) v_i = b_i, whose solution is weighted by sqrt(S_i) once more
+        (science: 3.5): b_i are the cotangents over sqrt(S_i) where the gradient lies in the span
+        of the output directions, and its images where it does not.
+        """
+        layer = self.layer
+        if is_zero(damping) or self._small:
+            return None
+        gram, root = by_rows(layer.input_gram()), jnp.sqrt(_weights(layer))
+        if not isinstance(gradient, Residual):
+            (g,) = gradient.vector((layer,))
+            rhs = root * layer.local_jvp(g)
+        elif gradient.coefficients is not None:
+            rhs = divide(gradient.cotangent(layer, 0), root)
+        else:
+            rhs = root * (gram @ gradient.cotangent(layer, 0))
+        return ScaledGram(gram, root, jnp.asarray(layer.num_samples * damping), rhs)
+
+    def finish(self, gradient: Gradient, damping: Array | float, dual: Array) -> LayerUpdate:
+        """The update of the layer from the solution of ``system``, (N, M)."""
+        layer = self.layer
+        inside = jnp.sqrt(_weights(layer)) * by_rows(dual)
+        if not isinstance(gradient, Residual):
+            (g,) = gradient.vector((layer,))
+            return jax.tree.map(lambda a, b: (a - b) / damping, g, layer.local_vjp(inside))
+        if gradient.coefficients is not None:
+            return layer.local_vjp(inside)
+        outside = gradient.cotangent(layer, 0) - inside
+        return layer.local_vjp(outside / (layer.num_samples * damping))
 
     def eigenvalues(self) -> Array:
         """Of all units, one after the other; of the smaller of block and Gram matrix."""
@@ -255,34 +314,52 @@ def _weights(layer: DenseSignals) -> Array:
     return jnp.sum(layer.derivatives**2, axis=1)
 
 
-def _damped(
-    weights: Array, cotangent: Array, gram: Array, *, shift: Array | float, inside: bool
-) -> Array:
-    """(S_i A + s)^{-1} delta_i for every unit, shape (N, M) (science: 3.5)."""
-    root = jnp.sqrt(weights)
-    if inside:
-        return root * solve_units_of_gram(root, divide(cotangent, root), gram, shift=shift)
-    dual = solve_units_of_gram(root, root * (gram @ cotangent), gram, shift=shift)
-    return (cotangent - root * dual) / shift
+def _solve(root: Array, rhs: Array, gram: Array, shift: Array) -> Array:
+    """``solve_units_of_grams`` of one layer."""
+    return solve_units_of_grams([ScaledGram(gram, root, shift, rhs)])[0]
 
 
-def solve_units_of_gram(root: Array, rhs: Array, gram: Array, *, shift: Array | float) -> Array:
-    """(diag(d_i) A diag(d_i) + s)^{-1} b_i for every unit, shape (N, M).
+def solve_units_of_grams(systems: Sequence[ScaledGram]) -> list[Array]:
+    """(diag(d_i) A diag(d_i) + s)^{-1} b_i for every unit of every layer, (N, M) each.
 
     By eigenvalues where s is too small for Cholesky in this precision, which is seen by solutions
-    that are larger than 1 / s times their right-hand side.
+    that are larger than 1 / s times their right-hand side. All layers are one loop, which is
+    compiled once.
     """
-    found = solve_scaled_gram(gram, root, shift, rhs)
-
-    def unit(columns: tuple[Array, Array]) -> Array:
-        d, b = columns
-        return pinv_solve(add_diagonal(d[:, None] * gram * d, shift), b)
-
-    return jax.lax.cond(
-        jnp.all(shift * jnp.sum(found**2, axis=0) ** 0.5 <= 2 * jnp.sum(rhs**2, axis=0) ** 0.5),
-        lambda: found,
-        lambda: jax.lax.map(unit, (root.T, rhs.T)).T,
+    found = solve_scaled_grams(systems)
+    good = jnp.stack(
+        [
+            jnp.all(
+                system.shift * jnp.sum(dual**2, axis=0) ** 0.5
+                <= 2 * jnp.sum(system.rhs**2, axis=0) ** 0.5
+            )
+            for system, dual in zip(systems, found, strict=True)
+        ]
     )
+    sizes = [system.rhs.shape[1] for system in systems]
+    owner = np.repeat(np.arange(len(systems)), sizes)
+
+    def by_eigenvalues() -> list[Array]:
+        grams = jnp.stack([system.gram for system in systems])
+        shifts = jnp.stack([system.shift for system in systems])
+
+        def unit(columns: tuple[Array, Array, Array, Array]) -> Array:
+            layer, d, b, v = columns
+            matrix = add_diagonal(d[:, None] * grams[layer] * d, shifts[layer])
+            return jax.lax.cond(good[layer], lambda: v, lambda: pinv_solve(matrix, b))
+
+        columns = (
+            jnp.concatenate(parts, axis=1).T
+            for parts in (
+                [system.scale for system in systems],
+                [system.rhs for system in systems],
+                found,
+            )
+        )
+        solved = jax.lax.map(unit, (owner, *columns)).T
+        return jnp.split(solved, np.cumsum(sizes)[:-1].tolist(), axis=1)
+
+    return jax.lax.cond(jnp.all(good), lambda: found, by_eigenvalues)
 
 
 def _in_parameters(roots: Array, gradient: Array, inputs: Array, *, rho: Array | float) -> Array:

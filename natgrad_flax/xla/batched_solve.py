@@ -1,25 +1,57 @@
-"""Batched solves of many small SPD systems that share one Gram matrix."""
+"""Batched solves of many small SPD systems that share a few Gram matrices."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
-_LANES = 64  # units on the minor axis: enough for XLA CPU to vectorise, not to unroll
+_LANES = 32  # units on the minor axis: enough for XLA CPU to vectorise, not to unroll
 _MAX_BLOCKS = 8  # column blocks per matrix: bounds the size of the compiled program
 _MIN_BLOCK = 10  # smallest worthwhile column block
 _MAX_TERMS = 32  # products per fused kernel: LLVM gives up vectorising beyond about 45
 
 
-@partial(jax.jit, static_argnames="chunk_size")
+class ScaledGram(NamedTuple):
+    """M systems ``(diag(d_i) A diag(d_i) + diag(e_i)) v_i = b_i``.
+
+    Attributes:
+        gram: Symmetric positive semi-definite matrix A, (N, N).
+        scale: d, broadcastable to (N, M); zeros allowed (then ``v = b / e`` in that row).
+        shift: e >= 0, broadcastable to (N, M).
+        rhs: b, (N, M).
+    """
+
+    gram: Array
+    scale: Array
+    shift: Array
+    rhs: Array
+
+    def full(self, dtype: Any) -> ScaledGram:
+        """The same of one dtype, with d and e of the shape of b."""
+        scale, shift = (jnp.broadcast_to(x, self.rhs.shape) for x in (self.scale, self.shift))
+        return ScaledGram(*(x.astype(dtype) for x in (self.gram, scale, shift, self.rhs)))
+
+
 def solve_scaled_gram(
     gram: Array, scale: Array, shift: Array, rhs: Array, *, chunk_size: int | None = None
 ) -> Array:
-    """Solve ``(diag(d_i) A diag(d_i) + diag(e_i)) v_i = b_i`` for every unit ``i``.
+    """The solutions v, (N, M), of one ``ScaledGram``; see ``solve_scaled_grams``."""
+    (found,) = solve_scaled_grams([ScaledGram(gram, scale, shift, rhs)], chunk_size=chunk_size)
+    return found
+
+
+@partial(jax.jit, static_argnames="chunk_size")
+def solve_scaled_grams(
+    systems: Sequence[ScaledGram], *, chunk_size: int | None = None
+) -> list[Array]:
+    """Solve the systems of several Gram matrices of one size N, unit by unit.
 
     On CPU this is an own blocked Cholesky with the units on the minor axis, made of elementwise
     operations only. Batched LAPACK calls run serially there (about 7 GFLOP/s) and, in JAX >= 0.10,
@@ -28,80 +60,98 @@ def solve_scaled_gram(
 
     Cost: about ``M N^3 / 3`` flops plus ``O(M N^2 K)`` for column blocks of K ~ max(10, N / 8);
     memory ``chunk_size N^2`` numbers plus copies of the inputs. On CPU the program is unrolled:
-    compile time grows with N (meant for N <= 200). Under ``vmap`` it runs one by one; derivatives
-    solve with the same matrices.
+    compile time grows with N (meant for N <= 200), so all Gram matrices share one. Under ``vmap``
+    it runs one by one; derivatives solve with the same matrices.
 
     Args:
-        gram: Symmetric positive semi-definite matrix A, (N, N).
-        scale: d, broadcastable to (N, M); zeros allowed (then ``v = b / e`` in that row).
-        shift: e >= 0, broadcastable to (N, M).
-        rhs: b, (N, M).
+        systems: Gram matrices with M units each; M may differ.
         chunk_size: Units solved at once (default 64 on CPU, where a chunk should stay in the
             cache, and 1024 elsewhere).
 
     Returns:
-        v, (N, M). NaN for units whose matrix is not numerically positive definite.
+        v, (N, M), for each. NaN for units whose matrix is not numerically positive definite.
     """
-    dtype = jnp.result_type(gram, scale, shift, rhs)
-    if 0 in rhs.shape:
-        return rhs.astype(dtype)
-    gram, rhs = gram.astype(dtype), rhs.astype(dtype)
-    scale, shift = (jnp.broadcast_to(x, rhs.shape).astype(dtype) for x in (scale, shift))
+    dtype = jnp.result_type(*(x for system in systems for x in system))
+    kept = [system.full(dtype) for system in systems if 0 not in system.rhs.shape]
+
+    def matvec(v: list[Array]) -> list[Array]:
+        return [
+            system.scale * (system.gram @ (system.scale * x)) + system.shift * x
+            for system, x in zip(kept, v, strict=True)
+        ]
+
     solve = sequential_vmap(partial(_solve_in_chunks, chunk_size=chunk_size))
-    return lax.custom_linear_solve(
-        lambda v: scale * (gram @ (scale * v)) + shift * v,
-        rhs,
-        lambda _, b: solve(gram, scale, shift, b),
-        symmetric=True,
-    )
+
+    def solve_for(_: Any, rhs: list[Array]) -> list[Array]:
+        return solve([a._replace(rhs=b) for a, b in zip(kept, rhs, strict=True)])
+
+    rhs = [system.rhs for system in kept]
+    found = iter(lax.custom_linear_solve(matvec, rhs, solve_for, symmetric=True) if kept else [])
+    return [
+        system.rhs.astype(dtype) if 0 in system.rhs.shape else next(found) for system in systems
+    ]
 
 
-def _solve_in_chunks(
-    gram: Array, scale: Array, shift: Array, rhs: Array, *, chunk_size: int | None
-) -> Array:
-    """The solve itself, of arguments of one dtype and full shape, one chunk after the other."""
-    n, m = rhs.shape
-    shape: tuple[int, ...]
+def _solve_in_chunks(systems: list[ScaledGram], *, chunk_size: int | None) -> list[Array]:
+    """The solves themselves, of one dtype and in full shape, one chunk after the other."""
     if jax.default_backend() != "cpu":
-        size = min(chunk_size or 1024, m)
-        shape, size_n, solve = (size,), n, _solve_chunk_lapack
-    else:
-        lanes = min(_LANES, m, chunk_size or m)
-        groups = max(1, min(chunk_size or 64, m) // lanes)
-        size, shape, solve = groups * lanes, (groups, lanes), _solve_chunk_cpu
-        blocks = min(_MAX_BLOCKS, -(-n // _MIN_BLOCK))
-        size_n = -(-n // blocks) * blocks
-    pad = ((0, size_n - n), (0, -m % size))
-    gram = jnp.pad(gram, (pad[0], pad[0]))
+        return [_solve_by_lapack(system, chunk_size or 1024) for system in systems]
+    n, most = systems[0].rhs.shape[0], max(system.rhs.shape[1] for system in systems)
+    lanes = min(_LANES, most, chunk_size or most)
+    blocks = min(_MAX_BLOCKS, -(-n // _MIN_BLOCK))
+    size = -(-n // blocks) * blocks
+    sizes = [-(-system.rhs.shape[1] // lanes) for system in systems]
+    groups = min(max(1, (chunk_size or 64) // lanes), sum(sizes))
+    spare = -sum(sizes) % groups
 
-    def split(x: Array, fill: float) -> Array:  # (N, M) -> (chunks, *shape[:-1], N, shape[-1])
-        x = jnp.pad(x, pad, constant_values=fill)
-        return jnp.moveaxis(x.reshape(size_n, -1, *shape), 0, -2)
+    def split(arrays: Sequence[Array], fill: float) -> Array:
+        """(N, M) each -> (chunks, groups, N, lanes) of all."""
+        parts = []
+        for x, count in zip(arrays, sizes, strict=True):
+            x = jnp.pad(x, ((0, size - n), (0, count * lanes - x.shape[1])), constant_values=fill)
+            parts.append(jnp.moveaxis(x.reshape(size, count, lanes), 1, 0))
+        parts.append(jnp.full((spare, size, lanes), fill, arrays[0].dtype))
+        return jnp.concatenate(parts).reshape(-1, groups, size, lanes)
 
-    out = lax.map(lambda x: solve(gram, *x), (split(scale, 0), split(shift, 1), split(rhs, 0)))
-    return jnp.moveaxis(out, -2, 0).reshape(size_n, -1)[:n, :m]
+    grams, scales, shifts, rhs = zip(*systems, strict=True)
+    gram = jnp.pad(jnp.stack(grams), ((0, 0), (0, size - n), (0, size - n)))
+    owner = np.append(np.repeat(np.arange(len(systems)), sizes), np.zeros(spare, int))
+    out = lax.map(
+        lambda x: _solve_chunk(gram[x[0]], *x[1:]),
+        (owner.reshape(-1, groups), split(scales, 0), split(shifts, 1), split(rhs, 0)),
+    ).reshape(-1, size, lanes)
+    ends = np.cumsum(sizes)
+    return [
+        jnp.moveaxis(out[end - count : end], 0, 1).reshape(size, -1)[:n, : system.rhs.shape[1]]
+        for system, end, count in zip(systems, ends, sizes, strict=True)
+    ]
 
 
-def _solve_chunk_lapack(gram: Array, scale: Array, shift: Array, rhs: Array) -> Array:
-    """Solve one chunk (N, B) by vmapped Cholesky factorisations."""
+def _solve_by_lapack(system: ScaledGram, size: int) -> Array:
+    """The solves of one Gram matrix by vmapped Cholesky factorisations, so many at once."""
+    gram, *columns = system
 
-    def solve(d: Array, e: Array, b: Array) -> Array:
+    def solve(unit: tuple[Array, Array, Array]) -> Array:
+        d, e, b = unit
         factor = jnp.linalg.cholesky(d[:, None] * gram * d + jnp.diag(e))
         return jax.scipy.linalg.cho_solve((factor, True), b)
 
-    return jax.vmap(solve, in_axes=1, out_axes=1)(scale, shift, rhs)
+    return lax.map(solve, tuple(x.T for x in columns), batch_size=size).T
 
 
-def _solve_chunk_cpu(gram: Array, scale: Array, shift: Array, rhs: Array) -> Array:
-    """Solve one chunk (C, N, W) by left-looking blocked Cholesky, units on axes 0 and -1."""
+def _solve_chunk(gram: Array, scale: Array, shift: Array, rhs: Array) -> Array:
+    """Solve one chunk (C, N, W) by left-looking blocked Cholesky, units on axes 0 and -1.
+
+    The Gram matrices are (C, N, N).
+    """
     (c, n, w), dtype = rhs.shape, rhs.dtype
     k = n // min(_MAX_BLOCKS, -(-n // _MIN_BLOCK))
-    # known at run time only, even if gram is a constant, so that XLA keeps the branches
-    go = jnp.isfinite(lax.optimization_barrier(gram[0, 0]))
+    # true, but known at run time only, even if gram is a constant, so that XLA keeps the branches
+    go = ~(lax.optimization_barrier(gram[0, 0, 0]) < -jnp.inf)
 
-    def kernel(fun: Callable[..., Array], *args: Any) -> Array:  # XLA fuses nothing across a cond
-        out = jax.eval_shape(fun, *args)
-        return lax.cond(go, fun, lambda *_: jnp.full(out.shape, jnp.nan, out.dtype), *args)
+    def kernel(fun: Callable[..., Array], first: Array, *args: Any) -> Array:
+        """fun(first, ...) of the shape of first: XLA fuses nothing across a cond."""
+        return lax.cond(go, fun, lambda first, *_: first, first, *args)
 
     def add_products(acc: Array, sign: int, count: int, factors: Callable, *args: Any) -> Array:
         """Return acc + sign * (sum over t < count of the product of factors(t, *args))."""
@@ -121,14 +171,14 @@ def _solve_chunk_cpu(gram: Array, scale: Array, shift: Array, rhs: Array) -> Arr
 
     # Column blocks of the factor of [[K, b], [b^T, .]]: its last row is the forward solution.
     scale1 = jnp.pad(scale, ((0, 0), (0, 1), (0, 0)))
-    gram1 = jnp.pad(gram, ((0, 1), (0, 0)))
+    gram1 = jnp.pad(gram, ((0, 0), (0, 1), (0, 0)))
     lower, inv = list[Array](), list[Array]()
     for p in range(0, n, k):
         rows = n + 1 - p
         d, e, b = (cut(x, 1, p, k)[:, None] for x in (scale, shift, rhs))
-        eye = jnp.eye(rows, k, dtype=dtype)[None, :, :, None]
-        last = jnp.eye(rows, 1, 1 - rows, dtype)[None, :, :, None]
-        panel = gram1[None, p:, p : p + k, None] * scale1[:, p:, None] * d + eye * e + last * b
+        eye = np.eye(rows, k, dtype=dtype)[None, :, :, None]
+        last = np.eye(rows, 1, 1 - rows, dtype)[None, :, :, None]
+        panel = gram1[:, p:, p : p + k, None] * scale1[:, p:, None] * d + eye * e + last * b
 
         def update(t: int, done: list[Array], p: int = p, rows: int = rows) -> tuple:
             x = cut(cut(done[t // k], 1, p - t // k * k, rows), 2, t % k)
@@ -172,4 +222,4 @@ def _inverse_cholesky(block: Array) -> Array:
         return jnp.concatenate([low, row * s], 1), append(active[1:], 0, 0)
 
     z, _ = lax.fori_loop(0, k, step, (block, jnp.ones((k,), dtype)))
-    return jnp.where(jnp.tril(jnp.ones((k, k), bool))[None, :, :, None], z, 0)
+    return jnp.where(np.tri(k, dtype=bool)[None, :, :, None], z, 0)

@@ -8,7 +8,9 @@ from flax import nnx
 from natgrad_reference import ACTIVATIONS, make_mlp, reference
 
 import natgrad_flax as ng
+from natgrad_flax.execution import Executor, executed_by
 from natgrad_flax.linalg import symmetric_product
+from natgrad_flax.signals.dense import symmetric_gram
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -102,6 +104,49 @@ def test_large_symmetric_product_is_the_full_product(shape):
     x = jax.random.normal(jax.random.key(0), shape, jnp.float64)
     for y in (x, x.T.reshape(shape)):
         np.testing.assert_allclose(jax.jit(symmetric_product)(y), y @ y.T, atol=1e-10)
+
+
+class ManyDevices(Executor):
+    """As on a mesh, where products are whole so that their rows can be shared out."""
+
+    many_devices = True
+
+
+@pytest.mark.parametrize("n", [52, 57])
+def test_gram_of_wide_layers_by_blocks(n):
+    """Of layers together, with a last block that overlaps and without; derivatives, too."""
+    keys = iter(jax.random.split(jax.random.key(1), 4))
+    layers = tuple(
+        ng.DenseSignals(
+            jax.random.normal(next(keys), (n, fan_in), jnp.float64),
+            jax.random.normal(next(keys), (n, 10, units), jnp.float64),
+            bias,
+            (),
+        )
+        for fan_in, units, bias in ((6, 256, 0.3), (5, 3, None))
+    )
+    rows = jnp.concatenate([layer.to_dense() for layer in layers], axis=1)
+    np.testing.assert_allclose(jax.jit(symmetric_gram)(layers), rows @ rows.T, atol=1e-9)
+    blocks = str(jax.make_jaxpr(symmetric_gram)(layers))
+    with executed_by(ManyDevices()):
+        # of a function of its own, as traces are kept
+        both = jax.make_jaxpr(lambda *a: (symmetric_gram(a), symmetric_product(rows)))(*layers)
+    assert "scan" in blocks
+    assert "scan" not in str(both)
+
+    def total(size):
+        scaled = jax.tree.map(lambda leaf: size * leaf, layers)
+        return jnp.sum(jnp.sin(symmetric_gram(scaled)))
+
+    # inputs and derivatives are scaled, the bias is not
+    (wide, thin) = layers
+    thin_gram = thin.to_dense() @ thin.to_dense().T
+    units = wide.flat_derivatives() @ wide.flat_derivatives().T
+    inputs = jnp.kron(wide.inputs @ wide.inputs.T, jnp.ones((10, 10)))
+    change = 4 * thin_gram + units * (4 * inputs + 2 * 0.3**2)
+    wanted = float(jnp.vdot(jnp.cos(rows @ rows.T), change))
+    assert float(jax.grad(total)(1.0)) == pytest.approx(wanted, rel=1e-9)
+    assert float(jax.jvp(total, (1.0,), (1.0,))[1]) == pytest.approx(wanted, rel=1e-9)
 
 
 class Odd(nnx.Module):

@@ -23,6 +23,8 @@ from natgrad_reference import (
 )
 
 import natgrad_flax as ng
+from natgrad_flax.structures.unit_wise import solve_units_of_grams
+from natgrad_flax.xla.batched_solve import ScaledGram
 
 
 @st.composite
@@ -136,3 +138,16 @@ class TestAgainstDense:
     @given(problem=problems(), space=SPACES)
     def test_other_fishers(self, name, fisher, problem, space):
         check(name, problem, space, 0.1, fisher)
+
+
+def test_a_layer_that_cholesky_cannot_solve_leaves_the_others():
+    """Units of all layers are solved together; eigenvalues serve the layer that needs them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 12))
+    fine = [x @ x.T / 12, np.abs(rng.normal(size=(8, 3))), np.asarray(0.1), rng.normal(size=(8, 3))]
+    thin = [np.ones((8, 8)), np.ones((8, 2)), np.asarray(1e-30), np.ones((8, 2))]
+    systems = [ScaledGram(*(jnp.asarray(a, jnp.float32) for a in parts)) for parts in (fine, thin)]
+    both = solve_units_of_grams(systems)
+    np.testing.assert_array_equal(both[0], solve_units_of_grams(systems[:1])[0])
+    # the pseudo-inverse of a matrix of ones
+    np.testing.assert_allclose(both[1], np.full((8, 2), 1 / 8), rtol=1e-5)

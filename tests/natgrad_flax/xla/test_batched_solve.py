@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from natgrad_flax.xla import batched_solve
-from natgrad_flax.xla.batched_solve import solve_scaled_gram
+from natgrad_flax.xla.batched_solve import ScaledGram, solve_scaled_gram, solve_scaled_grams
 
 if hasattr(jax, "enable_x64"):
     enable_x64 = jax.enable_x64
@@ -47,6 +47,24 @@ def test_matches_numpy(n, m, chunk, dtype):
         tol = 1e-5 if dtype == np.float32 else 1e-12
         assert res < tol
         assert err < 10 * tol
+
+
+@pytest.mark.parametrize("sizes", [(70, 3, 33), (1, 40), (0, 5)])
+def test_several_gram_matrices_in_one_loop(sizes):
+    problems = [_problem(12, m, np.float32, seed) for seed, m in enumerate(sizes)]
+    systems = [ScaledGram(*map(jnp.asarray, problem)) for problem in problems]
+    found = jax.jit(solve_scaled_grams)(systems)
+    for m, problem, v in zip(sizes, problems, found, strict=True):
+        assert v.shape == (12, m)
+        assert m == 0 or _residual(*problem, v)[0] < 1e-5
+
+
+def test_one_gram_matrix_that_is_not_finite_leaves_the_others():
+    fine, spoilt = (list(map(jnp.asarray, _problem(6, 4, np.float32, seed))) for seed in range(2))
+    spoilt[0] = spoilt[0].at[0, 0].set(jnp.nan)
+    found, lost = solve_scaled_grams([ScaledGram(*fine), ScaledGram(*spoilt)])
+    np.testing.assert_array_equal(found, solve_scaled_gram(*fine))
+    assert jnp.isnan(lost).any()
 
 
 def test_many_blocks():

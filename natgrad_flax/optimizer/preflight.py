@@ -108,7 +108,7 @@ def _check_curvature(model: nnx.Module, fisher: Fisher, batch: Batch) -> None:
             OutputTerms.of(fisher.loss, outputs, y, weights).check_curvature()
 
 
-@partial(jax.jit, static_argnames="graphdef")
+@jax.jit
 def _outputs(state: Any, x: Any, *, graphdef: Any) -> Array:
     return outputs_of(nnx.merge(graphdef, state), x)
 

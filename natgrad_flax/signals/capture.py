@@ -81,8 +81,9 @@ def _signals(
 ) -> LayerSignals:
     """The signals of one layer from what was recorded."""
     if plan.is_explicit:
-        part = slice(None) if plan.kernel.part is None else plan.kernel.part
-        rows = [blocks[path][:, :, part] for path in plan.parameters]
+        part = plan.kernel.part
+        rows = [blocks[path] for path in plan.parameters]
+        rows = rows if part is None else [row[:, :, part] for row in rows]
         forms = (plan.path, plan.kernel, plan.bias)
         if plan.bias is not None:
             return ExplicitSignals(jnp.stack(rows, axis=2), 1.0, *forms)

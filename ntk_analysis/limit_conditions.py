@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from natgrad_flax import Signals, Structure
-from natgrad_flax.linalg import has_full_rank
+from natgrad_flax.linalg.dense import has_full_rank
 from natgrad_flax.structures import Geometry
 from ntk_analysis.analytic_signals import LimitLayer
 from ntk_analysis.conditions import (

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from natgrad_flax.linalg import has_full_rank
+from natgrad_flax.linalg.dense import has_full_rank
 from ntk_analysis.empirical import Matrix
 
 

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from natgrad_flax.devices.placement import Placement
 from natgrad_flax.devices.tasks import Task, distribute
-from natgrad_flax.execution import Executor, executed_by
+from natgrad_flax.linalg.execution import Executor, executed_by
 
 
 def run_on_mesh(function: Callable[[], Any], placement: Placement) -> Any:

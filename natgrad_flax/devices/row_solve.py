@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve, conjugate_gradients
 from natgrad_flax.devices.placement import Placement
-from natgrad_flax.linalg import add_diagonal
+from natgrad_flax.linalg.dense import add_diagonal
 from natgrad_flax.operators.base import Blocks, Operator
 from natgrad_flax.operators.coupled import Coupled
 from natgrad_flax.operators.coupling import mix

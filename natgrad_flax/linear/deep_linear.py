@@ -29,7 +29,7 @@ from natgrad_flax.arguments.scalars import (
     shown,
 )
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
-from natgrad_flax.linalg import full_products
+from natgrad_flax.linalg.dense import full_products
 from natgrad_flax.linear.deep_linear_bottleneck import bottleneck_natural_gradient
 from natgrad_flax.linear.deep_linear_forms import chain, damped_form, inverse_form, whiten
 from natgrad_flax.linear.deep_linear_moments import (

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.linalg import add_diagonal, solve_psd
+from natgrad_flax.linalg.dense import add_diagonal, solve_psd
 from natgrad_flax.linear.deep_linear_moments import Moments, Weights
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.arguments.arrays import as_array, check_real, is_concrete
-from natgrad_flax.linalg import solve_psd
+from natgrad_flax.linalg.dense import solve_psd
 from natgrad_flax.optimizer.checks import check_array
 
 Weights = Sequence[Array]

@@ -13,7 +13,7 @@ from jax import Array
 from natgrad_flax.arguments.arrays import solve_dtype
 from natgrad_flax.arguments.scalars import check_learning_rate, check_number
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
-from natgrad_flax.linalg import full_products
+from natgrad_flax.linalg.dense import full_products
 from natgrad_flax.linear.deep_linear_forms import (
     chain,
     damped_form,

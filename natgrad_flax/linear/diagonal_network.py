@@ -22,7 +22,7 @@ from jax import Array
 
 from natgrad_flax.arguments.arrays import is_concrete
 from natgrad_flax.arguments.scalars import check_integer, check_number
-from natgrad_flax.linalg import solve_psd, symmetric_product
+from natgrad_flax.linalg.dense import solve_psd, symmetric_product
 from natgrad_flax.linear import logistic
 from natgrad_flax.linear.descent import as_floating
 

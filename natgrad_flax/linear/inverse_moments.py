@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.arguments.scalars import check_integer, check_number, keep_plain
-from natgrad_flax.linalg import add_diagonal, solve_psd
+from natgrad_flax.linalg.dense import add_diagonal, solve_psd
 
 
 @dataclass(frozen=True)

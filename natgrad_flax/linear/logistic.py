@@ -18,7 +18,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from natgrad_flax.arguments.arrays import is_concrete
-from natgrad_flax.linalg import inverse_psd, solve_psd, symmetric_product
+from natgrad_flax.linalg.dense import inverse_psd, solve_psd, symmetric_product
 from natgrad_flax.linear.descent import as_floating, check_memory
 from natgrad_flax.optimizer.checks import check_array
 

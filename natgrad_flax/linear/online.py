@@ -13,7 +13,7 @@ from jax import Array
 from natgrad_flax.arguments.arrays import solve_dtype
 from natgrad_flax.arguments.scalars import check_integer, check_seed
 from natgrad_flax.damping import LevenbergMarquardt, is_zero
-from natgrad_flax.linalg import full_products
+from natgrad_flax.linalg.dense import full_products
 from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
 from natgrad_flax.linear.deep_linear_optimizer import check_settings
 from natgrad_flax.linear.inverse_moments import DirectInverse, InverseMoment

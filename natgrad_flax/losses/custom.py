@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.linalg import eigh
+from natgrad_flax.linalg.dense import eigh
 from natgrad_flax.losses.base import IntegerTargets, Loss
 
 

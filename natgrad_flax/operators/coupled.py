@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.linalg import eigvalsh, lu_solve, pinv_solve
+from natgrad_flax.linalg.dense import eigvalsh, lu_solve, pinv_solve
 from natgrad_flax.operators.base import OfRows, add, noise
 from natgrad_flax.operators.coupling import (
     coupled_gram,

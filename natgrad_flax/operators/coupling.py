@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.execution import many_devices
-from natgrad_flax.linalg import (
+from natgrad_flax.linalg.dense import (
     above_rounding,
     add_diagonal,
     eigh,
@@ -23,6 +22,7 @@ from natgrad_flax.linalg import (
     reciprocal,
     solve_psd,
 )
+from natgrad_flax.linalg.execution import many_devices
 
 
 def mix(sigma: np.ndarray, targets: list[Array]) -> list[Array]:

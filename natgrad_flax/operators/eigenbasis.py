@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.execution import product
-from natgrad_flax.linalg import above_rounding, add_diagonal, rank_cutoff, reciprocal
+from natgrad_flax.linalg.dense import above_rounding, add_diagonal, rank_cutoff, reciprocal
+from natgrad_flax.linalg.execution import product
 from natgrad_flax.operators.base import OfLayer, add, noise
 from natgrad_flax.operators.kronecker import AffineSignals, grouped, ungrouped
 from natgrad_flax.signals.base import LayerUpdate, matrix_of

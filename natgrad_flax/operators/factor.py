@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.execution import by_rows
-from natgrad_flax.linalg import (
+from natgrad_flax.linalg.dense import (
     add_diagonal,
     eigh,
     inverse_psd,
@@ -21,6 +20,7 @@ from natgrad_flax.linalg import (
     solve_psd,
     symmetric_product,
 )
+from natgrad_flax.linalg.execution import by_rows
 from natgrad_flax.operators.base import (
     Space,
     extreme_eigenvalues,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.execution import cubic
-from natgrad_flax.linalg import inverse_psd
+from natgrad_flax.linalg.dense import inverse_psd
+from natgrad_flax.linalg.execution import cubic
 from natgrad_flax.operators.base import OfLayer, Space
 from natgrad_flax.operators.factor import ArrayRows, Factor, InputRows, UnitRows
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.execution import cubic
-from natgrad_flax.linalg import lu_solve, pinv_solve, qr
+from natgrad_flax.linalg.dense import lu_solve, pinv_solve, qr
+from natgrad_flax.linalg.execution import cubic
 
 
 def least_squares(rows: Array, target: Array) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.linalg import add_diagonal, psd_eigenvalues, solve_psd
+from natgrad_flax.linalg.dense import add_diagonal, psd_eigenvalues, solve_psd
 from natgrad_flax.operators.base import OfRows, add, noise
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
 from natgrad_flax.signals.base import LayerUpdate, dense_jacobian, ravel, unravel

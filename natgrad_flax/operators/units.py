@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block
-from natgrad_flax.execution import by_columns, cubic
-from natgrad_flax.linalg import add_diagonal, inverse_psd, psd_eigenvalues, solve_psd
+from natgrad_flax.linalg.dense import add_diagonal, inverse_psd, psd_eigenvalues, solve_psd
+from natgrad_flax.linalg.execution import by_columns, cubic
 from natgrad_flax.operators.base import OfLayer, Space, add, noise
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of

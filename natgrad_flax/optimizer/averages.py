@@ -20,7 +20,7 @@ from jax import Array
 from natgrad_flax.arguments.arrays import batch_size, shapes_of
 from natgrad_flax.arguments.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.damping import RelativeDamping, damping_as
-from natgrad_flax.linalg import full_products
+from natgrad_flax.linalg.dense import full_products
 from natgrad_flax.optimizer.gradient import Solved, loss_gradient
 from natgrad_flax.optimizer.trees import by_path, moved_by
 from natgrad_flax.signals.base import LayerUpdate, layer_updates

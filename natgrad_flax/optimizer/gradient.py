@@ -13,7 +13,7 @@ from jax import Array
 
 from natgrad_flax.arguments.arrays import own_promotion, solve_dtype
 from natgrad_flax.damping import RelativeDamping, damping_as, is_zero
-from natgrad_flax.linalg import full_products
+from natgrad_flax.linalg.dense import full_products
 from natgrad_flax.losses import Loss
 from natgrad_flax.losses.positions import OutputTerms
 from natgrad_flax.losses.targets import relative

@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from natgrad_flax.arguments.arrays import check_real, is_concrete, own_promotion
 from natgrad_flax.arguments.memory import check_fits
 from natgrad_flax.damping import RelativeDamping, is_zero
-from natgrad_flax.linalg import full_products, rank_cutoff
+from natgrad_flax.linalg.dense import full_products, rank_cutoff
 from natgrad_flax.losses import Loss
 from natgrad_flax.optimizer.checks import (
     check_microbatches,

@@ -10,7 +10,7 @@ from flax import nnx
 
 from natgrad_flax.arguments.arrays import check_concrete, own_promotion
 from natgrad_flax.arguments.scalars import check_integer
-from natgrad_flax.linalg import full_products
+from natgrad_flax.linalg.dense import full_products
 from natgrad_flax.models.activations import active_fraction
 from natgrad_flax.optimizer.checks import (
     check_input_shape,

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from natgrad_flax.arguments.renamed import Renamed
-from natgrad_flax.execution import by_rows, many_devices
-from natgrad_flax.linalg import symmetric_blocks, symmetric_product
+from natgrad_flax.linalg.dense import symmetric_blocks, symmetric_product
+from natgrad_flax.linalg.execution import by_rows, many_devices
 from natgrad_flax.signals.base import (
     LayerSignals,
     LayerUpdate,

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.linalg import symmetric_product
+from natgrad_flax.linalg.dense import symmetric_product
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ParameterForm, matrix_of
 from natgrad_flax.signals.dense import DenseSignals, Signals
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.linalg import add_diagonal, solve_psd
+from natgrad_flax.linalg.dense import add_diagonal, solve_psd
 from natgrad_flax.operators.base import Blocks, Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.low_rank import LowRank
 from natgrad_flax.signals.base import LayerSignals

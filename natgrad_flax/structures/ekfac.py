@@ -10,12 +10,12 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.execution import cubic
-from natgrad_flax.linalg import (
+from natgrad_flax.linalg.dense import (
     eigh,
     qr,
     symmetric_product,
 )
+from natgrad_flax.linalg.execution import cubic
 from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.eigenbasis import Eigenbasis, invert_squares, solve_in_basis
 from natgrad_flax.operators.kronecker import factor_rows, over_groups

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero
-from natgrad_flax.linalg import add_diagonal, solve_psd
+from natgrad_flax.linalg.dense import add_diagonal, solve_psd
 from natgrad_flax.operators.base import Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.low_rank import LowRank
 from natgrad_flax.signals.base import LayerSignals

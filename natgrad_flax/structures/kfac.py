@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import is_zero, per_layer
-from natgrad_flax.linalg import has_full_rank
+from natgrad_flax.linalg.dense import has_full_rank
 from natgrad_flax.operators.base import Blocks, Space, check_space, in_parameters
 from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker, affine
 from natgrad_flax.operators.units import UnitBlocks

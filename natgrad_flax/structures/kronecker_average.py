@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
-from natgrad_flax.execution import by_columns, by_rows, product
-from natgrad_flax.linalg import add_diagonal, inverse_psd, symmetric_product
+from natgrad_flax.linalg.dense import add_diagonal, inverse_psd, symmetric_product
+from natgrad_flax.linalg.execution import by_columns, by_rows, product
 from natgrad_flax.operators.kronecker import (
     AffineSignals,
     affine,

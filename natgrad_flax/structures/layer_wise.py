@@ -13,7 +13,7 @@ from jax import Array
 
 from natgrad_flax.arguments.arrays import real_array
 from natgrad_flax.damping import is_zero
-from natgrad_flax.linalg import has_full_rank
+from natgrad_flax.linalg.dense import has_full_rank
 from natgrad_flax.operators.base import Operator, Space, check_space, mean_gram_diagonal
 from natgrad_flax.operators.coupled import Coupled, Solver
 from natgrad_flax.operators.coupling import solve_coupled, solve_tridiagonal

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, per_layer
-from natgrad_flax.linalg import eigvalsh, rank_cutoff, reciprocal
+from natgrad_flax.linalg.dense import eigvalsh, rank_cutoff, reciprocal
 from natgrad_flax.operators.base import Blocks, OfLayer
 from natgrad_flax.operators.entries import Entries, divide
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ravel

@@ -12,8 +12,14 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import RelativeDamping, is_zero, per_layer
-from natgrad_flax.execution import by_columns, by_rows, many_devices
-from natgrad_flax.linalg import add_diagonal, has_full_rank, pinv_solve, psd_eigenvalues, solve_psd
+from natgrad_flax.linalg.dense import (
+    add_diagonal,
+    has_full_rank,
+    pinv_solve,
+    psd_eigenvalues,
+    solve_psd,
+)
+from natgrad_flax.linalg.execution import by_columns, by_rows, many_devices
 from natgrad_flax.operators.base import (
     Blocks,
     Space,

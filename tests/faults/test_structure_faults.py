@@ -14,7 +14,7 @@ from flax import nnx
 
 import natgrad_flax as ng
 from natgrad_flax.damping import per_layer, warn_of_rounding
-from natgrad_flax.linalg import pinv_solve, solve_psd
+from natgrad_flax.linalg.dense import pinv_solve, solve_psd
 from natgrad_flax.operators.coupling import solve_in_ranges, solve_undamped
 from natgrad_flax.operators.least_squares import least_squares, normal_solve
 from natgrad_flax.structures.base import ravel

@@ -12,7 +12,7 @@ from fault_harness import Right, over
 from flax import nnx
 
 import natgrad_flax as ng
-from natgrad_flax.linalg import eigh, inverse_psd, lu_solve, pinv_solve, qr, solve_psd
+from natgrad_flax.linalg.dense import eigh, inverse_psd, lu_solve, pinv_solve, qr, solve_psd
 from natgrad_flax.xla.batched_solve import solve_scaled_gram
 
 RNG = np.random.default_rng(0)

@@ -29,7 +29,7 @@ from natgrad_flax.devices.executor import run_on_mesh
 from natgrad_flax.devices.linear_solve import Solution, cholesky_solve
 from natgrad_flax.devices.placement import place
 from natgrad_flax.devices.tasks import Task, distribute
-from natgrad_flax.execution import cubic
+from natgrad_flax.linalg.execution import cubic
 from natgrad_flax.signals.gradient import ParameterGradient
 from natgrad_flax.structures import Moments
 

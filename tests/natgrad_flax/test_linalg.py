@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from natgrad_flax.linalg import inverse_psd, lu_solve, pinv_solve, solve_psd
+from natgrad_flax.linalg.dense import inverse_psd, lu_solve, pinv_solve, solve_psd
 
 pytestmark = pytest.mark.usefixtures("x64")
 

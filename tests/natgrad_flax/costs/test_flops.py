@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 import natgrad_flax as ng
 from natgrad_flax.costs.flops import cost_of
 from natgrad_flax.costs.programs import solve_cost
-from natgrad_flax.linalg import lu_solve, pinv_solve, solve_psd, symmetric_product
+from natgrad_flax.linalg.dense import lu_solve, pinv_solve, solve_psd, symmetric_product
 from natgrad_flax.operators.least_squares import least_squares
 
 

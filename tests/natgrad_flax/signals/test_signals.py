@@ -8,8 +8,8 @@ from flax import nnx
 from natgrad_reference import ACTIVATIONS, make_mlp, reference
 
 import natgrad_flax as ng
-from natgrad_flax.execution import Executor, executed_by
-from natgrad_flax.linalg import symmetric_product
+from natgrad_flax.linalg.dense import symmetric_product
+from natgrad_flax.linalg.execution import Executor, executed_by
 from natgrad_flax.signals.dense import symmetric_gram
 
 pytestmark = pytest.mark.usefixtures("x64")

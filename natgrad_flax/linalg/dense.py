@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 from jax.lax import linalg as lax_linalg
 
-from natgrad_flax.execution import cubic, many_devices, product
+from natgrad_flax.linalg.execution import cubic, many_devices, product
 
 # called outside of any program, a cond would be compiled anew each time; inside one it is inlined
 _compiled_once = partial(jax.jit, static_argnames="shifted", inline=True)

@@ -1,0 +1,1 @@
+"""Dense solves, and where the costly parts of them run."""

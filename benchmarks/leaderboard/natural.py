@@ -230,7 +230,7 @@ def unsuitable(
         if signals.num_directions == 1:
             return f"what a step holds of {signals.num_samples} samples, {size}, does not fit"
         return (
-            f"the true Fisher needs {signals.num_seeds} backward passes of {signals.num_samples} "
+            f"the true Fisher needs {signals.num_directions} backward passes of {signals.num_samples} "
             f"samples at once, {size}; the Monte-Carlo one is in the race"
         )
     side = structure.largest_system(signals)

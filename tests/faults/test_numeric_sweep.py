@@ -120,7 +120,7 @@ def signals_of(made: Problem, dtype: type) -> tuple[ng.Signals, ng.Residual]:
     outputs = cast(np.zeros((len(made.layers[0].inputs), made.layers[-1].inputs.shape[1])))
     if made.coefficients is not None:
         return ng.Signals(layers, outputs), ng.Residual(cast(made.coefficients), None)
-    directions = tuple(cast(a.cotangent) for a in made.layers)
+    directions = tuple(cast(a.direction) for a in made.layers)
     return ng.Signals(layers, outputs), ng.Residual(None, directions)
 
 

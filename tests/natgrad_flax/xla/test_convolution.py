@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 import natgrad_flax as ng
 from natgrad_flax.optimizer.gradient import loss_gradient
+from natgrad_flax.signals.fisher import Batch, Fisher
 
 NUMBERS = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NHWDC", "HWDIO", "NHWDC")}
 
@@ -97,7 +98,7 @@ def test_what_natgrad_runs_of_a_model_has_no_other_layout(kind):
         return ng.fisher_signals(nnx.merge(graphdef, state), x, y, loss=loss)
 
     def gradient(state):
-        return loss_gradient(nnx.merge(graphdef, state), x, y, loss=loss, wrt=nnx.Param)
+        return loss_gradient(nnx.merge(graphdef, state), Batch(x, y), Fisher(loss))
 
     for program in (signals, gradient):
         found = list(convolutions(jax.make_jaxpr(program)(state).jaxpr))

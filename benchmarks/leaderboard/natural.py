@@ -230,8 +230,8 @@ def unsuitable(
         if signals.num_directions == 1:
             return f"what a step holds of {signals.num_samples} samples, {size}, does not fit"
         return (
-            f"the true Fisher needs {signals.num_directions} backward passes of {signals.num_samples} "
-            f"samples at once, {size}; the Monte-Carlo one is in the race"
+            f"the true Fisher needs {signals.num_directions} backward passes of "
+            f"{signals.num_samples} samples at once, {size}; the Monte-Carlo one is in the race"
         )
     side = structure.largest_system(signals)
     if structure.eigensystems and side > LARGEST_EIGENSYSTEM:

@@ -21,8 +21,9 @@ from natgrad_flax.models import MLP, Autoencoder, ConvNet, ResidualNet, VisionTr
 from natgrad_flax.models.layers import Conv, Dense
 from natgrad_flax.optimizer.averages import MovingAverage
 from natgrad_flax.optimizer.descent import natural_gradient_descent
+from natgrad_flax.optimizer.fisher_operator import FisherOperator
 from natgrad_flax.optimizer.gradient import natural_gradient
-from natgrad_flax.optimizer.information import FisherOperator, fisher
+from natgrad_flax.optimizer.information import fisher
 from natgrad_flax.optimizer.learning_rate import optimal_learning_rate
 from natgrad_flax.signals.capture import jacobian_signals
 from natgrad_flax.signals.dense import DenseSignals, Signals

@@ -23,7 +23,7 @@ from natgrad_reference import (
 )
 
 import natgrad_flax as ng
-from natgrad_flax.structures.unit_wise import solve_units_of_grams
+from natgrad_flax.operators.dense_units import solve_units_of_grams
 from natgrad_flax.xla.batched_solve import ScaledGram
 
 

@@ -15,7 +15,7 @@ from natgrad_flax.signals.program import REMAT, Bias, Path, Place, Program, Uses
 from natgrad_flax.signals.views import View
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
-_SAME = ("copy", "copy_p", "reshard", "sharding_constraint", "mesh_cast", "pvary", "pcast")
+_SAME = ("copy", "copy_p", "name", "reshard", "sharding_constraint", "mesh_cast", "pvary", "pcast")
 """Primitives that leave every entry where it is, on another device at most."""
 _SIDES = {"dot_general": (0, 1), "conv_general_dilated": (1,), "gather": (0,)}
 """By primitive which of its operands may be a parameter at a place."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from battery import QUICK, STRUCTURES, made
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 import natgrad_flax as ng
 from natgrad_flax.models.transformer import attend
@@ -102,6 +103,49 @@ def tokens(m, x):
     return (m.table[...][ids] + m.place).mean(1) @ m.o
 
 
+def fused(m, x):
+    """Queries and keys from one product, halves of which meet, and a name for a checkpoint."""
+    queries, keys = jnp.split(x @ checkpoint_name(m.w[...], "weights"), 2, axis=1)
+    return (queries * keys) @ m.o
+
+
+def counted(m, x):
+    """A loop with a known number of steps, and a print in it."""
+    jax.debug.print("inputs {}", x[0, 0])
+    return jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ m.h), x @ m.i) @ m.o
+
+
+def chosen(m, x):
+    """A branch, whose parameters have no formula."""
+    h = jax.lax.cond(x[0, 0] > 0, lambda x: x @ m.w, lambda x: 2 * x @ m.w, x)
+    return jnp.tanh(h) @ m.o
+
+
+def stopped(m, x):
+    """Weights of which one use has no derivative."""
+    return (x @ jax.lax.stop_gradient(m.w[...]) + x @ m.w) @ m.o
+
+
+def ruled(m, x):
+    """A product with a derivative of its own."""
+
+    @jax.custom_vjp
+    def product(w, x):
+        return x @ w
+
+    def backward(kept, cotangent):
+        w, x = kept
+        return x.T @ cotangent, cotangent @ w.T
+
+    product.defvjp(lambda w, x: (x @ w, (w, x)), backward)
+    return jnp.tanh(product(m.w[...], x)) @ m.o
+
+
+def parted(m, x):
+    """Halves of weights in products of their own."""
+    return jnp.tanh(x[:, :4] @ m.w[:4] + x[:, 4:] @ m.w[4:]) @ m.o
+
+
 HAND = {
     "own layers": (own_layers, {"w": (8, 4), "b": (4,), "g": (4,), "v": (4, 2), "c": (2,)}, {"g"}),
     "chebyshev": (chebyshev, {"first": (8, 4, 3), "second": (4, 2, 3)}, set()),
@@ -110,6 +154,12 @@ HAND = {
     "recurrent": (recurrent, {"h": (3, 3), "i": (4, 3), "b": (3,), "o": (6, 2)}, {"b"}),
     "operator": (operator, {"branch": (5, 3), "trunk": (3, 3), "o": (3, 2)}, set()),
     "equation": (equation, {"w": (8, 4), "b": (4,), "o": (4, 1)}, None),
+    "fused": (fused, {"w": (8, 4), "o": (2, 2)}, set()),
+    "counted": (counted, {"i": (8, 3), "h": (3, 3), "o": (3, 2)}, set()),
+    "chosen": (chosen, {"w": (8, 3), "o": (3, 2)}, {"w"}),
+    "stopped": (stopped, {"w": (8, 3), "o": (3, 2)}, {"w"}),
+    "ruled": (ruled, {"w": (8, 3), "o": (3, 2)}, {"w"}),
+    "parted": (parted, {"w": (8, 3), "o": (3, 2)}, {"w"}),
     "tokens": (tokens, {"table": (5, 4), "place": (3, 4), "o": (4, 2)}, {"place"}),
 }
 

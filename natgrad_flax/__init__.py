@@ -19,6 +19,7 @@ from natgrad_flax.losses import (
 )
 from natgrad_flax.models import MLP, Autoencoder, ConvNet, ResidualNet, VisionTransformer
 from natgrad_flax.models.layers import Conv, Dense
+from natgrad_flax.models.wrapped import from_function, from_linen
 from natgrad_flax.optimizer.averages import MovingAverage
 from natgrad_flax.optimizer.descent import natural_gradient_descent
 from natgrad_flax.optimizer.fisher_operator import FisherOperator
@@ -87,6 +88,8 @@ __all__ = [
     "describe",
     "fisher",
     "fisher_signals",
+    "from_function",
+    "from_linen",
     "jacobian_signals",
     "natural_gradient",
     "natural_gradient_descent",

@@ -1,0 +1,162 @@
+"""Networks that are no modules of nnx: plain functions of parameters, and modules of linen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+class Wrapped(nnx.Module):
+    """A function of parameters and inputs as a module; made by ``from_function``.
+
+    The parameters stand under their own names, so trees of gradients and updates for the plain
+    parameters fit this module.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any, Any, Any], Any],
+        params: Mapping[str, Any],
+        held: Mapping[str, Any],
+    ) -> None:
+        self.wrapped_call = function
+        self.wrapped_names = tuple(params)
+        self.wrapped_held = nnx.data(jax.tree.map(nnx.Variable, dict(held)))
+        for name, tree in params.items():
+            setattr(self, name, nnx.data(jax.tree.map(nnx.Param, tree)))
+
+    def __call__(self, x: Any) -> Any:
+        """What the function makes of the parameters and of x."""
+        params = {name: getattr(self, name) for name in self.wrapped_names}
+        params, held = jax.tree.map(
+            lambda leaf: leaf[...], (params, self.wrapped_held), is_leaf=_is_variable
+        )
+        return self.wrapped_call(params, held, x)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def from_function(function: Callable[[Any, Any], Array], params: Mapping[str, Any]) -> Wrapped:
+    """A module for a plain function of parameters: f(params, x) of shape (N, ..., C).
+
+    Args:
+      function: from parameters and inputs, arrays (N, ...) or a tree of them, to outputs. Programs
+        compile once for a function object.
+      params: a dictionary by names, of arrays or of dictionaries and lists of them.
+
+    Raises:
+      TypeError: no function, no dictionary, or a parameter that is no floating array.
+      ValueError: a name that is none of Python's, or that a module has for itself.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, natgrad_flax as ng
+      >>> def network(params, x):
+      ...     return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"w": jax.random.normal(keys[0], (4, 8)), "b": jnp.zeros(8),
+      ...           "v": jax.random.normal(keys[1], (8, 2))}
+      >>> x, y = jax.random.normal(keys[2], (16, 4)), jnp.ones((16, 2))
+      >>> loss = ng.MeanSquaredError()
+      >>> tx = ng.natural_gradient_descent(0.5, structure=ng.KFAC(), damping=0.1, loss=loss)
+      >>> state, before = tx.init(params), loss(network(params, x), y)
+      >>> for _ in range(5):
+      ...     grads = jax.grad(lambda p: loss(network(p, x), y))(params)
+      ...     module = ng.from_function(network, params)
+      ...     updates, state = tx.update(grads, state, params, module=module, x=x, y=y)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(network(params, x), y) < before)
+      True
+    """
+    if not callable(function):
+        raise TypeError(f"function must be a function f(params, x), got {function!r:.60}")
+    return Wrapped(_OfFunction(function), _checked(params, "params"), {})
+
+
+def from_linen(module: Any, variables: Mapping[str, Any], **arguments: Any) -> Wrapped:
+    """A module for one of flax.linen with its variables; the parameters are those of "params".
+
+    Args:
+      module: the module of linen.
+      variables: as ``module.init`` returns them. Collections besides "params", such as
+        batch statistics, are held.
+      arguments: further arguments of its call, such as ``train=False``.
+
+    Raises:
+      TypeError: no module of linen, or variables without "params".
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> network = nn.Sequential([nn.Dense(8), jnp.tanh, nn.Dense(2)])
+      >>> x = jax.random.normal(jax.random.key(0), (16, 4))
+      >>> variables = network.init(jax.random.key(1), x)
+      >>> model = ng.from_linen(network, variables)
+      >>> step = ng.natural_gradient(model, x, jnp.ones((16, 2)), structure=ng.KFAC(),
+      ...                            loss=ng.MeanSquaredError(), damping=0.1)
+      >>> sorted(step)
+      ['layers_0', 'layers_2']
+    """
+    if not callable(getattr(module, "apply", None)):
+        raise TypeError(f"module must be a module of flax.linen, got {module!r:.60}")
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise TypeError(
+            'variables must be a dictionary of collections with the parameters under "params", as '
+            "module.init(key, x) returns it"
+        )
+    held = {name: tree for name, tree in variables.items() if name != "params"}
+    call = _OfLinen(module, tuple(sorted(arguments.items())))
+    return Wrapped(call, _checked(variables["params"], 'variables["params"]'), held)
+
+
+@dataclass(frozen=True)
+class _OfFunction:
+    """f(params, x); equal to another one of the same function, so that programs are found again."""
+
+    function: Callable[[Any, Any], Any]
+
+    def __call__(self, params: Any, held: Any, x: Any) -> Any:
+        del held
+        return self.function(params, x)
+
+
+@dataclass(frozen=True)
+class _OfLinen:
+    """A module of linen, applied to its variables."""
+
+    module: Any
+    arguments: tuple[tuple[str, Any], ...]
+
+    def __call__(self, params: Any, held: Any, x: Any) -> Any:
+        return self.module.apply({"params": params, **held}, x, **dict(self.arguments))
+
+
+def _checked(params: Any, name: str) -> dict[str, Any]:
+    """Parameters by names that can be attributes of a module."""
+    if not isinstance(params, Mapping) or not params:
+        raise TypeError(
+            f"{name} must be a dictionary of parameters by name, got {params!r:.60}; put other "
+            'trees into one: {"params": tree}'
+        )
+    for key, tree in params.items():
+        if not (isinstance(key, str) and key.isidentifier()) or hasattr(nnx.Module, key):
+            raise ValueError(f"{name} has the name {key!r}, which cannot be one of a module")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            dtype = getattr(leaf, "dtype", None)
+            if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+                where = name + f"[{key!r}]" + jax.tree_util.keystr(path)
+                raise TypeError(f"{where} must be a floating array, got {leaf!r:.60}")
+    return {key: _plain(tree) for key, tree in params.items()}
+
+
+def _plain(tree: Any) -> Any:
+    """Mappings of any kind as dictionaries."""
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    return tree

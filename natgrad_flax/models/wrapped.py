@@ -65,7 +65,7 @@ def from_function(function: Callable[[Any, Any], Array], params: Mapping[str, An
       ...           "v": jax.random.normal(keys[1], (8, 2))}
       >>> x, y = jax.random.normal(keys[2], (16, 4)), jnp.ones((16, 2))
       >>> loss = ng.MeanSquaredError()
-      >>> tx = ng.natural_gradient_descent(0.5, structure=ng.KFAC(), damping=0.1, loss=loss)
+      >>> tx = ng.natural_gradient_descent(0.1, structure=ng.KFAC(), damping=0.1, loss=loss)
       >>> state, before = tx.init(params), loss(network(params, x), y)
       >>> for _ in range(5):
       ...     grads = jax.grad(lambda p: loss(network(p, x), y))(params)

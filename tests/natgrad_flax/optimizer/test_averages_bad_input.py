@@ -62,7 +62,7 @@ BATCHES = {
     ),
     "too few targets": (
         {"fisher_x": X, "fisher_y": Y[:2], "fisher": "empirical"},
-        r"targets of shape \(4, 2\)",
+        r"fisher_y must have shape .* and N = 4, got \(2, 2\)",
     ),
 }
 

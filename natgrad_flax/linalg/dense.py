@@ -338,15 +338,21 @@ def _qr_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     return (span, triangle), (change - span @ rest, rest @ triangle)
 
 
-def symmetric_product(x: Array) -> Array:
+def symmetric_product(x: Array, halvings: int = 2) -> Array:
     """x x^T for x (n, m), with the blocks above the diagonal mirrored where n and m are large.
 
-    XLA has no symmetric rank-k product; 10 of 4 x 4 blocks do 5/8 of the full product's work. Below
-    m of about 256 the copies of blocks cost more than that saves. On a mesh it is a whole product,
-    whose rows XLA shares out; of a loop over blocks all devices would do all.
+    XLA has no symmetric rank-k product; two halvings do 5/8 of the full product's work. Below m of
+    about 256 the copies of blocks cost more than that saves. On a mesh it is a whole product, whose
+    rows XLA shares out.
     """
     n, m = x.shape
-    return x @ x.T if n < 512 or m < 256 or many_devices() else _product_of_blocks(x)
+    if halvings == 0 or n < 512 or m < 256 or many_devices():
+        return x @ x.T
+    upper, lower = x[: n // 2], x[n // 2 :]
+    corner = lower @ upper.T
+    top = jnp.concatenate([symmetric_product(upper, halvings - 1), corner.T], axis=1)
+    bottom = jnp.concatenate([corner, symmetric_product(lower, halvings - 1)], axis=1)
+    return jnp.concatenate([top, bottom])
 
 
 def symmetric_blocks(block: Callable[..., Array], count: int, width: int, dtype: Any) -> Array:
@@ -372,18 +378,3 @@ def symmetric_blocks(block: Callable[..., Array], count: int, width: int, dtype:
     start = jnp.zeros((count * width, count * width), dtype)
     # of numbers without a sign nothing asks whether they count from the end
     return lax.scan(mirrored, start, jnp.asarray(corners, jnp.uint32))[0]
-
-
-@jax.custom_jvp
-def _product_of_blocks(x: Array) -> Array:
-    def block(row: Array, column: Array, side: int) -> Array:
-        rows, columns = (lax.dynamic_slice_in_dim(x, at, side) for at in (row, column))
-        return rows @ columns.T
-
-    return symmetric_blocks(block, len(x), 1, x.dtype)
-
-
-@_product_of_blocks.defjvp
-def _product_of_blocks_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    half = tangents[0] @ primals[0].T
-    return _product_of_blocks(*primals), half + half.T

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -104,9 +103,9 @@ def _eliminate(grams: list[Array], shift: Array | float) -> Callable[[list[Array
     """The factorised tri-diagonal system, as a function of its right-hand sides."""
     depth, n = len(grams), grams[0].shape[0]
     kept = range(1, depth, 2)
-    shifted = [add_diagonal(gram, shift) for gram in grams[::2]]
-    found = _each(partial(inverse_psd, shifted=True), shifted)
-    inverses = dict(zip(range(0, depth, 2), found, strict=True))
+    inverses = {
+        i: inverse_psd(add_diagonal(grams[i], shift), shifted=True) for i in range(0, depth, 2)
+    }
 
     # an eliminated layer has u_i = P_i c_i and z_i = K_i u_i = c_i - s P_i c_i with P_i the inverse
     # and c_i = b_i - z_{i-1} - z_{i+1}; no product with K_i is needed

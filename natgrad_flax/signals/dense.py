@@ -246,12 +246,12 @@ class Signals:
 def symmetric_gram(layers: Sequence[LayerSignals]) -> Array:
     """sum_l K_l, shape (N S, N S); no 1/N.
 
-    Of wide layers by pairs of blocks of samples, in one loop that adds the layers up.
+    Of several wide layers by pairs of blocks of samples, in one loop that adds the layers up.
     """
     n, s = layers[0].num_samples, layers[0].num_directions
     dense = all(isinstance(layer, DenseSignals) for layer in layers)
     wide = max(layer.num_units for layer in layers) >= 256 and n * s >= 512 and n >= 8
-    if dense and wide and not many_devices():
+    if dense and wide and len(layers) > 1 and not many_devices():
         return _gram_of_blocks(tuple(layers))
     return _whole_gram(layers)
 

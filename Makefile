@@ -88,7 +88,7 @@ KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py infinit
 # works on NumPy, files and text, or on JAX in the same way as these
 JAX_TESTS := tests/natgrad_flax $(addprefix --ignore=tests/natgrad_flax/, \
 	costs/test_describe.py costs/test_programs.py optimizer/test_checks.py test_geometry.py \
-	structures/test_paper_settings.py structures/test_weight_sharing.py \
+	structures/test_paper_settings.py structures/test_weight_sharing.py losses \
 	$(addprefix linear/test_, deep_linear.py diagonal_network.py logistic.py \
 	matrix_factorization.py references.py)) \
 	$(addprefix tests/benchmarks/test_, step_benchmark.py kernel_benchmark.py leaderboard_trial.py) \

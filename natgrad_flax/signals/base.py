@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -195,6 +196,44 @@ class LayerSignals(abc.ABC):
             key: form.to_matrix(named[form.name], shapes[key]) if form else named[key]
             for key, form in forms.items()
         }
+
+
+class AffineLayerSignals(LayerSignals):
+    """Signals of an affine layer: scaled inputs a (N, ..., K) and derivatives D (N, S, ...)."""
+
+    inputs: Array
+    derivatives: Array
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.inputs.shape[0]
+
+    @property
+    def num_directions(self) -> int:
+        """S, the number of output directions a sample."""
+        return self.derivatives.shape[1]
+
+    @property
+    def fan_in(self) -> int:
+        """K, plus 1 with a bias: parameters a unit."""
+        return self.inputs.shape[-1] + (self.bias_scale is not None)
+
+    def take_directions(self, start: int, stop: int) -> Self:
+        """The same signals with some of the output directions only."""
+        changes: dict[str, Any] = {"derivatives": self.derivatives[:, start:stop]}
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def cotangent(self, index: int) -> Array:
+        """D of one output direction, without its axis S."""
+        return self.derivatives[:, index]
+
+    def augmented_inputs(self) -> Array:
+        """a with the column of the bias last, shape (N, ..., fan_in)."""
+        if self.bias_scale is None:
+            return self.inputs
+        column = jnp.full((*self.inputs.shape[:-1], 1), self.bias_scale, self.inputs.dtype)
+        return jnp.concatenate([self.inputs, column], axis=-1)
 
 
 def named_updates(

@@ -22,7 +22,6 @@ from natgrad_flax.arguments.arrays import batch_size, own_promotion, solve_dtype
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.independence import check_samples_alone
-from natgrad_flax.signals.model import parameter_paths
 from natgrad_flax.signals.plan import LayerPlan, plan_layers
 from natgrad_flax.signals.program import Path, Tape
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
@@ -47,20 +46,19 @@ def linearise(
       ValueError, TypeError: as in ``plan_layers``.
     """
     plan = plan_layers(model, x, wrt)
-    chosen = parameter_paths(model, wrt)
     n = batch_size(x)
     zeros = {
         number: jnp.zeros((n, *place.loops, *place.outputs.shape), place.outputs.dtype)
         for number, place in plan.places.items()
     }
     loose = [path for layer in plan.layers if layer.is_explicit for path in layer.parameters]
-    free = {path: jnp.broadcast_to(value := chosen[path][...], (n, *value.shape)) for path in loose}
+    free = {path: jnp.broadcast_to(value := plan.values[path], (n, *value.shape)) for path in loose}
 
     def batch(perturbations: Tape, free: dict[Path, Array]) -> Any:
         return jax.vmap(plan.run)(perturbations, free, x)
 
     computed, backward, tape = jax.vjp(batch, zeros, free, has_aux=True)
-    dtype = solve_dtype(computed.dtype, *(chosen[path].dtype for path in chosen))
+    dtype = solve_dtype(computed.dtype, *(value.dtype for value in plan.values.values()))
     outputs = computed.astype(dtype)
 
     def signals(directions: Array) -> Signals:

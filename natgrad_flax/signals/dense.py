@@ -22,6 +22,7 @@ from natgrad_flax.arguments.renamed import Renamed
 from natgrad_flax.linalg.dense import symmetric_blocks, symmetric_product
 from natgrad_flax.linalg.execution import by_rows, many_devices
 from natgrad_flax.signals.base import (
+    AffineLayerSignals,
     LayerSignals,
     LayerUpdate,
     ParameterForm,
@@ -36,7 +37,7 @@ from natgrad_flax.signals.base import (
     meta_fields=["bias_scale", "path", "kernel_form", "bias_form"],
 )
 @dataclass(frozen=True)
-class DenseSignals(LayerSignals):
+class DenseSignals(AffineLayerSignals):
     """Signals of one affine layer that is called once, on one position a sample.
 
     Attributes:
@@ -65,44 +66,14 @@ class DenseSignals(LayerSignals):
         return "inputs and units"
 
     @property
-    def num_samples(self) -> int:
-        """N."""
-        return self.inputs.shape[0]
-
-    @property
-    def num_directions(self) -> int:
-        """S, the number of output directions a sample."""
-        return self.derivatives.shape[1]
-
-    @property
     def num_units(self) -> int:
         """M."""
         return self.derivatives.shape[2]
-
-    @property
-    def fan_in(self) -> int:
-        """K, plus 1 with a bias: parameters a unit."""
-        return self.inputs.shape[1] + (self.bias_scale is not None)
-
-    def take_directions(self, start: int, stop: int) -> DenseSignals:
-        """The same signals with some of the output directions only."""
-        return dataclasses.replace(self, derivatives=self.derivatives[:, start:stop])
 
     def mix_directions(self, factor: Array) -> DenseSignals:
         """The same layer with combinations of its output directions, R of shape (N, S, S')."""
         mixed = jnp.einsum("nsr,nsm->nrm", factor, self.derivatives)
         return dataclasses.replace(self, derivatives=mixed)
-
-    def cotangent(self, index: int) -> Array:
-        """D of one output direction, shape (N, M)."""
-        return self.derivatives[:, index]
-
-    def augmented_inputs(self) -> Array:
-        """a with the column of the bias last, shape (N, fan_in)."""
-        if self.bias_scale is None:
-            return self.inputs
-        column = jnp.full((self.num_samples, 1), self.bias_scale, self.inputs.dtype)
-        return jnp.concatenate([self.inputs, column], axis=1)
 
     def flat_derivatives(self) -> Array:
         """D with samples and output directions in one axis, n-major, shape (N S, M)."""

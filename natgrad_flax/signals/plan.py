@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +32,7 @@ class LayerPlan:
       path: of the module that owns the parameters.
       kernel: layout of the weights; of an explicit block its first parameter.
       bias: layout of the bias, or of a second parameter of an explicit block; None without.
-      places: where the weights act, each with the axis of the loop that takes another part of them
-        at each step, if any; empty for an explicit block.
+      places: where the weights act, and how they read as affine maps; empty for an explicit block.
       bias_scale: the factor in front of the bias, beside that of the weights.
       reason: why the block is explicit.
     """
@@ -72,6 +71,11 @@ class Plan(NamedTuple):
     state: list[Array]
     of_sample: list[bool]
     layers: list[LayerPlan]
+
+    @property
+    def values(self) -> dict[Path, Array]:
+        """The parameters."""
+        return dict(zip(self.paths, self.state, strict=False))
 
     @property
     def places(self) -> dict[int, Place]:
@@ -183,13 +187,13 @@ def plan_layers(model: nnx.Module, x: Any, wrt: Any = nnx.Param) -> Plan:
             )
     tags: list[View | None] = [View.of(path, values[path].shape) for path in paths]
     tags += [None] * (len(jaxpr.invars) - len(tags))
-    program, uses = survey(jaxpr, tags)
+    program, uses = survey(jaxpr, closed.consts, tags)
     uses = {path: uses.get(path, Uses(len(jaxpr.eqns), others=["others"])) for path in paths}
     leaves = jax.tree.leaves((values, keys, state))
     kept = [leaf for leaf, is_used in zip(leaves, used, strict=False) if is_used]
     shapes = {path: tuple(leaf.shape) for path, leaf in values.items()}
     return Plan(
-        replace(program, consts=closed.consts),
+        program,
         paths,
         kept,
         used[len(leaves) :],

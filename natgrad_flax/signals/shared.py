@@ -18,7 +18,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.linalg.dense import symmetric_product
-from natgrad_flax.signals.base import LayerSignals, LayerUpdate, ParameterForm, matrix_of
+from natgrad_flax.signals.base import (
+    AffineLayerSignals,
+    LayerSignals,
+    LayerUpdate,
+    ParameterForm,
+    matrix_of,
+)
 from natgrad_flax.signals.dense import DenseSignals, Signals
 
 Sharing = Literal["expand", "reduce"]
@@ -121,7 +127,7 @@ class ExplicitSignals(LayerSignals):
     meta_fields=["bias_scale", "path", "kernel_form", "bias_form"],
 )
 @dataclass(frozen=True)
-class SharedSignals(LayerSignals):
+class SharedSignals(AffineLayerSignals):
     """Signals of an affine layer whose weights serve T positions; a cotangent is (N, T, G, M/G).
 
     With G groups the units fall into G sets, each with inputs of its own; unit g M/G + m is the
@@ -148,16 +154,6 @@ class SharedSignals(LayerSignals):
     row_weights: Array | None = None
 
     @property
-    def num_samples(self) -> int:
-        """N."""
-        return self.inputs.shape[0]
-
-    @property
-    def num_directions(self) -> int:
-        """S."""
-        return self.derivatives.shape[1]
-
-    @property
     def num_positions(self) -> int:
         """T."""
         return self.inputs.shape[1]
@@ -172,30 +168,10 @@ class SharedSignals(LayerSignals):
         """M, of all groups."""
         return self.derivatives.shape[3] * self.derivatives.shape[4]
 
-    @property
-    def fan_in(self) -> int:
-        """K, plus 1 with a bias."""
-        return self.inputs.shape[3] + (self.bias_scale is not None)
-
-    def take_directions(self, start: int, stop: int) -> SharedSignals:
-        """The same signals with some of the output directions only."""
-        return dataclasses.replace(self, derivatives=self.derivatives[:, start:stop])
-
     def mix_directions(self, factor: Array) -> SharedSignals:
         """The same layer with combinations of its output directions, R of shape (N, S, S')."""
         mixed = jnp.einsum("nsr,nstgm->nrtgm", factor, self.derivatives)
         return dataclasses.replace(self, derivatives=mixed)
-
-    def cotangent(self, index: int) -> Array:
-        """D of one output direction, shape (N, T, G, M/G)."""
-        return self.derivatives[:, index]
-
-    def augmented_inputs(self) -> Array:
-        """a with the column of the bias last, shape (N, T, G, fan_in)."""
-        if self.bias_scale is None:
-            return self.inputs
-        column = jnp.full((*self.inputs.shape[:3], 1), self.bias_scale, self.inputs.dtype)
-        return jnp.concatenate([self.inputs, column], axis=3)
 
     def explicit(self) -> ExplicitSignals:
         """The same layer by its per-sample Jacobians, N S P_l numbers."""

@@ -21,15 +21,18 @@ _SIDES = {"dot_general": (0, 1), "conv_general_dilated": (1,), "gather": (0,)}
 """By primitive which of its operands may be a parameter at a place."""
 
 
-def survey(jaxpr: Any, tags: Sequence[View | None]) -> tuple[Program, dict[Path, Uses]]:
+def survey(
+    jaxpr: Any, consts: Sequence[Any], tags: Sequence[View | None]
+) -> tuple[Program, dict[Path, Uses]]:
     """The places of a program, and what it does with its parameters.
 
     Args:
-      jaxpr: without constants.
+      jaxpr: the program.
+      consts: its constants.
       tags: for each input the view that it is of a parameter, None for others.
     """
     walk = _Survey()
-    program, found = walk.program(jaxpr, (), tags, ())
+    program, found = walk.program(jaxpr, consts, tags, ())
     for view in found:
         if _is_parameter(view):
             walk.uses_of(view).others.append("return")

@@ -17,7 +17,14 @@ from natgrad_flax.losses import (
     SigmoidCrossEntropy,
     SoftmaxCrossEntropy,
 )
-from natgrad_flax.models import MLP, Autoencoder, ConvNet, ResidualNet, VisionTransformer
+from natgrad_flax.models import (
+    MLP,
+    Autoencoder,
+    ConvNet,
+    LanguageModel,
+    ResidualNet,
+    VisionTransformer,
+)
 from natgrad_flax.models.layers import Conv, Dense
 from natgrad_flax.models.wrapped import from_function, from_linen
 from natgrad_flax.optimizer.averages import MovingAverage
@@ -44,7 +51,7 @@ from natgrad_flax.structures import (
     Structure,
     UnitWise,
 )
-from natgrad_flax.xla.compiler import avoid_faulty_reductions
+from natgrad_flax.xla.compiler import avoid_faulty_fusions
 from natgrad_flax.xla.convolution import conv_general_dilated
 
 __all__ = [
@@ -65,6 +72,7 @@ __all__ = [
     "GaussianNegativeLogLikelihood",
     "Huber",
     "IsotropyWarning",
+    "LanguageModel",
     "LayerWise",
     "LevenbergMarquardt",
     "Likelihood",
@@ -96,4 +104,4 @@ __all__ = [
     "optimal_learning_rate",
 ]
 
-avoid_faulty_reductions()
+avoid_faulty_fusions()

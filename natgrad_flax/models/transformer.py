@@ -46,13 +46,22 @@ class TransformerBlock(nnx.Module):
       width: features of a token.
       heads: attention heads; divides the width.
       mlp: units between the two affine layers.
+      causal: whether a token sees only itself and those before it.
       param_dtype: dtype of the parameters.
       rngs: source of randomness.
     """
 
     def __init__(
-        self, width: int, heads: int, mlp: int, *, param_dtype: Any, rngs: nnx.Rngs
+        self,
+        width: int,
+        heads: int,
+        mlp: int,
+        *,
+        causal: bool = False,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
     ) -> None:
+        self.causal = causal
         self.attention_norm = nnx.LayerNorm(width, param_dtype=param_dtype, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(
             num_heads=heads,
@@ -69,7 +78,8 @@ class TransformerBlock(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps tokens (N, T, width) to tokens (N, T, width)."""
-        x = x + self.attention(self.attention_norm(x))
+        mask = nnx.make_causal_mask(x[..., 0], dtype=bool) if self.causal else None
+        x = x + self.attention(self.attention_norm(x), mask=mask)
         gelu = get_activation("gelu").function
         return x + self.contract(gelu(self.expand(self.mlp_norm(x))))
 

@@ -232,7 +232,7 @@ def noise(
 ) -> tuple[LayerUpdate, ...]:
     """A draw from N(0, rho I), one entry a layer."""
     params = sum(layer.num_params for layer in layers)
-    dtype = jax.tree.leaves(layers[0])[0].dtype
+    dtype = jnp.result_type(*jax.tree.leaves(layers[0]))
     draw = jax.random.normal(key, (params,), dtype)
     return unravel(layers, jnp.sqrt(jnp.asarray(damping, dtype)) * draw)
 

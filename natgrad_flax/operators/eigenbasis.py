@@ -19,7 +19,8 @@ from natgrad_flax.signals.dense import DenseSignals
 from natgrad_flax.signals.gradient import Gradient, Residual
 
 Basis = dict[str, Array]
-"""U_A as "inputs", (G, fan_in, r), and U_B as "units", (G, M/G, r')."""
+"""U_A as "inputs", (G, fan_in, r), absent where it is the identity, and U_B as "units",
+(G, M/G, r')."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +49,26 @@ class Eigenbasis(OfLayer):
             (g,) = gradient.vector((self.layer,))
             return (self.layer.update(solve_in_basis(inverse, matrix_of(g))),)
         cotangent = gradient.cotangent(self.layer, 0) / self.layer.num_samples
-        half = _turned_gradient(self.layer, cotangent, self.basis["inputs"])
+        half = _turned_gradient(self.layer, cotangent, self.basis)
         seen = None
         if gradient.coefficients is not None:
             seen = _seen_units(self.layer, self.basis["units"])
-        solved = product(self.basis["inputs"], _solve_units(inverse, half, seen))
+        solved = _from_basis(self.basis, _solve_units(inverse, half, seen))
         return (self.layer.update(ungrouped(solved)),)
 
     def matvec(self, vector: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
         """Into the basis, times S, and back."""
-        left, right = self.basis["inputs"], self.basis["units"]
-        parts = grouped(matrix_of(vector[0]), len(left))
-        moved = left @ (self.squares * (left.mT @ parts @ right)) @ right.mT
+        right = self.basis["units"]
+        parts = grouped(matrix_of(vector[0]), len(right))
+        seen = self.squares * (_into_basis(self.basis, parts) @ right)
+        moved = _from_basis(self.basis, seen) @ right.mT
         return (self.layer.update(ungrouped(moved)),)
 
     def diagonal(self) -> tuple[LayerUpdate, ...]:
         """See ``Operator.diagonal``."""
-        left, right = self.basis["inputs"], self.basis["units"]
-        return (self.layer.update(ungrouped(left**2 @ self.squares @ (right**2).mT)),)
+        squares = jax.tree.map(jnp.square, self.basis)
+        moved = _from_basis(squares, self.squares) @ squares["units"].mT
+        return (self.layer.update(ungrouped(moved)),)
 
     def trace(self) -> Array:
         """See ``Operator.trace``."""
@@ -79,13 +82,14 @@ class Eigenbasis(OfLayer):
         """See ``Operator.sample``."""
         keys, squares = jax.random.split(key), self.squares
         draw = jnp.sqrt(squares) * jax.random.normal(keys[0], squares.shape, squares.dtype)
-        moved = self.basis["inputs"] @ draw @ self.basis["units"].mT
+        moved = _from_basis(self.basis, draw) @ self.basis["units"].mT
         seen = (self.layer.update(ungrouped(moved)),)
         return add(seen, noise(keys[1], (self.layer,), damping))
 
     def to_dense(self, damping: Array | float = 0.0) -> Array:
         """Units of group after group within each input."""
-        left, right = self.basis["inputs"], self.basis["units"]
+        right = self.basis["units"]
+        left = self.basis.get("inputs", jnp.eye(self.layer.fan_in, dtype=right.dtype)[None])
         vectors = jnp.einsum("gkp,gmq->gkmpq", left, right)
         eye = jnp.eye(len(left), dtype=self.squares.dtype)
         block = jnp.einsum("gkmpq,gpq,gjnpq,gh->kgmjhn", vectors, self.squares, vectors, eye)
@@ -106,13 +110,22 @@ def solve_in_basis(inverse: dict[str, Any], matrix: Array) -> Array:
       inverse: of ``invert_squares``.
       matrix: g, shape (fan_in, M).
     """
-    left = inverse["inputs"]
-    parts = grouped(matrix, len(left))
-    half = product(left.mT, parts)
-    solved = product(left, _solve_units(inverse, half))
-    if _is_thin(left):
-        solved = solved + inverse["outside"] * (parts - product(left, half))
+    parts = grouped(matrix, len(inverse["units"]))
+    half = _into_basis(inverse, parts)
+    solved = _from_basis(inverse, _solve_units(inverse, half))
+    if "inputs" in inverse and _is_thin(inverse["inputs"]):
+        solved = solved + inverse["outside"] * (parts - _from_basis(inverse, half))
     return ungrouped(solved)
+
+
+def _into_basis(basis: Basis, parts: Array) -> Array:
+    """U_A^T G for G (G, fan_in, k)."""
+    return product(basis["inputs"].mT, parts) if "inputs" in basis else parts
+
+
+def _from_basis(basis: Basis, parts: Array) -> Array:
+    """U_A G for G (G, r, k)."""
+    return product(basis["inputs"], parts) if "inputs" in basis else parts
 
 
 def _solve_units(entry: dict[str, Any], half: Array, seen: Array | float | None = None) -> Array:
@@ -139,8 +152,11 @@ def _is_thin(basis: Array) -> bool:
     return basis.shape[2] < basis.shape[1]
 
 
-def _turned_gradient(layer: AffineSignals, cotangent: Array, left: Array) -> Array:
+def _turned_gradient(layer: AffineSignals, cotangent: Array, basis: Basis) -> Array:
     """U_A^T a^T R, (G, r, M/G), for cotangents R of the pre-activations; 0 where a U_A is."""
+    left = basis.get("inputs")
+    if left is None:
+        return grouped(matrix_of(layer.local_vjp(cotangent)), 1)
     if isinstance(layer, DenseSignals):
         turned = layer.augmented_inputs() @ left[0]
         return ((turned * _seen(turned)).T @ cotangent)[None]

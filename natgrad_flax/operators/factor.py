@@ -17,6 +17,7 @@ from natgrad_flax.linalg.dense import (
     eigh,
     inverse_psd,
     psd_eigenvalues,
+    reciprocal,
     solve_psd,
     symmetric_product,
 )
@@ -192,10 +193,20 @@ class Factor:
             return test.array() @ solve_psd(system, self.rows.array().T, shifted=shifted)
         return self.divisor * solve_psd(system, self.rows.gram(test), shifted=shifted).T
 
-    def root(self, damping: Array | float) -> Array:
-        """The symmetric square root of A + rho, shape (P, P)."""
+    def matvec(self, matrix: Array) -> Array:
+        """A G for G of shape (P, k)."""
+        rows = self.rows.array()
+        return rows.T @ (rows @ matrix) / self.divisor
+
+    def diagonal(self) -> Array:
+        """Of A, shape (P,)."""
+        return jnp.sum(self.rows.array() ** 2, axis=0) / self.divisor
+
+    def root_times(self, matrix: Array, damping: Array | float) -> Array:
+        """(A + rho)^(1/2) Z for Z of shape (P, k)."""
         values, vectors = eigh(self.to_dense())
-        return vectors * jnp.sqrt(jnp.maximum(values, 0) + damping) @ vectors.T
+        root = vectors * jnp.sqrt(jnp.maximum(values, 0) + damping) @ vectors.T
+        return root @ matrix
 
     def logdet(self, damping: Array | float) -> Array:
         """log det(A + rho), shape ()."""
@@ -210,3 +221,47 @@ class Factor:
         if self.rows.shape[1] < self.rows.shape[0]:
             return psd_eigenvalues(self.to_dense())
         return psd_eigenvalues(self.rows.gram() / self.divisor)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=[])
+@dataclass(frozen=True)
+class DiagonalFactor:
+    """A factor that is a diagonal, as that of one-hot inputs; it answers as ``Factor`` does.
+
+    Attributes:
+      values: the diagonal of A, shape (P,).
+    """
+
+    values: Array
+
+    def to_dense(self, damping: Array | float = 0.0) -> Array:
+        """A + rho, shape (P, P)."""
+        return jnp.diag(self.values + damping)
+
+    def solve(self, target: Array, damping: Array | float) -> Array:
+        """(A + rho)^{-1} G for G of shape (P, k); 0 where the undamped diagonal is 0."""
+        return reciprocal(self.values + damping)[:, None] * target
+
+    def matvec(self, matrix: Array) -> Array:
+        """A G."""
+        return self.values[:, None] * matrix
+
+    def diagonal(self) -> Array:
+        """Of A."""
+        return self.values
+
+    def root_times(self, matrix: Array, damping: Array | float) -> Array:
+        """(A + rho)^(1/2) Z."""
+        return jnp.sqrt(self.values + damping)[:, None] * matrix
+
+    def logdet(self, damping: Array | float) -> Array:
+        """log det(A + rho), shape ()."""
+        return log_determinant(self.values, len(self.values), damping)
+
+    def extremes(self, damping: Array | float) -> tuple[Array, Array]:
+        """The smallest and the largest eigenvalue of A + rho."""
+        return extreme_eigenvalues(self.values, len(self.values), damping)
+
+    def eigenvalues(self) -> Array:
+        """The diagonal."""
+        return self.values

@@ -14,10 +14,11 @@ from natgrad_flax.damping import is_zero
 from natgrad_flax.linalg.dense import inverse_psd
 from natgrad_flax.linalg.execution import cubic
 from natgrad_flax.operators.base import OfLayer, Space
-from natgrad_flax.operators.factor import ArrayRows, Factor, InputRows, UnitRows
+from natgrad_flax.operators.factor import ArrayRows, DiagonalFactor, Factor, InputRows, UnitRows
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals, expand_samples
 from natgrad_flax.signals.gradient import Gradient, Residual
+from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import SharedSignals, Sharing
 
 AffineSignals = DenseSignals | SharedSignals
@@ -62,13 +63,13 @@ class Kronecker(OfLayer):
 
     Attributes:
       layer: the signals.
-      left: A; of shared weights with the rows of all groups, (G, R, fan_in).
+      left: A; of shared weights with the rows of all groups, (G, R, fan_in), or with diagonals.
       right: B, likewise.
       split: from a damping to what is added to both factors.
     """
 
     layer: AffineSignals
-    left: Factor
+    left: Factor | DiagonalFactor
     right: Factor
     split: Callable[[Array | float], Dampings]
 
@@ -91,6 +92,11 @@ class Kronecker(OfLayer):
           split: as the attribute.
         """
         sides: tuple[Any, Any]
+        if layer.has_diagonal_inputs(sharing):
+            layer = cast(LookupSignals, layer)
+            units = ArrayRows(layer.derivatives.reshape(1, -1, layer.num_units))
+            counts = DiagonalFactor(layer.counts()[None] / divisors[0])
+            return cls(layer, counts, Factor(units, divisors[1], space), split)
         if isinstance(layer, SharedSignals):
             left, right = layer.rows(sharing)
             sides = ArrayRows(left), ArrayRows(right)
@@ -114,7 +120,7 @@ class Kronecker(OfLayer):
             half = over_row_weights(self.layer, half)
             return (self.layer.update(self.left.solve_range(half, by_a)),)
 
-        def group(left: Factor, right: Factor, matrix: Array, by_a: Any, by_b: Any) -> Array:
+        def group(left: Any, right: Factor, matrix: Array, by_a: Any, by_b: Any) -> Array:
             return right.solve(left.solve(matrix, by_a).T, by_b).T
 
         (g,) = gradient.vector((self.layer,))
@@ -154,22 +160,19 @@ class Kronecker(OfLayer):
     def matvec(self, vector: tuple[LayerUpdate, ...]) -> tuple[LayerUpdate, ...]:
         """A G B."""
 
-        def group(left: Factor, right: Factor, matrix: Array) -> Array:
-            a, b = left.rows.array(), right.rows.array()
-            half = a.T @ (a @ matrix) / left.divisor
-            return (half @ b.T) @ b / right.divisor
+        def group(left: Any, right: Factor, matrix: Array) -> Array:
+            return right.matvec(left.matvec(matrix).T).T
 
         return (self.layer.update(self._over_groups(group, matrix_of(vector[0]))),)
 
     def diagonal(self) -> tuple[LayerUpdate, ...]:
         """See ``Operator.diagonal``."""
 
-        def group(left: Factor, right: Factor, matrix: Array) -> Array:
+        def group(left: Any, right: Factor, matrix: Array) -> Array:
             del matrix
-            a, b = (jnp.sum(f.rows.array() ** 2, axis=0) / f.divisor for f in (left, right))
-            return jnp.outer(a, b)
+            return jnp.outer(left.diagonal(), right.diagonal())
 
-        like = jnp.zeros((self.layer.fan_in, self.layer.num_units), self.layer.inputs.dtype)
+        like = jnp.zeros((self.layer.fan_in, self.layer.num_units), self.layer.derivatives.dtype)
         return (self.layer.update(self._over_groups(group, like)),)
 
     def trace(self) -> Array:
@@ -189,10 +192,10 @@ class Kronecker(OfLayer):
         """(A + rho_A)^(1/2) Z (B + rho_B)^(1/2) with Z standard normal."""
         by_a, by_b = self.split(damping)
         shape = (self.layer.fan_in, self.layer.num_units)
-        draw = jax.random.normal(key, shape, self.layer.inputs.dtype)
+        draw = jax.random.normal(key, shape, self.layer.derivatives.dtype)
 
-        def group(left: Factor, right: Factor, matrix: Array, by_a: Any, by_b: Any) -> Array:
-            return left.root(by_a) @ matrix @ right.root(by_b)
+        def group(left: Any, right: Factor, matrix: Array, by_a: Any, by_b: Any) -> Array:
+            return right.root_times(left.root_times(matrix, by_a).T, by_b).T
 
         return (self.layer.update(self._over_groups(group, draw, by_a, by_b)),)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from natgrad_flax.signals.lookup import OneHot
 from natgrad_flax.signals.program import Place
 from natgrad_flax.signals.views import View
 
@@ -27,7 +28,8 @@ class Affine:
     """A place as an affine map.
 
     Attributes:
-      inputs: from the recorded operand (N, *loops, *shape) to (N, T, G, K), not yet scaled.
+      inputs: from the recorded operand (N, *loops, *shape) to (N, T, G, K), not yet scaled; of a
+        table to which rows are taken.
       derivatives: from (N, S, *loops, *shape of the result) to (N, S, T, G, M/G).
       view: of the weights.
       matrix: axes of the view in the order of a matrix: inputs, groups, units.
@@ -35,7 +37,7 @@ class Affine:
       sizes: (G, K, M/G).
     """
 
-    inputs: Callable[[Array], Array]
+    inputs: Callable[[Array], Array | OneHot]
     derivatives: Callable[[Array], Array]
     view: View
     matrix: tuple[int, ...]
@@ -212,7 +214,7 @@ def patches(images: Array, taps: Sequence[int], params: Any) -> Array:
 
 
 def _table(place: Place) -> Affine | None:
-    """Rows of a table, as the product of one-hot rows and the table."""
+    """Rows of a table, as the product of one-hot inputs and the table."""
     numbers, sizes = place.params["dimension_numbers"], place.params["slice_sizes"]
     view, shape = place.view, place.view.shape
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
@@ -225,9 +227,10 @@ def _table(place: Place) -> Affine | None:
     units = list(numbers.offset_dims)
     positions = [i for i in range(len(place.outputs.shape)) if i not in units]
 
-    def inputs(ids: Array) -> Array:
-        ids = jnp.clip(ids, 0, rows - 1) if clip else ids
-        return jax.nn.one_hot(ids.reshape(ids.shape[0], -1, 1), rows, dtype=place.outputs.dtype)
+    def inputs(ids: Array) -> OneHot:
+        ids = ids.reshape(ids.shape[0], -1)
+        inside = jnp.clip(ids, 0, rows - 1)
+        return OneHot(inside if clip else jnp.where(ids == inside, ids, rows), rows)
 
     return Affine(
         inputs,

@@ -219,6 +219,11 @@ class AffineLayerSignals(LayerSignals):
         """K, plus 1 with a bias: parameters a unit."""
         return self.inputs.shape[-1] + (self.bias_scale is not None)
 
+    def has_diagonal_inputs(self, sharing: str) -> bool:
+        """Whether the input factor of K-FAC with this sharing is a diagonal whatever the batch."""
+        del sharing
+        return False
+
     def take_directions(self, start: int, stop: int) -> Self:
         """The same signals with some of the output directions only."""
         changes: dict[str, Any] = {"derivatives": self.derivatives[:, start:stop]}

@@ -22,6 +22,7 @@ from natgrad_flax.arguments.arrays import batch_size, own_promotion, solve_dtype
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.independence import check_samples_alone
+from natgrad_flax.signals.lookup import LookupSignals, OneHot
 from natgrad_flax.signals.plan import LayerPlan, plan_layers
 from natgrad_flax.signals.program import Path, Tape
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
@@ -94,13 +95,21 @@ def _signals(
             depth, part = affine.view.step[0], plan.kernel.part
             a = jax.lax.index_in_dim(a, part, 1 + depth, keepdims=False)
             d = jax.lax.index_in_dim(d, part, 2 + depth, keepdims=False)
-        # numbers of pixels, masks, rows of an embedding
-        arranged = affine.inputs(a).astype(d.dtype)
-        scale = affine.view.scale
-        inputs.append(arranged if scale == 1 else jnp.asarray(scale, d.dtype) * arranged)
+        inputs.append(affine.inputs(a))
         derivatives.append(affine.derivatives(d))
-    a, d = jnp.concatenate(inputs, axis=1), jnp.concatenate(derivatives, axis=2)
+    d = jnp.concatenate(derivatives, axis=2)
     rest = (None if plan.bias is None else plan.bias_scale, plan.path, plan.kernel, plan.bias)
+    scales = [affine.view.scale for _, affine in plan.places]
+    if plan.bias is None and len(set(scales)) == 1 and all(isinstance(a, OneHot) for a in inputs):
+        indices = jnp.concatenate([a.indices for a in inputs], axis=1)
+        return LookupSignals(OneHot(indices, inputs[0].num_rows, scales[0]), d, *rest)
+    # numbers of pixels, masks
+    arrays = [a.dense(d.dtype) if isinstance(a, OneHot) else a.astype(d.dtype) for a in inputs]
+    scaled = [
+        a if scale == 1 else jnp.asarray(scale, d.dtype) * a
+        for a, scale in zip(arrays, scales, strict=True)
+    ]
+    a = jnp.concatenate(scaled, axis=1)
     if a.shape[1:3] == (1, 1):
         return DenseSignals(a[:, 0, 0], d[:, :, 0, 0], *rest)
     return SharedSignals(a, d, *rest)

@@ -251,6 +251,11 @@ class SharedSignals(AffineLayerSignals):
         """sum_n sum_s J_l^2, entry by entry."""
         return self.explicit().squares()
 
+    def row_norms(self, sharing: Sharing) -> tuple[Array, Array]:
+        """Sums of the squares of both arrays of ``rows``."""
+        left, right = self.rows(sharing)
+        return jnp.sum(left**2), jnp.sum(right**2)
+
     def rows(self, sharing: Sharing) -> tuple[Array, Array]:
         """What K-FAC builds its factors of, for each group: (G, R, fan_in) and (G, R S, M/G).
 

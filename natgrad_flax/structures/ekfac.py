@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -17,8 +18,8 @@ from natgrad_flax.linalg.dense import (
 )
 from natgrad_flax.linalg.execution import cubic
 from natgrad_flax.operators.base import Blocks
-from natgrad_flax.operators.eigenbasis import Eigenbasis, invert_squares, solve_in_basis
-from natgrad_flax.operators.kronecker import factor_rows, over_groups
+from natgrad_flax.operators.eigenbasis import Basis, Eigenbasis, invert_squares, solve_in_basis
+from natgrad_flax.operators.kronecker import affine, factor_rows, over_groups
 from natgrad_flax.operators.units import UnitBlocks, invert_blocks, unit_blocks
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate
 from natgrad_flax.signals.dense import DenseSignals, Signals
@@ -44,7 +45,8 @@ class EKFAC(AveragedStructure):
     second moments of the per-sample Jacobians in that basis. Of all matrices that are diagonal in
     it, this one is nearest to the Fisher block in Frobenius norm. For shared weights J_ns is the
     true Jacobian of the sample, summed over positions. Groups of units have a basis each.
-    Parameters without Kronecker factors keep their exact Fisher block a unit.
+    Parameters without Kronecker factors keep their exact Fisher block a unit. The basis of the
+    rows of a table that are looked up (embeddings), whose A is a diagonal, is the standard one.
 
     Where eigenvalues of a factor coincide its eigenvectors, and with them G, are not unique. The
     null space of a factor does no harm with "expand": there S* = 0 in every basis.
@@ -72,9 +74,7 @@ class EKFAC(AveragedStructure):
             if isinstance(layer, ExplicitSignals):
                 found.append({"blocks": unit_blocks(layer)})
                 continue
-            assert isinstance(layer, (DenseSignals, SharedSignals))
-            inputs, units = factor_means(layer, self.sharing)
-            found.append({"inputs": inputs, "units": units})
+            found.append(factor_means(affine(layer), self.sharing))
         return tuple(found)
 
     def basis(self, factors: tuple[dict[str, Array], ...]) -> tuple[dict[str, Array], ...]:
@@ -93,7 +93,7 @@ class EKFAC(AveragedStructure):
     ) -> tuple[dict[str, Array], ...]:
         """S* of every layer, (G, K, M/G) or one row and column for each vector of the basis."""
         return tuple(
-            {"squares": _mean_squares(layer, entry["inputs"], entry["units"])} if entry else {}
+            {"squares": _mean_squares(layer, entry)} if entry else {}
             for layer, entry in zip(signals.layers, basis, strict=True)
         )
 
@@ -106,8 +106,12 @@ class EKFAC(AveragedStructure):
                 blocks.append({"blocks": unit_blocks(layer)})
                 basis.append({})
                 continue
-            assert isinstance(layer, (DenseSignals, SharedSignals))
             blocks.append({})
+            layer = affine(layer)
+            if layer.has_diagonal_inputs(self.sharing):
+                units = layer.derivatives.reshape(1, -1, layer.num_units)
+                basis.append({"units": _span(units, False)})
+                continue
             left, right = factor_rows(layer, self.sharing)
             # the Jacobian of a sample lies in the span of its positions, but not of their mean
             whole = isinstance(layer, SharedSignals) and self.sharing == "reduce"
@@ -157,7 +161,8 @@ class EKFAC(AveragedStructure):
             if isinstance(layer, SharedSignals):
                 groups = layer.num_groups
                 samples = samples * layer.num_positions
-            pairs = (samples, layer.fan_in), (samples * directions, layer.num_units // groups)
+            pairs = [(samples, layer.fan_in), (samples * directions, layer.num_units // groups)]
+            pairs = pairs[affine(layer).has_diagonal_inputs(self.sharing) :]
             whole = isinstance(layer, SharedSignals) and self.sharing == "reduce"
             sides.extend(params if whole else min(rows, params) for rows, params in pairs)
         return max(sides)
@@ -175,8 +180,8 @@ class EKFAC(AveragedStructure):
                 count = int(np.prod(factors["blocks"].shape[:2]))
             else:
                 trace = jnp.sum(entry["squares"])
-                sides = [basis[name].shape[1] for name in ("inputs", "units")]
-                count = len(entry["squares"]) * int(np.prod(sides))
+                inputs = basis.get("inputs", entry["squares"]).shape[1]
+                count = len(entry["squares"]) * inputs * basis["units"].shape[1]
             scales.append(trace / float(count))
         return jnp.stack(scales)
 
@@ -223,16 +228,19 @@ def _span(rows: Array, whole: bool) -> Array:
     return over_groups(lambda part: cubic(group, part), rows)
 
 
-def _mean_squares(layer: LayerSignals, left: Array, right: Array) -> Array:
+def _mean_squares(layer: LayerSignals, basis: Basis) -> Array:
     """S* = (1/N) sum_n sum_s (U_A^T J_ns U_B)^2, shape (G, r, r').
 
     Args:
       layer: signals of an affine layer.
-      left: U_A of every group, shape (G, K, r).
-      right: U_B of every group, shape (G, M/G, r').
+      basis: U_A and U_B of every group.
     """
-    assert isinstance(layer, (DenseSignals, SharedSignals))
-    n, inputs = layer.num_samples, layer.augmented_inputs()
+    layer, right = affine(layer), basis["units"]
+    n = layer.num_samples
+    if "inputs" not in basis:
+        turned = dataclasses.replace(layer, derivatives=layer.derivatives @ right[0])
+        return turned.squares()["kernel"][None] / n
+    left, inputs = basis["inputs"], layer.augmented_inputs()
     if isinstance(layer, DenseSignals):
         turned = (inputs @ left[0]) ** 2
         squares = jnp.sum((layer.derivatives @ right[0]) ** 2, axis=1)

@@ -262,6 +262,8 @@ class KFAC(KroneckerAverage):
                 pairs = [(positions * samples, params) for samples, params in pairs]
             elif isinstance(layer, ExplicitSignals):
                 pairs = [(signals.size, layer.fan_in)]
+            if not isinstance(layer, ExplicitSignals):
+                pairs = pairs[affine(layer).has_diagonal_inputs(self.sharing) :]
             for samples, params in pairs:
                 sides.append(params if in_parameters(self.space, samples, params) else samples)
         return max(sides)

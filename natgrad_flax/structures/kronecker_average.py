@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
-from natgrad_flax.linalg.dense import add_diagonal, inverse_psd, symmetric_product
+from natgrad_flax.linalg.dense import add_diagonal, inverse_psd, reciprocal, symmetric_product
 from natgrad_flax.linalg.execution import by_columns, by_rows, product
 from natgrad_flax.operators.kronecker import (
     AffineSignals,
@@ -24,6 +24,7 @@ from natgrad_flax.operators.kronecker import (
 from natgrad_flax.operators.units import invert_blocks, multiply_blocks, unit_blocks
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 
@@ -40,7 +41,7 @@ class KroneckerAverage(AveragedStructure):
     """What ``KFAC`` keeps of a batch: means of A and B, or of the blocks of units.
 
     An entry of an affine layer holds B as "units", and A as "inputs", as "shared" where positions
-    share the weights, or by the "rows" a / sqrt(N) that make it.
+    share the weights, by the "rows" a / sqrt(N) that make it, or by its diagonal as "counts".
     """
 
     sharing: Sharing
@@ -77,16 +78,14 @@ class KroneckerAverage(AveragedStructure):
                 units = symmetric_product(d.T)[None] / n
                 found.append({"rows": a / jnp.sqrt(n), "units": units, "norms": norms})
                 continue
-            inputs, units = factor_means(layer, self.sharing)
             name = "shared" if isinstance(layer, SharedSignals) else "inputs"
-            found.append({name: inputs, "units": units, "norms": norms})
+            found.append({**factor_means(layer, self.sharing, name), "norms": norms})
         return tuple(found)
 
     def _row_norms(self, layer: AffineSignals) -> tuple[Array, Array]:
         """Squared norms of the rows of both factors, of all groups together."""
         if isinstance(layer, SharedSignals):
-            left, right = layer.rows(self.sharing)
-            return jnp.sum(left**2), jnp.sum(right**2)
+            return layer.row_norms(self.sharing)
         norms = layer.input_norms()
         norms = norms if layer.row_weights is None else layer.row_weights * norms
         return jnp.sum(norms), jnp.sum(layer.derivative_norms())
@@ -125,11 +124,13 @@ class KroneckerAverage(AveragedStructure):
                 mean_a = jnp.sum(rows**2) / float(inputs.shape[-1])
             else:
                 a = inputs / by_a
-                mean_a = _mean_diagonal(a)
+                mean_a = jnp.mean(a) if "counts" in entry else _mean_diagonal(a)
             rho_a, rho_b = self._split(rho, mean_a, _mean_diagonal(b))
             units = inverse_groups(b, rho_b, shifted=shifted)
             if "rows" in entry:
                 found.append({"units": units, **_invert_rows(rows, rho_a, shifted)})
+            elif "counts" in entry:
+                found.append({"units": units, "quotients": reciprocal(a + rho_a)[..., None]})
             else:
                 found.append({"units": units, "inputs": inverse_groups(a, rho_a, shifted=shifted)})
         return tuple(found)
@@ -147,7 +148,9 @@ class KroneckerAverage(AveragedStructure):
 
     def _scalings_of(self, factors: tuple[Entry, ...], num_samples: int) -> Scalings:
         sizes: list[Size] = [
-            None if "blocks" in entry else (_inputs(entry).shape[-1], "shared" in entry)
+            None
+            if "blocks" in entry
+            else (_inputs(entry).shape[-1], "shared" in entry or "counts" in entry)
             for entry in factors
         ]
         return self._scalings(sizes, num_samples)
@@ -185,6 +188,8 @@ def _solve_affine(entry: Entry, matrix: Array) -> Array:
             (parts,),
             (entry["rows"], entry["core"]),
         )
+    elif "quotients" in entry:
+        half = entry["quotients"] * parts
     else:
         half = product(entry["inputs"], parts)
     return ungrouped(product(half, entry["units"]))
@@ -205,8 +210,8 @@ def _invert_rows(rows: Array, rho: Array | float, shifted: bool) -> Entry:
 
 
 def _inputs(entry: Entry) -> Array:
-    """A of every group, or its rows, from statistics."""
-    return next(entry[name] for name in ("inputs", "shared", "rows") if name in entry)
+    """A of every group, its rows or its diagonal, from statistics."""
+    return next(entry[name] for name in ("inputs", "shared", "rows", "counts") if name in entry)
 
 
 def _mean_diagonal(factors: Array) -> Array:
@@ -221,12 +226,21 @@ def num_positions(layer: AffineSignals, sharing: Sharing) -> int:
     return 1
 
 
-def factor_means(layer: AffineSignals, sharing: Sharing) -> tuple[Array, Array]:
-    """A = sum a^T a / (N T) and B = sum D^T D / N for each group; means over samples."""
-    left, right = factor_rows(layer, sharing)
+def factor_means(layer: AffineSignals, sharing: Sharing, name: str = "inputs") -> Entry:
+    """A = sum a^T a / (N T) and B = sum D^T D / N for each group; means over samples.
+
+    Returns:
+      B as "units" (G, M/G, M/G), and A (G, K, K) under a name, or where it is a diagonal that,
+      (1, K), as "counts".
+    """
     n = layer.num_samples
     over = float(n * num_positions(layer, sharing))
-    return products_of_rows(left) / over, products_of_rows(right) / float(n)
+    if layer.has_diagonal_inputs(sharing):
+        layer = cast(LookupSignals, layer)
+        units = symmetric_product(layer.derivatives.reshape(-1, layer.num_units).T)
+        return {"counts": layer.counts()[None] / over, "units": units[None] / float(n)}
+    left, right = factor_rows(layer, sharing)
+    return {name: products_of_rows(left) / over, "units": products_of_rows(right) / float(n)}
 
 
 def products_of_rows(rows: Array) -> Array:

@@ -1,8 +1,9 @@
-"""The faulty reductions of jaxlib 0.10 are off, and only these."""
+"""The faulty fusions of jaxlib 0.10 are off, and only these."""
 
 import os
 
 import jax
+import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from jax._src import xla_bridge
 
 from natgrad_flax.signals.capture import linearise
 from natgrad_flax.xla.compiler import (
-    WITHOUT_FAULTY_REDUCTIONS,
-    avoid_faulty_reductions,
+    WITHOUT_FAULTY_FUSIONS,
+    avoid_faulty_fusions,
     flags_of_others,
 )
 
@@ -50,6 +51,21 @@ def test_compiled_derivatives_of_several_outputs_are_right():
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_compiled_products_with_one_number_everywhere_are_right():
+    """Fused with the product, the number was lost and others came in its place."""
+    x = jax.random.normal(jax.random.key(0), (30, 7))
+
+    def products(x):
+        ones = jnp.ones((7, 3))
+        return x @ ones, x.T @ (x @ ones), x @ jnp.broadcast_to(x[0, 0], (7, 3))
+
+    found = jax.jit(products, compiler_options=AS_USERS)(x)
+    a = np.asarray(x, np.float64)
+    sums = a.sum(1, keepdims=True) * np.ones(3)
+    for got, expected in zip(found, (sums, a.T @ sums, a[0, 0] * sums), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture
 def fresh(monkeypatch):
     """As before the first computation of a process with jaxlib 0.10.2 and a flag of the user's."""
@@ -60,10 +76,10 @@ def fresh(monkeypatch):
 
 @pytest.mark.usefixtures("fresh")
 def test_flags_of_the_user_stay():
-    avoid_faulty_reductions()
+    avoid_faulty_fusions()
     flags = os.environ["XLA_FLAGS"]
-    assert flags == f"--xla_cpu_multi_thread_eigen=true {WITHOUT_FAULTY_REDUCTIONS}"
-    avoid_faulty_reductions()
+    assert flags == f"--xla_cpu_multi_thread_eigen=true {WITHOUT_FAULTY_FUSIONS}"
+    avoid_faulty_fusions()
     assert os.environ["XLA_FLAGS"] == flags
     assert flags_of_others(flags) == "--xla_cpu_multi_thread_eigen=true"
 
@@ -71,7 +87,7 @@ def test_flags_of_the_user_stay():
 @pytest.mark.usefixtures("fresh")
 def test_other_versions_are_left_alone(monkeypatch):
     monkeypatch.setattr(jaxlib.version, "__version__", "0.12.0")
-    avoid_faulty_reductions()
+    avoid_faulty_fusions()
     assert os.environ["XLA_FLAGS"] == "--xla_cpu_multi_thread_eigen=true"
 
 
@@ -79,4 +95,4 @@ def test_other_versions_are_left_alone(monkeypatch):
 def test_too_late(monkeypatch):
     monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: True)
     with pytest.warns(RuntimeWarning, match="import natgrad_flax before the first computation"):
-        avoid_faulty_reductions()
+        avoid_faulty_fusions()

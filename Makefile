@@ -85,13 +85,17 @@ test-jax-found: .venv-jax/.dev
 KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py infinite_width.py analytic.py)
 
 # what a release of JAX can break: capture, structures, optimizers, kernels, compiled steps. The rest
-# works on NumPy, files and text, or on JAX in the same way as these
+# works on NumPy, files and text, or on JAX in the same way as these: of structures the battery and
+# the forty steps, of benchmarks what XLA says of a compiled step
 JAX_TESTS := tests/natgrad_flax $(addprefix --ignore=tests/natgrad_flax/, \
-	costs/test_describe.py costs/test_programs.py optimizer/test_checks.py test_geometry.py \
-	structures/test_paper_settings.py structures/test_weight_sharing.py losses \
+	costs/test_describe.py costs/test_programs.py test_geometry.py test_renamed.py losses \
+	$(addprefix optimizer/test_, checks.py averages_bad_input.py) \
+	$(addprefix structures/test_, ekfac.py identities.py paper_settings.py structures.py \
+	weight_sharing.py) \
 	$(addprefix linear/test_, deep_linear.py diagonal_network.py logistic.py \
 	matrix_factorization.py references.py)) \
-	$(addprefix tests/benchmarks/test_, step_benchmark.py kernel_benchmark.py leaderboard_trial.py) \
+	$(addprefix tests/benchmarks/test_, memory_benchmark.py kernel_benchmark.py \
+	leaderboard_trial.py) \
 	$(KERNEL_TESTS) $(addprefix tests/ntk_analysis/test_, analytic_coefficient.py kernels.py)
 
 .PHONY: test-jax11

@@ -7,7 +7,8 @@ import os
 
 import jaxlib.version
 
-FLAGS = ["--xla_backend_optimization_level=0"]
+# one piece a program: on the processors of the suite, which are busy anyway, pieces are overhead
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if jaxlib.version.__version__.startswith("0.10."):
     # the emitters of before; jaxlib 0.12 has no others, and ends the process over the flag
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")

@@ -204,9 +204,8 @@ def test_the_first_step_is_a_natural_one_and_the_second_remembers_it(name: str) 
     assert (max(jax.tree.leaves(change)) > 1e-4) == (name != "exact-momentum")
 
 
-@pytest.mark.parametrize("model", [conv, transformer])
-def test_the_rate_of_theory_is_that_of_the_coefficient_matrix(model: object) -> None:
-    workload = toy(loss=ng.MeanSquaredError(), model=model)
+def test_the_rate_of_theory_is_that_of_the_coefficient_matrix() -> None:
+    workload = toy(loss=ng.MeanSquaredError())
     entry = find_contestant("diagonal")
     rule = TheoreticalRate(entry, workload, OptaxProgram(entry, workload))
     assert rule.note == "1/lambda_max on the first batch"

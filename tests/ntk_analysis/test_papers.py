@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -345,16 +343,6 @@ def test_bare_folder_without_rights_is_an_error(tmp_path):
 
 def test_figure_data_are_no_part_of_the_document():
     assert without_data({"data": {"curve": [1]}, "verdict": "passed"}) == {"verdict": "passed"}
-
-
-def test_drawing_modules_import_no_matplotlib():
-    """Or ``natgrad reproduce --list``, and every other command, would wait for it."""
-    code = (
-        "import sys\n"
-        "import ntk_analysis.report.papers.karakida_osawa, ntk_analysis.cli\n"
-        "assert 'matplotlib' not in sys.modules and 'seaborn' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 # ----- formulas

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -170,8 +167,3 @@ def test_bad_structures():
         isotropy_sweep([ng.Exact()], settings)
     with pytest.raises(TypeError, match="instance"):
         isotropy_sweep({"exact": ng.Exact}, settings)
-
-
-def test_importing_it_does_not_import_pandas():
-    program = "import sys, ntk_analysis.sweep; sys.exit('pandas' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

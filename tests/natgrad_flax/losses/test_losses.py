@@ -81,12 +81,12 @@ def test_fisher_is_the_hessian_in_the_outputs(loss):
 )
 def test_sampled_fisher_is_unbiased(loss):
     outputs, _ = batch(loss)
-    outputs = outputs / 3  # so that the draws of rates are not too wide
-    draws = loss.sample(jax.random.key(0), outputs, 200_000)
+    outputs = outputs[:2] / 3  # so that the draws of rates are not too wide
+    draws = loss.sample(jax.random.key(0), outputs, 50_000)
     estimate = draws @ draws.swapaxes(1, 2)
     size = np.abs(loss.fisher(outputs)).max()
-    np.testing.assert_allclose(estimate, loss.fisher(outputs), atol=0.02 * size)
-    np.testing.assert_allclose(jnp.sum(draws, axis=2) / 200_000**0.5, 0, atol=0.02 * size)
+    np.testing.assert_allclose(estimate, loss.fisher(outputs), atol=0.03 * size)
+    np.testing.assert_allclose(jnp.sum(draws, axis=2) / 50_000**0.5, 0, atol=0.03 * size)
 
 
 def second_moment(loss, f, targets, weights):

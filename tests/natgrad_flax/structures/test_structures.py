@@ -28,7 +28,7 @@ from natgrad_flax.xla.batched_solve import ScaledGram
 
 
 @st.composite
-def problems(draw, min_width=2, max_depth=6, loss=None):
+def problems(draw, min_width=2, max_depth=4, loss=None):
     """A random MLP, a batch and a loss, in float64."""
     depth = draw(st.integers(1, max_depth))
     loss = loss or draw(st.sampled_from([ng.MeanSquaredError(), ng.SoftmaxCrossEntropy()]))

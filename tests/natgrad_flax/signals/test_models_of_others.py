@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from battery import QUICK, made
 from flax import nnx
+from jacobian_oracle import compare, without_formula
 from jax.ad_checkpoint import checkpoint_name
 
 import natgrad_flax as ng
@@ -164,26 +165,9 @@ HAND = {
 }
 
 
-def against_jacobian(model, x):
-    """Gram matrix of the signals beside that of jax.jacobian; the parameters without a formula."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-    @jax.jit
-    def run(params, x):
-        found = ng.jacobian_signals(nnx.merge(graphdef, params, rest), x, check_samples=False)
-        rows = jax.jacobian(lambda p: nnx.merge(graphdef, p, rest, copy=True)(x))(params)
-        return found.gram(), jax.tree.leaves(rows)
-
-    gram, rows = run(params, x)
-    flat = np.concatenate([np.reshape(leaf, (len(gram), -1)) for leaf in rows], axis=1)
-    np.testing.assert_allclose(gram, flat @ flat.T, atol=1e-12 * np.abs(gram).max(), rtol=0)
-    layers = ng.describe(model, x).layers
-    return {
-        f"{layer.path}.{name}".removeprefix("(root).")
-        for layer in layers
-        if layer.formula == "explicit block"
-        for name, _ in layer.parameters
-    }
+def against_jacobian(model, x, **settings):
+    """The parameters without a formula, once the signals are found right."""
+    return without_formula(compare(model, x, **settings))
 
 
 X = np.random.default_rng(1).normal(size=(3, 8))

@@ -72,8 +72,11 @@ class Linen(linen.Module):
 
 
 MODELS = {
-    "a function": (lambda x: x, "got a function: .* a function by an nnx.Module"),
-    "a linen module": (Linen(), r"got a Linen: .* nnx.bridge.ToNNX\(module"),
+    "a function": (
+        lambda x: x,
+        r"got a function: .* a function f\(params, x\) .* by ng.from_function",
+    ),
+    "a linen module": (Linen(), r"got a Linen: .* ng.from_linen\(module, variables\)"),
     "a class": (Net, "got the class Net: make an instance"),
     "an array": (X, "got a ndarray"),
     "text": ("mlp", "got a str"),

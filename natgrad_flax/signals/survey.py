@@ -102,7 +102,8 @@ class _Survey:
             (result,) = (view for view in seen if not _is_parameter(view))
             shape = equation.outvars[0].aval.shape
             if result.shape == shape:
-                spread = parameters[0].broadcast(shape, range(len(shape)))
+                # of its shape, or one number
+                spread = parameters[0].broadcast(shape, range(len(parameters[0].axes)))
                 self.uses_of(spread).biases.append(Bias(spread, result))
                 return None
         cast = name == "convert_element_type"

@@ -29,7 +29,8 @@ class Weights(nnx.Module):
     def __init__(self, call, **shapes):
         rng = np.random.default_rng(0)
         for name, shape in shapes.items():
-            setattr(self, name, nnx.Param(jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5)))
+            value = rng.normal(size=shape) / (*shape, 1)[0] ** 0.5
+            setattr(self, name, nnx.Param(jnp.asarray(value)))
         self.call = call
 
     def __call__(self, x):
@@ -147,6 +148,11 @@ def parted(m, x):
     return jnp.tanh(x[:, :4] @ m.w[:4] + x[:, 4:] @ m.w[4:]) @ m.o
 
 
+def shifted(m, x):
+    """One number for all units."""
+    return jnp.tanh(x @ m.w + m.b[...]) @ m.o
+
+
 HAND = {
     "own layers": (own_layers, {"w": (8, 4), "b": (4,), "g": (4,), "v": (4, 2), "c": (2,)}, {"g"}),
     "chebyshev": (chebyshev, {"first": (8, 4, 3), "second": (4, 2, 3)}, set()),
@@ -160,6 +166,7 @@ HAND = {
     "chosen": (chosen, {"w": (8, 3), "o": (3, 2)}, {"w"}),
     "stopped": (stopped, {"w": (8, 3), "o": (3, 2)}, {"w"}),
     "ruled": (ruled, {"w": (8, 3), "o": (3, 2)}, {"w"}),
+    "shifted": (shifted, {"w": (8, 3), "b": (), "o": (3, 2)}, {"b"}),
     "parted": (parted, {"w": (8, 3), "o": (3, 2)}, {"w"}),
     "tokens": (tokens, {"table": (5, 4), "place": (3, 4), "o": (4, 2)}, {"place"}),
 }

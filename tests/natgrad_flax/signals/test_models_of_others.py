@@ -118,9 +118,33 @@ def counted(m, x):
 
 
 def chosen(m, x):
-    """A branch, whose parameters have no formula."""
-    h = jax.lax.cond(x[0, 0] > 0, lambda x: x @ m.w, lambda x: 2 * x @ m.w, x)
-    return jnp.tanh(h) @ m.o
+    """Every sample takes a branch: with a bias, with more weights, or with none."""
+
+    def one(x):
+        h = jax.lax.switch(
+            jnp.int32(2 * jnp.abs(x[3])) % 3,
+            [
+                lambda x: x @ m.w + m.b,
+                lambda x: 2 * x @ m.w + jnp.sin(x @ m.v),
+                lambda x: x[:3] * m.c,
+            ],
+            x,
+        )
+        return jnp.tanh(h) @ m.o + jax.lax.cond(x[1] > 0, lambda: m.r[...], lambda: 2 * m.r)
+
+    return jax.lax.map(one, x)
+
+
+def alternating(m, x):
+    """Layers of two kinds, one after the other in a loop."""
+
+    def layer(h, parts):
+        number, own = parts
+        return jax.lax.cond(
+            number % 2 == 0, lambda h: jnp.tanh(h @ own), lambda h: h @ own + jnp.sin(h @ m.w), h
+        ), None
+
+    return jax.lax.scan(layer, x, (jnp.arange(3), m.own[...]))[0] @ m.o
 
 
 def stopped(m, x):
@@ -163,7 +187,12 @@ HAND = {
     "equation": (equation, {"w": (8, 4), "b": (4,), "o": (4, 1)}, None),
     "fused": (fused, {"w": (8, 4), "o": (2, 2)}, set()),
     "counted": (counted, {"i": (8, 3), "h": (3, 3), "o": (3, 2)}, set()),
-    "chosen": (chosen, {"w": (8, 3), "o": (3, 2)}, {"w"}),
+    "chosen": (
+        chosen,
+        {"w": (8, 3), "b": (3,), "v": (8, 3), "c": (3,), "o": (3, 2), "r": (2,)},
+        {"b", "c", "r"},
+    ),
+    "alternating": (alternating, {"own": (3, 8, 8), "w": (8, 8), "o": (8, 2)}, set()),
     "stopped": (stopped, {"w": (8, 3), "o": (3, 2)}, {"w"}),
     "ruled": (ruled, {"w": (8, 3), "o": (3, 2)}, {"w"}),
     "shifted": (shifted, {"w": (8, 3), "b": (), "o": (3, 2)}, {"b"}),

@@ -92,8 +92,7 @@ def from_function(function: Callable[[Any, Any], Array], params: Any) -> Wrapped
         return Wrapped(_OfFunction(function), _checked(params, "params"), {})
     leaves, tree = jax.tree.flatten(params)
     moving = [_is_floating(leaf) for leaf in leaves]
-    found = tree.unflatten([m if is_m else None for m, is_m in zip(leaves, moving, strict=True)])
-    fields = _fields(found)
+    fields = _fields(jax.tree.map(lambda leaf: leaf if _is_floating(leaf) else None, params))
     arrays = {
         str(i): leaf
         for i, leaf in enumerate(leaves)

@@ -200,17 +200,18 @@ def tied_gpt(m, x):
     return m.table.attend(m.norm(x))
 
 
-@style(
-    SEQUENCES,
-    enter=linear(2, w),
-    route=linear(w, 3, use_bias=False),
-    gate=param(3, w, w),
-    up=param(3, w, w),
-    down=param(3, w, w),
-    head=linear(w, OUTPUTS),
-)
+EXPERTS = {
+    "enter": linear(2, w),
+    "route": linear(w, 3, use_bias=False),
+    "up": param(3, w, w),
+    "down": param(3, w, w),
+    "head": linear(w, OUTPUTS),
+}
+
+
+@style(SEQUENCES, gate=param(3, w, w), **EXPERTS)
 def mixture(m, x):
-    """The two best of three experts for every token, whose weights are looked up."""
+    """The two best of three experts for every token, weighed."""
     x = m.enter(x)
     share, which = jax.lax.top_k(jax.nn.softmax(m.route(x)), 2)
     gate = jnp.einsum("ntk,ekf->ntef", x, m.gate[...])
@@ -220,14 +221,7 @@ def mixture(m, x):
     return m.head((x + (share[..., None] * found).sum(axis=2)).mean(axis=1))
 
 
-@style(
-    SEQUENCES,
-    enter=linear(2, w),
-    route=linear(w, 3, use_bias=False),
-    up=param(3, w, w),
-    down=param(3, w, w),
-    head=linear(w, OUTPUTS),
-)
+@style(SEQUENCES, **EXPERTS)
 def dispatch(m, x):
     """The best of three experts for every token, each with its own copy of the weights."""
     x = m.enter(x)

@@ -1,4 +1,4 @@
-"""Networks that are no modules of nnx: plain functions of parameters, and modules of linen."""
+"""Networks that are no modules of nnx: functions of trees (also Equinox's), and linen's modules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -44,16 +45,18 @@ def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable)
 
 
-def from_function(function: Callable[[Any, Any], Array], params: Mapping[str, Any]) -> Wrapped:
+def from_function(function: Callable[[Any, Any], Array], params: Any) -> Wrapped:
     """A module for a plain function of parameters: f(params, x) of shape (N, ..., C).
 
     Args:
       function: from parameters and inputs, arrays (N, ...) or a tree of them, to outputs. Programs
         compile once for a function object.
-      params: a dictionary by names, of arrays or of dictionaries and lists of them.
+      params: a dictionary by names, of arrays or of dictionaries and lists of them. Or a tree with
+        named fields, such as a module of Equinox: its floating arrays are the parameters, and
+        whatever else it has is held.
 
     Raises:
-      TypeError: no function, no dictionary, or a parameter that is no floating array.
+      TypeError: no function, no names, or a parameter that is no floating array.
       ValueError: a name that is none of Python's, or that a module has for itself.
 
     Example:
@@ -74,10 +77,30 @@ def from_function(function: Callable[[Any, Any], Array], params: Mapping[str, An
       ...     params = optax.apply_updates(params, updates)
       >>> bool(loss(network(params, x), y) < before)
       True
+
+      With Equinox, ``network = lambda net, x: jax.vmap(net)(x)`` and ``net`` a module of it::
+
+        params = eqx.filter(net, eqx.is_inexact_array)
+        grads = eqx.filter_grad(lambda net: loss(network(net, x), y))(net)
+        module = ng.from_function(network, net)
+        updates, state = tx.update(grads, state, params, module=module, x=x, y=y)
+        net = eqx.apply_updates(net, updates)
     """
     if not callable(function):
         raise TypeError(f"function must be a function f(params, x), got {function!r:.60}")
-    return Wrapped(_OfFunction(function), _checked(params, "params"), {})
+    if isinstance(params, Mapping):
+        return Wrapped(_OfFunction(function), _checked(params, "params"), {})
+    leaves, tree = jax.tree.flatten(params)
+    moving = [_is_floating(leaf) for leaf in leaves]
+    fields = _fields(jax.tree.map(lambda leaf: leaf if _is_floating(leaf) else None, params))
+    arrays = {
+        str(i): leaf
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Array | np.ndarray) and not moving[i]
+    }
+    others = [None if moving[i] or str(i) in arrays else leaf for i, leaf in enumerate(leaves)]
+    call = _OfTree(function, tree, tuple(fields), tuple(moving), tuple(others))
+    return Wrapped(call, _checked(fields or params, "params"), arrays)
 
 
 def from_linen(module: Any, variables: Mapping[str, Any], **arguments: Any) -> Wrapped:
@@ -127,6 +150,46 @@ class _OfFunction:
 
 
 @dataclass(frozen=True)
+class _OfTree:
+    """f(tree, x) of a tree with named fields; equal where all but its arrays is.
+
+    Attributes:
+      function: f.
+      tree: structure of the tree.
+      fields: names of those that hold parameters, in its order.
+      moving: for each leaf whether it is a parameter.
+      others: the leaves that are no arrays, by their place.
+    """
+
+    function: Callable[[Any, Any], Any]
+    tree: Any
+    fields: tuple[str, ...]
+    moving: tuple[bool, ...]
+    others: tuple[Any, ...]
+
+    def __call__(self, params: Any, held: Any, x: Any) -> Any:
+        values = iter(jax.tree.leaves([params[name] for name in self.fields]))
+        leaves = [
+            next(values) if moves else held.get(str(number), other)
+            for number, (moves, other) in enumerate(zip(self.moving, self.others, strict=True))
+        ]
+        return self.function(self.tree.unflatten(leaves), x)
+
+
+def _fields(tree: Any) -> dict[str, Any]:
+    """The fields of a tree that have leaves, by their names."""
+    inside = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: node is not tree)
+    named = [(path, field) for path, field in inside if jax.tree.leaves(field)]
+    if not all(path and isinstance(path[0], jax.tree_util.GetAttrKey) for path, _ in named):
+        return {}
+    return {path[0].name: field for path, field in named}
+
+
+def _is_floating(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+@dataclass(frozen=True)
 class _OfLinen:
     """A module of linen, applied to its variables."""
 
@@ -141,15 +204,14 @@ def _checked(params: Any, name: str) -> dict[str, Any]:
     """Parameters by names that can be attributes of a module."""
     if not isinstance(params, Mapping) or not params:
         raise TypeError(
-            f"{name} must be a dictionary of parameters by name, got {params!r:.60}; put other "
-            'trees into one: {"params": tree}'
+            f"{name} must be a dictionary of parameters by name, or a tree with named fields that "
+            f'has some, got {params!r:.60}; put other trees into one: {{"params": tree}}'
         )
     for key, tree in params.items():
         if not (isinstance(key, str) and key.isidentifier()) or hasattr(nnx.Module, key):
             raise ValueError(f"{name} has the name {key!r}, which cannot be one of a module")
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            dtype = getattr(leaf, "dtype", None)
-            if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            if not _is_floating(leaf):
                 where = name + f"[{key!r}]" + jax.tree_util.keystr(path)
                 raise TypeError(f"{where} must be a floating array, got {leaf!r:.60}")
     return {key: _plain(tree) for key, tree in params.items()}

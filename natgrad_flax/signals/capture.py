@@ -10,7 +10,8 @@ was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -44,7 +45,8 @@ def linearise(
       outputs and parameters, whatever the layers compute in.
 
     Raises:
-      ValueError, TypeError: as in ``plan_layers``.
+      ValueError, TypeError: as in ``plan_layers``; a program that can't be differentiated, such as
+        one with host callbacks on what depends on parameters.
     """
     plan = plan_layers(model, x, wrt)
     n = batch_size(x)
@@ -58,17 +60,32 @@ def linearise(
     def batch(perturbations: Tape, free: dict[Path, Array]) -> Any:
         return jax.vmap(plan.run)(perturbations, free, x)
 
-    computed, backward, tape = jax.vjp(batch, zeros, free, has_aux=True)
+    with _derivatives_of(model):
+        computed, backward, tape = jax.vjp(batch, zeros, free, has_aux=True)
     dtype = solve_dtype(computed.dtype, *(value.dtype for value in plan.values.values()))
     outputs = computed.astype(dtype)
 
     def signals(directions: Array) -> Signals:
-        found = jax.vmap(backward, in_axes=1, out_axes=1)(directions.astype(computed.dtype))
+        with _derivatives_of(model):
+            found = jax.vmap(backward, in_axes=1, out_axes=1)(directions.astype(computed.dtype))
         recorded, carried, blocks = jax.tree.map(lambda leaf: _cast(leaf, dtype), (tape, *found))
         layers = tuple(_signals(layer, recorded, carried, blocks) for layer in plan.layers)
         return Signals(layers, outputs)
 
     return outputs, signals
+
+
+@contextmanager
+def _derivatives_of(model: nnx.Module) -> Iterator[None]:
+    """Says in one sentence why JAX can't differentiate a model."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        text = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"the outputs of {type(model).__name__} have no derivatives that JAX finds by reverse "
+            f"mode for each sample alone: {type(error).__name__}: {text}"
+        ) from error
 
 
 def _cast(array: Array, dtype: Any) -> Array:

@@ -123,8 +123,8 @@ def check_model(model: object) -> None:
     kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
     raise TypeError(
         f"model must be a flax.nnx.Module, got {kind}: make an instance of a class; a linen module "
-        "becomes one by nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x), a function by an "
-        "nnx.Module that holds its parameters as nnx.Param and calls it"
+        "becomes one by ng.from_linen(module, variables), a function f(params, x) or a module of "
+        "Equinox by ng.from_function(function, params)"
     )
 
 

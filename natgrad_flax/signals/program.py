@@ -4,7 +4,8 @@ A place is an equation that is linear in a parameter, or in a rearranged part of
 (``dot_general``), a convolution, the rows of a table (``gather``). The program is run anew with
 something added to the results of places and with their other operand recorded; the derivative with
 respect to what was added is D, what was recorded is a. Programs within the program are followed:
-those of ``jit`` and ``checkpoint``, and loops (``scan``), where both get an axis of steps.
+those of ``jit`` and ``checkpoint``, loops (``scan``), where both get an axis of steps, and branches
+(``cond``), where both are zero in those that are not taken.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Literal
 
@@ -101,20 +103,22 @@ class Program:
       jaxpr: its equations.
       consts: its constants.
       places: by the number of the equation.
-      inner: programs within it that hold places, by the number of the equation.
+      inner: programs within it that hold places, by the number of the equation: the one that it
+        calls, or all branches.
     """
 
     jaxpr: Any
     consts: Sequence[Any]
     places: dict[int, Place] = field(default_factory=dict)
-    inner: dict[int, Program] = field(default_factory=dict)
+    inner: dict[int, tuple[Program, ...]] = field(default_factory=dict)
 
     def numbers(self) -> Iterator[int]:
         """Of all places, also those of the programs within."""
         for place in self.places.values():
             yield place.number
-        for program in self.inner.values():
-            yield from program.numbers()
+        for programs in self.inner.values():
+            for program in programs:
+                yield from program.numbers()
 
 
 Tape = dict[int, Array]
@@ -146,13 +150,11 @@ def run(
         given = [read(v) for v in equation.invars]
         with equation.ctx.manager:
             if number in program.inner:
-                own = {
-                    n: perturbations[n]
-                    for n in program.inner[number].numbers()
-                    if n in perturbations
-                }
-                follow = _scanned if equation.primitive.name == "scan" else _entered
-                found, more = follow(equation, program.inner[number], given, own)
+                inner = program.inner[number]
+                numbers = (n for within in inner for n in within.numbers())
+                own = {n: perturbations[n] for n in numbers if n in perturbations}
+                follow = _INSIDE.get(equation.primitive.name, _entered)
+                found, more = follow(equation, inner, given, own)
                 tape.update(more)
             else:
                 found = _bind(equation, given)
@@ -173,8 +175,10 @@ def _bind(equation: Any, given: list[Any]) -> list[Any]:
 
 
 def _entered(
-    equation: Any, program: Program, given: list[Any], perturbations: Tape
+    equation: Any, programs: tuple[Program, ...], given: list[Any], perturbations: Tape
 ) -> tuple[list[Any], Tape]:
+    (program,) = programs
+
     def call(given: list[Any], perturbations: Tape) -> tuple[list[Any], Tape]:
         return run(program, given, perturbations)
 
@@ -186,10 +190,40 @@ def _entered(
     return call(given, perturbations)
 
 
+def _branched(
+    equation: Any, branches: tuple[Program, ...], given: list[Any], perturbations: Tape
+) -> tuple[list[Any], Tape]:
+    """The branch that is taken; what the others would have recorded is zero."""
+    del equation
+    index, *operands = given
+
+    def taken(branch: Program) -> Any:
+        def call(operands: list[Any], perturbations: Tape) -> tuple[list[Any], Tape]:
+            numbers = [n for n in branch.numbers() if n in perturbations]
+            return run(branch, operands, {n: perturbations[n] for n in numbers})
+
+        return call
+
+    calls = [taken(branch) for branch in branches]
+    tapes = [jax.eval_shape(call, operands, perturbations)[1] for call in calls]
+    shapes = {number: shape for tape in tapes for number, shape in tape.items()}
+
+    def filled(call: Any) -> Any:
+        def with_all(operands: list[Any], perturbations: Tape) -> tuple[list[Any], Tape]:
+            found, tape = call(operands, perturbations)
+            rest = {n: jnp.zeros(s.shape, s.dtype) for n, s in shapes.items() if n not in tape}
+            return found, tape | rest
+
+        return with_all
+
+    return jax.lax.switch(index, [filled(call) for call in calls], operands, perturbations)
+
+
 def _scanned(
-    equation: Any, program: Program, given: list[Any], perturbations: Tape
+    equation: Any, programs: tuple[Program, ...], given: list[Any], perturbations: Tape
 ) -> tuple[list[Any], Tape]:
     """A loop whose body is run with what is added at each step."""
+    (program,) = programs
     params = equation.params
     consts, carry = loop_inputs(equation)
 
@@ -208,6 +242,9 @@ def _scanned(
         unroll=params["unroll"],
     )
     return [*last, *stacked], tape
+
+
+_INSIDE = {"scan": _scanned, "cond": _branched}
 
 
 def loop_inputs(equation: Any) -> tuple[int, int]:

@@ -89,6 +89,9 @@ class _Survey:
         if name == "scan":
             self._scan(program, number, equation, seen, loops)
             return None
+        if name == "cond":
+            self._branches(program, number, equation, seen, loops)
+            return None
         parameters = [view for view in seen if _is_parameter(view)]
         if len(parameters) == 1:
             side = seen.index(parameters[0])
@@ -102,7 +105,8 @@ class _Survey:
             (result,) = (view for view in seen if not _is_parameter(view))
             shape = equation.outvars[0].aval.shape
             if result.shape == shape:
-                spread = parameters[0].broadcast(shape, range(len(shape)))
+                # of its shape, or one number
+                spread = parameters[0].broadcast(shape, range(len(parameters[0].axes)))
                 self.uses_of(spread).biases.append(Bias(spread, result))
                 return None
         cast = name == "convert_element_type"
@@ -117,8 +121,23 @@ class _Survey:
         """Follows a program within the program."""
         called, found = self.program(inner.jaxpr, inner.consts, seen, loops)
         if next(called.numbers(), None) is not None:
-            program.inner[number] = called
+            program.inner[number] = (called,)
         return found
+
+    def _branches(
+        self, program: Program, number: int, equation: Any, seen: list[Any], loops: tuple[int, ...]
+    ) -> None:
+        """Follows all branches, with what each sees of parameters."""
+        tags = [view if _is_parameter(view) else None for view in seen[1:]]
+        branches = []
+        for inner in equation.params["branches"]:
+            called, found = self.program(inner.jaxpr, inner.consts, tags, loops)
+            branches.append(called)
+            for view in found:
+                if _is_parameter(view):
+                    self.uses_of(view).others.append("cond")
+        if any(next(called.numbers(), None) is not None for called in branches):
+            program.inner[number] = tuple(branches)
 
     def _scan(
         self, program: Program, number: int, equation: Any, seen: list[Any], loops: tuple[int, ...]

@@ -112,6 +112,10 @@ OTHERS = {
         lambda: run(LABELS, loss=ng.MeanSquaredError()),
         Refused(r"one-hot encoding, or are for ng.SoftmaxCrossEntropy\(\)"),
     ),
+    "class numbers for binary targets": (
+        lambda: run(LABELS, loss=ng.SigmoidCrossEntropy()),
+        Refused(r"y must have shape \(N, C\),.* and N = 4, got \(4,\)"),
+    ),
     "no binary targets": (
         lambda: run(3 * ONE_HOT, loss=ng.SigmoidCrossEntropy()),
         Refused("must lie between 0 and 1.*found 0 to 3"),

@@ -9,6 +9,7 @@ import pytest
 from fault_harness import Refused, Right, over
 from fault_networks import ENTRIES, SETTINGS, Net, X, Y, kernels, plain, step, update
 from flax import linen, nnx
+from jax.experimental import io_callback
 
 import natgrad_flax as ng
 import ntk_analysis as na
@@ -56,6 +57,69 @@ def test_outputs_that_are_refused(run, answer):
     answer.check(run)
 
 
+def on_the_host(function, a, **settings):
+    return jax.pure_callback(function, jax.ShapeDtypeStruct(a.shape, a.dtype), a, **settings)
+
+
+@jax.custom_jvp
+def ruled(h):
+    """A tanh of NumPy's."""
+    return on_the_host(np.tanh, h, vmap_method="sequential")
+
+
+@ruled.defjvp
+def _(primals, tangents):
+    h = ruled(*primals)
+    return h, (1 - h**2) * tangents[0]
+
+
+def logs(m, x, **settings):
+    """Shows activations to the host on their way."""
+    io_callback(lambda a: None, None, m.a(x), **settings)
+    return plain(m, x)
+
+
+def speaks(m, x):
+    h = m.a(x)
+    jax.debug.callback(lambda a: None, h)
+    return m.b(jnp.tanh(h))
+
+
+DERIVATIVES = (
+    "the outputs of Net have no derivatives that JAX finds by reverse mode for each sample "
+)
+PROGRAMS = {
+    "a callback on activations": (
+        lambda m, x: m.b(on_the_host(np.tanh, m.a(x), vmap_method="sequential")),
+        Refused(DERIVATIVES + ".*use `jax.custom_jvp`"),
+    ),
+    "a callback on a batch": (
+        lambda m, x: plain(m, on_the_host(np.copy, x)),
+        Refused(DERIVATIVES + ".*vmap_method"),
+    ),
+    "activations for a log": (logs, Refused(DERIVATIVES + ".*IO callbacks do not support JVP")),
+    "an order of calls": (
+        lambda m, x: logs(m, jax.lax.stop_gradient(x), ordered=True),
+        Refused(DERIVATIVES),
+    ),
+    "a loop of unknown length": (
+        lambda m, x: m.b(jax.lax.while_loop(lambda h: h.sum() < 1, lambda h: h + 1, m.a(x))),
+        Refused(DERIVATIVES + ".*lax.while_loop"),
+    ),
+    "a callback on inputs": (
+        lambda m, x: plain(m, on_the_host(np.copy, x, vmap_method="sequential")),
+        AS_PLAIN := Right(lambda: update(Net()), 1e-5),
+    ),
+    "a callback with a rule": (lambda m, x: m.b(ruled(m.a(x))), AS_PLAIN),
+    "a debugger": (speaks, AS_PLAIN),
+}
+
+
+@over({name: (lambda f=f: update(Net(f)), answer) for name, (f, answer) in PROGRAMS.items()})
+def test_programs_that_call_the_host_or_cannot_be_differentiated(run, answer):
+    answer.check(run)
+
+
 @dataclasses.dataclass
 class Config:
     """A user's settings, which cannot be hashed."""
@@ -72,8 +136,11 @@ class Linen(linen.Module):
 
 
 MODELS = {
-    "a function": (lambda x: x, "got a function: .* a function by an nnx.Module"),
-    "a linen module": (Linen(), r"got a Linen: .* nnx.bridge.ToNNX\(module"),
+    "a function": (
+        lambda x: x,
+        r"got a function: .* a function f\(params, x\) .* by ng.from_function",
+    ),
+    "a linen module": (Linen(), r"got a Linen: .* ng.from_linen\(module, variables\)"),
     "a class": (Net, "got the class Net: make an instance"),
     "an array": (X, "got a ndarray"),
     "text": ("mlp", "got a str"),

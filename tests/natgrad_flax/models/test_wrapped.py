@@ -1,6 +1,9 @@
 """One network as a module of nnx, of linen and as a function; and what cannot be wrapped."""
 
 import doctest
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import flax.linen
 import jax
@@ -123,6 +126,84 @@ def test_train_state_of_linen(average):
     assert losses[-1] < 0.75 * losses[0]
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["second", "shift", "first", "shape"],
+    meta_fields=["scale"],
+)
+@dataclass
+class Fields:
+    """A tree with two products, and with what can't move: an order, a function, a number."""
+
+    first: Any
+    second: Any
+    shift: Any
+    shape: Any
+    scale: float
+
+
+def test_a_tree_with_fields():
+    """As the dictionary of its parameters; what is no floating array is held."""
+    variables, order = draw()["params"], np.array([1, 0])
+    names = ("Dense_0", "Dense_1")
+    dense = {name: variables[name]["kernel"] for name in names} | {"shift": jnp.ones(2)}
+
+    def plain(params, x):
+        out = jnp.tanh(x @ params["Dense_0"]) @ params["Dense_1"]
+        return 2 * out[:, order] + params["shift"]
+
+    def run(tree, x):
+        out = tree.shape["f"](x @ tree.first["w"]) @ tree.second
+        return tree.scale * out[:, tree.shape["order"]] + tree.shift
+
+    def module():
+        shape = {"order": order, "f": jnp.tanh}
+        first = {"w": dense["Dense_0"]}
+        return ng.from_function(run, Fields(first, dense["Dense_1"], dense["shift"], shape, 2.0))
+
+    settings = {"structure": ng.KFAC(), "loss": LOSS, "damping": 0.1}
+    found = ng.natural_gradient(module(), X, Y, **settings)
+    wanted = ng.natural_gradient(ng.from_function(plain, dense), X, Y, **settings)
+    for one, other in (
+        (found["first"]["w"], wanted["Dense_0"]),
+        (found["second"], wanted["Dense_1"]),
+        (found["shift"], wanted["shift"]),
+    ):
+        np.testing.assert_allclose(one[...], other[...], rtol=1e-5, atol=1e-6)
+    assert nnx.graphdef(module()) == nnx.graphdef(module()), "each would be compiled anew"
+
+
+def test_equinox():
+    """The loop of the docstring, step by step as that of the network as a plain function."""
+    eqx = pytest.importorskip("equinox")
+    x, y = jnp.asarray(X, jnp.float32), jnp.asarray(Y, jnp.float32)
+    net = eqx.nn.MLP(3, 2, 4, 1, activation=jnp.tanh, key=jax.random.key(0))
+    params = {f"l{i}": {"w": a.weight, "b": a.bias} for i, a in enumerate(net.layers)}
+
+    def network(net, x):
+        return jax.vmap(net)(x)
+
+    def plain(params, x):
+        one, two = params["l0"], params["l1"]
+        return jnp.tanh(x @ one["w"].T + one["b"]) @ two["w"].T + two["b"]
+
+    tx = ng.natural_gradient_descent(0.2, structure=ng.KFAC(), damping=0.1, loss=LOSS)
+    state, other = tx.init(eqx.filter(net, eqx.is_inexact_array)), tx.init(params)
+    for _ in range(3):
+        chosen = eqx.filter(net, eqx.is_inexact_array)
+        grads = eqx.filter_grad(lambda net: LOSS(network(net, x), y))(net)
+        module = ng.from_function(network, net)
+        updates, state = tx.update(grads, state, chosen, module=module, x=x, y=y)
+        net = eqx.apply_updates(net, updates)
+        grads = jax.grad(lambda p: LOSS(plain(p, x), y))(params)
+        module = ng.from_function(plain, params)
+        updates, other = tx.update(grads, other, params, module=module, x=x, y=y)
+        params = optax.apply_updates(params, updates)
+    for layer, wanted in zip(net.layers, params.values(), strict=True):
+        np.testing.assert_allclose(layer.weight, wanted["w"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(layer.bias, wanted["b"], rtol=1e-4, atol=1e-5)
+
+
 def test_statistics_in_training_are_refused():
     variables = Linen().init(jax.random.key(0), jnp.asarray(X))
     model = ng.from_linen(Linen(), variables, train=True)
@@ -133,6 +214,10 @@ def test_statistics_in_training_are_refused():
 BAD = {
     "no function": (lambda: ng.from_function(None, {"w": X}), "must be a function f"),
     "no dictionary": (lambda: ng.from_function(function, [X]), "must be a dictionary of param"),
+    "a tree without parameters": (
+        lambda: ng.from_function(function, Fields({}, None, None, np.arange(2), 1.0)),
+        "tree with named fields that has some, got Fields",
+    ),
     "nothing": (lambda: ng.from_function(function, {}), "must be a dictionary of parameters"),
     "integers": (
         lambda: ng.from_function(function, {"w": {"n": np.arange(3)}}),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from battery import QUICK
 from flax import nnx
+from jacobian_oracle import compare, with_values
 
 import natgrad_flax as ng
 from natgrad_flax.models.transformer import attend
@@ -56,67 +57,6 @@ def settings():
     return {"param_dtype": jnp.float64, "rngs": rngs()}
 
 
-def build(model, seed=0):
-    """The model in evaluation mode with NumPy's random parameters, so that none is compiled."""
-    rng = np.random.default_rng(seed)
-    graphdef, params, stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-
-    def draw(leaf):
-        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-
-    def other(leaf):
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.key(seed)
-        return jnp.asarray(rng.integers(0, 2, leaf.shape), leaf.dtype)
-
-    params = jax.tree.map(draw, params)
-    stats = jax.tree.map(lambda leaf: jnp.asarray(np.abs(draw(leaf)) + 0.5), stats)
-    model = nnx.merge(graphdef, params, stats, jax.tree.map(other, rest))
-    model.eval()
-    return model
-
-
-def compare(model, x, wrt=nnx.Param):
-    """Signals whose rows, in the shapes of the parameters, are those of jax.jacobian."""
-    graphdef, chosen, rest = nnx.split(model, wrt, ...)
-
-    @partial(jax.jit, compiler_options=QUICK)
-    def run(chosen, rest, x):
-        signals = ng.jacobian_signals(nnx.merge(graphdef, chosen, rest), x, wrt)
-        rows = [
-            jax.vmap(lambda row, a=a: a.parameters(a.unravel(row)))(a.to_dense())
-            for a in signals.layers
-        ]
-        truth = jax.jacobian(lambda p: nnx.merge(graphdef, p, rest, copy=True)(x))(chosen)
-        return signals, rows, [a.gram() for a in signals.layers], truth
-
-    signals, rows, grams, truth = run(chosen, rest, x)
-    expected = {tuple(path): leaf[...] for path, leaf in nnx.to_flat_state(truth)}
-    seen = set()
-    for layer, found, gram in zip(signals.layers, rows, grams, strict=True):
-        flat = []
-        for name, value in found.items():
-            path, part = (*layer.path, name), layer.parts()[name]
-            want = np.asarray(expected[path])
-            want = (want if part is None else want[:, :, part]).reshape(value.shape)
-            scale = max(1.0, np.abs(want).max())
-            np.testing.assert_allclose(
-                value / scale, want / scale, atol=1e-10, rtol=0, err_msg=str(path)
-            )
-            # softmax does not see what all keys share
-            moves = path[-2:] == ("key", "bias") or np.abs(want).max() > 1e-6
-            assert moves, f"{path} has no influence: the test shows nothing"
-            flat.append(want.reshape(len(want), -1))
-            assert (path, part) not in seen
-            seen.add((path, part))
-        dense = np.concatenate(flat, axis=1)
-        np.testing.assert_allclose(gram, dense @ dense.T, rtol=1e-9, atol=1e-9)
-    assert {path for path, _ in seen} == set(expected)
-    return signals
-
-
 def kinds(signals):
     """By the kind of signals the layers, or their parameters where these are explicit."""
     found = {DenseSignals: set(), SharedSignals: set(), ExplicitSignals: set()}
@@ -129,7 +69,7 @@ def kinds(signals):
 
 def check(branches, width=60, samples=2):
     """Signals by the name of the branch (the first of several layers)."""
-    model = build(nnx.eval_shape(lambda: Branches(branches(settings()))))
+    model = with_values(nnx.eval_shape(lambda: Branches(branches(settings()))))
     signals = compare(model, jnp.asarray(np.random.default_rng(1).normal(size=(samples, width))))
     return {a.path[1]: a for a in reversed(signals.layers)}, signals
 
@@ -343,7 +283,7 @@ INPUTS = np.random.default_rng(1).normal(size=(2, 4))
 
 
 def test_parameters_without_a_formula():
-    model = build(nnx.eval_shape(lambda: Tied(settings())))
+    model = with_values(nnx.eval_shape(lambda: Tied(settings())))
     dense, shared, explicit = kinds(compare(model, jnp.asarray(INPUTS)))
     assert not dense
     assert shared == {"twice", "conv", "first"}
@@ -358,7 +298,7 @@ def test_parameters_without_a_formula():
 
 
 def test_wrapped_layers():
-    model = build(nnx.eval_shape(lambda: Wrapped(settings())))
+    model = with_values(nnx.eval_shape(lambda: Wrapped(settings())))
     dense, shared, explicit = kinds(compare(model, jnp.asarray(INPUTS)))
     assert dense == {"sequence.layers.0", "low", "low.lora", "inner", "compiled", "stack"}
     gates = ("ii", "if_", "ig", "io", "hi", "hf", "hg", "ho")
@@ -371,7 +311,7 @@ def test_wrapped_layers():
 
 def test_filters():
     """The Fisher is that of the chosen parameters; the others are held."""
-    model = build(nnx.eval_shape(lambda: Tied(settings())))
+    model = with_values(nnx.eval_shape(lambda: Tied(settings())))
     some = nnx.All(nnx.Param, nnx.Any(nnx.PathContains("twice"), nnx.PathContains("shift")))
     bias = nnx.All(nnx.PathContains("second"), nnx.PathContains("bias"))
 

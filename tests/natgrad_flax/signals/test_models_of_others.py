@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from battery import QUICK, made
 from flax import nnx
+from jacobian_oracle import compare, without_formula
 from jax.ad_checkpoint import checkpoint_name
 
 import natgrad_flax as ng
@@ -28,7 +29,8 @@ class Weights(nnx.Module):
     def __init__(self, call, **shapes):
         rng = np.random.default_rng(0)
         for name, shape in shapes.items():
-            setattr(self, name, nnx.Param(jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5)))
+            value = rng.normal(size=shape) / (*shape, 1)[0] ** 0.5
+            setattr(self, name, nnx.Param(jnp.asarray(value)))
         self.call = call
 
     def __call__(self, x):
@@ -116,9 +118,33 @@ def counted(m, x):
 
 
 def chosen(m, x):
-    """A branch, whose parameters have no formula."""
-    h = jax.lax.cond(x[0, 0] > 0, lambda x: x @ m.w, lambda x: 2 * x @ m.w, x)
-    return jnp.tanh(h) @ m.o
+    """Every sample takes a branch: with a bias, with more weights, or with none."""
+
+    def one(x):
+        h = jax.lax.switch(
+            jnp.int32(2 * jnp.abs(x[3])) % 3,
+            [
+                lambda x: x @ m.w + m.b,
+                lambda x: 2 * x @ m.w + jnp.sin(x @ m.v),
+                lambda x: x[:3] * m.c,
+            ],
+            x,
+        )
+        return jnp.tanh(h) @ m.o + jax.lax.cond(x[1] > 0, lambda: m.r[...], lambda: 2 * m.r)
+
+    return jax.lax.map(one, x)
+
+
+def alternating(m, x):
+    """Layers of two kinds, one after the other in a loop."""
+
+    def layer(h, parts):
+        number, own = parts
+        return jax.lax.cond(
+            number % 2 == 0, lambda h: jnp.tanh(h @ own), lambda h: h @ own + jnp.sin(h @ m.w), h
+        ), None
+
+    return jax.lax.scan(layer, x, (jnp.arange(3), m.own[...]))[0] @ m.o
 
 
 def stopped(m, x):
@@ -146,6 +172,11 @@ def parted(m, x):
     return jnp.tanh(x[:, :4] @ m.w[:4] + x[:, 4:] @ m.w[4:]) @ m.o
 
 
+def shifted(m, x):
+    """One number for all units."""
+    return jnp.tanh(x @ m.w + m.b[...]) @ m.o
+
+
 HAND = {
     "own layers": (own_layers, {"w": (8, 4), "b": (4,), "g": (4,), "v": (4, 2), "c": (2,)}, {"g"}),
     "chebyshev": (chebyshev, {"first": (8, 4, 3), "second": (4, 2, 3)}, set()),
@@ -156,34 +187,23 @@ HAND = {
     "equation": (equation, {"w": (8, 4), "b": (4,), "o": (4, 1)}, None),
     "fused": (fused, {"w": (8, 4), "o": (2, 2)}, set()),
     "counted": (counted, {"i": (8, 3), "h": (3, 3), "o": (3, 2)}, set()),
-    "chosen": (chosen, {"w": (8, 3), "o": (3, 2)}, {"w"}),
+    "chosen": (
+        chosen,
+        {"w": (8, 3), "b": (3,), "v": (8, 3), "c": (3,), "o": (3, 2), "r": (2,)},
+        {"b", "c", "r"},
+    ),
+    "alternating": (alternating, {"own": (3, 8, 8), "w": (8, 8), "o": (8, 2)}, set()),
     "stopped": (stopped, {"w": (8, 3), "o": (3, 2)}, {"w"}),
     "ruled": (ruled, {"w": (8, 3), "o": (3, 2)}, {"w"}),
+    "shifted": (shifted, {"w": (8, 3), "b": (), "o": (3, 2)}, {"b"}),
     "parted": (parted, {"w": (8, 3), "o": (3, 2)}, {"w"}),
     "tokens": (tokens, {"table": (5, 4), "place": (3, 4), "o": (4, 2)}, {"place"}),
 }
 
 
-def against_jacobian(model, x):
-    """Gram matrix of the signals beside that of jax.jacobian; the parameters without a formula."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-    @jax.jit
-    def run(params, x):
-        found = ng.jacobian_signals(nnx.merge(graphdef, params, rest), x, check_samples=False)
-        rows = jax.jacobian(lambda p: nnx.merge(graphdef, p, rest, copy=True)(x))(params)
-        return found.gram(), jax.tree.leaves(rows)
-
-    gram, rows = run(params, x)
-    flat = np.concatenate([np.reshape(leaf, (len(gram), -1)) for leaf in rows], axis=1)
-    np.testing.assert_allclose(gram, flat @ flat.T, atol=1e-12 * np.abs(gram).max(), rtol=0)
-    layers = ng.describe(model, x).layers
-    return {
-        f"{layer.path}.{name}".removeprefix("(root).")
-        for layer in layers
-        if layer.formula == "explicit block"
-        for name, _ in layer.parameters
-    }
+def against_jacobian(model, x, **settings):
+    """The parameters without a formula, once the signals are found right."""
+    return without_formula(compare(model, x, **settings))
 
 
 X = np.random.default_rng(1).normal(size=(3, 8))

@@ -26,6 +26,7 @@ from natgrad_flax.optimizer.fisher_operator import FisherOperator
 from natgrad_flax.optimizer.gradient import natural_gradient
 from natgrad_flax.optimizer.information import fisher
 from natgrad_flax.optimizer.learning_rate import optimal_learning_rate
+from natgrad_flax.optimizer.momentum import SPRING
 from natgrad_flax.signals.capture import jacobian_signals
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.fisher import fisher_signals
@@ -51,6 +52,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "MLP",
+    "SPRING",
     "Autoencoder",
     "BlockDiagonal",
     "BlockTriDiagonal",

@@ -24,6 +24,7 @@ from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
 from natgrad_flax.losses import Loss, check_loss
 from natgrad_flax.losses.targets import check_shape, check_targets, check_values, check_weights
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
+from natgrad_flax.optimizer.momentum import SPRING
 from natgrad_flax.signals.fisher import Batch, Fisher, check_kind
 from natgrad_flax.signals.model import check_model, hashable_filter
 from natgrad_flax.structures import STRUCTURES, Structure
@@ -326,17 +327,19 @@ def check_microbatches(microbatches: object, *batches: Any) -> int:
     return parts
 
 
-def check_momentum(momentum: object, structure: Structure, damping: object) -> float:
-    """mu as a Python number; raises ValueError or TypeError where projected momentum is no use.
+def check_momentum(momentum: object, structure: Structure, damping: object) -> SPRING | None:
+    """Settings of momentum; raises ValueError or TypeError where projected momentum is no use.
 
-    The structure must solve blocks of the Fisher itself, with a damping that is positive and does
-    not adapt.
+    A number is mu alone, without a bias correction, and 0 is none. The structure must solve blocks
+    of the Fisher itself, with a damping that is positive and does not adapt.
     """
-    decay = check_number("momentum", momentum, positive=False)
-    if decay >= 1:
-        raise ValueError(f"momentum must be below 1, got {momentum!r}")
-    if decay == 0:
-        return 0.0
+    if not isinstance(momentum, SPRING):
+        decay = check_number("momentum", momentum, positive=False)
+        if decay >= 1:
+            raise ValueError(f"momentum must be below 1, got {momentum!r}")
+        if decay == 0:
+            return None
+        momentum = SPRING(decay, bias_correction=False)
     if not structure.plain.takes_momentum:
         raise TypeError(
             "momentum= projects the previous step by blocks of the Fisher itself, which "
@@ -350,4 +353,4 @@ def check_momentum(momentum: object, structure: Structure, damping: object) -> f
         )
     if is_zero(damping):
         raise ValueError("momentum= needs a positive damping, which weighs the previous step")
-    return decay
+    return momentum

@@ -57,6 +57,7 @@ def transformation(
     accepts: Sequence[str] = (),
     wrt: Any = nnx.Param,
     needs_targets: bool = True,
+    max_norm: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose steps are ``compute``'s, times the learning rate.
 
@@ -77,6 +78,8 @@ def transformation(
         of the parameters. The tree must have all parameters of the step.
       wrt: filter of the parameters.
       needs_targets: whether ``compute`` looks at y.
+      max_norm: the Euclidean norm that no step exceeds, by a smaller learning rate; not with an
+        adaptive damping.
     """
     adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
 
@@ -131,6 +134,10 @@ def transformation(
                 f"{name} moves all parameters of the model together, and some are not in the tree "
                 "of updates: let it see all of them, outside of optax.masked and optax.partition"
             )
+        if max_norm is not None:
+            entries = (leaf for layer in found.direction.values() for leaf in layer.values())
+            norm = jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in entries))
+            rate = jnp.minimum(rate, max_norm / norm)
         step = jax.tree.map(
             lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
         )

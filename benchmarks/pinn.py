@@ -11,6 +11,7 @@ and is tried with each of its learning rates.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -50,13 +51,13 @@ class Residuals(nnx.Module):
     def __init__(self, dimension: int, width: int, rngs: nnx.Rngs) -> None:
         sizes = (dimension, width, width, width, 1)
         layers: list[Any] = []
-        for fan_in, units in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, units in itertools.pairwise(sizes):
             kind: dict[str, Any] = {"param_dtype": jnp.result_type(float), "rngs": rngs}
             layers += [nnx.Linear(fan_in, units, **kind), jnp.tanh]
         self.network = nnx.Sequential(*layers[:-1])
 
     def __call__(self, points: dict[str, Array]) -> Array:
-        """Residuals (N, 1) before f and the boundary values are taken off, which are the targets."""
+        """Residuals (N, 1), of which f and the boundary values, the targets, are not taken off."""
         x, inside = points["x"], points["inside"]
 
         def second(direction: Array) -> Array:

@@ -9,6 +9,7 @@ from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, SmallDampi
 from natgrad_flax.losses import (
     GaussianNegativeLogLikelihood,
     GaussNewton,
+    Heads,
     Huber,
     Likelihood,
     Loss,
@@ -65,6 +66,7 @@ __all__ = [
     "FisherOperator",
     "GaussNewton",
     "GaussianNegativeLogLikelihood",
+    "Heads",
     "Huber",
     "IsotropyWarning",
     "LayerWise",

@@ -24,7 +24,7 @@ from natgrad_flax.devices.placement import (
     on_mesh,
 )
 from natgrad_flax.devices.structure import Sharded, SolverName
-from natgrad_flax.losses import Loss
+from natgrad_flax.losses import LossLike
 from natgrad_flax.optimizer.checks import (
     check_arrays,
     check_microbatches,
@@ -48,10 +48,10 @@ class UnsolvedError(RuntimeError):
 def sharded_natural_gradient(
     model: nnx.Module,
     x: Any,
-    y: Array | None,
+    y: Any,
     *,
     structure: Structure,
-    loss: Loss,
+    loss: LossLike,
     mesh: Mesh,
     axis: str = "data",
     damping: Damping = 0.0,
@@ -60,9 +60,9 @@ def sharded_natural_gradient(
     mc_samples: int = 1,
     wrt: Any = nnx.Param,
     fisher_x: Any = None,
-    fisher_y: Array | None = None,
-    weights: Array | None = None,
-    fisher_weights: Array | None = None,
+    fisher_y: Any = None,
+    weights: Any = None,
+    fisher_weights: Any = None,
     microbatches: int = 1,
     check_samples: bool = True,
     gradient: Any = None,
@@ -134,12 +134,13 @@ def sharded_natural_gradient(
             check_divisible(placement, batch_size(inputs))
             check_microbatches(microbatches, jnp.zeros(batch_size(inputs) // placement.size))
     over_devices = partial(on_mesh, placement, default=placement.rows)
-    graphdef, state = nnx.split(model)
+    module, which = which.bound(model, batch.x)
+    graphdef, state = nnx.split(module)
     moved = on_mesh(placement, state, placement.whole)
     shapes = jax.eval_shape(lambda arrays: arrays, batch)
     on_devices = nnx.merge(graphdef, moved)
     signals = preflight(sharded, on_devices, which, shapes, damping)
-    check_known_labels(loss, checked, signals)
+    check_known_labels(which.loss, checked, signals)
     if check_samples:
         check_samples_alone(on_devices, over_devices(batch.x))
     static = static_damping(damping)

@@ -14,7 +14,7 @@ from jax import Array
 
 from natgrad_flax.arguments.scalars import check_integer, check_learning_rate, check_seed
 from natgrad_flax.damping import LevenbergMarquardt
-from natgrad_flax.losses import Loss
+from natgrad_flax.losses import LossLike
 from natgrad_flax.optimizer.averages import (
     AveragedStep,
     Averages,
@@ -51,7 +51,7 @@ def natural_gradient_descent(
     learning_rate: optax.ScalarOrSchedule,
     *,
     structure: Structure,
-    loss: Loss,
+    loss: LossLike,
     damping: Damping = 0.0,
     fisher: FisherKind = "exact",
     mc_samples: int = 1,
@@ -84,7 +84,7 @@ def natural_gradient_descent(
     Args:
       learning_rate: eta, a number or a schedule over steps.
       structure: the Fisher approximation.
-      loss: the loss.
+      loss: the loss, or those of several heads (``ng.Heads``).
       damping: rho in the 1/N convention: a number, a schedule over steps, relative to the Gram
         diagonal, or adapted by Levenberg-Marquardt.
       fisher: "exact", "mc" or "empirical".
@@ -132,19 +132,20 @@ def natural_gradient_descent(
         assert isinstance(structure, AveragedStructure)
         assert example is not None
         averaged = AveragedStep(average, structure, settings)
-        empty = averaged.empty(*example)
+        model, bound = settings.bound(*example)
+        empty = replace(averaged, fisher=bound).empty(model, example[1])
 
     def step(
         module: nnx.Module,
         x: Any,
-        y: Array,
+        y: Any,
         rho: Any,
         state: NaturalGradientState,
         key: Array,
         fisher_x: Any = None,
-        fisher_y: Array | None = None,
-        weights: Array | None = None,
-        fisher_weights: Array | None = None,
+        fisher_y: Any = None,
+        weights: Any = None,
+        fisher_weights: Any = None,
         *,
         wrt: Any,
         incoming: dict[Path, Array],
@@ -152,7 +153,7 @@ def natural_gradient_descent(
         given = incoming if gradient == "incoming" else None
         batch = Batch(x, y, weights, fisher_x, fisher_y, fisher_weights, key, given)
         batch = check_fisher_batch(settings, batch)
-        which = replace(settings, wrt=wrt)
+        module, which = replace(settings, wrt=wrt).bound(module, x)
         check_microbatches(which.microbatches, x, batch.fisher_x)
         size = averaged.structure.factor_size if averaged else None
         shapes = preflight(structure, module, which, batch, rho, size)
@@ -177,7 +178,7 @@ def natural_gradient_descent(
         return Step(
             named_updates(shapes.layers, down),
             found.inner,
-            change_of_loss(loss, module, x, y, found.outputs, weights),
+            change_of_loss(which.loss, module, x, y, found.outputs, weights),
             kept,
         )
 
@@ -190,7 +191,7 @@ def natural_gradient_descent(
         "natural_gradient_descent",
         learning_rate,
         damping,
-        loss,
+        settings.loss,
         seed,
         step,
         init_kept,

@@ -25,6 +25,7 @@ from natgrad_flax.devices.placement import (
 )
 from natgrad_flax.devices.structure import Sharded, SolverName
 from natgrad_flax.losses import LossLike
+from natgrad_flax.losses.by_head import ordered_targets, ordered_weights
 from natgrad_flax.optimizer.checks import (
     check_arrays,
     check_microbatches,
@@ -127,8 +128,8 @@ def sharded_natural_gradient(
         batch = batch._replace(gradient=by_path(gradient))
     if jax.process_count() == 1:
         batch = checked._replace(gradient=batch.gradient)
-    elif not which.needs_targets(batch):
-        batch = batch._replace(y=None)
+    else:
+        batch = _ordered(batch, which)
     for inputs in (batch.x, batch.fisher_x):
         if inputs is not None:
             check_divisible(placement, batch_size(inputs))
@@ -195,6 +196,16 @@ def _shardings(state: Any) -> tuple[tuple[Path, Sharding], ...]:
     """Where concrete parameters lie, by path."""
     return tuple(
         (path, leaf.sharding) for path, leaf in by_path(state).items() if is_concrete(leaf)
+    )
+
+
+def _ordered(batch: Batch, fisher: Fisher) -> Batch:
+    """The arrays of all processes as a step takes them; each has checked its own."""
+    return batch._replace(
+        y=ordered_targets(fisher.loss, batch.y, "y") if fisher.needs_targets(batch) else None,
+        weights=ordered_weights(fisher.loss, batch.weights, "weights"),
+        fisher_y=ordered_targets(fisher.loss, batch.fisher_y, "fisher_y"),
+        fisher_weights=ordered_weights(fisher.loss, batch.fisher_weights, "fisher_weights"),
     )
 
 

@@ -176,13 +176,25 @@ def _num_directions(loss: Loss, outputs: Array) -> int:
     return int(jax.eval_shape(terms.directions).shape[1])
 
 
+def ordered_targets(loss: AnyLoss, value: Any, name: str) -> Any:
+    """Targets of several heads as a tuple; of one head, or None, as they are."""
+    return loss.ordered(value, name) if isinstance(loss, Heads) and value is not None else value
+
+
+def ordered_weights(loss: AnyLoss, value: Any, name: str) -> Any:
+    """Weights of several heads as a tuple; of one head, or None, as they are."""
+    if isinstance(loss, Heads) and value is not None:
+        return loss.given_weights(value, name)
+    return value
+
+
 def checked_targets(loss: AnyLoss, value: Any, samples: int, name: str = "y") -> Any:
     """Targets as arrays, by head; see ``targets.check_targets``.
 
     Raises:
       TypeError, ValueError: as there; targets of other heads.
     """
-    given = loss.ordered(value, name) if isinstance(loss, Heads) else value
+    given = ordered_targets(loss, value, name)
     return by_head(
         loss,
         [check_targets(one, y, samples, name + own) for own, one, y in each_head(loss, given)],
@@ -197,7 +209,7 @@ def checked_weights(loss: AnyLoss, value: Any, samples: int, name: str = "weight
     """
     if value is None:
         return None
-    given = loss.given_weights(value, name) if isinstance(loss, Heads) else value
+    given = ordered_weights(loss, value, name)
     return by_head(
         loss,
         [

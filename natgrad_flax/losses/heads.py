@@ -124,8 +124,12 @@ class Heads:
     def _heads(self) -> str:
         return ", ".join(map(repr, self.keys))
 
-    def bound(self, outputs: Any) -> Heads:
-        """With the shapes of a model's outputs, arrays (N, ..., C) or their shapes by head.
+    def bound(self, outputs: Any, samples: int) -> Heads:
+        """With the shapes of a model's outputs.
+
+        Args:
+          outputs: by head, arrays (N, ..., C) or their shapes.
+          samples: N.
 
         Raises:
           TypeError, ValueError: other heads, or an output that is none (N, ..., C).
@@ -136,10 +140,10 @@ class Heads:
             if shape is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
                 what = type(array).__name__ if dtype is None else dtype
                 raise TypeError(f"the output of head {key!r} must be floating, got {what}")
-            if len(shape) < 2:
+            if len(shape) < 2 or shape[0] != samples:
                 raise ValueError(
-                    f"the output of head {key!r} must have shape (N, ..., C), got {shape}; one "
-                    "output a sample becomes f[:, None]"
+                    f"the output of head {key!r} must have shape (N, ..., C) with N = "
+                    f"{samples}, got {shape}; one output a sample becomes f[:, None]"
                 )
         found = copy.copy(self)
         found._set(shapes=tuple(array.shape[1:] for array in arrays))

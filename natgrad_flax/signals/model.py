@@ -84,7 +84,8 @@ def with_heads(model: nnx.Module, x: Any, loss: Heads) -> tuple[nnx.Module, Head
     """
     graphdef, state = nnx.split(model)
     # through jit, so that only the first call of a shape is traced
-    loss = loss.bound(jax.eval_shape(partial(_returned, graphdef=graphdef), state, x))
+    returned = jax.eval_shape(partial(_returned, graphdef=graphdef), state, x)
+    loss = loss.bound(returned, batch_size(x))
     joined = nnx.merge(graphdef, state)
     setattr(joined, _HEADS, loss)
     return joined, loss
@@ -107,8 +108,11 @@ def outputs_of(model: nnx.Module, x: Any) -> Array:
       ValueError, TypeError: it returns something other than one array (N, ..., C) of real
         floating numbers.
     """
-    outputs, heads = _run(model, x), getattr(model, _HEADS, None)
+    # to the bridge of linen all attributes are variables
+    heads = vars(model).pop(_HEADS, None)
+    outputs = _run(model, x)
     if heads is not None:
+        vars(model)[_HEADS] = heads
         outputs = heads.joined(outputs)
     n = batch_size(x)
     what = _samples(n)

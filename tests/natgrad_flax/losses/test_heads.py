@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax.flatten_util import ravel_pytree
 
 import natgrad_flax as ng
@@ -21,6 +21,7 @@ Y = {"words": RNG.integers(0, V, (N, T)), "box": RNG.normal(size=(N, 2))}
 WEIGHTS = {"words": RNG.integers(0, 2, (N, T)) * RNG.uniform(1, 2, (N, T)), "box": None}
 SCALES = {"words": 0.5, "box": 2.0}
 LOSSES = {"words": ng.SoftmaxCrossEntropy(), "box": ng.MeanSquaredError()}
+PLAIN = {"words": None, "box": None}
 LITERAL = ng.KFAC(last_layer="literal")
 LOSS = ng.Heads(LOSSES, weights=SCALES)
 
@@ -60,6 +61,14 @@ class Pair(Model):
         return tuple(super().__call__(x).values())
 
 
+class Whole(Model):
+    """A box of the whole batch."""
+
+    def __call__(self, x):
+        found = super().__call__(x)
+        return {**found, "box": found["box"].mean(0, keepdims=True)}
+
+
 @functools.cache
 def network(kind=Model):
     """Made where 64-bit mode is on."""
@@ -97,7 +106,7 @@ def dense(weights, drawn=None):
     return np.asarray(slope), np.asarray(fisher)
 
 
-@pytest.mark.parametrize("weights", [{"words": None, "box": None}, WEIGHTS], ids=["plain", "mask"])
+@pytest.mark.parametrize("weights", [PLAIN, WEIGHTS], ids=["plain", "mask"])
 def test_exact_is_the_dense_solve(weights):
     slope, fisher = dense(weights)
     expected = np.linalg.solve(fisher + RHO * np.eye(len(slope)), slope)
@@ -106,6 +115,33 @@ def test_exact_is_the_dense_solve(weights):
         np.testing.assert_allclose(found, expected, atol=1e-10)
     operator = ng.fisher(network(), X, structure=ng.Exact(), loss=LOSS, weights=weights)
     np.testing.assert_allclose(operator.to_dense(), fisher, atol=1e-10)
+
+
+def test_without_damping_is_the_pseudo_inverse():
+    """A head without weights has directions of its own beside one whose columns may vanish."""
+    slope, fisher = dense(PLAIN)
+    expected = np.linalg.pinv(fisher, rcond=1e-12) @ slope
+    np.testing.assert_allclose(step(damping=0.0), expected, atol=1e-8 * np.abs(expected).max())
+    layers = ng.describe(network(), X, loss=LOSS, fisher="exact", structure=ng.KFAC())
+    assert layers.num_directions == T * (V - 1) + 2
+
+
+def test_a_module_of_linen_has_heads():
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            h = linen.Dense(3, param_dtype=float)(x.mean(1))
+            return {"box": linen.Dense(2, param_dtype=float)(h)}
+
+    variables = Linen().init(jax.random.key(0), X)
+    settings = {"structure": ng.Exact(), "loss": {"box": LOSSES["box"]}, "damping": RHO}
+    bridged = nnx.bridge.ToNNX(Linen(), rngs=nnx.Rngs(0)).lazy_init(jnp.asarray(X))
+    nnx.update(bridged, nnx.State(jax.tree.map(nnx.Param, variables["params"])))
+    found = [
+        flat(ng.natural_gradient(model, X, {"box": Y["box"]}, **settings))
+        for model in (ng.from_linen(Linen(), variables), bridged)
+    ]
+    np.testing.assert_allclose(*found, atol=1e-12)
 
 
 def test_drawn_targets_are_an_unbiased_fisher():
@@ -205,6 +241,11 @@ BAD = {
         {"kind": Single},
         TypeError,
         "the outputs of the model must be a dictionary",
+    ),
+    "an output for all samples": (
+        {"kind": Whole},
+        ValueError,
+        r"head 'box' must have shape \(N, \.\.\., C\) with N = 4, got \(1, 2\)",
     ),
     "targets of another shape": (
         {"y": {**Y, "box": Y["box"][:, :1]}},

@@ -132,10 +132,10 @@ def natural(structure: ng.Structure, damping: float, momentum: Any = 0.0) -> Cal
 
 
 METHODS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
-    "Exact": (natural(ng.Exact(), 1e-4), (0.3,)),
-    "SPRING": (natural(ng.Exact(), 1e-4, ng.SPRING(0.95)), (0.1,)),
-    "K-FAC": (natural(ng.KFAC(), 1e-3), (0.1,)),
-    "Adam": (optax.adam, (1e-3, 3e-3, 1e-2)),
+    "Exact": (natural(ng.Exact(), 1e-3), (0.6, 1.0)),
+    "SPRING": (natural(ng.Exact(), 1e-4, ng.SPRING(0.5)), (0.3,)),
+    "K-FAC": (natural(ng.KFAC(), 1.0), (0.03, 0.1)),
+    "Adam": (optax.adam, (3e-3, 1e-2, 3e-2)),
 }
 """Transformations by their learning rate, and the rates that are tried."""
 
@@ -185,14 +185,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=Setting.seconds, help="for each run")
     parser.add_argument("--width", type=int, default=Setting.width, help="of the hidden layers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--float32", action="store_true", help="instead of float64")
+    parser.add_argument("--float64", action="store_true", help="instead of float32")
     parser.add_argument("--out", type=Path, help="a JSON file with every run")
     options = parser.parse_args(argv)
     setting = Setting(seconds=options.seconds, width=options.width)
     console = Console()
     table = Table("optimizer", "learning rate", "steps", "relative L2 error")
     runs = []
-    with jax.enable_x64(not options.float32):
+    with jax.enable_x64(options.float64):
         for method in options.method:
             for rate in METHODS[method][1]:
                 run = train(method, rate, setting, options.seed)

@@ -9,6 +9,7 @@ from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, SmallDampi
 from natgrad_flax.losses import (
     GaussianNegativeLogLikelihood,
     GaussNewton,
+    Heads,
     Huber,
     Likelihood,
     Loss,
@@ -33,6 +34,7 @@ from natgrad_flax.optimizer.fisher_operator import FisherOperator
 from natgrad_flax.optimizer.gradient import natural_gradient
 from natgrad_flax.optimizer.information import fisher
 from natgrad_flax.optimizer.learning_rate import optimal_learning_rate
+from natgrad_flax.optimizer.momentum import SPRING
 from natgrad_flax.signals.capture import jacobian_signals
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.fisher import fisher_signals
@@ -58,6 +60,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "MLP",
+    "SPRING",
     "Autoencoder",
     "BlockDiagonal",
     "BlockTriDiagonal",
@@ -70,6 +73,7 @@ __all__ = [
     "FisherOperator",
     "GaussNewton",
     "GaussianNegativeLogLikelihood",
+    "Heads",
     "Huber",
     "IsotropyWarning",
     "LanguageModel",

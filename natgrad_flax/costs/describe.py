@@ -22,13 +22,13 @@ from natgrad_flax.arguments.renamed import Renamed
 from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.costs.flops import cost_of
 from natgrad_flax.costs.programs import Approximation, approximate, shared_system
-from natgrad_flax.losses import Loss, check_loss
-from natgrad_flax.losses.positions import OutputTerms
+from natgrad_flax.losses import Heads, LossLike, check_losses
+from natgrad_flax.losses.by_head import output_terms
 from natgrad_flax.optimizer.checks import check_input_shape, check_inputs, check_structure
 from natgrad_flax.signals.capture import linearise
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.fisher import FisherKind, check_kind
-from natgrad_flax.signals.model import parameter_paths
+from natgrad_flax.signals.model import parameter_paths, with_heads
 from natgrad_flax.signals.plan import LayerPlan, plan_layers
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 from natgrad_flax.structures import Structure
@@ -169,7 +169,7 @@ def describe(
     x: Any,
     *,
     structure: Structure | None = None,
-    loss: Loss | None = None,
+    loss: LossLike | None = None,
     fisher: FisherKind = "mc",
     mc_samples: int = 1,
     wrt: Any = nnx.Param,
@@ -183,7 +183,8 @@ def describe(
       x: inputs, an array (N, ...) or a tree of them, or of ``jax.ShapeDtypeStruct``.
       structure: the Fisher approximation; without one the Gram matrices are described. Of one on a
         mesh of devices, what all of them hold and compute together is described.
-      loss: for the number of output directions of the exact Fisher, C without it.
+      loss: for the number of output directions of the exact Fisher, C without it; a model of
+        several heads needs theirs.
       fisher: "exact", "mc" or "empirical".
       mc_samples: targets drawn a sample, for "mc".
       wrt: the parameters that move.
@@ -194,12 +195,13 @@ def describe(
     if structure is not None:
         check_structure(structure)
         structure = structure.plain
-    if loss is not None:
-        check_loss(loss)
+    known = None if loss is None else check_losses(loss)
     check_kind(fisher)
     mc_samples = check_integer("mc_samples", mc_samples, 1)
     x = check_inputs(x, model)
     check_input_shape(model, x)
+    if isinstance(known, Heads):
+        model, known = with_heads(model, x, known)
     graphdef, state = nnx.split(model)
     plans: list[LayerPlan] = []
 
@@ -210,8 +212,8 @@ def describe(
         n, *shape = outputs.shape
         directions = {"exact": math.prod(shape), "mc": mc_samples, "empirical": 1}[fisher]
         # the factor of a function of the user's has as many columns as there are outputs
-        if fisher == "exact" and loss is not None and not loss.needs_targets:
-            directions = OutputTerms.of(loss, outputs, None, None).directions().shape[1]
+        if fisher == "exact" and known is not None and not known.needs_targets:
+            directions = output_terms(known, outputs, None, None).directions().shape[1]
         return backward(jnp.zeros((n, directions, *shape), outputs.dtype))
 
     signals = jax.eval_shape(run, state, x)

@@ -24,7 +24,8 @@ from natgrad_flax.devices.placement import (
     on_mesh,
 )
 from natgrad_flax.devices.structure import Sharded, SolverName
-from natgrad_flax.losses import Loss
+from natgrad_flax.losses import LossLike
+from natgrad_flax.losses.by_head import ordered_targets, ordered_weights
 from natgrad_flax.optimizer.checks import (
     check_arrays,
     check_microbatches,
@@ -48,10 +49,10 @@ class UnsolvedError(RuntimeError):
 def sharded_natural_gradient(
     model: nnx.Module,
     x: Any,
-    y: Array | None,
+    y: Any,
     *,
     structure: Structure,
-    loss: Loss,
+    loss: LossLike,
     mesh: Mesh,
     axis: str = "data",
     damping: Damping = 0.0,
@@ -60,9 +61,9 @@ def sharded_natural_gradient(
     mc_samples: int = 1,
     wrt: Any = nnx.Param,
     fisher_x: Any = None,
-    fisher_y: Array | None = None,
-    weights: Array | None = None,
-    fisher_weights: Array | None = None,
+    fisher_y: Any = None,
+    weights: Any = None,
+    fisher_weights: Any = None,
     microbatches: int = 1,
     check_samples: bool = True,
     gradient: Any = None,
@@ -127,19 +128,20 @@ def sharded_natural_gradient(
         batch = batch._replace(gradient=by_path(gradient))
     if jax.process_count() == 1:
         batch = checked._replace(gradient=batch.gradient)
-    elif not which.needs_targets(batch):
-        batch = batch._replace(y=None)
+    else:
+        batch = _ordered(batch, which)
     for inputs in (batch.x, batch.fisher_x):
         if inputs is not None:
             check_divisible(placement, batch_size(inputs))
             check_microbatches(microbatches, jnp.zeros(batch_size(inputs) // placement.size))
     over_devices = partial(on_mesh, placement, default=placement.rows)
-    graphdef, state = nnx.split(model)
+    module, which = which.bound(model, batch.x)
+    graphdef, state = nnx.split(module)
     moved = on_mesh(placement, state, placement.whole)
     shapes = jax.eval_shape(lambda arrays: arrays, batch)
     on_devices = nnx.merge(graphdef, moved)
     signals = preflight(sharded, on_devices, which, shapes, damping)
-    check_known_labels(loss, checked, signals)
+    check_known_labels(which.loss, checked, signals)
     if check_samples:
         check_samples_alone(on_devices, over_devices(batch.x))
     static = static_damping(damping)
@@ -194,6 +196,16 @@ def _shardings(state: Any) -> tuple[tuple[Path, Sharding], ...]:
     """Where concrete parameters lie, by path."""
     return tuple(
         (path, leaf.sharding) for path, leaf in by_path(state).items() if is_concrete(leaf)
+    )
+
+
+def _ordered(batch: Batch, fisher: Fisher) -> Batch:
+    """The arrays of all processes as a step takes them; each has checked its own."""
+    return batch._replace(
+        y=ordered_targets(fisher.loss, batch.y, "y") if fisher.needs_targets(batch) else None,
+        weights=ordered_weights(fisher.loss, batch.weights, "weights"),
+        fisher_y=ordered_targets(fisher.loss, batch.fisher_y, "fisher_y"),
+        fisher_weights=ordered_weights(fisher.loss, batch.fisher_weights, "fisher_weights"),
     )
 
 

@@ -21,9 +21,11 @@ from natgrad_flax.arguments.arrays import (
 from natgrad_flax.arguments.instances import check_instance
 from natgrad_flax.arguments.scalars import as_number, check_integer, check_number, is_real, shown
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, is_zero
-from natgrad_flax.losses import Loss, check_loss
-from natgrad_flax.losses.targets import check_shape, check_targets, check_values, check_weights
+from natgrad_flax.losses import AnyLoss, Loss, check_losses
+from natgrad_flax.losses.by_head import check_all_values, checked_targets, checked_weights
+from natgrad_flax.losses.targets import check_shape
 from natgrad_flax.models import MLP, NETWORKS, Autoencoder
+from natgrad_flax.optimizer.momentum import SPRING
 from natgrad_flax.signals.fisher import Batch, Fisher, check_kind
 from natgrad_flax.signals.model import check_model, hashable_filter
 from natgrad_flax.structures import STRUCTURES, Structure
@@ -45,7 +47,7 @@ def check_settings(
     """Which Fisher is meant; raises TypeError or ValueError where settings do not fit together."""
     wrt = hashable_filter(wrt)
     check_structure(structure)
-    loss = check_loss(loss)
+    loss = check_losses(loss)
     check_kind(fisher)
     check_damping(damping)
     if fisher == "mc" and is_zero(damping):
@@ -224,8 +226,8 @@ def check_model_inputs(model: nnx.Module, x: Any, name: str = "x") -> Any:
 
 
 def check_batch(
-    model: nnx.Module, x: Any, y: Any, loss: Loss, weights: Array | None = None
-) -> tuple[Any, Array]:
+    model: nnx.Module, x: Any, y: Any, loss: AnyLoss, weights: Any = None
+) -> tuple[Any, Any]:
     """The batch as arrays, after every check that needs no forward pass.
 
     Targets whose weight is 0 may have any values.
@@ -238,24 +240,23 @@ def check_batch(
     """
     x = check_model_inputs(model, x)
     n, sizes = batch_size(x), _sizes_of(model)
-    y = check_targets(loss, y, n)
-    if sizes is not None:
+    y = checked_targets(loss, y, n)
+    if sizes is not None and isinstance(loss, Loss):
         check_shape(loss, y, (n, sizes[1]), f"the model has {sizes[1]} outputs")
-    check_values(loss, y, weights)
+    check_all_values(loss, y, weights)
     return x, y
 
 
 def check_needed_batch(
-    model: nnx.Module, x: Any, y: Any, weights: Any, loss: Loss, needed: bool
-) -> tuple[Any, Array | None, Array | None]:
+    model: nnx.Module, x: Any, y: Any, weights: Any, loss: AnyLoss, needed: bool
+) -> tuple[Any, Any, Any]:
     """As ``check_batch``; targets that are not needed are not looked at, and None comes of them.
 
     Raises:
       ValueError, TypeError: as ``check_batch`` and ``check_weights``.
     """
     x = check_model_inputs(model, x)
-    if weights is not None:
-        weights = check_weights(weights, batch_size(x))
+    weights = checked_weights(loss, weights, batch_size(x))
     return x, check_batch(model, x, y, loss, weights)[1] if needed else None, weights
 
 
@@ -291,8 +292,7 @@ def check_fisher_batch(fisher: Fisher, batch: Batch) -> Batch:
             f"fisher_x must have shape (N', ...) like x of {_shapes(x)}, got {_shapes(fisher_x)}"
         )
     n = batch_size(fisher_x)
-    if fisher_weights is not None:
-        fisher_weights = check_weights(fisher_weights, n, "fisher_weights")
+    fisher_weights = checked_weights(fisher.loss, fisher_weights, n, "fisher_weights")
     batch = batch._replace(fisher_x=fisher_x, fisher_weights=fisher_weights)
     if not fisher.made_of_targets:
         if fisher_y is not None:
@@ -303,13 +303,15 @@ def check_fisher_batch(fisher: Fisher, batch: Batch) -> Batch:
         return batch
     if fisher_y is None:
         raise ValueError(f'fisher="{fisher.kind}" is made of targets: pass fisher_y with fisher_x')
-    fisher_y = check_targets(fisher.loss, fisher_y, n, "fisher_y")
-    if y is not None and fisher_y.shape[1:] != y.shape[1:]:
-        raise ValueError(
-            f"fisher_y must be targets of shape {(n, *y.shape[1:])} like y, got {fisher_y.dtype} "
-            f"of {fisher_y.shape}"
-        )
-    check_values(fisher.loss, fisher_y, fisher_weights, "fisher_y")
+    fisher_y = checked_targets(fisher.loss, fisher_y, n, "fisher_y")
+    if y is not None:
+        for own, target in zip(jax.tree.leaves(fisher_y), jax.tree.leaves(y), strict=True):
+            if own.shape[1:] != target.shape[1:]:
+                raise ValueError(
+                    f"fisher_y must be targets of shape {(n, *target.shape[1:])} like y, got "
+                    f"{own.dtype} of {own.shape}"
+                )
+    check_all_values(fisher.loss, fisher_y, fisher_weights, "fisher_y")
     return batch._replace(fisher_y=fisher_y)
 
 
@@ -326,17 +328,19 @@ def check_microbatches(microbatches: object, *batches: Any) -> int:
     return parts
 
 
-def check_momentum(momentum: object, structure: Structure, damping: object) -> float:
-    """mu as a Python number; raises ValueError or TypeError where projected momentum is no use.
+def check_momentum(momentum: object, structure: Structure, damping: object) -> SPRING | None:
+    """Settings of momentum; raises ValueError or TypeError where projected momentum is no use.
 
-    The structure must solve blocks of the Fisher itself, with a damping that is positive and does
-    not adapt.
+    A number is mu alone, without a bias correction, and 0 is none. The structure must solve blocks
+    of the Fisher itself, with a damping that is positive and does not adapt.
     """
-    decay = check_number("momentum", momentum, positive=False)
-    if decay >= 1:
-        raise ValueError(f"momentum must be below 1, got {momentum!r}")
-    if decay == 0:
-        return 0.0
+    if not isinstance(momentum, SPRING):
+        decay = check_number("momentum", momentum, positive=False)
+        if decay >= 1:
+            raise ValueError(f"momentum must be below 1, got {momentum!r}")
+        if decay == 0:
+            return None
+        momentum = SPRING(decay, bias_correction=False)
     if not structure.plain.takes_momentum:
         raise TypeError(
             "momentum= projects the previous step by blocks of the Fisher itself, which "
@@ -350,4 +354,4 @@ def check_momentum(momentum: object, structure: Structure, damping: object) -> f
         )
     if is_zero(damping):
         raise ValueError("momentum= needs a positive damping, which weighs the previous step")
-    return decay
+    return momentum

@@ -14,7 +14,7 @@ from jax import Array
 
 from natgrad_flax.arguments.scalars import check_integer, check_learning_rate, check_seed
 from natgrad_flax.damping import LevenbergMarquardt
-from natgrad_flax.losses import Loss
+from natgrad_flax.losses import LossLike
 from natgrad_flax.optimizer.averages import (
     AveragedStep,
     Averages,
@@ -28,7 +28,7 @@ from natgrad_flax.optimizer.checks import (
     check_settings,
 )
 from natgrad_flax.optimizer.gradient import compute
-from natgrad_flax.optimizer.momentum import Momentum
+from natgrad_flax.optimizer.momentum import SPRING, Momentum
 from natgrad_flax.optimizer.preflight import preflight
 from natgrad_flax.optimizer.transformation import (
     Damping,
@@ -51,7 +51,7 @@ def natural_gradient_descent(
     learning_rate: optax.ScalarOrSchedule,
     *,
     structure: Structure,
-    loss: Loss,
+    loss: LossLike,
     damping: Damping = 0.0,
     fisher: FisherKind = "exact",
     mc_samples: int = 1,
@@ -59,7 +59,7 @@ def natural_gradient_descent(
     wrt: Any = nnx.Param,
     average: MovingAverage | None = None,
     example: tuple[nnx.Module, Any] | None = None,
-    momentum: float = 0.0,
+    momentum: float | SPRING = 0.0,
     microbatches: int = 1,
     check_samples: bool = True,
     gradient: GradientSource = "batch",
@@ -84,7 +84,7 @@ def natural_gradient_descent(
     Args:
       learning_rate: eta, a number or a schedule over steps.
       structure: the Fisher approximation.
-      loss: the loss.
+      loss: the loss, or those of several heads (``ng.Heads``).
       damping: rho in the 1/N convention: a number, a schedule over steps, relative to the Gram
         diagonal, or adapted by Levenberg-Marquardt.
       fisher: "exact", "mc" or "empirical".
@@ -97,7 +97,8 @@ def natural_gradient_descent(
         state gets its shapes; a transformation's ``init`` sees parameters only, and in
         ``lax.scan`` a state cannot change its shapes later. Nothing is computed of it.
       momentum: mu of ng.Exact and ng.BlockDiagonal: the previous step, projected to what this
-        batch does not determine (SPRING; see ``natgrad_flax.optimizer.momentum``). 0 is none.
+        batch does not determine (SPRING; see ``natgrad_flax.optimizer.momentum``). 0 is none. An
+        ``ng.SPRING`` has its bias correction and norm constraint besides.
       microbatches: parts, a divisor of N, in which the model runs one after the other, so that only
         one part's activations are held.
       check_samples: as in ``natural_gradient``; steps inside ``jit`` are not checked.
@@ -122,7 +123,7 @@ def natural_gradient_descent(
     settings = check_settings(structure, loss, fisher, damping, mc_samples, wrt)
     learning_rate, seed = check_learning_rate(learning_rate, schedule=True), check_seed(seed)
     check_average(average, structure, example)
-    momentum = check_momentum(momentum, structure, damping)
+    spring = check_momentum(momentum, structure, damping)
     settings = replace(settings, microbatches=check_integer("microbatches", microbatches, 1))
     _check_gradient(gradient, damping)
     averaged: AveragedStep | None = None
@@ -131,19 +132,20 @@ def natural_gradient_descent(
         assert isinstance(structure, AveragedStructure)
         assert example is not None
         averaged = AveragedStep(average, structure, settings)
-        empty = averaged.empty(*example)
+        model, bound = settings.bound(*example)
+        empty = replace(averaged, fisher=bound).empty(model, example[1])
 
     def step(
         module: nnx.Module,
         x: Any,
-        y: Array,
+        y: Any,
         rho: Any,
         state: NaturalGradientState,
         key: Array,
         fisher_x: Any = None,
-        fisher_y: Array | None = None,
-        weights: Array | None = None,
-        fisher_weights: Array | None = None,
+        fisher_y: Any = None,
+        weights: Any = None,
+        fisher_weights: Any = None,
         *,
         wrt: Any,
         incoming: dict[Path, Array],
@@ -151,7 +153,7 @@ def natural_gradient_descent(
         given = incoming if gradient == "incoming" else None
         batch = Batch(x, y, weights, fisher_x, fisher_y, fisher_weights, key, given)
         batch = check_fisher_batch(settings, batch)
-        which = replace(settings, wrt=wrt)
+        module, which = replace(settings, wrt=wrt).bound(module, x)
         check_microbatches(which.microbatches, x, batch.fisher_x)
         size = averaged.structure.factor_size if averaged else None
         shapes = preflight(structure, module, which, batch, rho, size)
@@ -163,38 +165,40 @@ def natural_gradient_descent(
             found, kept = step(module, batch, shapes, state.kept, state.steps, rho)
         else:
             before = by_path(state.kept)
-            if momentum and set(before) != set(incoming):
+            if spring and set(before) != set(incoming):
                 raise ValueError(
                     "the step that momentum= keeps has other parameters than the updates: pass "
                     "init the same tree as update"
                 )
-            carried = Momentum(momentum, before) if momentum else None
+            carried = Momentum(spring.decay, before) if spring else None
             found = compute(module, batch, rho, structure=structure, fisher=which, momentum=carried)
-            kept = as_state(state.kept, found.named()) if momentum else ()
-        down = jax.tree.map(jnp.negative, found.updates)
+            kept = as_state(state.kept, found.named()) if spring else ()
+        direction = spring.corrected(found.updates, state.steps) if spring else found.updates
+        down = jax.tree.map(jnp.negative, direction)
         return Step(
             named_updates(shapes.layers, down),
             found.inner,
-            change_of_loss(loss, module, x, y, found.outputs, weights),
+            change_of_loss(which.loss, module, x, y, found.outputs, weights),
             kept,
         )
 
     def init_kept(params: Any) -> Any:
         if empty is not None:
             return empty(params)
-        return jax.tree.map(jnp.zeros_like, params) if momentum else ()
+        return jax.tree.map(jnp.zeros_like, params) if spring else ()
 
     return transformation(
         "natural_gradient_descent",
         learning_rate,
         damping,
-        loss,
+        settings.loss,
         seed,
         step,
         init_kept,
         accepts=("fisher_x", "fisher_y", "weights", "fisher_weights", "wrt", "incoming"),
         wrt=wrt,
         needs_targets=gradient == "batch" or settings.made_of_targets,
+        max_norm=spring.max_norm if spring else None,
     )
 
 

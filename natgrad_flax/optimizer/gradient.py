@@ -14,8 +14,8 @@ from jax import Array
 from natgrad_flax.arguments.arrays import own_promotion, solve_dtype
 from natgrad_flax.damping import RelativeDamping, damping_as, is_zero
 from natgrad_flax.linalg.dense import full_products
-from natgrad_flax.losses import Loss
-from natgrad_flax.losses.positions import OutputTerms
+from natgrad_flax.losses import LossLike
+from natgrad_flax.losses.by_head import output_terms
 from natgrad_flax.losses.targets import relative
 from natgrad_flax.optimizer.checks import (
     check_arrays,
@@ -42,19 +42,19 @@ Damping = float | Array | RelativeDamping
 def natural_gradient(
     model: nnx.Module,
     x: Any,
-    y: Array | None,
+    y: Any,
     *,
     structure: Structure,
-    loss: Loss,
+    loss: LossLike,
     damping: Damping = 0.0,
     fisher: FisherKind = "exact",
     key: Array | None = None,
     mc_samples: int = 1,
     wrt: Any = nnx.Param,
     fisher_x: Any = None,
-    fisher_y: Array | None = None,
-    weights: Array | None = None,
-    fisher_weights: Array | None = None,
+    fisher_y: Any = None,
+    weights: Any = None,
+    fisher_weights: Any = None,
     microbatches: int = 1,
     check_samples: bool = True,
     gradient: Any = None,
@@ -72,7 +72,9 @@ def natural_gradient(
         class numbers, integers (N, ...), where the loss takes them. Values that it does not take
         are refused where they are known, so not inside of ``jit``.
       structure: the Fisher approximation.
-      loss: the loss; its mean over the N samples, and over their positions, is differentiated.
+      loss: the loss; its mean over the N samples, and over their positions, is differentiated. For
+        a model that returns a dictionary or a tuple of outputs a dictionary or a tuple of losses,
+        or ``ng.Heads`` of them; y and weights then have the same structure.
       damping: rho, added to the Fisher in the 1/N convention; 0 means the pseudo-inverse.
       fisher: "exact" (expectation over targets), "mc" (sampled targets) or "empirical".
       key: a jax.random key, for "mc".
@@ -112,11 +114,12 @@ def natural_gradient(
     if gradient is not None:
         which = replace(which, wrt=moved_by_gradient(model, gradient, which.wrt))
         batch = batch._replace(gradient=by_path(gradient))
-    preflight(structure, model, which, batch, damping)
+    module, which = which.bound(model, batch.x)
+    preflight(structure, module, which, batch, damping)
     if check_samples:
-        check_samples_alone(model, batch.x)
+        check_samples_alone(module, batch.x)
     static = static_damping(damping)
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(module)
     updates = _compiled(
         state,
         batch,
@@ -207,9 +210,7 @@ def loss_gradient(
     """
     graphdef, chosen, rest = nnx.split(model, fisher.wrt, ...)  # type: ignore[misc]
 
-    def run(
-        first: Array | int, x: Any, y: Array, weights: Array | None
-    ) -> tuple[dict[Path, Array], Array]:
+    def run(first: Array | int, x: Any, y: Any, weights: Any) -> tuple[dict[Path, Array], Array]:
         del first
 
         def forward(state: Any) -> Array:
@@ -219,12 +220,13 @@ def loss_gradient(
         leaves = jax.tree.leaves(chosen)
         dtype = solve_dtype(computed.dtype, *(leaf.dtype for leaf in leaves))
         outputs = computed.astype(dtype)
-        residual = OutputTerms.of(fisher.loss, outputs, y, weights).residual() / len(y)
+        residual = output_terms(fisher.loss, outputs, y, weights).residual() / len(outputs)
         (gradient,) = backward(residual.astype(computed.dtype))
         return by_path(jax.tree.map(lambda leaf: leaf.astype(dtype), gradient)), outputs
 
     assert batch.y is not None
-    return passes(run, (batch.x, batch.y, relative(batch.weights)), fisher.microbatches)
+    weights = jax.tree.map(relative, batch.weights)
+    return passes(run, (batch.x, batch.y, weights), fisher.microbatches)
 
 
 def static_damping(damping: Damping) -> float | RelativeDamping | None:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.arguments.arrays import own_promotion
-from natgrad_flax.losses import Loss
+from natgrad_flax.losses import LossLike
 from natgrad_flax.optimizer.checks import (
     check_microbatches,
     check_needed_batch,
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 def fisher(
     model: nnx.Module,
     x: Any,
-    y: Array | None = None,
+    y: Any = None,
     *,
     structure: Structure,
-    loss: Loss,
+    loss: LossLike,
     fisher: FisherKind = "exact",
     key: Array | None = None,
     mc_samples: int = 1,
     wrt: Any = nnx.Param,
-    weights: Array | None = None,
+    weights: Any = None,
     microbatches: int = 1,
     check_samples: bool = True,
 ) -> FisherOperator:
@@ -54,7 +54,7 @@ def fisher(
       x: inputs, an array (N, ...) or a tree of such arrays.
       y: targets, shape (N, ..., C), for ``fisher="empirical"`` and for ``ng.GaussNewton`` only.
       structure: the Fisher approximation.
-      loss: the loss, which says what the outputs mean.
+      loss: the loss, which says what the outputs mean, or those of several heads.
       fisher: "exact", "mc" or "empirical", as for ``natural_gradient``.
       key: a jax.random key, for "mc".
       mc_samples: targets drawn a sample, for "mc".
@@ -115,9 +115,10 @@ def fisher(
         raise ValueError(f'fisher="{fisher}" is made of targets: pass y')
     if y is not None and not which.made_of_targets:
         raise ValueError(f'fisher="{fisher}" takes no targets: pass y for "empirical" only')
-    x, y, weights = check_needed_batch(model, x, y, weights, loss, which.made_of_targets)
+    x, y, weights = check_needed_batch(model, x, y, weights, which.loss, which.made_of_targets)
     which = replace(which, microbatches=check_microbatches(microbatches, x))
     batch = Batch(x, y, weights, key=key)
+    model, which = which.bound(model, x)
     preflight(structure, model, which, batch, 1.0)
     if check_samples:
         check_samples_alone(model, x)

@@ -10,12 +10,14 @@ count again what the new batch already contains.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from natgrad_flax.arguments.scalars import check_number, keep_plain
 from natgrad_flax.damping import per_layer
 from natgrad_flax.operators.base import Blocks
 from natgrad_flax.signals.base import LayerUpdate, layer_updates
@@ -23,6 +25,53 @@ from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Gradient, ParameterGradient, Residual
 from natgrad_flax.signals.model import Path
 from natgrad_flax.structures import Structure
+
+
+@dataclass(frozen=True)
+class SPRING:
+    """Settings of projected momentum: ``momentum=ng.SPRING(...)``.
+
+    The k-th step is -min(eta, max_norm / |u|) u with u = phi / sqrt(1 - decay^(2k)), |u| its
+    Euclidean norm over all parameters. The correction is that of Guzman-Cordero, Dangel,
+    Goldshlager & Zeinhofer (2025, arXiv:2505.12149): phi is short as long as few steps are in it.
+    The bound is the norm constraint C of Goldshlager et al., max_norm = sqrt(C); what is carried
+    to the next step is phi itself.
+
+    Args:
+      decay: mu, how much of the step before is taken along, between 0 and 1.
+      bias_correction: whether to divide by sqrt(1 - decay^(2k)).
+      max_norm: the Euclidean norm that no step exceeds; None for no bound.
+
+    Raises:
+      ValueError: a number is out of range.
+      TypeError: ``bias_correction`` is no bool.
+    """
+
+    decay: float
+    bias_correction: bool = True
+    max_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        keep_plain(self)
+        check_number("decay", self.decay, positive=True)
+        if self.decay >= 1:
+            raise ValueError(f"decay must be below 1, got {self.decay!r}")
+        if not isinstance(self.bias_correction, bool):
+            raise TypeError(f"bias_correction must be True or False, got {self.bias_correction!r}")
+        if self.max_norm is not None:
+            check_number("max_norm", self.max_norm, positive=True)
+
+    def corrected(self, phi: tuple[LayerUpdate, ...], steps: Array) -> tuple[LayerUpdate, ...]:
+        """u of the step that follows so many steps."""
+        if not self.bias_correction:
+            return phi
+
+        def one(leaf: Array) -> Array:
+            # 1 - decay^(2k) itself would lose its digits for a decay near 1
+            power = 2 * math.log(self.decay) * (steps + 1).astype(leaf.dtype)
+            return leaf / jnp.sqrt(-jnp.expm1(power))
+
+        return jax.tree.map(one, phi)
 
 
 @dataclass(frozen=True)

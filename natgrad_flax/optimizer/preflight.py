@@ -19,9 +19,8 @@ from natgrad_flax.damping import (
     check_damping_shape,
     warn_of_rounding,
 )
-from natgrad_flax.losses import Loss
-from natgrad_flax.losses.positions import OutputTerms
-from natgrad_flax.losses.targets import check_labels
+from natgrad_flax.losses import AnyLoss
+from natgrad_flax.losses.by_head import check_all_labels, output_terms
 from natgrad_flax.optimizer.checks import check_normal
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.fisher import Batch, Fisher
@@ -78,7 +77,7 @@ def preflight(
     return signals
 
 
-def check_known_labels(loss: Loss, batch: Batch, signals: Signals) -> None:
+def check_known_labels(loss: AnyLoss, batch: Batch, signals: Signals) -> None:
     """Refuses class numbers that are known, and none of the model's.
 
     Args:
@@ -89,11 +88,11 @@ def check_known_labels(loss: Loss, batch: Batch, signals: Signals) -> None:
     Raises:
       ValueError: a number below 0, or of no output, whose weight is not 0.
     """
-    classes = signals.outputs.shape[-1]
+    shape = signals.outputs.shape
     if batch.y is not None:
-        check_labels(loss, batch.y, batch.weights, classes)
+        check_all_labels(loss, batch.y, batch.weights, shape)
     if batch.fisher_y is not None:
-        check_labels(loss, batch.fisher_y, batch.fisher_weights, classes, "fisher_y")
+        check_all_labels(loss, batch.fisher_y, batch.fisher_weights, shape, "fisher_y")
 
 
 def _check_curvature(model: nnx.Module, fisher: Fisher, batch: Batch) -> None:
@@ -105,7 +104,7 @@ def _check_curvature(model: nnx.Module, fisher: Fisher, batch: Batch) -> None:
         with jax.ensure_compile_time_eval():
             x, y, weights = fisher.arrays(batch)
             outputs = _outputs(state, x, graphdef=graphdef)
-            OutputTerms.of(fisher.loss, outputs, y, weights).check_curvature()
+            output_terms(fisher.loss, outputs, y, weights).check_curvature()
 
 
 @jax.jit

@@ -14,8 +14,8 @@ from jax import Array
 from natgrad_flax.arguments.arrays import own_promotion
 from natgrad_flax.arguments.scalars import as_number, at_step, is_traced_number
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
-from natgrad_flax.losses import Loss
-from natgrad_flax.losses.targets import fitted
+from natgrad_flax.losses import AnyLoss
+from natgrad_flax.losses.by_head import fitted_to
 from natgrad_flax.optimizer.checks import check_needed_batch
 from natgrad_flax.optimizer.trees import as_state, by_path, leaf_names, moved_by
 from natgrad_flax.optimizer.variables import whole_model
@@ -50,13 +50,14 @@ def transformation(
     name: str,
     learning_rate: optax.ScalarOrSchedule,
     damping: Damping,
-    loss: Loss,
+    loss: AnyLoss,
     seed: int,
     compute: Compute,
     init_kept: Callable[[Any], Any] = lambda params: (),
     accepts: Sequence[str] = (),
     wrt: Any = nnx.Param,
     needs_targets: bool = True,
+    max_norm: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation whose steps are ``compute``'s, times the learning rate.
 
@@ -77,6 +78,8 @@ def transformation(
         of the parameters. The tree must have all parameters of the step.
       wrt: filter of the parameters.
       needs_targets: whether ``compute`` looks at y.
+      max_norm: the Euclidean norm that no step exceeds, by a smaller learning rate; not with an
+        adaptive damping.
     """
     adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
 
@@ -99,7 +102,7 @@ def transformation(
         *,
         module: nnx.Module | Callable[[], nnx.Module] | None = None,
         x: Any = None,
-        y: Array | None = None,
+        y: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, NaturalGradientState]:
         del params
@@ -131,6 +134,10 @@ def transformation(
                 f"{name} moves all parameters of the model together, and some are not in the tree "
                 "of updates: let it see all of them, outside of optax.masked and optax.partition"
             )
+        if max_norm is not None:
+            entries = (leaf for layer in found.direction.values() for leaf in layer.values())
+            norm = jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in entries))
+            rate = jnp.minimum(rate, max_norm / norm)
         step = jax.tree.map(
             lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
         )
@@ -146,12 +153,12 @@ def transformation(
 
 
 def change_of_loss(
-    loss: Loss,
+    loss: AnyLoss,
     module: nnx.Module,
     x: Any,
-    y: Array | None,
+    y: Any,
     outputs: Array | None,
-    weights: Array | None = None,
+    weights: Any = None,
 ) -> Callable[[Array | float, Any], Array]:
     """``Step.change`` by one more forward pass; ``outputs`` are the module's at x."""
 
@@ -160,7 +167,7 @@ def change_of_loss(
         assert y is not None
         assert outputs is not None
         following = outputs_of(_moved(module, step), x).astype(outputs.dtype)
-        targets = fitted(loss, y, outputs)
+        targets = fitted_to(loss, y, outputs)
         return loss(following, targets, weights) - loss(outputs, targets, weights)
 
     return change

@@ -8,7 +8,7 @@ what differs: the columns of R with R R^T = H (exact), residuals of targets draw
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -20,14 +20,20 @@ from jax import Array
 from natgrad_flax.arguments.arrays import batch_size
 from natgrad_flax.arguments.scalars import check_integer
 from natgrad_flax.damping import is_zero
-from natgrad_flax.losses import Loss
-from natgrad_flax.losses.positions import OutputTerms, columns_in_range
-from natgrad_flax.losses.targets import check_targets, check_values, check_weights, relative
+from natgrad_flax.losses import AnyLoss, Heads, LossLike, check_losses
+from natgrad_flax.losses.by_head import (
+    check_all_values,
+    checked_targets,
+    checked_weights,
+    in_range,
+    output_terms,
+)
+from natgrad_flax.losses.targets import relative
 from natgrad_flax.signals.capture import linearise
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Residual
 from natgrad_flax.signals.microbatches import Passes, in_microbatches
-from natgrad_flax.signals.model import Path, hashable_filter
+from natgrad_flax.signals.model import Path, hashable_filter, with_heads
 from natgrad_flax.signals.shared import weigh_rows
 
 FisherKind = Literal["exact", "mc", "empirical"]
@@ -58,6 +64,7 @@ class Batch(NamedTuple):
     Attributes:
       x: inputs, a tree of arrays (N, ...).
       y: targets, shape (N, ..., C), or class numbers (N, ...); None where nothing is made of them.
+        Of several heads a tuple, as all that belongs to outputs.
       weights: of samples (N,) or of positions (N, ...), None for the plain mean.
       fisher_x: inputs (N', ...) of the Fisher, None where it is that at x.
       fisher_y: their targets, for the empirical Fisher.
@@ -67,11 +74,11 @@ class Batch(NamedTuple):
     """
 
     x: Any
-    y: Array | None
-    weights: Array | None = None
+    y: Any
+    weights: Any = None
     fisher_x: Any = None
-    fisher_y: Array | None = None
-    fisher_weights: Array | None = None
+    fisher_y: Any = None
+    fisher_weights: Any = None
     key: Array | None = None
     gradient: dict[Path, Array] | None = None
 
@@ -93,7 +100,7 @@ class Fisher:
       microbatches: how many, one after the other, the model runs a batch in.
     """
 
-    loss: Loss
+    loss: AnyLoss
     kind: FisherKind = "exact"
     samples: int = 1
     wrt: Any = nnx.Param
@@ -109,20 +116,35 @@ class Fisher:
         """Whether the residual lies in the span of the output directions."""
         return self.kind == "empirical" or (self.kind == "exact" and self.loss.in_span)
 
+    def bound(self, model: nnx.Module, x: Any) -> tuple[nnx.Module, Fisher]:
+        """The model with its outputs in one array, and the Fisher that knows the heads in it.
+
+        Args:
+          model: the model.
+          x: inputs, a tree of arrays (N, ...).
+
+        Raises:
+          DoesNotRunError, ValueError, TypeError: as ``with_heads``.
+        """
+        if not isinstance(self.loss, Heads):
+            return model, self
+        model, loss = with_heads(model, x, self.loss)
+        return model, replace(self, loss=loss)
+
     def needs_targets(self, batch: Batch) -> bool:
         """Whether anything is made of y."""
         own = batch.fisher_x is None
         return batch.gradient is None or (self.made_of_targets and own)
 
-    def arrays(self, batch: Batch) -> tuple[Any, Array | None, Array | None]:
+    def arrays(self, batch: Batch) -> tuple[Any, Any, Any]:
         """Inputs, targets and weights, over their mean, at which the Fisher is taken.
 
         Without targets it has no residual.
         """
         if batch.fisher_x is not None:
-            return batch.fisher_x, batch.fisher_y, relative(batch.fisher_weights)
+            return batch.fisher_x, batch.fisher_y, jax.tree.map(relative, batch.fisher_weights)
         y = batch.y if self.needs_targets(batch) else None
-        return batch.x, y, relative(batch.weights)
+        return batch.x, y, jax.tree.map(relative, batch.weights)
 
     def signals(
         self, model: nnx.Module, batch: Batch, passes: Passes = in_microbatches
@@ -170,7 +192,7 @@ class Fisher:
         """
         if self.kind != "exact" or not is_zero(damping):
             return signals, residual
-        inside = columns_in_range(self.loss, signals.outputs)
+        inside = in_range(self.loss, signals.outputs)
         if inside is None:
             return signals, residual
         kept = inside.astype(signals.outputs.dtype)
@@ -191,7 +213,7 @@ class Fisher:
     ) -> tuple[Signals, Residual | None]:
         x, y, weights = arrays
         outputs, pull_back = linearise(model, x, self.wrt)
-        terms = OutputTerms.of(self.loss, outputs, y, weights)
+        terms = output_terms(self.loss, outputs, y, weights)
 
         def backward(directions: Array) -> Signals:
             signals = pull_back(directions)
@@ -234,15 +256,15 @@ def _traced(
 def fisher_signals(
     model: nnx.Module,
     x: Any,
-    y: Array,
+    y: Any,
     *,
-    loss: Loss,
+    loss: LossLike,
     fisher: FisherKind = "exact",
     key: Array | None = None,
     num_samples: int = 1,
     wrt: Any = nnx.Param,
     microbatches: int = 1,
-    weights: Array | None = None,
+    weights: Any = None,
 ) -> tuple[Signals, Residual]:
     """Signals of the output directions of a Fisher, and the loss residual.
 
@@ -250,7 +272,7 @@ def fisher_signals(
       model: any module; the output of a sample must not depend on the other samples.
       x: inputs, an array (N, ...) or a tree of them.
       y: targets, shape (N, ..., C), or class numbers (N, ...) where the loss takes them.
-      loss: the loss.
+      loss: the loss, or those of several heads.
       fisher: "exact" (S = C, or C - 1 for softmax, a position), "mc" (S = num_samples) or
         "empirical" (S = 1).
       key: randomness of "mc".
@@ -268,6 +290,7 @@ def fisher_signals(
     """
     check_kind(fisher)
     check_key(fisher, key)
+    loss = check_losses(loss)
     settings = Fisher(
         loss,
         fisher,
@@ -276,10 +299,11 @@ def fisher_signals(
         microbatches,
     )
     n = batch_size(x)
-    weights = None if weights is None else check_weights(weights, n)
-    y = check_targets(loss, y, n)
-    check_values(loss, y, weights)
+    weights = checked_weights(loss, weights, n)
+    y = checked_targets(loss, y, n)
+    check_all_values(loss, y, weights)
     batch = Batch(x, y, weights, key=key)
+    model, settings = settings.bound(model, x)
     signals, residual = settings.signals(model, batch)
     assert residual is not None
     return signals, residual

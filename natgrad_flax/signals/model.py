@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Mapping
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
 
 from natgrad_flax.arguments.arrays import batch_size, described
+from natgrad_flax.losses import Heads
 from natgrad_flax.models.layers import Conv, Dense
 from natgrad_flax.signals.program import Path
 from natgrad_flax.xla.convolution import conv_general_dilated
@@ -60,15 +63,44 @@ def _has_items(owner: Any, key: Any) -> bool:
     return isinstance(owner, Mapping) or not isinstance(key, str)
 
 
+_HEADS = "natgrad_heads"
+
+
 class DoesNotRunError(ValueError):
     """A model that fails on the inputs that it gets."""
+
+
+def with_heads(model: nnx.Module, x: Any, loss: Heads) -> tuple[nnx.Module, Heads]:
+    """A copy of a model whose outputs are those of all heads side by side, and the heads' shapes.
+
+    Args:
+      model: the model, which returns a dictionary or a tuple of arrays (N, ..., C).
+      x: inputs, a tree of arrays (N, ...).
+      loss: that of the heads.
+
+    Raises:
+      DoesNotRunError: the model fails on these inputs.
+      ValueError, TypeError: its outputs are not those of the heads.
+    """
+    graphdef, state = nnx.split(model)
+    # through jit, so that only the first call of a shape is traced
+    returned = jax.eval_shape(partial(_returned, graphdef=graphdef), state, x)
+    loss = loss.bound(returned, batch_size(x))
+    joined = nnx.merge(graphdef, state)
+    setattr(joined, _HEADS, loss)
+    return joined, loss
+
+
+@jax.jit
+def _returned(state: Any, x: Any, *, graphdef: Any) -> Any:
+    return _run(nnx.merge(graphdef, state), x)
 
 
 def outputs_of(model: nnx.Module, x: Any) -> Array:
     """The outputs (N, ..., C) of a model; what it sows is lost, what it perturbs stays as it is.
 
     Args:
-      model: the model, or a copy of it.
+      model: the model, or a copy of it; one of ``with_heads`` has outputs (N, C).
       x: inputs, a tree of arrays (N, ...).
 
     Raises:
@@ -76,23 +108,19 @@ def outputs_of(model: nnx.Module, x: Any) -> Array:
       ValueError, TypeError: it returns something other than one array (N, ..., C) of real
         floating numbers.
     """
+    # to the bridge of linen all attributes are variables
+    heads = vars(model).pop(_HEADS, None)
+    outputs = _run(model, x)
+    if heads is not None:
+        vars(model)[_HEADS] = heads
+        outputs = heads.joined(outputs)
     n = batch_size(x)
-    what = "one sample" if n == 1 else f"{n} samples"
-    # the attribute by which flax knows that it captures is a variable to the bridge of linen
-    bridged = any(isinstance(m, nnx.bridge.ToNNX) for _, m in nnx.iter_modules(model))
-    run: Any = model if bridged else nnx.capture(model)
-    try:
-        outputs = run(x)
-    except Exception as error:
-        text = str(error).strip().partition("\n")[0]
-        raise DoesNotRunError(
-            f"{type(model).__name__} does not run on {what}, model(x) with x of {described(x)}: "
-            f"{type(error).__name__}: {text}"
-        ) from error
+    what = _samples(n)
     if not isinstance(outputs, (Array, np.ndarray)):
         raise TypeError(
             f"the model returns {_kind(outputs)}; it must return one array (N, C): wrap it in a "
-            "module that returns its logits, or its means, alone"
+            "module that returns its logits, or its means, alone, or give a loss for each of them "
+            "(ng.Heads)"
         )
     if outputs.ndim < 2 or outputs.shape[0] != n:
         raise ValueError(
@@ -106,6 +134,25 @@ def outputs_of(model: nnx.Module, x: Any) -> Array:
             f"of real floating outputs{also}"
         )
     return jnp.asarray(outputs)
+
+
+def _run(model: nnx.Module, x: Any) -> Any:
+    """What a model returns."""
+    # the attribute by which flax knows that it captures is a variable to the bridge of linen
+    bridged = any(isinstance(m, nnx.bridge.ToNNX) for _, m in nnx.iter_modules(model))
+    run: Any = model if bridged else nnx.capture(model)
+    try:
+        return run(x)
+    except Exception as error:
+        text = str(error).strip().partition("\n")[0]
+        raise DoesNotRunError(
+            f"{type(model).__name__} does not run on {_samples(batch_size(x))}, model(x) with x of "
+            f"{described(x)}: {type(error).__name__}: {text}"
+        ) from error
+
+
+def _samples(n: int) -> str:
+    return "one sample" if n == 1 else f"{n} samples"
 
 
 def _kind(value: Any) -> str:

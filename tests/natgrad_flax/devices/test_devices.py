@@ -307,7 +307,7 @@ def descend(structure, batch, **options):
 @pytest.mark.parametrize(
     ("structure", "solver", "options"),
     [
-        (ng.Exact("sample"), "cholesky", {"momentum": 0.5}),
+        (ng.Exact("sample"), "cholesky", {"momentum": ng.SPRING(0.5, max_norm=1e-3)}),
         (ng.BlockDiagonal("sample"), "cholesky", {"momentum": 0.5}),
         (ng.EKFAC(), "auto", {"average": ng.MovingAverage(0.9, 1, 2)}),
         (ng.KFAC(split="pi"), "auto", {"average": ng.MovingAverage(0.0)}),

@@ -10,6 +10,7 @@ from flax import nnx
 from random_signals import jacobian_of, rows_of
 
 import natgrad_flax as ng
+from natgrad_flax import checkpoint
 from natgrad_flax.signals.shared import ExplicitSignals
 
 MSE, CROSS_ENTROPY = ng.MeanSquaredError(), ng.SoftmaxCrossEntropy()
@@ -278,6 +279,46 @@ def test_momentum_is_the_nearest_step_that_fits_the_batch(structure, loss, fishe
             wanted = np.linalg.solve(metric, slope[block] + RHO * mu * before[block])
             np.testing.assert_allclose(found[block], wanted, atol=1e-8 * np.abs(wanted).max())
         before = found
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+def test_spring_corrects_its_start_and_bounds_its_steps(max_norm, tmp_path):
+    """Four steps of a plain NumPy loop, in the middle of which the run is saved and restored."""
+    rate, mu = 0.3, 0.9
+    rng = np.random.default_rng(0)
+    xs, ys = rng.normal(size=(4, 3, 5)), rng.normal(size=(4, 3, 1))
+    w, phi, wanted, bounded = np.zeros(5), np.zeros(5), [], []
+    for k, (x, y) in enumerate(zip(xs, ys[..., 0], strict=True), 1):
+        phi = mu * phi + np.linalg.solve(
+            x.T @ x / 3 + RHO * np.eye(5), x.T @ (x @ (w - mu * phi) - y) / 3
+        )
+        u = phi / np.sqrt(1 - mu ** (2 * k))
+        eta = rate if max_norm is None else min(rate, max_norm / np.linalg.norm(u))
+        bounded.append(eta < rate)
+        w = w - eta * u
+        wanted.append(w)
+    assert any(bounded) == (max_norm is not None)
+
+    momentum = ng.SPRING(mu, max_norm=max_norm)
+    settings = {"structure": ng.Exact(), "loss": MSE, "damping": RHO, "momentum": momentum}
+    zeros = nnx.initializers.zeros
+    model = nnx.Linear(
+        5, 1, use_bias=False, kernel_init=zeros, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+    )
+    optimizer = nnx.Optimizer(model, ng.natural_gradient_descent(rate, **settings), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x, y):
+        optimizer.update(model, nnx.state(model, nnx.Param), module=model, x=x, y=y)
+
+    for k in range(4):
+        step(model, optimizer, xs[k], ys[k])
+        np.testing.assert_allclose(model.kernel[:, 0], wanted[k], atol=1e-12)
+        if k == 1:
+            checkpoint.save(tmp_path, model, optimizer, structure=ng.Exact(), step=2)
+            step(model, optimizer, xs[0], ys[0])
+            checkpoint.restore(tmp_path, model, optimizer, structure=ng.Exact())
 
 
 @pytest.mark.usefixtures("x64")

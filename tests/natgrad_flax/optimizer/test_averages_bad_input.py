@@ -32,6 +32,11 @@ DESCENTS = {
         TypeError,
         "LevenbergMarquardt predicts",
     ),
+    "SPRING of K-FAC": (
+        {"structure": ng.KFAC(), "momentum": ng.SPRING(0.9)},
+        TypeError,
+        "optax.trace",
+    ),
     "no parts": ({"microbatches": 0}, ValueError, "microbatches must be an integer"),
 }
 
@@ -42,6 +47,21 @@ def test_settings_that_do_not_fit(case):
     settings = {"structure": ng.Exact(), "loss": MSE, "damping": 0.1, **changes}
     with pytest.raises(error, match=message):
         ng.natural_gradient_descent(1.0, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"decay": 1.0}, ValueError, "decay must be below 1, got 1.0"),
+        ({"decay": 0.0}, ValueError, "decay must be positive and finite, got 0.0"),
+        ({"decay": "0.9"}, ValueError, "decay must be a number, got '0.9'"),
+        ({"decay": 0.9, "max_norm": -1.0}, ValueError, "max_norm must be positive and finite"),
+        ({"decay": 0.9, "bias_correction": 1}, TypeError, "bias_correction must be True or False"),
+    ],
+)
+def test_settings_of_spring(settings, error, message):
+    with pytest.raises(error, match=message):
+        ng.SPRING(**settings)
 
 
 BATCHES = {

@@ -78,6 +78,11 @@ class Check:
     erratum: str = ""
     fast: bool = False
 
+    @property
+    def words(self) -> dict[str, Any]:
+        """What a page says of the claim, whatever was measured."""
+        return {key: getattr(self, key) for key in ("title", "claim", "origin", "erratum")}
+
 
 _CHECKS: dict[str, Check] = {}
 

@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 
 from ntk_analysis import reproduce
 from ntk_analysis.cli import app
-from ntk_analysis.report.comparison import Source, merge_checks, read_sources, without_data
+from ntk_analysis.report.comparison import (
+    HERE,
+    STALE,
+    Source,
+    merge_checks,
+    read_sources,
+    without_data,
+)
 from ntk_analysis.report.papers import PAPERS, pages, paper_of
 from ntk_analysis.report.papers.pages import DRAWINGS, draw, write_papers
 from ntk_analysis.report.typeset import typeset
@@ -35,7 +42,7 @@ def record(verdict: str = "passed", **other: object) -> dict:
     return {
         "title": "A <b>title</b> & more", "claim": "a claim < 1", "setting": "the setting",
         "origin": "ours", "erratum": "", "verdict": verdict, "reason": "", "seconds": 3.0,
-        "data": {}, "notes": ["a note"], "source": "here.json", "device": "CPU",
+        "data": {}, "notes": ["a note"], "source": "here.json", "device": "CPU", "evidence": HERE,
         "date": "2026-01-02T03:04:05+00:00",
         "measurements": [
             {"what": "loss <1>", "measured": 0.125, "expected": "≤ 1", "passed": True}
@@ -46,7 +53,7 @@ def record(verdict: str = "passed", **other: object) -> dict:
 
 def committed() -> dict[str, dict]:
     """The records of ``results/``."""
-    sources, notes = read_sources(ROOT / "results")
+    sources, notes = read_sources(ROOT / "results", CATALOGUE)
     assert notes == []
     own = Source("none", {"checks": {}})
     return merge_checks(own, sources, IDENTIFIERS)
@@ -61,7 +68,7 @@ def written(tmp_path_factory) -> Path:
         "KO-Eq9": record("failed", erratum="printed wrongly", origin="paper"),
         "KO-Eq10": record("skipped", reason="no data", measurements=[]),
         "KO-Eq18": record("error", reason="RuntimeError: the cable broke", measurements=[]),
-        "KO-Gone": record(title="of an older catalogue"),
+        "KO-Gone": record(title="of an older catalogue", evidence=STALE),
         "Other-1": record(),
     }
     write_papers(records, CATALOGUE, out)
@@ -133,7 +140,13 @@ def test_summary_counts(written):
     found = page(written)
     known = [check for check in CATALOGUE if check.identifier.startswith("KO-")]
     total = len(known) + 1
-    assert f"{total} checks: 2 passed, 2 failed, 1 skipped, {total - 5} not run here" in found.html
+    counts = f"1 passed, 2 failed, 1 skipped, 1 of another version, {total - 5} not run"
+    assert f"{total} checks: {counts}" in found.html
+    evidence = "4 ran here, 0 are stored and of the present source,\n1 are stored and of another"
+    assert evidence in found.html
+    assert '<span class="badge missing">passed</span>' in found.section("KO-Gone")
+    assert "of another version of the source: to be run again" in found.section("KO-Gone")
+    assert "of another version" not in found.section("KO-Eq5")
     replaced = {"KO-Eq5": "ours", "KO-Eq9": "paper", "KO-Eq10": "ours", "KO-Eq18": "ours"}
     origins = [replaced.get(check.identifier, check.origin) for check in known] + ["ours"]
     assert f"{origins.count('ours')} of the {total} settings are ours" in found.html

@@ -163,7 +163,7 @@ def test_records_hold_what_a_reader_needs(tmp_path):
     assert checks["D"]["reason"] == "RuntimeError: the cable broke"
     assert checks["D"]["measurements"] == []
     for record in checks.values():
-        assert {"title", "claim", "setting", "origin", "seconds", "date"} <= set(record)
+        assert {"title", "claim", "setting", "origin", "seconds", "date", "device"} <= set(record)
     assert result.with_verdict("passed") == ["A", "E"]
     assert sum(done for _, done in said) == 5
     assert ("A: measuring", 0) in said

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ntk_analysis.reproduce import Check
+from ntk_analysis.reproduce.registry import KINDS
 from ntk_analysis.reproduce.runner import COMMAND, is_fresh
 from ntk_analysis.results import CHECKS, read_json, sound_records
 
@@ -79,7 +80,8 @@ class Source:
         for name, record in self.checks.items():
             check = known.get(name)
             state = evidence if is_fresh(record, check, versions) else STALE
-            records[name] = {**record, **(check.words if check else {}), "evidence": state}
+            words = check.words if check else {"kind": "", "remark": "", "differs": "", **record}
+            records[name] = {**record, **words, "evidence": state}
         return Source(self.name, {**self.document, "checks": records})
 
     @property
@@ -158,6 +160,12 @@ def counted(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     counts = {state: sum(r["evidence"] == state for r in entries) for state in EVIDENCE}
     fresh = [r["verdict"] for r in entries if r["evidence"] != STALE]
     return counts | {verdict: fresh.count(verdict) for verdict in VERDICTS}
+
+
+def remarks(records: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Checks whose claims have a remark, by its kind."""
+    found = {kind: [n for n, r in records.items() if r["kind"] == kind] for kind in KINDS}
+    return {kind: names for kind, names in found.items() if names}
 
 
 def without_data(record: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def small() -> Settings:
 def record(verdict: str, measured: float, **other: object) -> dict:
     return {
         "title": "A <b>title</b> & more", "claim": "a claim < 1", "setting": "s", "origin": "ours",
-        "erratum": "", "verdict": verdict, "reason": "", "seconds": 3.0, "data": {}, "notes": [],
+        "differs": "", "kind": "", "remark": "", "verdict": verdict, "reason": "", "seconds": 3.0,
+        "data": {}, "notes": [],
         "measurements": [
             {"what": "loss <1>", "measured": measured, "expected": "≤ 1", "passed": True}
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,7 @@ from markupsafe import Markup
 
 from ntk_analysis import palette
 from ntk_analysis.files import replace_file, save_figure
-from ntk_analysis.report.comparison import NOT_RUN, counted
+from ntk_analysis.report.comparison import NOT_RUN, counted, remarks
 from ntk_analysis.report.page import PAGE_NAME, templates
 from ntk_analysis.report.papers import (
     FOLDER,
@@ -29,6 +30,7 @@ from ntk_analysis.report.papers import (
     van_oostrum,
 )
 from ntk_analysis.reproduce import Check
+from ntk_analysis.reproduce.registry import KINDS
 from ntk_analysis.reproduce.runner import FINISHED
 from ntk_analysis.results import content_hash
 
@@ -182,8 +184,9 @@ def _render(
             checks=entries,
             drawn=drawn,
             counts=counted(entries),
-            ours=sum(entry["origin"] == "ours" for entry in entries),
-            errata=[entry["identifier"] for entry in entries if entry["erratum"]],
+            origins=Counter(entry["origin"] for entry in entries),
+            remarks=remarks({entry["identifier"]: entry for entry in entries}),
+            kinds=KINDS,
             back=back,
         )
     )

@@ -122,13 +122,16 @@ def _printed_projectors(problem: Problem) -> list[tuple[Matrix, Matrix]]:
     setting=f"widths {BOTTLENECK} and (5, 3, 2, 4) with bottlenecks, {NARROW} and {EDGE} without; "
     f"Runge-Kutta with dt = {STEP} to t = {LATE}; {SETTING}",
     origin="ours",
-    erratum="The paper takes Eq. 10 with pseudo-inverses for the natural gradient of every "
-    "network. At a bottleneck it is not: the natural gradient, which no choice of a generalised "
-    "inverse changes, moves W by P V + V Q - P V Q, where V = W* - W and P and Q project on the "
-    "columns and the rows of W, orthogonally for S^-1 and for Sigma. Both come to rest where "
-    "W = P W* Q. A bottleneck is not even needed: Eq. 10 is exact where every hidden layer is at "
-    "least as wide as inputs and outputs both. Between the two widths the natural gradient is "
-    "still W* - W, but Eq. 10 lags behind.",
+    kind="too general",
+    remark=(
+        "Eq. 10 with pseudo-inverses obeys the paper's law for such networks, Eq. 19 (BE-Eq19), "
+        "but is not the natural gradient of all of them. At a bottleneck that one, which no "
+        "choice of a generalised inverse changes, moves W by P V + V Q - P V Q, where V = W* - W "
+        "and P and Q project on the columns and the rows of W, orthogonally for S^-1 and for "
+        "Sigma. Both come to rest where W = P W* Q. Eq. 10 is exact where every hidden layer is "
+        "at least as wide as inputs and outputs both. Between the two widths the natural gradient"
+        " is still W* - W, and Eq. 10 another direction."
+    ),
     fast=True,
 )
 @in_float64
@@ -189,8 +192,8 @@ def natural_gradient_at_a_bottleneck(report: Report) -> Outcome:
         notes=(
             f"At a bottleneck Eq. 10 is off by {min(gap):.2f} to {max(gap):.2f} of the natural "
             "gradient.",
-            "The catalogue states the erratum for bottlenecks alone. It holds as soon as a hidden "
-            "layer is narrower than inputs or outputs, since P_i or Q_i then is not the identity. "
+            "Eq. 10 differs as soon as a hidden layer is narrower than inputs or outputs: P_i or "
+            "Q_i is not the identity then. "
             f"Widths {NARROW} have {min(slower):.1f} to {max(slower):.1f} times the excess loss of "
             f"the exponential law at t = {LATE}.",
         ),

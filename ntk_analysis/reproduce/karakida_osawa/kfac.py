@@ -29,9 +29,13 @@ _DRAWS = 40
     "alpha = N L and eta = 1/(N L) converges in one step.",
     setting="tanh 6-12-13-C, N = 4, C = 1 and 2, with and without biases; ReLU 12-16-16-2, N = 5",
     origin="ours",
-    erratum="Eq. 20 as printed gives alpha = N (L - 1) + 1, because B* of the last layer is 1 and "
-    "not 1/N; Eq. 21 and alpha = N L need B* / N there. At 1/(N L) the printed Eq. 20 leaves the "
-    "fraction (N - 1)/(N L) of the residual after a step",
+    kind="misprint",
+    remark=(
+        "In the main text B* of the last layer is 1 and not 1/N, so that Eq. 20 gives alpha = N "
+        "(L - 1) + 1; Eq. 21 and alpha = N L need B* / N there. At 1/(N L) the printed Eq. 20 "
+        "leaves the fraction (N - 1)/(N L) of the residual after a step. The supplement (B.3) was"
+        " not at hand."
+    ),
     fast=True,
 )
 def eq_20(report: Report) -> Outcome:
@@ -144,12 +148,19 @@ def low_dimension(report: Report) -> Outcome:
 @check(
     "KO-Forster",
     "K-FAC after a Forster transform",
-    claim="Inputs in radial isotropic position make the first layer isotropic: alpha = N L again.",
+    claim=(
+        "The Forster transformation makes X^T X proportional to I where there are fewer inputs "
+        "than samples, and the isotropic condition holds, in deep networks too (after Eq. 21)."
+    ),
     setting="20 Gaussian points in 6 dimensions (in 9, of rank 6), tanh 6-24-25-1; 4 test points",
     origin="ours",
-    erratum="after the transform the first layer gives M_0 I, not N I: alpha = N (L - 1) + M_0. "
-    "alpha = N L needs the first layer's update multiplied by N / M_0, which the authors' kernels "
-    "contain silently",
+    kind="misread by us",
+    remark=(
+        "An earlier version of this page had the paper say that alpha is N L again. The paper "
+        "says that the isotropic condition holds, and so it does: Eq. 21 then gives N (L - 1) + "
+        "M_0, as measured. Where alpha = N L is wanted, the first layer's update takes a factor N"
+        " / M_0."
+    ),
     fast=True,
 )
 def forster(report: Report) -> Outcome:

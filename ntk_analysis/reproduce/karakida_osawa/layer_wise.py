@@ -206,10 +206,14 @@ def eq_18(report: Report) -> Outcome:
     "3s + 1, is positive definite with alpha = s and s + 1.",
     setting="Sigma for L = 1 to 9; tanh networks with L = 3, 4, 5, N = 4 against explicit inverses",
     origin="ours",
-    erratum='"positive definite" is wrong for every L >= 3: Sigma is indefinite (smallest '
-    "eigenvalue -0.414 at L = 3, -0.618 at L = 4). Theorem 4.1 needs det Sigma != 0 only. For "
-    "L = 3s + 2 Sigma is singular, yet 1 lies in its range, so the pseudo-inverse of G is "
-    "isotropic too, with alpha = s + 1",
+    kind="too general",
+    remark=(
+        "Eigenvalues and alpha are as printed, but of the depths in question Sigma is positive "
+        "definite at L = 1 alone: its smallest eigenvalue is -0.414 at L = 3 and -0.618 at L = 4."
+        " Theorem 4.1, which asks for it, needs det Sigma != 0 only, and so holds for these "
+        "depths. For L = 3s + 2 Sigma is singular, yet 1 lies in its range, so that the "
+        "pseudo-inverse of G is isotropic too, with alpha = s + 1."
+    ),
     fast=True,
 )
 def lemma_4_3(report: Report) -> Outcome:

@@ -108,9 +108,13 @@ def mirror_residual(case: Case, run: Descent) -> tuple[float, float]:
     "where F would have 80 GB; flow to t = 3 at (N, D) = (4, 8), L = 1, 2, 3 from beta = 0; "
     "float64",
     origin="ours",
-    erratum="The paper says of natural gradient in general that it finds the same optimum in every "
-    "parametrisation. That holds for N >= D, where F is definite. For N < D only the logits of the "
-    "training inputs agree: beta, and so the test accuracy, depends on the depth.",
+    kind="too general",
+    remark=(
+        "The introduction says that natural gradient finds the same optimum in every "
+        "parametrisation. The paper's Statement of it asks for Fisher matrices of full rank, and "
+        "with these (N >= D) it holds. For N < D only the logits of the training inputs agree: "
+        "beta, and so the test accuracy, depends on the depth."
+    ),
     fast=True,
 )
 @in_float64

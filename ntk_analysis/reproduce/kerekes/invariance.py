@@ -278,9 +278,12 @@ def conclusion(report: Report) -> Outcome:
     "Appendix D).",
     setting="as printed, and random A with (N, D) = (3, 6), 8 draws",
     origin="paper",
-    erratum="The printed solutions (0, -1/3) and (-1/4, 0) have the least l_1 norm. Those of least "
-    "l_2 norm, which the claim is about, are (2, -3)/13 and (-4, -2)/20. The conclusion holds for "
-    "either norm.",
+    kind="misprint",
+    remark=(
+        "The printed solutions (0, -1/3) and (-1/4, 0) have the least l_1 norm. Those of least "
+        "l_2 norm, which the claim is about, are (2, -3)/13 and (-4, -2)/20. The conclusion holds"
+        " for either norm."
+    ),
     fast=True,
 )
 @in_float64

@@ -164,9 +164,12 @@ def exact_step(report: Report) -> Outcome:
     setting=f"4 x 4 factors with L = 2 and 3, and sizes 4-6-5; {SEEDS} draws each; diagonal "
     "networks with L = 2, D = 5; float64",
     origin="ours",
-    erratum="Eq. 51 and Section 4 print dW_i = 1/L (B_i^T)^+ G A_i^+. The right order is "
-    "1/L A_i^+ G B_i^+; the printed one fits in size for square factors and solves nothing. In "
-    "Eq. 39 the product leaves out k = n, the layer, not k = i, the entry.",
+    kind="misprint",
+    remark=(
+        "Eq. 51 and Section 4 print dW_i = 1/L (B_i^T)^+ G A_i^+. The right order is 1/L A_i^+ G "
+        "B_i^+; the printed one fits in size for square factors and does not solve Eq. 50. In Eq."
+        " 39 the product leaves out k = n, the layer, not k = i, the entry."
+    ),
     fast=True,
 )
 @in_float64

@@ -81,9 +81,13 @@ def margins_case(rng: np.random.Generator, margins: Matrix) -> tuple[Matrix, Mat
     f"{SEEDS} draws each, against decimal arithmetic with 60 digits; N = 2, D = 5 with margins "
     "+700 and -700",
     origin="ours",
-    erratum="The printed factor e^-u_max leaves factors e^(u_max - u) that overflow where margins "
-    "differ much; e^-u_min gives the same solution and factors of at most 1. Eqs. 22 and 25 lack a "
-    "transpose: the gradient is -Z^T phi(-u).",
+    kind="misprint",
+    remark=(
+        "Eqs. 22 and 25 lack a transpose: the gradient is -Z^T phi(-u). Beside that, the printed "
+        "factor e^-u_max serves, as the paper says, where the elements of u do not differ too "
+        "much. Where they do, e^(u_max - u) overflows; e^-u_min gives the same solution and "
+        "factors of at most 1."
+    ),
     fast=True,
 )
 @in_float64

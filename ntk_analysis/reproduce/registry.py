@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from natgrad_flax.arguments.renamed import Renamed
 from ntk_analysis.names import did_you_mean
+from ntk_analysis.reproduce.ruler import Error
 
 Report = Callable[[str], object]
 """Called with what is being done now."""
@@ -167,12 +168,17 @@ def close(what: str, measured: float, expected: float, tolerance: float) -> Meas
 
 def below(what: str, measured: float, bound: float) -> Measurement:
     """Below a bound, or equal to it."""
-    return Measurement(what, measured, f"≤ {bound:g}", bool(measured <= bound))
+    return Measurement(what, measured, f"≤ {bound:g}{_norm(measured)}", bool(measured <= bound))
 
 
 def above(what: str, measured: float, bound: float) -> Measurement:
     """Above a bound, or equal to it; infinity counts."""
-    return Measurement(what, measured, f"≥ {bound:g}", bool(measured >= bound))
+    return Measurement(what, measured, f"≥ {bound:g}{_norm(measured)}", bool(measured >= bound))
+
+
+def _norm(measured: float) -> str:
+    """The norm of a bound on an error."""
+    return f" ({measured.norm})" if isinstance(measured, Error) else ""
 
 
 def between(what: str, measured: float, low: float, high: float) -> Measurement:

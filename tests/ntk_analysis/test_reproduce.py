@@ -91,13 +91,6 @@ def test_dense_side_against_finite_differences():
                 np.testing.assert_allclose(jacobian[:, offset + place], slope, atol=1e-7)
 
 
-def test_pseudo_inverse_of_an_indefinite_matrix():
-    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
-    matrix = vectors @ np.diag([3.0, -2.0, 0.5, 0.0]) @ vectors.T
-    expected = vectors @ np.diag([1 / 3, -1 / 2, 2.0, 0.0]) @ vectors.T
-    np.testing.assert_allclose(common.pseudo_inverse(matrix), expected, atol=1e-12)
-
-
 # ----- the runner, with checks of our own
 
 

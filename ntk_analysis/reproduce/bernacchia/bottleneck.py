@@ -22,13 +22,13 @@ from ntk_analysis.reproduce.bernacchia.common import (
     SETTING,
     WIDE,
     Problem,
-    distance,
     draws,
     product_of,
 )
 from ntk_analysis.reproduce.bernacchia.flow import STEP, runge_kutta, unit_of_time
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, check
+from ntk_analysis.reproduce.ruler import pseudo_inverse, relative_error
 
 EDGE = (2, 4, 4)
 """The hidden layer is as wide as inputs and outputs, and no wider."""
@@ -58,22 +58,22 @@ def eq_19(report: Report) -> Outcome:
                 (np.asarray(p), np.asarray(q)) for p, q in projectors(problem.weights, problem.data)
             ]
             for (p, q), formula in zip(pairs, _printed_projectors(problem), strict=True):
-                printed += [distance(p, formula[0]), distance(q, formula[1])]
-                idempotent += [distance(p @ p, p), distance(q @ q, q)]
-                kept.append(distance(p @ problem.product @ q, problem.product))
+                printed += [relative_error(p, formula[0]), relative_error(q, formula[1])]
+                idempotent += [relative_error(p @ p, p), relative_error(q @ q, q)]
+                kept.append(relative_error(p @ problem.product @ q, problem.product))
                 if widths[0] > widths[-1] and widths != BOTTLENECK:
-                    trivial.append(distance(q, np.eye(len(q))))
+                    trivial.append(relative_error(q, np.eye(len(q))))
                 if widths[0] < widths[-1]:
-                    trivial.append(distance(p, np.eye(len(p))))
+                    trivial.append(relative_error(p, np.eye(len(p))))
             direction = flow_direction(problem.weights, problem.data)
             steps = natural_gradient(problem.weights, problem.data)
-            directions.append(distance(direction, -problem.push_forward(steps)))
+            directions.append(relative_error(direction, -problem.push_forward(steps)))
             if widths == WIDE:
-                free.append(distance(direction, problem.optimum - problem.product))
+                free.append(relative_error(direction, problem.optimum - problem.product))
     report("flow at the bottleneck")
     for problem in draws(BOTTLENECK):
         weights, product = _tracked(problem.weights, jnp.asarray(problem.product), problem.data)
-        tracked.append(distance(product_of(weights), product))
+        tracked.append(relative_error(product_of(weights), product))
     return Outcome(
         (
             below("projectors() against the formulas as printed", max(printed), 1e-9),
@@ -108,8 +108,8 @@ def _printed_projectors(problem: Problem) -> list[tuple[Matrix, Matrix]]:
     """P^b^T and P^a^T of the supplement, in the order of our rows."""
     found = []
     for a, b in zip(problem.before, problem.after, strict=True):
-        inner = np.linalg.pinv(a.T @ problem.inputs @ a, rcond=1e-10)
-        outer = np.linalg.pinv(b @ problem.precision @ b.T, rcond=1e-10)
+        inner = pseudo_inverse(a.T @ problem.inputs @ a)
+        outer = pseudo_inverse(b @ problem.precision @ b.T)
         found.append((a @ inner @ a.T @ problem.inputs, problem.precision @ b.T @ outer @ b))
     return found
 
@@ -142,11 +142,11 @@ def natural_gradient_at_a_bottleneck(report: Report) -> Outcome:
         report(f"natural gradients of widths {widths}")
         for problem in draws(widths):
             expected = problem.natural_direction
-            projected.append(distance(_tangent_direction(problem), expected))
+            projected.append(relative_error(_tangent_direction(problem), expected))
             ours = tangent_projection(problem.weights, problem.data)
-            library.append(distance(ours, expected))
+            library.append(relative_error(ours, expected))
             printed = flow_direction(problem.weights, problem.data)
-            gap.append(distance(printed, expected))
+            gap.append(relative_error(printed, expected))
     report("fixed points")
     rest = []
     for problem in draws(BOTTLENECK):
@@ -164,9 +164,9 @@ def natural_gradient_at_a_bottleneck(report: Report) -> Outcome:
         report(f"natural gradients of widths {widths}")
         for problem in draws(widths):
             expected = problem.optimum - problem.product
-            full.append(distance(problem.natural_direction, expected))
+            full.append(relative_error(problem.natural_direction, expected))
             printed = flow_direction(problem.weights, problem.data)
-            (lag if widths == NARROW else wide).append(distance(printed, expected))
+            (lag if widths == NARROW else wide).append(relative_error(printed, expected))
     report(f"flows of widths {NARROW}")
     for problem in draws(NARROW):
         weights = problem.weights

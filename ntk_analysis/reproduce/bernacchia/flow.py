@@ -27,13 +27,13 @@ from ntk_analysis.reproduce.bernacchia.common import (
     SQUARE,
     WIDE,
     Problem,
-    distance,
     draw,
     draws,
     product_of,
 )
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, between, check
+from ntk_analysis.reproduce.ruler import relative_error
 
 State = TypeVar("State")
 
@@ -134,7 +134,7 @@ def eq_18(report: Report) -> Outcome:
                 weights = unit_of_time(weights, problem.data)
                 product = product_of(weights)
                 law = flow_product(start, jnp.asarray(problem.optimum), time)
-                products.append(distance(product, law))
+                products.append(relative_error(product, law))
                 now = problem.excess(product)
                 losses.append(abs(now / (math.exp(-2 * time) * excess) - 1))
     report("looking for singular matrices on the way")
@@ -196,15 +196,15 @@ def discrete(report: Report) -> Outcome:
         for problem in draws(widths):
             for rate in (0.3, 1.0):
                 moved, law = _step_and_law(problem, rate)
-                errors.append(distance(moved, law))
+                errors.append(relative_error(moved, law))
             if widths == (3, 3):
-                solved.append(distance(moved, problem.optimum))
+                solved.append(relative_error(moved, problem.optimum))
     report("Gaussian factors")
     raw, limits = [], []
     for seed, drawn in enumerate(draws(DEEP)):
         factors = [jnp.asarray(w) for w in random_linear_network(DEEP, seed)]
         problem = replace(drawn, weights=factors)
-        raw.append(distance(*_step_and_law(problem, 1.0)))
+        raw.append(relative_error(*_step_and_law(problem, 1.0)))
         limits.append(EPS * float(np.linalg.cond(problem.product)))
         scaled.append(raw[-1] / limits[-1])
     report("many layers")
@@ -212,7 +212,7 @@ def discrete(report: Report) -> Outcome:
     start, target = problem.product, problem.product + (problem.optimum - problem.product) / 5
     limit = scipy.linalg.expm(target @ np.linalg.inv(start) - np.eye(4)) @ start
     gaps = [
-        distance(euler_product(jnp.asarray(start), jnp.asarray(target), depth, 1.0), limit)
+        relative_error(euler_product(jnp.asarray(start), jnp.asarray(target), depth, 1.0), limit)
         for depth in (512, 1024, 2**20)
     ]
     return Outcome(

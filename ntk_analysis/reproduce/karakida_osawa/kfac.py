@@ -11,13 +11,13 @@ from ntk_analysis.empirical import Matrix
 from ntk_analysis.reproduce.karakida_osawa.common import (
     Dense,
     dense,
-    distance,
     off_identity,
     problem,
     theta_bar,
     unit_rows,
 )
 from ntk_analysis.reproduce.registry import Measurement, Outcome, Report, above, below, check, close
+from ntk_analysis.reproduce.ruler import max_abs_error, pseudo_inverse
 
 _DRAWS = 40
 
@@ -107,11 +107,11 @@ def _closed_form(case: Dense) -> Matrix:
     total = np.zeros((case.outputs.size, case.outputs.size))
     c = case.outputs.shape[1]
     for a, d in zip(case.inputs, case.derivatives, strict=True):
-        right = a @ np.linalg.pinv(a)
+        right = a @ pseudo_inverse(a)
         flat = _rows(d)
         # the last layer has D = I_C a sample: D D^+ = 1/N, which its B* / N makes 1
         last = a is case.inputs[-1]
-        left = flat @ np.linalg.pinv(flat) * (case.num_samples if last else 1)
+        left = flat @ pseudo_inverse(flat) * (case.num_samples if last else 1)
         total += left * np.kron(right, np.ones((c, c)))
     return case.num_samples * total
 
@@ -136,10 +136,10 @@ def low_dimension(report: Report) -> Outcome:
         (
             below(
                 "explicit Theta-bar / N against (L - 1) I + I . X (X^T X)^-1 X^T",
-                distance(explicit / 9, expected),
+                max_abs_error(explicit / 9, expected),
                 1e-8,
             ),
-            below("KFAC against the same", distance(found / 9, expected), 1e-8),
+            below("KFAC against the same", max_abs_error(found / 9, expected), 1e-8),
             above("spread of its diagonal", float(np.ptp(np.diag(found / 9))), 0.05),
         )
     )
@@ -171,7 +171,7 @@ def forster(report: Report) -> Outcome:
     fitted = forster_transform(x, x_test)
     z = fitted.x_train
     measurements = [
-        below("Z^T Z - (N / M_0) I", distance(z.T @ z, n / m * np.eye(m)), 1e-8),
+        below("Z^T Z - (N / M_0) I", max_abs_error(z.T @ z, n / m * np.eye(m)), 1e-8),
         below("iterations to 1e-10", fitted.iterations, 100),
         below(
             "test points: one map against all steps",
@@ -225,4 +225,4 @@ def _stepwise(x: Matrix, x_test: Matrix, iterations: int, found: Matrix | None) 
         z, w = unit_rows(z @ root), unit_rows(w @ root)
     # the transform is unique up to a rotation, so inner products are compared
     assert found is not None
-    return distance(found @ found.T, w @ w.T)
+    return max_abs_error(found @ found.T, w @ w.T)

@@ -17,7 +17,6 @@ from ntk_analysis.reproduce.images import mnist_pair
 from ntk_analysis.reproduce.karakida_osawa.common import (
     Dense,
     Problem,
-    distance,
     off_identity,
     problem,
     theta_bar,
@@ -32,6 +31,7 @@ from ntk_analysis.reproduce.registry import (
     check,
     close,
 )
+from ntk_analysis.reproduce.ruler import max_abs_error
 from ntk_analysis.training import Trainer
 
 _RATIO = 1e-3
@@ -62,16 +62,18 @@ def theorem_5_1(report: Report) -> Outcome:
         measurements += [
             below(
                 f"{activation}: explicit Theta-bar off the diagonal",
-                distance(explicit, np.diag(np.diag(explicit))),
+                max_abs_error(explicit, np.diag(np.diag(explicit))),
                 1e-8,
             ),
             below(
                 f"{activation}: its diagonal against 1 + number of active units",
-                distance(np.diag(explicit), counts),
+                max_abs_error(np.diag(explicit), counts),
                 1e-8,
             ),
             below(
-                f"{activation}: UnitWise against the explicit one", distance(found, explicit), 1e-8
+                f"{activation}: UnitWise against the explicit one",
+                max_abs_error(found, explicit),
+                1e-8,
             ),
         ]
         if activation == "tanh":
@@ -84,7 +86,7 @@ def theorem_5_1(report: Report) -> Outcome:
     measurements += [
         below(
             "tanh, C = 3: UnitWise against sum_i blockdiag_n d d^T / |d|^2 + I",
-            distance(matrix, blocks),
+            max_abs_error(matrix, blocks),
             1e-8,
         ),
         close(
@@ -235,7 +237,7 @@ def low_dimension(report: Report) -> Outcome:
         (
             below(
                 "layer 1 against the projectors of its units",
-                distance(first, _unit_projectors(case.train)),
+                max_abs_error(first, _unit_projectors(case.train)),
                 1e-7,
             ),
             close("layer 1: trace / N, against M M_0 / N", float(np.trace(first)) / 30, 80.0, 1e-6),
@@ -244,12 +246,12 @@ def low_dimension(report: Report) -> Outcome:
             ),
             below(
                 "layers 2 and 3: Theta-bar off its diagonal",
-                distance(upper, np.diag(np.diag(upper))),
+                max_abs_error(upper, np.diag(np.diag(upper))),
                 1e-6,
             ),
             below(
                 "layers 2 and 3: diagonal against 1 + number of active units",
-                distance(np.diag(upper), counts),
+                max_abs_error(np.diag(upper), counts),
                 1e-6,
             ),
             between(

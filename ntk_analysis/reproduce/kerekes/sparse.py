@@ -8,7 +8,6 @@ import numpy as np
 from natgrad_datasets import sparse_classification
 
 from natgrad_flax.linear import references
-from ntk_analysis.reproduce.kerekes.common import apart
 from ntk_analysis.reproduce.kerekes.sparse_runs import (
     DIRECT_SCALE,
     EUCLIDEAN,
@@ -39,6 +38,7 @@ from ntk_analysis.reproduce.registry import (
     check,
     close,
 )
+from ntk_analysis.reproduce.ruler import relative_error
 
 PROGRAM_ACCURACY = {1.25: 0.65}
 """Accuracy of the limit of the natural-gradient flow, by N / D: the catalogue's."""
@@ -183,7 +183,7 @@ def measure(setting: Setting, report: Report) -> Outcome:
             if num < setting.dim:
                 betas[FULL_RANK], expected = full_rank(x, y, setting)
                 for name in (TRAIN, FULL_RANK):
-                    margins.append(apart(y * (x @ betas[name]), expected))
+                    margins.append(relative_error(y * (x @ betas[name]), expected))
             betas[POPULATION] = population(x, y, setting)
             for name, beta in betas.items():
                 row[name].append(references.gaussian_accuracy(beta, data.teacher))

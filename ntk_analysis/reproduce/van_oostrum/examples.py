@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -26,48 +27,62 @@ def trace(curve: Map, low: float, high: float) -> list[list[float]]:
 @check(
     "VO-Ex1",
     "Two parametrisations whose coordinate vectors share no direction",
-    claim="At one point of a model two parametrisations can have spans with trivial intersection; "
-    "then every representation that is the same for both is zero, and the natural gradients are "
-    "the projections on the two lines (Example 1).",
-    setting="phi(t) = (t, t^2), psi(t) = (-t^2, t), the same turned by 90 degrees, at t = 0; "
-    "L = 3 x + 2 y",
+    claim="At one non-singular point of a model two parametrisations can have coordinate vectors "
+    "whose spans intersect trivially; then no representation but zero is the same for both, and "
+    "the natural parameter gradients are the projections of the natural gradient on the two spans "
+    "(Example 1).",
+    setting="phi(s, t) = (s, t^3) and psi, the same turned by 90 degrees, both onto the plane; "
+    "L = 3 x + 2 y; at the origin and at 50 random points of the plane",
     origin="ours",
     fast=True,
 )
 @in_float64
 def example_1(report: Report) -> Outcome:
-    """Two curves of a plane through the origin."""
+    """The plane in two parametrisations, each folded flat along another axis."""
 
-    def phi(t: Array) -> Array:
-        return jnp.concatenate([t, t**2])
+    def phi(xi: Array) -> Array:
+        return jnp.stack([xi[0], xi[1] ** 3])
 
-    def psi(t: Array) -> Array:
-        return jnp.concatenate([-(t**2), t])
+    def psi(xi: Array) -> Array:
+        x, y = phi(xi)
+        return jnp.stack([-y, x])
+
+    represent = natural(lambda z: 3 * z[0] + 2 * z[1])
+
+    def push(curve: Map, at: Array) -> Array:
+        return geometry.push_forward(curve, at, represent(curve, at))
 
     report("projecting")
-    zero, represent = jnp.zeros(1), natural(lambda z: 3 * z[0] + 2 * z[1])
-    spans = jnp.stack([geometry.push_forward(curve, zero, jnp.ones(1)) for curve in (phi, psi)])
-    here, there = (
-        geometry.push_forward(curve, zero, represent(curve, zero)) for curve in (phi, psi)
-    )
+    zero = jnp.zeros(2)
+    spans = [jax.jacobian(curve)(zero)[:, 0] for curve in (phi, psi)]
+    ranks = [geometry.coordinate_rank(curve, zero) for curve in (phi, psi)]
+    here, there = push(phi, zero), push(psi, zero)
+    missed, proper = [], []
+    for x, y in np.random.default_rng(0).uniform(-2, 2, (50, 2)):
+        for curve, at in ((phi, [x, np.cbrt(y)]), (psi, [y, np.cbrt(-x)])):
+            missed.append(max_abs_error(curve(jnp.asarray(at)), [x, y]))
+            proper.append(max_abs_error(push(curve, jnp.asarray(at)), [3, 2]))
+    dependence = geometry.parametrisation_dependence(represent, phi, zero, psi, zero)
+    # lines of equal steps of t, apart from each other by a gap
+    heights = [t**3 for t in np.linspace(-1.3, 1.3, 15)]
+    lines = [p for y in heights for p in ([-2.4, y], [3.4, y], [np.nan, np.nan])]
     return Outcome(
         (
-            close("rank of both coordinate vectors", float(jnp.linalg.matrix_rank(spans)), 2, 0),
+            close("rank of each at the origin: sum", float(sum(ranks)), 2, 0),
+            close("rank of both together",
+                  float(jnp.linalg.matrix_rank(jnp.stack(spans))), 2, 0),
             below("push-forward of phi against (3, 0)", max_abs_error(here, [3, 0]), 1e-12),
             below("push-forward of psi against (0, 2)", max_abs_error(there, [0, 2]), 1e-12),
-            close(
-                "dependence on the parametrisation",
-                float(geometry.parametrisation_dependence(represent, phi, zero, psi, zero)),
-                float(np.sqrt(13)),
-                1e-12,
-            ),
+            close("dependence on the parametrisation", float(dependence), 13**0.5, 1e-12),
+            below("random points of the plane: one model, both reach them", max(missed), 1e-12),
+            below("there: push-forwards of both against (3, 2)", max(proper), 1e-9),
         ),
         {
             "gradient": [3.0, 2.0],
-            "phi": {"curve": trace(phi, -1.5, 2), "tangent": spans[0], "vector": here},
-            "psi": {"curve": trace(psi, -1.5, 2), "tangent": spans[1], "vector": there},
+            "phi": {"curve": lines, "tangent": spans[0], "vector": here},
+            "psi": {"curve": [[-y, x] for x, y in lines], "tangent": spans[1], "vector": there},
         },
-    )
+    )  # fmt: skip
 
 
 @check(

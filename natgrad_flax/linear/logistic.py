@@ -146,7 +146,7 @@ class TrainNaturalGradient:
     N <= D: -Z^T (Z Z^T)^{-1} (1 + exp(-u)): neither F nor a small number occurs. N > D: the
     weighted least-squares problem Z d = -(1 + exp(-u)) with weights phi(u) phi(-u), relative to
     the largest of them. Where all margins are positive that is a division of both sides by
-    exp(-u_min); exp(-u_max), as printed, would leave factors exp(u_max - u) that overflow.
+    exp(-u_min); the exp(-u_max) printed there is for margins that differ little.
 
     Attributes:
       signed: Z, shape (N, D).

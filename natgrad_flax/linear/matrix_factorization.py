@@ -145,7 +145,7 @@ def euclidean_step(factors: Sequence[Array], gradient: Array) -> Factors:
 def split_step(factors: Sequence[Array], gradient: Array) -> Factors:
     """The solution of B.4, A_l^+ G B_l^+ / L for each factor.
 
-    Erratum: the order printed in Eq. 51, B^{T+} G A^+, does not solve Eq. 50; this one does. With
+    Eq. 51 prints the order B^{T+} G A^+, a misprint: it is this one that solves Eq. 50. With
     invertible factors beta' = beta (I - (eta / L) beta^{-1} G)^L after a step eta, exactly. Along a
     trajectory the determinant of beta changes its sign in general, and there the inverses blow up:
     for long runs take ``joint_step``.

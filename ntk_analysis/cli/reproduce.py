@@ -58,7 +58,7 @@ def reproduce(
             output.print(check_table(checks))
             return
         # what --list need not wait for
-        from ntk_analysis.report.comparison import Source, merge_checks
+        from ntk_analysis.report.comparison import HERE, Source, merge_checks
         from ntk_analysis.report.papers import FOLDER
         from ntk_analysis.report.papers.pages import write_papers
 
@@ -72,9 +72,8 @@ def reproduce(
                 progress.say,
             )
             progress.update(task, description="writing the pages of the papers")
-            records = merge_checks(
-                Source(FILE_NAME, result.document), (), [check.identifier for check in known]
-            )
+            own = Source(FILE_NAME, result.document).judged(known, HERE)
+            records = merge_checks(own, (), [check.identifier for check in known])
             write_papers(records, known, out)
         say_resumed(result, f"of {len(checks)} checks")
         output.print(result_table(result.records))

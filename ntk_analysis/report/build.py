@@ -12,7 +12,10 @@ from ntk_analysis.files import replace_file
 from ntk_analysis.isotropy_run import IsotropySettings, run_isotropy
 from ntk_analysis.prediction_run import PredictionSettings, run_prediction
 from ntk_analysis.report.comparison import (
+    HERE,
+    STALE,
     Source,
+    counted,
     merge_checks,
     read_sources,
     side_by_side,
@@ -59,11 +62,11 @@ class Built:
 
     @property
     def failures(self) -> list[str]:
-        """Checks that failed or ended in an error, and methods that diverged against theory."""
+        """Checks of this source that failed or raised, methods that diverged against theory."""
         checks = [
             name
             for name, record in self.document["checks"].items()
-            if record["verdict"] in ("failed", "error")
+            if record["verdict"] in ("failed", "error") and record["evidence"] != STALE
         ]
         curves = self.document["parts"]["training"]["methods"].values()
         return checks + [r["label"] for r in curves if r["unexpected_divergence"]]
@@ -156,9 +159,9 @@ def build_report(
 
     report("drawing and writing", 0)
     training = _only(trained.document, tuple(r["label"] for r in trained.records))
-    own = Source(OWN, {**checked.document, "checks": checked.records})
-    sources, notes = read_sources(results)
     catalogue = load_checks()
+    own = Source(OWN, {**checked.document, "checks": checked.records}).judged(catalogue, HERE)
+    sources, notes = read_sources(results, catalogue)
     merged = merge_checks(own, sources, [check.identifier for check in catalogue])
     devices, compared = side_by_side([own, *sources])
     rows = summary_rows(training, network, finite)
@@ -178,6 +181,7 @@ def build_report(
                 FINITE: finite,
             },
             "checks": {name: without_data(record) for name, record in merged.items()},
+            "check_counts": counted(merged.values()),
             "devices": devices,
             "side_by_side": compared,
             "sources": [

@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ntk_analysis.reproduce.runner import COMMAND
+from ntk_analysis.reproduce import Check
+from ntk_analysis.reproduce.registry import KINDS
+from ntk_analysis.reproduce.runner import COMMAND, is_fresh
 from ntk_analysis.results import CHECKS, read_json, sound_records
 
+HERE, STORED, STALE = "ran here", "stored and fresh", "of another version"
+"""Where the result of a check comes from: ``Source.judged``."""
+EVIDENCE = (HERE, STORED, STALE)
+NOT_RUN = "not run"
+VERDICTS = ("passed", "failed", "error", "skipped", NOT_RUN)
 _CPU = "cpu"
 _FINISHED = ("passed", "failed")
 _KEYS = {
-    "title", "claim", "setting", "origin", "erratum", "verdict", "reason", "seconds",
-    "measurements", "notes",
+    "title", "claim", "setting", "origin", "verdict", "reason", "seconds", "measurements", "notes",
 }  # fmt: skip
 
 
@@ -59,21 +65,41 @@ class Source:
         records: dict[str, dict[str, Any]] = self.document["checks"]
         return records
 
+    def judged(self, checks: Iterable[Check], evidence: str = STORED) -> Source:
+        """The same with "evidence" in each record: as given, or STALE where the source has changed.
+
+        Title, claim, origin and what is said of the claim become those of the present catalogue.
+
+        Args:
+          checks: the catalogue.
+          evidence: HERE or STORED.
+        """
+        known = {check.identifier: check for check in checks}
+        versions = self.document.get("environment", {})
+        records = {}
+        for name, record in self.checks.items():
+            check = known.get(name)
+            state = evidence if is_fresh(record, check, versions) else STALE
+            words = check.words if check else {"kind": "", "remark": "", "differs": "", **record}
+            records[name] = {**record, **words, "evidence": state}
+        return Source(self.name, {**self.document, "checks": records})
+
     @property
     def _device(self) -> str:
         return str(self.document.get("environment", {}).get("device", "unknown"))
 
 
-def read_sources(folder: Path | None) -> tuple[list[Source], list[str]]:
+def read_sources(folder: Path | None, checks: Iterable[Check]) -> tuple[list[Source], list[str]]:
     """The documents of ``natgrad reproduce`` in a folder and below it.
 
     Only records that have the digest they were written with are taken; older documents have none.
 
     Args:
       folder: None, or one that does not exist, holds none.
+      checks: the catalogue.
 
     Returns:
-      The sources by name, and a sentence for each file of which something was left out.
+      The sources by name, judged, and a sentence for each file of which something was left out.
     """
     sources: list[Source] = []
     notes: list[str] = []
@@ -95,7 +121,7 @@ def read_sources(folder: Path | None) -> tuple[list[Source], list[str]]:
         if not all(record.keys() >= _KEYS for record in records.values()):
             notes.append(f"{name} has records that are not whole and was left out")
         elif records:
-            sources.append(Source(name, {**document, "checks": records}))
+            sources.append(Source(name, {**document, "checks": records}).judged(checks))
     return sources, notes
 
 
@@ -106,16 +132,17 @@ def merge_checks(
 
     Args:
       own: the checks that this report ran.
-      others: finished ones are preferred, then those of a CPU, then the latest.
+      others: finished ones are preferred, then fresh ones, those of a CPU, and the latest.
       order: identifiers; unknown ones follow after them.
 
     Returns:
       Records with "source", "device" and "date" of where they come from.
     """
-    found: dict[str, tuple[tuple[bool, bool, str], dict[str, Any]]] = {}
+    found: dict[str, tuple[tuple[bool, bool, bool, str], dict[str, Any]]] = {}
     for source in others:
         for name, record in source.checks.items():
-            rank = (record["verdict"] in _FINISHED, source.platform == _CPU, source.date)
+            finished, fresh = record["verdict"] in _FINISHED, record["evidence"] != STALE
+            rank = (finished, fresh, source.platform == _CPU, source.date)
             if name not in found or rank > found[name][0]:
                 found[name] = rank, _with_source(record, source)
     merged = {name: record for name, (_, record) in found.items()}
@@ -125,6 +152,20 @@ def merge_checks(
     place = {name: index for index, name in enumerate(order)}
     names = sorted(merged, key=lambda name: (place.get(name, len(place)), name))
     return {name: merged[name] for name in names}
+
+
+def counted(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many records are of each verdict and of each evidence; a stale verdict does not count."""
+    entries = list(records)
+    counts = {state: sum(r["evidence"] == state for r in entries) for state in EVIDENCE}
+    fresh = [r["verdict"] for r in entries if r["evidence"] != STALE]
+    return counts | {verdict: fresh.count(verdict) for verdict in VERDICTS}
+
+
+def remarks(records: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Checks whose claims have a remark, by its kind."""
+    found = {kind: [n for n, r in records.items() if r["kind"] == kind] for kind in KINDS}
+    return {kind: names for kind, names in found.items() if names}
 
 
 def without_data(record: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +208,7 @@ def side_by_side(sources: Iterable[Source]) -> tuple[list[str], list[dict[str, A
 
 def _run(record: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the table of devices shows of a record."""
-    return record and {key: record[key] for key in ("verdict", "seconds")}
+    return record and {key: record[key] for key in ("verdict", "seconds", "evidence")}
 
 
 def _measurements(records: list[dict[str, Any] | None]) -> list[dict[str, Any]]:

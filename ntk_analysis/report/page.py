@@ -19,6 +19,7 @@ from ntk_analysis.report.sections import sections
 from ntk_analysis.report.settings import ReportSettings
 from ntk_analysis.report.typeset import typeset
 from ntk_analysis.report.verdict import FAST, FOLLOWS, ISOTROPIC, NEARLY_ISOTROPIC
+from ntk_analysis.reproduce.registry import KINDS
 from ntk_analysis.tables import setting_sentence
 
 PAGE_NAME = "report.html"
@@ -49,6 +50,7 @@ def render(document: dict[str, Any], settings: ReportSettings, drawn: Mapping[st
         training=training,
         setting=setting_sentence(training),
         sections=sections(document, settings, drawn),
+        kinds=KINDS,
         groups=_groups(document["checks"]),
         papers=PAPERS,
         papers_folder=FOLDER,
@@ -81,6 +83,7 @@ def templates() -> jinja2.Environment:
         "formulas": formulas,
         "typeset": typeset,
         "command": command,
+        "whose": whose,
     }
     return environment
 
@@ -136,6 +139,13 @@ def command(text: str) -> Markup:
     """A command that breaks between words only, never after a hyphen."""
     words = (Markup("<span>{}</span>").format(word) for word in text.split(" "))
     return Markup(" ").join(words)
+
+
+def whose(check: Mapping[str, Any]) -> str:
+    """Where the setting of a check comes from."""
+    if check["origin"] == "paper, partly":
+        return f"of the paper in part: {check['differs']}"
+    return "of the paper" if check["origin"] == "paper" else "ours, where the paper states none"
 
 
 def data_uri(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ntk_analysis.palette import STYLES
+from ntk_analysis.report.comparison import STALE, remarks
 from ntk_analysis.tables_theory import step_over_gradient
 
 Isotropy = Literal["yes", "nearly", "no"]
@@ -178,20 +179,17 @@ def _size_sentence(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _check_sentence(checks: dict[str, dict[str, Any]]) -> list[str]:
     if not checks:
         return []
-    verdicts = [record["verdict"] for record in checks.values()]
-    passed, wrong = (
-        verdicts.count("passed"),
-        [name for name, r in checks.items() if r["verdict"] in ("failed", "error")],
-    )
-    errata = sum(bool(record["erratum"]) for record in checks.values())
-    text = f"{passed} of {len(verdicts)} checks of the literature came out as expected"
+    fresh = {name: record for name, record in checks.items() if record["evidence"] != STALE}
+    passed = sum(record["verdict"] == "passed" for record in fresh.values())
+    wrong = [name for name, r in fresh.items() if r["verdict"] in ("failed", "error")]
+    text = f"{passed} of {len(checks)} checks of the literature came out as expected"
+    if len(fresh) < len(checks):
+        text += f"; {len(checks) - len(fresh)} were measured with another version of the source"
     if wrong:
         text += f"; not so: {_join(wrong)}"
-    if errata:
-        text += (
-            f"; {errata} of them concern claims that are wrong as printed, and test what holds "
-            "instead"
-        )
+    kinds = [f"{kind}: {len(names)}" for kind, names in remarks(checks).items()]
+    if kinds:
+        text += f"; remarks on what holds, which they test: {_join(kinds)}"
     return [f"{text}."]
 
 

@@ -7,10 +7,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from natgrad_flax.arguments.renamed import Renamed
 from ntk_analysis.names import did_you_mean
+from ntk_analysis.reproduce.ruler import Error
 
 Report = Callable[[str], object]
 """Called with what is being done now."""
+
+
+Origin = Literal["paper", "paper, partly", "ours"]
+Kind = Literal["misprint", "too general", "depends on solver or setting", "misread by us"]
+KINDS: dict[Kind, str] = {
+    "misprint": "holds with a misprint corrected",
+    "too general": "holds under a further condition",
+    "depends on solver or setting": "holds for one choice of what is not stated, not for another",
+    "misread by us": "is right, and an earlier version of this project had misread it",
+}
+"""What a remark can say of a claim, with its meaning."""
 
 
 class MissingDataError(RuntimeError):
@@ -61,22 +74,34 @@ class Check:
     Attributes:
       identifier: that of the catalogue, such as "KO-Fig1a".
       title: a few words.
-      claim: what the paper says.
+      claim: what the paper says, in its own sense.
       setting: sizes, data, seeds.
-      origin: whether the setting is the paper's or, where the paper states none, ours.
+      origin: whether the setting is the paper's, in part, or, where it states none, ours.
       run: does it. It gets a ``Report``, and raises ``MissingDataError`` where data are missing.
-      erratum: where the paper's claim is wrong as printed, what holds instead; "" otherwise.
+      kind: what kind of remark there is; "" where the claim holds as printed.
+      remark: what holds, and on what it depends; "" where there is nothing to say.
       fast: seconds rather than minutes, so that the tests run it.
+      differs: what is ours in a setting that is the paper's in part.
     """
 
     identifier: str
     title: str
     claim: str
     setting: str
-    origin: Literal["paper", "ours"]
+    origin: Origin
     run: Callable[[Report], Outcome]
-    erratum: str = ""
+    kind: Kind | Literal[""] = ""
+    remark: str = ""
     fast: bool = False
+    differs: str = ""
+
+    erratum = Renamed("remark")
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What a page says of the claim, whatever was measured."""
+        names = ("title", "claim", "origin", "differs", "kind", "remark")
+        return {name: getattr(self, name) for name in names}
 
 
 _CHECKS: dict[str, Check] = {}
@@ -88,9 +113,11 @@ def check(
     *,
     claim: str,
     setting: str,
-    origin: Literal["paper", "ours"],
-    erratum: str = "",
+    origin: Origin,
+    kind: Kind | Literal[""] = "",
+    remark: str = "",
     fast: bool = False,
+    differs: str = "",
 ) -> Callable[[Callable[[Report], Outcome]], Callable[[Report], Outcome]]:
     """Registers a function as a check; the arguments are ``Check``'s.
 
@@ -101,7 +128,9 @@ def check(
         raise ValueError(f"the check {identifier} is registered twice")
 
     def register(run: Callable[[Report], Outcome]) -> Callable[[Report], Outcome]:
-        _CHECKS[identifier] = Check(identifier, title, claim, setting, origin, run, erratum, fast)
+        _CHECKS[identifier] = Check(
+            identifier, title, claim, setting, origin, run, kind, remark, fast, differs
+        )
         return run
 
     return register
@@ -139,12 +168,17 @@ def close(what: str, measured: float, expected: float, tolerance: float) -> Meas
 
 def below(what: str, measured: float, bound: float) -> Measurement:
     """Below a bound, or equal to it."""
-    return Measurement(what, measured, f"≤ {bound:g}", bool(measured <= bound))
+    return Measurement(what, measured, f"≤ {bound:g}{_norm(measured)}", bool(measured <= bound))
 
 
 def above(what: str, measured: float, bound: float) -> Measurement:
     """Above a bound, or equal to it; infinity counts."""
-    return Measurement(what, measured, f"≥ {bound:g}", bool(measured >= bound))
+    return Measurement(what, measured, f"≥ {bound:g}{_norm(measured)}", bool(measured >= bound))
+
+
+def _norm(measured: float) -> str:
+    """The norm of a bound on an error."""
+    return f" ({measured.norm})" if isinstance(measured, Error) else ""
 
 
 def between(what: str, measured: float, low: float, high: float) -> Measurement:

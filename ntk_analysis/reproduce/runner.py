@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError
 from ntk_analysis.results import CHECKS, FILE_NAME, Say, environment, now, open_results, plain
-from ntk_analysis.sources import source_digest
+from ntk_analysis.sources import import_digest
 
 COMMAND = "natgrad reproduce"
 FINISHED = ("passed", "failed")
@@ -83,11 +81,12 @@ def run_checks(
     versions = environment()
     results = open_results(out / FILE_NAME, COMMAND, CHECKS, versions, say)
     records = results.records
-    prints = {check.identifier: fingerprint(check, versions) for check in checks}
     resumed = tuple(
-        name
-        for name, print_ in prints.items()
-        if not fresh and _is_finished(records.get(name), print_)
+        check.identifier
+        for check in checks
+        if not fresh
+        and is_fresh(records.get(check.identifier, {}), check, versions)
+        and records[check.identifier]["verdict"] in FINISHED
     )
     document = {"command": COMMAND, "date": now(), "environment": versions}
     # before any work, so that a folder which cannot be written to is found now
@@ -97,46 +96,38 @@ def run_checks(
         if check.identifier in resumed:
             continue
         report(check.identifier, 0)
-        record = _run(check, report)
-        records[check.identifier] = {**record, "fingerprint": prints[check.identifier]}
+        print_ = fingerprint(check, versions)
+        record = {**_run(check, report), "device": versions["device"], "fingerprint": print_}
+        records[check.identifier] = record
         results.write(document)
         report(check.identifier, 1)
         # compiled programs of one check are of no use to the next
         jax.clear_caches()
-    return Reproduction(document, tuple(prints), resumed)
+    return Reproduction(document, tuple(check.identifier for check in checks), resumed)
 
 
 def fingerprint(check: Check, versions: dict[str, str]) -> str:
     """SHA-256 of all that decides what a check finds, as far as it is worth a rerun.
 
     Args:
-      check: the check; the source of its module counts, that of what the checks of its paper
-        share, and that of all packages it stands on.
+      check: the check; its module counts, and all modules that this one stands on.
       versions: of the software and the device.
     """
     module = inspect.getmodule(check.run)
-    source = inspect.getsource(module or check.run)
-    shared = _shared_source(module.__package__ or "") if module else ""
-    content = [check.identifier, versions, source, shared, _library_source()]
+    source = import_digest(Path(inspect.getfile(module or check.run)))
+    content = [check.identifier, versions, source]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-@cache
-def _shared_source(package: str) -> str:
-    """The modules of a paper's package that register no checks; "" for any other package."""
-    paper = sys.modules.get(package)
-    registering = getattr(paper, "MODULES", None)
-    if paper is None or paper.__file__ is None or registering is None:
-        return ""
-    others = sorted(
-        path
-        for path in Path(paper.__file__).parent.glob("*.py")
-        if path.stem not in (*registering, "__init__")
-    )
-    return "".join(path.read_text(encoding="utf-8") for path in others)
+def is_fresh(record: dict[str, Any], check: Check | None, versions: dict[str, str]) -> bool:
+    """Whether a record was made by the present source of a check.
 
-
-_library_source = cache(source_digest)
+    Args:
+      record: of the check; one without a fingerprint is not fresh.
+      check: as the catalogue has it now; None where it no longer does.
+      versions: those the record was made with, which need not be the present ones.
+    """
+    return check is not None and record.get("fingerprint") == fingerprint(check, versions)
 
 
 def _run(check: Check, report: Report) -> dict[str, Any]:
@@ -156,11 +147,8 @@ def _run(check: Check, report: Report) -> dict[str, Any]:
         measurements, data, notes = outcome.measurements, outcome.data, outcome.notes
     return plain(
         {
-            "title": check.title,
-            "claim": check.claim,
+            **check.words,
             "setting": check.setting,
-            "origin": check.origin,
-            "erratum": check.erratum,
             "verdict": verdict,
             "reason": reason,
             "seconds": time.perf_counter() - began,
@@ -189,11 +177,3 @@ def _without_arrays(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         return np.asarray(value).tolist()
     return value
-
-
-def _is_finished(record: dict[str, Any] | None, expected: str) -> bool:
-    return (
-        record is not None
-        and record.get("verdict") in FINISHED
-        and record.get("fingerprint") == expected
-    )

@@ -9,8 +9,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ntk_analysis.reproduce.registry import Check
+from ntk_analysis.reproduce.registry import KINDS, Check
 
+_SETTING = "setting: of the paper, in part, or ours where the paper states none"
 _COLOURS = {"passed": "green", "failed": "red", "error": "red", "skipped": "yellow"}
 
 
@@ -18,21 +19,21 @@ def check_table(checks: Iterable[Check]) -> Table:
     """What there is to run."""
     table = _table(
         "Checks",
-        "setting: of the paper, or ours where the paper states none. fast: seconds. erratum: the "
-        "claim is wrong as printed, and what holds instead is checked.",
+        f"{_SETTING}. fast: seconds. remark: the claim "
+        + "; ".join(f"{meaning} ({kind})" for kind, meaning in KINDS.items()),
     )
     table.add_column("check", no_wrap=True)
     table.add_column("what it checks")
     table.add_column("setting", no_wrap=True)
     table.add_column("fast", no_wrap=True)
-    table.add_column("erratum", no_wrap=True)
+    table.add_column("remark")
     for check in checks:
         table.add_row(
             check.identifier,
             Text(check.title),
             check.origin,
             "fast" if check.fast else "",
-            "erratum" if check.erratum else "",
+            check.kind,
         )
     return table
 
@@ -43,15 +44,16 @@ def result_table(records: dict[str, dict[str, Any]]) -> Table:
     Args:
       records: by identifier, as results.json has them.
     """
-    table = _table("Reproduction", "setting of the paper, or ours where the paper states none")
+    table = _table("Reproduction", _SETTING)
     table.add_column("what", ratio=1)
     table.add_column("expected")
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for identifier, record in records.items():
-        whose = "setting of the paper" if record["origin"] == "paper" else "setting ours"
         heading = Text(f"{identifier}: {record['title']}", style="bold")
-        heading.append(f" ({whose}, {record['seconds']:.1f} s)", style="not bold dim")
+        heading.append(
+            f" (setting: {record['origin']}, {record['seconds']:.1f} s)", style="not bold dim"
+        )
         table.add_row(heading)
         for m in record["measurements"]:
             verdict = "passed" if m["passed"] else "failed"
@@ -71,10 +73,10 @@ def result_table(records: dict[str, dict[str, Any]]) -> Table:
 
 
 def remarks(records: dict[str, dict[str, Any]]) -> list[str]:
-    """Errata, then notes, a sentence each with the check that it belongs to."""
-    errata = [f"erratum, {name}: {r['erratum']}" for name, r in records.items() if r["erratum"]]
+    """Remarks on claims, then notes, a sentence each with the check that it belongs to."""
+    found = [f"{r['kind']}, {name}: {r['remark']}" for name, r in records.items() if r["remark"]]
     notes = [f"note, {name}: {note}" for name, r in records.items() for note in r["notes"]]
-    return errata + notes
+    return found + notes
 
 
 def number(value: float | None) -> str:

@@ -259,7 +259,7 @@ def found_in(damage: Callable[[Path], None]) -> Callable[[], tuple[int, str]]:
             path = Path(folder) / "gpu.json"
             path.write_text(finished("reproduce"), encoding="utf-8")
             damage(path)
-            sources, notes = read_sources(Path(folder))
+            sources, notes = read_sources(Path(folder), ())
             return sum(len(source.checks) for source in sources), "; ".join(notes)
 
     return run

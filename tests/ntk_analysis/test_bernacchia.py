@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntk_analysis.reproduce import find_checks, load_checks
+from ntk_analysis.reproduce import load_checks
 from ntk_analysis.reproduce.bernacchia import common, flow
 
 load_checks()
@@ -62,9 +62,3 @@ def test_runge_kutta_is_of_fourth_order():
         state = flow.runge_kutta(lambda s, k=length: -10 * k * s, jnp.ones(()), int(100 / length))
         errors.append(abs(float(state) - math.exp(-10)))
     assert 12 < errors[1] / errors[0] < 20
-
-
-@pytest.mark.parametrize("identifier", ["BE-bottleneck", "BE-Eq21"])
-def test_errata_are_told(identifier):
-    (check,) = find_checks([identifier])
-    assert len(check.erratum) > 40

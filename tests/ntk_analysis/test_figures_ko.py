@@ -139,10 +139,10 @@ def test_condition_numbers_against_explicit_matrices():
     assert 1 < found["unit-wise"] < found["quasi-diagonal"] < found["NTK"]
 
 
-def test_wrong_claims_carry_an_erratum():
+def test_what_claims_depend_on_is_told():
     left, right = find_checks(["KO-Fig1b-left", "KO-Fig1b-right"])
-    assert "monotone" in left.erratum
-    assert "rounding" in right.erratum
+    assert "monotone" in left.remark
+    assert "rounding" in right.remark
 
 
 @pytest.mark.slow

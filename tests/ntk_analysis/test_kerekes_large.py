@@ -83,6 +83,8 @@ def test_sparse_teachers_at_tiny_size(classified):
         "sparsity: (L = 1) over (L = 2)",
         "sparsity: train Fisher over (L = 1)",
         "slope of y s over t, second half: mean",
+        "margins of both solutions, N < D, from u <- u + eta (1 + e^-u): relative",
+        "full-rank solver, N < D: accuracy from 0.5, over its noise: largest",
         "y s of the flow from a random start, from its closed form: largest",
     ):
         assert found[what].passed, found[what]
@@ -97,7 +99,7 @@ def test_drawing_of_sparse_classification(classified):
     assert size > 10_000
     # three panels, the third one of three strips
     assert len(figure.axes) == 5
-    assert [len(axis.lines) for axis in figure.axes[:1]] == [8]
+    assert [len(axis.lines) for axis in figure.axes[:1]] == [9]
 
 
 def test_theory_of_the_train_fisher(x64):

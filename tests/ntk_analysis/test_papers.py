@@ -11,7 +11,14 @@ from typer.testing import CliRunner
 
 from ntk_analysis import reproduce
 from ntk_analysis.cli import app
-from ntk_analysis.report.comparison import Source, merge_checks, read_sources, without_data
+from ntk_analysis.report.comparison import (
+    HERE,
+    STALE,
+    Source,
+    merge_checks,
+    read_sources,
+    without_data,
+)
 from ntk_analysis.report.papers import PAPERS, pages, paper_of
 from ntk_analysis.report.papers.pages import DRAWINGS, draw, write_papers
 from ntk_analysis.report.typeset import typeset
@@ -32,8 +39,9 @@ pytestmark = pytest.mark.filterwarnings(
 def record(verdict: str = "passed", **other: object) -> dict:
     return {
         "title": "A <b>title</b> & more", "claim": "a claim < 1", "setting": "the setting",
-        "origin": "ours", "erratum": "", "verdict": verdict, "reason": "", "seconds": 3.0,
-        "data": {}, "notes": ["a note"], "source": "here.json", "device": "CPU",
+        "origin": "ours", "differs": "", "kind": "", "remark": "", "verdict": verdict,
+        "reason": "", "seconds": 3.0, "data": {}, "notes": ["a note"], "source": "here.json",
+        "device": "CPU", "evidence": HERE,
         "date": "2026-01-02T03:04:05+00:00",
         "measurements": [
             {"what": "loss <1>", "measured": 0.125, "expected": "≤ 1", "passed": True}
@@ -44,7 +52,7 @@ def record(verdict: str = "passed", **other: object) -> dict:
 
 def committed() -> dict[str, dict]:
     """The records of ``results/``."""
-    sources, notes = read_sources(ROOT / "results")
+    sources, notes = read_sources(ROOT / "results", CATALOGUE)
     assert notes == []
     own = Source("none", {"checks": {}})
     return merge_checks(own, sources, IDENTIFIERS)
@@ -56,10 +64,16 @@ def written(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pages")
     records = {
         "KO-Eq5": record(),
-        "KO-Eq9": record("failed", erratum="printed wrongly", origin="paper"),
+        "KO-Eq9": record(
+            "failed",
+            kind="misprint",
+            remark="a sign",
+            origin="paper, partly",
+            differs="eta is ours",
+        ),
         "KO-Eq10": record("skipped", reason="no data", measurements=[]),
         "KO-Eq18": record("error", reason="RuntimeError: the cable broke", measurements=[]),
-        "KO-Gone": record(title="of an older catalogue"),
+        "KO-Gone": record(title="of an older catalogue", evidence=STALE),
         "Other-1": record(),
     }
     write_papers(records, CATALOGUE, out)
@@ -114,8 +128,12 @@ def test_each_verdict_says_what_there_is_to_say(written):
     assert "<span>natgrad</span> <span>reproduce</span> <span>KO-Eq5</span>" in passed
     failed = found.section("KO-Eq9")
     assert '<span class="badge failed">failed</span>' in failed
-    assert "printed wrongly" in failed
-    assert "(of the paper)" in failed
+    assert '<span class="badge remark">misprint</span>' in failed
+    assert "<b>Misprint.</b> a sign" in failed
+    assert "(of the paper in part: η is ours)" in failed
+    withdrawn = found.section("KO-Forster")
+    assert "<b>Misread by us.</b>" in withdrawn
+    assert "badge remark" not in withdrawn
     assert "no data" in found.section("KO-Eq10")
     assert "the cable broke" in found.section("KO-Eq18")
     (fast,) = find_checks(["KO-Thm4.1"])
@@ -131,13 +149,29 @@ def test_summary_counts(written):
     found = page(written)
     known = [check for check in CATALOGUE if check.identifier.startswith("KO-")]
     total = len(known) + 1
-    assert f"{total} checks: 2 passed, 2 failed, 1 skipped, {total - 5} not run here" in found.html
-    replaced = {"KO-Eq5": "ours", "KO-Eq9": "paper", "KO-Eq10": "ours", "KO-Eq18": "ours"}
+    counts = f"1 passed, 2 failed, 1 skipped, 1 of another version, {total - 5} not run"
+    assert f"{total} checks: {counts}" in found.html
+    evidence = "4 ran here, 0 are stored and of the present source,\n1 are stored and of another"
+    assert evidence in found.html
+    assert '<span class="badge missing">passed</span>' in found.section("KO-Gone")
+    assert "of another version of the source: to be run again" in found.section("KO-Gone")
+    assert "of another version" not in found.section("KO-Eq5")
+    replaced = {name: "ours" for name in ("KO-Eq5", "KO-Eq10", "KO-Eq18")}
+    replaced["KO-Eq9"] = "paper, partly"
     origins = [replaced.get(check.identifier, check.origin) for check in known] + ["ours"]
-    assert f"{origins.count('ours')} of the {total} settings are ours" in found.html
-    errata = [c.identifier for c in known if c.erratum and c.identifier not in replaced]
-    assert f"{len(errata) + 1} claims are wrong as printed" in found.html
-    assert "printed wrongly" not in page(written, "bernacchia").html
+    settings = [origins.count(origin) for origin in ("paper", "paper, partly", "ours")]
+    text = "Settings: {} of the paper, {} of the paper in part, {} ours".format(*settings)
+    assert text in found.html
+    for kind, names in {
+        "misprint": ["KO-Eq9", "KO-Eq20"],
+        "too general": ["KO-Lem4.3", "KO-Thm5.1"],
+        "depends on solver or setting": ["KO-Fig1b-left", "KO-Fig1b-right"],
+        "misread by us": ["KO-Forster"],
+    }.items():
+        (line,) = re.findall(f"<li><b>{kind}</b>.*?</li>", found.html)
+        assert re.findall('href="#([^"]+)"', line) == names
+    assert "wrong" not in found.html[: found.html.index('id="text"')]
+    assert "a sign" not in page(written, "bernacchia").html
 
 
 def test_link_to_the_report_where_there_is_one(tmp_path):

@@ -20,16 +20,28 @@ from ntk_analysis.isotropy_run import IsotropySettings
 from ntk_analysis.prediction_run import PredictionSettings
 from ntk_analysis.report import ReportSettings, build_report
 from ntk_analysis.report.commands import dynamics_command, isotropy_command, prediction_command
-from ntk_analysis.report.comparison import Source, merge_checks, read_sources, side_by_side
+from ntk_analysis.report.comparison import (
+    HERE,
+    STALE,
+    STORED,
+    Source,
+    counted,
+    merge_checks,
+    read_sources,
+    side_by_side,
+)
 from ntk_analysis.report.page import number, percent
 from ntk_analysis.report.papers import PAPERS
 from ntk_analysis.report.settings import ReportSettings as Settings
-from ntk_analysis.report.verdict import answer, isotropy_class
+from ntk_analysis.report.verdict import _check_sentence, answer, isotropy_class
+from ntk_analysis.reproduce import load_checks
+from ntk_analysis.reproduce.runner import fingerprint
 from ntk_analysis.results import CHECKS, digests
 from ntk_analysis.settings import DynamicsSettings
 from ntk_analysis.sweep import SweepSettings
 
 CHECK = "KO-NZ"
+CATALOGUE = {check.identifier: check for check in load_checks()}
 NAMES = ("gd", "exact", "block-diagonal", "kfac", "diagonal")
 SECTIONS = (
     "verdict", "isotropy", "spectra", "training", "accuracy", "cost", "checks", "devices",
@@ -61,7 +73,8 @@ def small() -> Settings:
 def record(verdict: str, measured: float, **other: object) -> dict:
     return {
         "title": "A <b>title</b> & more", "claim": "a claim < 1", "setting": "s", "origin": "ours",
-        "erratum": "", "verdict": verdict, "reason": "", "seconds": 3.0, "data": {}, "notes": [],
+        "differs": "", "kind": "", "remark": "", "verdict": verdict, "reason": "", "seconds": 3.0,
+        "data": {}, "notes": [],
         "measurements": [
             {"what": "loss <1>", "measured": measured, "expected": "≤ 1", "passed": True}
         ],
@@ -189,8 +202,8 @@ def test_checks_of_this_run_and_of_files(built, html):
 def test_devices_side_by_side_are_escaped(built, html):
     assert built.document["devices"] == ["CPU", "GPU (Fancy <X>)"]
     assert "GPU (Fancy &lt;X&gt;)" in html
-    assert "A &lt;b&gt;title&lt;/b&gt; &amp; more" in html
-    assert "<b>title</b>" not in html
+    assert "loss &lt;1&gt;" in html
+    assert "loss <1>" not in html
     row = built.document["side_by_side"][0]["rows"][0]
     assert row["measured"] == [0.25, 0.125]
     assert "0.125" in html
@@ -230,9 +243,20 @@ def test_other_results_in_the_folder_are_not_overwritten(tmp_path):
         build_report(small(), tmp_path)
 
 
+def fresh(device: str, name: str, verdict: str, measured: float) -> dict:
+    """A record as the present source would write it on a device."""
+    versions = document(device, "")["environment"]
+    print_ = fingerprint(CATALOGUE[name], versions)
+    return record(verdict, measured, fingerprint=print_)
+
+
 def test_failed_checks_are_preferred_to_nothing_but_not_to_own(tmp_path):
-    own = Source("own", document("cpu: cpu", "1", A=record("failed", 1), B=record("skipped", 1)))
-    other = Source("x", document("gpu: g", "2", A=record("passed", 2), B=record("passed", 2)))
+    own = Source(
+        "own", document("cpu: cpu", "1", A=record("failed", 1), B=record("skipped", 1))
+    ).judged(())
+    other = Source(
+        "x", document("gpu: g", "2", A=record("passed", 2), B=record("passed", 2))
+    ).judged(())
     merged = merge_checks(own, [other], ["B", "A"])
     assert list(merged) == ["B", "A"]
     assert (merged["A"]["verdict"], merged["B"]["source"]) == ("failed", "x")
@@ -241,7 +265,31 @@ def test_failed_checks_are_preferred_to_nothing_but_not_to_own(tmp_path):
     assert rows[1]["runs"][0] is None
     assert rows[1]["rows"][0]["measured"] == ["", 2]
     assert side_by_side([own]) == (["CPU"], [])
-    assert read_sources(tmp_path / "absent") == ([], [])
+    assert read_sources(tmp_path / "absent", ()) == ([], [])
+
+
+def test_results_of_another_source_are_told_from_fresh_ones():
+    catalogue = CATALOGUE.values()
+    gpu = document("gpu: g", "1", **{"KO-NZ": fresh("gpu: g", "KO-NZ", "passed", 1)})
+    cpu = document(
+        "cpu: cpu", "2", Gone=record("passed", 3),
+        **{"KO-NZ": record("failed", 2, claim="of old", fingerprint="0")},
+    )  # fmt: skip
+    sources = [Source(d["date"], d).judged(catalogue) for d in (gpu, cpu)]
+    own = {"KO-Lem4.3": fresh("cpu: cpu", "KO-Lem4.3", "passed", 4)}
+    own = Source("own", document("cpu: cpu", "3", **own)).judged(catalogue, HERE)
+    merged = merge_checks(own, sources, CATALOGUE)
+    evidence = {name: found["evidence"] for name, found in merged.items()}
+    # of a GPU and earlier, but of this source
+    assert evidence == {"KO-Lem4.3": HERE, "KO-NZ": STORED, "Gone": STALE}
+    assert merged["KO-NZ"]["source"] == "1"
+    counts = counted(merged.values())
+    assert [counts[key] for key in ("passed", "failed", HERE, STORED, STALE)] == [2, 0, 1, 1, 1]
+    old = merge_checks(own, sources[1:], CATALOGUE)["KO-NZ"]
+    assert (old["evidence"], old["claim"]) == (STALE, CATALOGUE["KO-NZ"].claim)
+    (text,) = _check_sentence(merged)
+    assert text.startswith("2 of 3 checks")
+    assert "1 were measured with another version of the source" in text
 
 
 def test_answer_is_computed():
@@ -314,7 +362,8 @@ def test_bad_arguments(arguments, tmp_path):
 
 
 def test_exit_code_of_a_failed_check(monkeypatch, tmp_path):
-    checks = {CHECK: record("failed", 1.0)}
+    old = record("failed", 1.0, evidence=STALE)
+    checks = {CHECK: record("failed", 1.0, evidence=HERE), "KO-Eq5": old}
     found = {
         "answer": "yes",
         "sentences": [],
@@ -326,6 +375,7 @@ def test_exit_code_of_a_failed_check(monkeypatch, tmp_path):
     result = CliRunner().invoke(app, ["report", "--dataset", "digits", "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert CHECK in result.stderr
+    assert "KO-Eq5" not in result.stderr
 
 
 def test_divergence_against_theory_is_a_failure(tmp_path):

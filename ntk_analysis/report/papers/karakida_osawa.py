@@ -127,7 +127,7 @@ def draw_figure_1b_right(data: dict[str, Any]) -> Figure:
     left.plot(data["steps"], [start * 0.25**t for t in data["steps"]], color=GREY, linewidth=1,
               label=r"$0.25^t\,loss_0$", zorder=1)  # fmt: skip
     _finish_losses(left, 1e-9, _TOP)
-    left.set_title("As in the paper: $L = 5$, float32, $M = 512$", loc="left")
+    left.set_title("$L = 5$, float32, $M = 512$ (the paper: 4096)", loc="left")
     left.legend(loc="upper right", frameon=True, fontsize="small", ncols=2)
 
     _radius(right, data["radii"])

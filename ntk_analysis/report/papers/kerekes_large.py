@@ -17,8 +17,13 @@ _DEPTHS = {f"EGD, L = {depth}": INKS[depth - 1] for depth in (1, 2, 3, 4)}
 _BLACK = "#222222"
 _SPARSE = {
     **_DEPTHS,
-    "NGD, train Fisher": Ink(_BLACK, "X", ":"),
+    "NGD, train Fisher": Ink(_BLACK, "X", "-"),
+    "NGD, full-rank solver": Ink(_BLACK, "d", ":"),
     "NGD, population Fisher": Ink(_BLACK, "P", "--"),
+}
+_SOLVED = {
+    "NGD, train Fisher": "NGD, train Fisher, least norm",
+    "NGD, full-rank solver": "NGD, train Fisher, full-rank solver",
 }
 _COMPLETED = {
     **_DEPTHS,
@@ -55,7 +60,9 @@ def draw_sparse_classification(data: dict[str, Any]) -> Figure:
 
 def _accuracies(axis: Axes, data: dict[str, Any]) -> None:
     for name, ink in _SPARSE.items():
-        _line(axis, data["counts"], data["accuracy"][name], ink, label=name)
+        # records of earlier versions have no full-rank solver
+        if name in data["accuracy"]:
+            _line(axis, data["counts"], data["accuracy"][name], ink, label=_SOLVED.get(name, name))
     axis.plot(
         data["counts"],
         data["accuracy"]["limit of NGD"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,7 @@ from markupsafe import Markup
 
 from ntk_analysis import palette
 from ntk_analysis.files import replace_file, save_figure
+from ntk_analysis.report.comparison import NOT_RUN, counted, remarks
 from ntk_analysis.report.page import PAGE_NAME, templates
 from ntk_analysis.report.papers import (
     FOLDER,
@@ -28,6 +30,7 @@ from ntk_analysis.report.papers import (
     van_oostrum,
 )
 from ntk_analysis.reproduce import Check
+from ntk_analysis.reproduce.registry import KINDS
 from ntk_analysis.reproduce.runner import FINISHED
 from ntk_analysis.results import content_hash
 
@@ -46,8 +49,6 @@ DRAWINGS: dict[str, Drawing] = {
 }
 """How the figure of a check is drawn from its data, by identifier."""
 
-NOT_RUN = "not run"
-_VERDICTS = ("passed", "failed", "error", "skipped", NOT_RUN)
 _TEMPLATE = "papers/page.html"
 
 
@@ -152,13 +153,11 @@ def _entry(identifier: str, record: dict[str, Any] | None, check: Check | None) 
         return {**record, "identifier": identifier}
     assert check is not None
     return {
+        **check.words,
         "identifier": identifier,
-        "title": check.title,
-        "claim": check.claim,
         "setting": check.setting,
-        "origin": check.origin,
-        "erratum": check.erratum,
         "verdict": NOT_RUN,
+        "evidence": "",
         "reason": "",
         "measurements": [],
         "notes": [],
@@ -173,7 +172,6 @@ def _render(
     drawn: Mapping[str, Drawn],
     back: str | None,
 ) -> str:
-    verdicts = [entry["verdict"] for entry in entries]
     text = (files(__package__) / f"{name}.html").read_text(encoding="utf-8")
     return (
         templates()
@@ -185,9 +183,10 @@ def _render(
             text=Markup(text),
             checks=entries,
             drawn=drawn,
-            counts={verdict: verdicts.count(verdict) for verdict in _VERDICTS},
-            ours=sum(entry["origin"] == "ours" for entry in entries),
-            errata=[entry["identifier"] for entry in entries if entry["erratum"]],
+            counts=counted(entries),
+            origins=Counter(entry["origin"] for entry in entries),
+            remarks=remarks({entry["identifier"]: entry for entry in entries}),
+            kinds=KINDS,
             back=back,
         )
     )

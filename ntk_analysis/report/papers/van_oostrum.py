@@ -17,11 +17,15 @@ _SIZE = (8.2, 4.4)
 
 
 def draw_example_1(data: dict[str, Any]) -> Figure:
-    """Two parametrisations of the plane whose coordinate vectors at one point are orthogonal."""
+    """The plane in two parametrisations, of which each is folded flat along an axis."""
     return _projections(
         data,
-        {"phi": r"$\varphi(t) = (t, t^2)$", "psi": r"$\psi(t) = (-t^2, t)$"},
+        {
+            "phi": r"$\varphi(s, t) = (s, t^3)$, equal steps of $t$",
+            "psi": r"$\psi(s, t) = (-t^3, s)$, the same",
+        },
         {"phi": r"natural gradient with $\varphi$", "psi": r"natural gradient with $\psi$"},
+        linewidth=0.6,
     )
 
 
@@ -50,19 +54,22 @@ def draw_appendix_3(data: dict[str, Any]) -> Figure:
     return figure
 
 
-def _projections(data: dict[str, Any], curves: dict[str, str], vectors: dict[str, str]) -> Figure:
+def _projections(
+    data: dict[str, Any], curves: dict[str, str], vectors: dict[str, str], linewidth: float = 1.4
+) -> Figure:
     """Curves through the origin, the gradient there, and its projections on their tangents.
 
     Args:
       data: "gradient", and for each parametrisation "tangent", "vector" and, if drawn, "curve".
       curves: labels by parametrisation.
       vectors: labels by parametrisation.
+      linewidth: of the curves.
     """
     figure, axes = panels(1, 1, _SIZE)
     axis = axes[0, 0]
     for (name, label), dash in zip(curves.items(), ("-", "--"), strict=False):
         points = np.asarray(data[name]["curve"], float)
-        axis.plot(*points.T, dash, color=GREY, linewidth=1.4, label=label)
+        axis.plot(*points.T, dash, color=GREY, linewidth=linewidth, label=label)
     gradient = data["gradient"]
     _arrow(axis, gradient, "#8c8c8c", "gradient of the plane")
     for (name, label), ink in zip(vectors.items(), INKS, strict=False):

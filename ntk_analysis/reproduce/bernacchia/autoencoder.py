@@ -132,7 +132,11 @@ def start(
     "images, the error is the root mean square over images and pixels, weights N(0, 1 / fan-in), "
     "biases 0, output variance 100, lambda_0 = 1e-3, float32, seed 0; seconds of all runs, "
     "alternating in one process",
-    origin="paper",
+    origin="paper, partly",
+    differs=(
+        "initial weights, lambda_0, the output variance and the smaller learning rates of SGD are"
+        " ours"
+    ),
 )
 def figure_1d(report: Report) -> Outcome:
     """Everything in turns, then SGD for as long as natural gradient took."""

@@ -22,14 +22,12 @@ from jax import Array
 
 from natgrad_flax.linear.deep_linear import Moments, moments
 from ntk_analysis.empirical import Matrix
+from ntk_analysis.reproduce.ruler import pseudo_inverse
 
 DRAWS = 4
 """Random instances of every shape; the worst of them counts."""
 SAMPLES = 20
 """N."""
-CUTOFF = 1e-10
-"""Eigenvalues of a second moment below this fraction of the largest count as zero."""
-
 SQUARE = (3, 3, 3, 3)
 WIDE = (3, 5, 4, 2)
 """Every hidden layer is as wide as inputs and outputs."""
@@ -155,7 +153,7 @@ class Problem:
     @cached_property
     def natural_direction(self) -> Matrix:
         """-d vec W F^+ grad: what the natural gradient does to W, shape (n_0, n_L)."""
-        moved = self.jacobian @ pseudo_inverse(self.fisher) @ flat(self.slopes)
+        moved = self.jacobian @ pseudo_inverse(self.fisher, symmetric=True) @ flat(self.slopes)
         return -moved.reshape(self.product.shape)
 
     def push_forward(self, steps: Iterable[Any]) -> Matrix:
@@ -231,17 +229,6 @@ def product_of(weights: Iterable[Any]) -> Matrix:
 def flat(arrays: Iterable[Any]) -> Matrix:
     """Arrays as one vector, in the order of the parameters."""
     return np.concatenate([np.ravel(np.asarray(array)) for array in arrays])
-
-
-def pseudo_inverse(matrix: Matrix) -> Matrix:
-    """That of a positive semi-definite matrix."""
-    return np.asarray(np.linalg.pinv(matrix, rcond=CUTOFF, hermitian=True), np.float64)
-
-
-def distance(one: Any, other: Any) -> float:
-    """The Frobenius norm of the difference over that of the second."""
-    one, other = np.asarray(one), np.asarray(other)
-    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
 
 
 def kernels(tree: Any) -> list[Matrix]:

@@ -27,13 +27,13 @@ from ntk_analysis.reproduce.bernacchia.common import (
     SQUARE,
     WIDE,
     Problem,
-    distance,
     draw,
     draws,
     product_of,
 )
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, between, check
+from ntk_analysis.reproduce.ruler import relative_error
 
 State = TypeVar("State")
 
@@ -41,6 +41,8 @@ STEP = 0.01
 """Of the Runge-Kutta method, in units of time."""
 DEEP = (6,) * 10
 """Nine layers."""
+PAIRS = {(4, 4, 4): 500, (20, 20, 20): 100}
+"""Random pairs of start and target, by widths."""
 EPS = float(np.finfo(np.float64).eps)
 
 
@@ -96,13 +98,26 @@ def within_reach(problem: Problem, seed: int) -> Problem:
 @check(
     "BE-Eq18",
     "The loss decays exponentially, at the same rate for every network",
-    claim="Under the natural gradient in continuous time dW/dt = W* - W with the least-squares "
-    "map W* = <y x^T> Sigma^-1 (Eq. 18), so L(t) - L_min = e^(-2t) (L(0) - L_min).",
+    claim=(
+        "Under the natural gradient in continuous time dW/dt = W* - W with the least-squares map "
+        "W* = <y x^T> Sigma^-1 (Eq. 18), so L(t) - L_min = e^(-2t) (L(0) - L_min), provided that "
+        "the network does not start at a saddle point."
+    ),
     setting=f"widths {SQUARE} and {WIDE}, Runge-Kutta with dt = {STEP} to t = 4, targets x W R + "
     "0.1 noise where the symmetric part of R is positive definite (W then meets no singular "
-    f"matrix); {SETTING}. Ours: 500 pairs of random networks of widths (4, 4, 4), seeds 0 to 999",
+    f"matrix); {SETTING}. Ours: 500 pairs of random networks of widths (4, 4, 4), 100 "
+    "of widths (20, 20, 20)",
     origin="ours",
     fast=True,
+    kind="too general",
+    remark=(
+        "The paper asks that the start is no saddle point. In square networks that is not enough:"
+        " W(t) runs on a straight line from W(0) to W*, and where a matrix on it is singular, so "
+        "is a factor, and its speed is infinite. Two layers of one unit with W(0) = 1 and W* = -1"
+        " run into the saddle W_1 = W_2 = 0 at t = log 2. Most random pairs have such a point; "
+        "the more units, the likelier it is. Where the line meets none, the law holds as printed."
+        " Finite steps and damping pass the point."
+    ),
 )
 @in_float64
 def eq_18(report: Report) -> Outcome:
@@ -119,40 +134,39 @@ def eq_18(report: Report) -> Outcome:
                 weights = unit_of_time(weights, problem.data)
                 product = product_of(weights)
                 law = flow_product(start, jnp.asarray(problem.optimum), time)
-                products.append(distance(product, law))
+                products.append(relative_error(product, law))
                 now = problem.excess(product)
                 losses.append(abs(now / (math.exp(-2 * time) * excess) - 1))
     report("looking for singular matrices on the way")
-    crossings = [
-        _meets_singular(*(product_of(random_linear_network((4, 4, 4), s)) for s in (k, k + 500)))
-        for k in range(500)
-    ]
+    shares = {widths: _share_of_singular(widths, pairs) for widths, pairs in PAIRS.items()}
     # one unit, two layers of weight w = sqrt(2 e^-t - 1): w -> 0 at t = log 2
     scalar = [jnp.ones((1, 1))] * 2
     opposite = Moments(jnp.ones((1, 1)), -jnp.ones((1, 1)), jnp.ones((1, 1)))
     near = [jnp.full((1, 1), math.sqrt(2 * math.exp(-0.69) - 1))] * 2
     speeds = [float(jnp.abs(natural_gradient(ws, opposite)[0])[0, 0]) for ws in (scalar, near)]
-    share = float(np.mean(crossings))
     return Outcome(
         (
             below("W(t) of the factors against flow_product(), relative", max(products), 1e-6),
             below("(L(t) - L_min) / (e^(-2t) (L(0) - L_min)) - 1", max(losses), 1e-6),
             below("excess_loss() against the loss above least squares", max(explicit), 1e-10),
-            between("share of random pairs W(0), W* with a singular W on the way", share, 0.5, 1),
+            *(
+                between(f"share of random pairs with a singular W between, {w}", share, low, 1)
+                for (w, share), low in zip(shares.items(), (0.75, 0.9), strict=True)
+            ),
             above(
                 "two layers of one unit, W(0) = 1, W* = -1: speed at t = 0.69 / 0",
                 speeds[1] / speeds[0],
                 5,
             ),
         ),
-        notes=(
-            "The paper asks only that the start is no saddle point. That is not enough in square "
-            "networks: W(t) runs on a straight line from W(0) to W*, and where a matrix on it is "
-            "singular, a factor is singular and its speed infinite. Two layers of one unit with "
-            "W(0) = 1 and W* = -1 run into the saddle W_1 = W_2 = 0 at t = log 2. "
-            f"{share:.0%} of our random pairs have such a point. Finite steps and damping pass it.",
-        ),
     )
+
+
+def _share_of_singular(widths: tuple[int, ...], pairs: int) -> float:
+    """Of random pairs W(0), W* of a shape, those with a singular matrix between them."""
+    ends = [product_of(random_linear_network(widths, seed)) for seed in range(2 * pairs)]
+    found = [_meets_singular(*ends[i : i + 2]) for i in range(0, len(ends), 2)]
+    return float(np.mean(found))
 
 
 def _meets_singular(start: Matrix, end: Matrix) -> bool:
@@ -182,15 +196,15 @@ def discrete(report: Report) -> Outcome:
         for problem in draws(widths):
             for rate in (0.3, 1.0):
                 moved, law = _step_and_law(problem, rate)
-                errors.append(distance(moved, law))
+                errors.append(relative_error(moved, law))
             if widths == (3, 3):
-                solved.append(distance(moved, problem.optimum))
+                solved.append(relative_error(moved, problem.optimum))
     report("Gaussian factors")
     raw, limits = [], []
     for seed, drawn in enumerate(draws(DEEP)):
         factors = [jnp.asarray(w) for w in random_linear_network(DEEP, seed)]
         problem = replace(drawn, weights=factors)
-        raw.append(distance(*_step_and_law(problem, 1.0)))
+        raw.append(relative_error(*_step_and_law(problem, 1.0)))
         limits.append(EPS * float(np.linalg.cond(problem.product)))
         scaled.append(raw[-1] / limits[-1])
     report("many layers")
@@ -198,7 +212,7 @@ def discrete(report: Report) -> Outcome:
     start, target = problem.product, problem.product + (problem.optimum - problem.product) / 5
     limit = scipy.linalg.expm(target @ np.linalg.inv(start) - np.eye(4)) @ start
     gaps = [
-        distance(euler_product(jnp.asarray(start), jnp.asarray(target), depth, 1.0), limit)
+        relative_error(euler_product(jnp.asarray(start), jnp.asarray(target), depth, 1.0), limit)
         for depth in (512, 1024, 2**20)
     ]
     return Outcome(

@@ -25,16 +25,15 @@ from ntk_analysis.reproduce.bernacchia.common import (
     SQUARE,
     WIDE,
     Problem,
-    distance,
     draw,
     draws,
     flat,
     kernels,
-    pseudo_inverse,
     update,
 )
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, check, close
+from ntk_analysis.reproduce.ruler import pseudo_inverse, relative_error
 
 SHAPES = (SQUARE, WIDE, BOTTLENECK, NARROW)
 MONTE_CARLO = 100_000
@@ -77,10 +76,10 @@ def eq_7_8(report: Report) -> Outcome:
         report(f"gradients of widths {widths}")
         for problem in draws(widths):
             expected, x = flat(problem.slopes), np.asarray(problem.x)
-            ours.append(distance(flat(gradient(problem.weights, problem.data)), expected))
+            ours.append(relative_error(flat(gradient(problem.weights, problem.data)), expected))
             seen = (np.asarray(problem.y) - x @ problem.product) @ problem.precision
             pairs = passes(problem.factors, x, seen)
-            printed.append(distance(flat(-a.T @ e / len(x) for a, e in pairs), expected))
+            printed.append(relative_error(flat(-a.T @ e / len(x) for a, e in pairs), expected))
     return Outcome(
         (
             below("gradient(), relative to autodiff", max(ours), 1e-10),
@@ -111,7 +110,7 @@ def eq_22(report: Report) -> Outcome:
         rank = narrowest * (widths[0] + widths[-1] - narrowest)
         for problem in draws(widths):
             ours = np.asarray(fisher(problem.weights, problem.data))
-            whole.append(distance(ours, problem.fisher))
+            whole.append(relative_error(ours, problem.fisher))
             values = np.linalg.eigvalsh(ours)[::-1] / np.linalg.norm(ours, 2)
             is_bottleneck = narrowest < min(widths[0], widths[-1])
             off[is_bottleneck].append(abs(int(np.sum(values > 1e-10)) - rank))
@@ -120,7 +119,7 @@ def eq_22(report: Report) -> Outcome:
         ends = np.cumsum([0, *(w.size for w in problem.weights)])
         for i, j in ((1, 1), (1, 2), (problem.depth, 1)):
             block = problem.fisher[ends[i - 1] : ends[i], ends[j - 1] : ends[j]]
-            blocks.append(distance(fisher_block(problem.weights, problem.data, i, j), block))
+            blocks.append(relative_error(fisher_block(problem.weights, problem.data, i, j), block))
     return Outcome(
         (
             below("fisher() against autodiff, relative", max(whole), 1e-12),
@@ -158,9 +157,12 @@ def eq_14_15(report: Report) -> Outcome:
         formulas = problem.layer_moments()
         for i, (a, e) in enumerate(passes(problem.factors, x, noise @ problem.precision)):
             first, second = a.T @ a / MONTE_CARLO, e.T @ e / MONTE_CARLO
-            written += [distance(first, formulas[i][0]), distance(second, formulas[i][1])]
+            written += [
+                relative_error(first, formulas[i][0]),
+                relative_error(second, formulas[i][1]),
+            ]
             ours = fisher_block(problem.weights, problem.data, i + 1, i + 1)
-            block.append(distance(np.kron(first, second), ours))
+            block.append(relative_error(np.kron(first, second), ours))
         sampled += _sampled_errors(problem, x, seed)
     return Outcome(
         (
@@ -183,7 +185,10 @@ def _sampled_errors(problem: Problem, x: Matrix, seed: int) -> list[float]:
         key=jax.random.key(seed),
     )
     errors = [np.asarray(dense_layer(layer).flat_derivatives()) for layer in signals.layers]
-    return [distance(e.T @ e / len(x), b @ b.T) for e, b in zip(errors, problem.after, strict=True)]
+    return [
+        relative_error(e.T @ e / len(x), b @ b.T)
+        for e, b in zip(errors, problem.after, strict=True)
+    ]
 
 
 @check(
@@ -205,20 +210,23 @@ def eq_10(report: Report) -> Outcome:
         for problem in draws(widths):
             ours = natural_gradient(problem.weights, problem.data, method="pseudo-inverse")
             formula = [
-                pseudo_inverse(inputs) @ slope @ pseudo_inverse(errors) / problem.depth
+                pseudo_inverse(inputs, symmetric=True)
+                @ slope
+                @ pseudo_inverse(errors, symmetric=True)
+                / problem.depth
                 for (inputs, errors), slope in zip(
                     problem.layer_moments(), problem.slopes, strict=True
                 )
             ]
-            printed.append(distance(flat(ours), flat(formula)))
+            printed.append(relative_error(flat(ours), flat(formula)))
             if widths != BOTTLENECK:
                 moved = -problem.push_forward(ours)
-                exact.append(distance(moved, problem.natural_direction))
+                exact.append(relative_error(moved, problem.natural_direction))
     report("the optax transformation")
     problem = draw(WIDE, 0)
     step, _ = update(linear.deep_linear_descent(1.0), problem)
     ours = natural_gradient(problem.weights, problem.data)
-    descended = distance(-flat(kernels(step)), flat(ours))
+    descended = relative_error(-flat(kernels(step)), flat(ours))
     return Outcome(
         (
             below("natural_gradient() against Eq. 10, relative", max(printed), 1e-8),
@@ -252,9 +260,9 @@ def eq_16(report: Report) -> Outcome:
                 -np.linalg.inv(a) @ residual @ np.linalg.inv(b) / problem.depth
                 for a, b in zip(problem.before, problem.after, strict=True)
             ]
-            printed.append(distance(flat(ours), flat(formula)))
+            printed.append(relative_error(flat(ours), flat(formula)))
             other = natural_gradient(problem.weights, problem.data, method="pseudo-inverse")
-            pseudo.append(distance(flat(other), flat(ours)))
+            pseudo.append(relative_error(flat(other), flat(ours)))
             # the same network with hidden layers in other coordinates
             eye = np.eye(widths[0])
             bases = [eye, *(w + eye for w in problem.factors[1:]), eye]
@@ -266,7 +274,7 @@ def eq_16(report: Report) -> Outcome:
                 for matrices in (problem.weights, ours)
             )
             found = natural_gradient([jnp.asarray(w) for w in changed], problem.data)
-            covariant.append(distance(flat(found), flat(expected)))
+            covariant.append(relative_error(flat(found), flat(expected)))
     return Outcome(
         (
             below("natural_gradient() against Eq. 16, relative", max(printed), 1e-8),

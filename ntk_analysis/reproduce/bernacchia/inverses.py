@@ -18,7 +18,6 @@ from ntk_analysis.reproduce.bernacchia.common import (
     SETTING,
     SQUARE,
     Problem,
-    distance,
     draws,
     flat,
     kernels,
@@ -26,6 +25,7 @@ from ntk_analysis.reproduce.bernacchia.common import (
 )
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, check
+from ntk_analysis.reproduce.ruler import relative_error
 
 SHAPES = (SQUARE, (2, 2, 2, 2, 2))
 
@@ -55,12 +55,12 @@ def eq_23(report: Report) -> Outcome:
         for problem in draws(widths):
             inverse = np.asarray(generalised_inverse(problem.weights, problem.data))
             both = problem.fisher @ inverse
-            inner.append(distance(both @ problem.fisher, problem.fisher))
-            outer.append(distance(inverse @ both, inverse))
-            skew.append(distance(both.T, both))
+            inner.append(relative_error(both @ problem.fisher, problem.fisher))
+            outer.append(relative_error(inverse @ both, inverse))
+            skew.append(relative_error(both.T, both))
             pairs = [(i, j) for i in range(depth) for j in range(depth)]
             blocks += [
-                distance(
+                relative_error(
                     depth**2 * block(inverse, i, j, size),
                     np.linalg.inv(block(problem.fisher, j, i, size)),
                 )
@@ -105,12 +105,12 @@ def supp_37(report: Report) -> Outcome:
             steps = [np.ravel(g) for g in natural_gradient(problem.weights, problem.data)]
             for i, step in enumerate(steps):
                 parts += [
-                    distance(depth * block(inverse, i, j, size) @ slope, step)
+                    relative_error(depth * block(inverse, i, j, size) @ slope, step)
                     for j, slope in enumerate(slopes)
                 ]
                 own = np.asarray(fisher_block(problem.weights, problem.data, i + 1, i + 1))
-                diagonal.append(distance(np.linalg.solve(own, slopes[i]), depth * step))
-            structured.append(distance(_block_diagonal(problem), depth * flat(steps)))
+                diagonal.append(relative_error(np.linalg.solve(own, slopes[i]), depth * step))
+            structured.append(relative_error(_block_diagonal(problem), depth * flat(steps)))
     return Outcome(
         (
             below("L times each part of a row against Eq. 10", max(parts), 1e-9),
@@ -154,17 +154,17 @@ def supp_34(report: Report) -> Outcome:
             size = sum(w.size for w in problem.weights)
             free = jnp.asarray(np.random.default_rng(seed).standard_normal((size, size)))
             updates = [_natural_parameters(problem, z) for z in (None, free)]
-            moves += [distance(-problem.push_forward([step]), expected) for step in updates]
+            moves += [relative_error(-problem.push_forward([step]), expected) for step in updates]
             if widths == SQUARE:
                 inverse = np.asarray(generalised_inverse(problem.weights, problem.data))
                 blockwise = inverse @ flat(problem.slopes)
                 closed = flat(natural_gradient(problem.weights, problem.data))
                 updates += [closed]
                 special += [
-                    distance(-problem.push_forward([step]), expected)
+                    relative_error(-problem.push_forward([step]), expected)
                     for step in (blockwise, closed)
                 ]
-            gaps += [distance(step, updates[0]) for step in updates[1:]]
+            gaps += [relative_error(step, updates[0]) for step in updates[1:]]
     return Outcome(
         (
             below("dW/dt of Moore-Penrose and random inverses", max(moves), 1e-9),

@@ -221,7 +221,11 @@ def _notes(setting: LinearTeacherSetting, found: dict[float, Run], best: float) 
     "Square linear network: natural gradient and SGD",
     claim=_CLAIM + "L = 16 layers of 20 units.",
     setting=f"L = 16, n_i = 20, 80 000 examples; {_PRINTED} 0.08 downwards; {_SETTING}",
-    origin="paper",
+    origin="paper, partly",
+    differs=(
+        "initial weights, lambda_0, the unweighted loss of SGD and its smaller learning rates are"
+        " ours"
+    ),
 )
 @in_float64
 def figure_1a(report: Report) -> Outcome:
@@ -235,7 +239,11 @@ def figure_1a(report: Report) -> Outcome:
     claim=_CLAIM + "L = 16 layers of widths 20, 30, ..., 100, ..., 30, 20.",
     setting="L = 16, n_i = 20, 30, ..., 100, 90, ..., 20, 80 000 examples; "
     f"{_PRINTED} 0.08 downwards; {_SETTING}",
-    origin="paper",
+    origin="paper, partly",
+    differs=(
+        "initial weights, lambda_0, the unweighted loss of SGD and its smaller learning rates are"
+        " ours"
+    ),
 )
 @in_float64
 def figure_1b(report: Report) -> Outcome:
@@ -249,7 +257,11 @@ def figure_1b(report: Report) -> Outcome:
     claim=_CLAIM + "L = 12 layers with a bottleneck of 2 units.",
     setting="L = 12, n_i = 200, 80, 34, 20, 10, 5, 2, 5, ..., 200, 200 000 examples; "
     f"{_PRINTED} 0.02 downwards; {_SETTING}",
-    origin="paper",
+    origin="paper, partly",
+    differs=(
+        "initial weights, lambda_0, the unweighted loss of SGD and its smaller learning rates are"
+        " ours"
+    ),
 )
 @in_float64
 def figure_1c(report: Report) -> Outcome:

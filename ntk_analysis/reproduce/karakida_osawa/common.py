@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,7 @@ from natgrad_flax import MLP, Structure
 from ntk_analysis.coefficient import Damping, coefficient_pair
 from ntk_analysis.displacement import solve_residual
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
-
-CUTOFF = 1e-12
-"""Eigenvalues of a metric below this fraction of the largest count as zero."""
+from ntk_analysis.reproduce.ruler import max_abs_error, pseudo_inverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,35 +228,21 @@ def dense(model: MLP, x: Matrix) -> Dense:
     return Dense(inputs, derivatives, u)
 
 
-def pseudo_inverse(metric: Matrix) -> Matrix:
-    """G^+ of a symmetric matrix, definite or not, by its eigenvalues."""
-    values, vectors = scipy.linalg.eigh(metric)
-    kept = np.abs(values) > CUTOFF * np.abs(values).max()
-    inverse: Matrix = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
-    return inverse
-
-
 def theta_bar(metric: Matrix, train: Dense, test: Dense | None = None) -> Matrix:
     """J(x') G^+ J(x)^T / N from explicit matrices (Eq. 11)."""
     left = train if test is None else test
-    result: Matrix = left.jacobian @ pseudo_inverse(metric) @ train.jacobian.T / train.num_samples
+    result: Matrix = (
+        left.jacobian
+        @ pseudo_inverse(metric, symmetric=True)
+        @ train.jacobian.T
+        / train.num_samples
+    )
     return result
-
-
-def distance(found: Any, expected: Any) -> float:
-    """The largest entry of the difference."""
-    return float(np.abs(np.asarray(found) - np.asarray(expected)).max())
-
-
-def relative(found: Any, expected: Any) -> float:
-    """The norm of the difference over that of what is expected."""
-    wanted = np.asarray(expected)
-    return float(np.linalg.norm(np.asarray(found) - wanted) / np.linalg.norm(wanted))
 
 
 def off_identity(matrix: Matrix, alpha: float) -> float:
     """The largest entry of matrix - alpha I."""
-    return distance(matrix, alpha * np.eye(len(matrix)))
+    return max_abs_error(matrix, alpha * np.eye(len(matrix)))
 
 
 def random_coupling(depth: int, *, definite: bool, seed: int = 0) -> Matrix:

@@ -35,6 +35,7 @@ from natgrad_flax import (
 )
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.reproduce.registry import Measurement, Outcome, Report, below, check
+from ntk_analysis.reproduce.ruler import pseudo_inverse
 
 _WIDTHS = (6, 12, 12, 3)
 _NUM_SAMPLES = 5
@@ -144,7 +145,7 @@ def _function_step(
 def dense_step(problem: Problem, metric: Matrix) -> Matrix:
     """J G^+ J^T r / N for an explicit G, shape (N C,)."""
     gradient = problem.jacobian.T @ problem.residual / _NUM_SAMPLES
-    step: Matrix = problem.jacobian @ (np.linalg.pinv(metric, 1e-10, hermitian=True) @ gradient)
+    step: Matrix = problem.jacobian @ (pseudo_inverse(metric, symmetric=True) @ gradient)
     return step
 
 
@@ -289,7 +290,7 @@ def margin_flow(problem: Problem) -> tuple[Matrix, Matrix, Matrix]:
         factor = block_diag(*(np.diag(root) - np.outer(root**2, root) for root in roots))
         weights = ((roots**2 - target) / roots).reshape(-1)
         gram = factor.T @ kernel @ factor
-        moved = kernel @ (factor @ (np.linalg.pinv(gram, 1e-12, hermitian=True) @ weights))
+        moved = kernel @ (factor @ (pseudo_inverse(gram, symmetric=True) @ weights))
         speed: Matrix = -moved.reshape(target.shape)
         return speed
 

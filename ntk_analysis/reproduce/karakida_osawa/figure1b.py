@@ -113,12 +113,15 @@ def _farthest(ratios: Sequence[float]) -> float:
         "at the paper's M = 4096 and at M = 1024; the dampings are ours, the paper gives none"
     ),
     origin="ours",
-    erratum=(
-        "The approach is not monotone. The damped system is singular wherever -rho is an "
-        "eigenvalue of (Sigma (x) I) blockdiag(Theta_l), and N of them are negative because Sigma "
-        "is indefinite (Lemma 4.3): N dampings, here from about 2e-6 to 5e-4 and most below 2e-5. "
-        "Near them the spectral radius of I - eta Theta-bar exceeds 1 and networks can diverge."
-        " The claim holds below them (rho <= 1e-7) and, as a slow decrease, above them."
+    kind="depends on solver or setting",
+    remark=(
+        "The paper describes the dampings that it plots, which are not stated; what follows is an"
+        " addition. Between them the approach is not monotone. The damped system is singular "
+        "wherever -rho is an eigenvalue of (Sigma (x) I) blockdiag(Theta_l), and N of them are "
+        "negative because Sigma is indefinite (KO-Lem4.3): N dampings, here from about 2e-6 to "
+        "5e-4 and most below 2e-5. Near them the spectral radius of I - eta Theta-bar exceeds 1 "
+        "and networks can diverge. The claim holds below them (rho <= 1e-7) and, as a slow "
+        "decrease, above them."
     ),
 )
 def run_figure_1b_left(report: Report) -> Outcome:
@@ -220,14 +223,16 @@ def run_figure_1b_left(report: Report) -> Outcome:
         "the dampings are ours, the paper gives none"
     ),
     origin="ours",
-    erratum=(
-        "The limit of zero damping converges: 1 lies in the range of the singular Sigma, so it is "
-        "isotropic with alpha = 2, as for L = 4. Explosions were found in two ranges. One is "
-        "the resonances (about 2e-6 to 5e-4), which L = 4 has too; below them, from 1e-6 to 1e-9, "
-        "networks follow 0.25^t. The other, at L = 5 only, is where the damping is lost in the "
-        "rounding of the coupled matrix: in float32 from about 1e-11 down, in float64 from about "
-        "1e-20 down; L = 4 still follows 0.25^t at 1e-14 in float32. Which of the two the paper "
-        "saw is not known, since its dampings and precision are not."
+    kind="depends on solver or setting",
+    remark=(
+        "The explosion is reproduced; what brings it about is not that Sigma is singular as such."
+        " The limit of zero damping converges: 1 lies in the range of Sigma, so it is isotropic "
+        "with alpha = 2, as for L = 4. Explosions were found in two ranges. One is the resonances"
+        " (about 2e-6 to 5e-4), which L = 4 has too; below them, from 1e-6 to 1e-9, networks "
+        "follow 0.25^t. The other, at L = 5 only, is where the damping is lost in the rounding of"
+        " the coupled matrix: in float32 from about 1e-11 down, in float64 from about 1e-20 down;"
+        " L = 4 still follows 0.25^t at 1e-14 in float32. Which of the two the paper saw is not "
+        "known, since its dampings and precision are not."
     ),
 )
 def run_figure_1b_right(report: Report) -> Outcome:

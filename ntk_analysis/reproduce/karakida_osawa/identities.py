@@ -26,16 +26,14 @@ from ntk_analysis.empirical import Matrix
 from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.reproduce.karakida_osawa.common import (
     Problem,
-    distance,
     flatten,
     off_identity,
     problem,
-    pseudo_inverse,
     random_coupling,
-    relative,
     theta_bar,
 )
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, check
+from ntk_analysis.reproduce.ruler import max_abs_error, pseudo_inverse, relative_error
 
 
 @check(
@@ -77,15 +75,15 @@ def eq_5(report: Report) -> Outcome:
         (
             below(
                 "training outputs: formula against the linearised network",
-                distance(np.stack(closed_inside) + case.y.reshape(-1), inside),
+                max_abs_error(np.stack(closed_inside) + case.y.reshape(-1), inside),
                 1e-10,
             ),
             below(
                 "test outputs: formula against the linearised network",
-                distance(np.stack(closed_outside), outside),
+                max_abs_error(np.stack(closed_outside), outside),
                 1e-10,
             ),
-            below("our recursion against the linearised network", distance(ours, true), 1e-10),
+            below("our recursion against the linearised network", max_abs_error(ours, true), 1e-10),
             below("|f_200 - y| / |f_0 - y| at 1/lambda_max", shrinks(1.0), 1.0),
             above("|f_200 - y| / |f_0 - y| at 2.1/lambda_max", shrinks(2.1), 1.0),
         )
@@ -128,20 +126,22 @@ def eq_9(report: Report) -> Outcome:
     """Kernel form, structure and pseudo-inverse; with a damping, the inverse."""
     case = problem((6, 10, 10, 2), 5, bias_variance=0.2)
     jac, r, fisher = case.train.jacobian, case.residual, case.train.fisher()
-    true = pseudo_inverse(fisher) @ jac.T @ r / 5
+    true = pseudo_inverse(fisher, symmetric=True) @ jac.T @ r / 5
     report("solving")
     damped = np.linalg.solve(fisher + 0.01 * np.eye(len(fisher)), jac.T @ r / 5)
     return Outcome(
         (
             below(
                 "J^T (J J^T)^-1 (f - y) against F^+ J^T (f - y) / N, relative",
-                relative(jac.T @ np.linalg.solve(jac @ jac.T, r), true),
+                relative_error(jac.T @ np.linalg.solve(jac @ jac.T, r), true),
                 1e-8,
             ),
-            below("Exact against the same, relative", relative(case.update(Exact()), true), 1e-8),
+            below(
+                "Exact against the same, relative", relative_error(case.update(Exact()), true), 1e-8
+            ),
             below(
                 "Exact with damping 0.01 against (F + 0.01 I)^-1 J^T (f - y) / N, relative",
-                relative(case.update(Exact(), 0.01), damped),
+                relative_error(case.update(Exact(), 0.01), damped),
                 1e-8,
             ),
         )
@@ -177,7 +177,7 @@ def eq_10(report: Report) -> Outcome:
     for structure, metric in metrics:
         report(structure.name)
         for found, samples in zip(case.ours(structure), (train, test), strict=True):
-            worst = max(worst, relative(found, theta_bar(metric, train, samples)))
+            worst = max(worst, relative_error(found, theta_bar(metric, train, samples)))
     exact_train, exact_test = case.ours(Exact())
     kernel = test.jacobian @ train.jacobian.T @ np.linalg.inv(train.jacobian @ train.jacobian.T)
     report("gradient descent to its end")
@@ -192,23 +192,23 @@ def eq_10(report: Report) -> Outcome:
             below("Theta-bar of 8 structures against J G^+ J^T / N, relative", worst, 1e-8),
             below(
                 "exact, test: Theta-bar against Theta(x',x) Theta^-1",
-                distance(exact_test, kernel),
+                max_abs_error(exact_test, kernel),
                 1e-8,
             ),
             below("exact, training: Theta-bar - I", off_identity(exact_train, 1.0), 1e-10),
             below(
                 "20,000 steps of gradient descent against J^T Theta^-1 (y - f_0) / N, relative",
-                relative(moved, end),
+                relative_error(moved, end),
                 1e-6,
             ),
             below(
                 "one step of exact natural gradient against the same, relative",
-                relative(-case.update(Exact()), end),
+                relative_error(-case.update(Exact()), end),
                 1e-6,
             ),
             below(
                 "parameter_displacement of gradient descent against the same, relative",
-                relative(flatten(limit), end),
+                relative_error(flatten(limit), end),
                 1e-6,
             ),
         )
@@ -241,26 +241,26 @@ def eq_22(report: Report) -> Outcome:
     ends: list[Matrix] = []
     for structure, metric, sigma in cases:
         report(structure.name)
-        pull = pseudo_inverse(metric) @ jac.T / 4
+        pull = pseudo_inverse(metric, symmetric=True) @ jac.T / 4
         alpha = float(np.trace(jac @ pull)) / 4
         if sigma is not None:
             weights = np.linalg.solve(sigma, np.ones(3))
             parts = [
                 w * j.T @ np.linalg.inv(j @ j.T) for w, j in zip(weights, train.layers, strict=True)
             ]
-            blocks = max(blocks, relative(pull, np.concatenate(parts)))
+            blocks = max(blocks, relative_error(pull, np.concatenate(parts)))
         moved, steps = np.zeros(jac.shape[1]), 0
         for t in (1, 3, 200):
             while steps < t:
                 moved = moved - 0.4 / alpha * pull @ (r + jac @ moved)
                 steps += 1
             limit = -(1 - 0.6**t) / alpha * pull @ r
-            formula = max(formula, relative(moved, limit))
+            formula = max(formula, relative_error(moved, limit))
             found = parameter_displacement(
                 structure, case.model, case.x, case.y, 0.4 / alpha, math.inf if t == 200 else t
             )
-            ours = max(ours, relative(flatten(found), limit))
-        fit = max(fit, distance(jac @ moved, -r))
+            ours = max(ours, relative_error(flatten(found), limit))
+        fit = max(fit, max_abs_error(jac @ moved, -r))
         ends.append(moved)
     apart = min(
         float(np.linalg.norm(a - b) / np.linalg.norm(a))
@@ -270,7 +270,7 @@ def eq_22(report: Report) -> Outcome:
     report("least norms")
     lam, metric = 0.3, train.layer_wise(np.eye(3))
     ridge = np.linalg.lstsq(train.fisher() + lam * metric, jac.T @ -r / 4, rcond=1e-12)[0]
-    least = pseudo_inverse(metric) @ jac.T @ -r / (4 * (3 + lam))
+    least = pseudo_inverse(metric, symmetric=True) @ jac.T @ -r / (4 * (3 + lam))
     return Outcome(
         (
             below("steps against the formula, 5 structures, relative", formula, 1e-8),
@@ -281,7 +281,7 @@ def eq_22(report: Report) -> Outcome:
             below(
                 "argmin |y - J th|^2/(2N) + lam/2 th^T G th against G^+ J^T y / (N (alpha + lam)), "
                 "block-diagonal, relative",
-                relative(ridge, least),
+                relative_error(ridge, least),
                 1e-8,
             ),
         ),

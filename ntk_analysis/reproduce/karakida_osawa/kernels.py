@@ -11,8 +11,9 @@ import numpy as np
 from ntk_analysis.analytic import AnalyticKernels, analytic_kernels
 from ntk_analysis.empirical import Matrix, empirical_layer_kernels
 from ntk_analysis.infinite_width import infinite_width_limit
-from ntk_analysis.reproduce.karakida_osawa.common import distance, problem, relative, unit_rows
+from ntk_analysis.reproduce.karakida_osawa.common import problem, unit_rows
 from ntk_analysis.reproduce.registry import Measurement, Outcome, Report, below, check
+from ntk_analysis.reproduce.ruler import max_abs_error, relative_error
 
 Expectations = Callable[[Matrix, Matrix, Matrix], tuple[Matrix, Matrix]]
 """E[phi(u) phi(v)] and E[phi'(u) phi'(v)] from the covariance and both variances of u and v."""
@@ -124,7 +125,7 @@ def sec_e(report: Report) -> Outcome:
         with jax.enable_x64(True):
             theirs = network(x_test, x, ("nngp", "ntk"))
             ntk, nngp = np.asarray(theirs.ntk), np.asarray(theirs.nngp)
-        apart = max(distance(outside.ntk, ntk), distance(outside.nngp, nngp))
+        apart = max(max_abs_error(outside.ntk, ntk), max_abs_error(outside.nngp, nngp))
         measurements += [
             below(f"{name}: Q_l, B_l and Theta_l against NumPy", worst, 1e-10),
             below(f"{name}: NTK and NNGP against neural-tangents", apart, 1e-10),
@@ -140,7 +141,7 @@ def _worst(ours: AnalyticKernels, reference: ReferenceKernels) -> float:
         *zip(ours.tangent, reference.tangent, strict=True),
         (ours.ntk, sum(reference.tangent)),
     ]
-    return max(distance(one, other) for one, other in pairs)
+    return max(max_abs_error(one, other) for one, other in pairs)
 
 
 @check(
@@ -160,12 +161,12 @@ def sec_e_monte_carlo(report: Report) -> Outcome:
         model = problem(widths, 1, activation="relu", seed=seed, x=x).model
         found += np.stack(empirical_layer_kernels(model, x)) / seeds
     true = np.stack(analytic_kernels(model, x, parts=("tangent",)).tangent)
-    whole = distance(found.sum(0), true.sum(0)) / float(np.max(true.sum(0)))
+    whole = max_abs_error(found.sum(0), true.sum(0)) / float(np.max(true.sum(0)))
     return Outcome(
         (
             below("NTK: largest error over the largest entry", whole, 0.06),
             *(
-                below(f"Theta_{layer}: relative error in norm", relative(one, limit), 0.06)
+                below(f"Theta_{layer}: relative error in norm", relative_error(one, limit), 0.06)
                 for layer, (one, limit) in enumerate(zip(found, true, strict=True), 1)
             ),
         ),

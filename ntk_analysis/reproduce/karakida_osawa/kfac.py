@@ -11,13 +11,13 @@ from ntk_analysis.empirical import Matrix
 from ntk_analysis.reproduce.karakida_osawa.common import (
     Dense,
     dense,
-    distance,
     off_identity,
     problem,
     theta_bar,
     unit_rows,
 )
 from ntk_analysis.reproduce.registry import Measurement, Outcome, Report, above, below, check, close
+from ntk_analysis.reproduce.ruler import max_abs_error, pseudo_inverse
 
 _DRAWS = 40
 
@@ -29,9 +29,13 @@ _DRAWS = 40
     "alpha = N L and eta = 1/(N L) converges in one step.",
     setting="tanh 6-12-13-C, N = 4, C = 1 and 2, with and without biases; ReLU 12-16-16-2, N = 5",
     origin="ours",
-    erratum="Eq. 20 as printed gives alpha = N (L - 1) + 1, because B* of the last layer is 1 and "
-    "not 1/N; Eq. 21 and alpha = N L need B* / N there. At 1/(N L) the printed Eq. 20 leaves the "
-    "fraction (N - 1)/(N L) of the residual after a step",
+    kind="misprint",
+    remark=(
+        "In the main text B* of the last layer is 1 and not 1/N, so that Eq. 20 gives alpha = N "
+        "(L - 1) + 1; Eq. 21 and alpha = N L need B* / N there. At 1/(N L) the printed Eq. 20 "
+        "leaves the fraction (N - 1)/(N L) of the residual after a step. The supplement (B.3) was"
+        " not at hand."
+    ),
     fast=True,
 )
 def eq_20(report: Report) -> Outcome:
@@ -103,11 +107,11 @@ def _closed_form(case: Dense) -> Matrix:
     total = np.zeros((case.outputs.size, case.outputs.size))
     c = case.outputs.shape[1]
     for a, d in zip(case.inputs, case.derivatives, strict=True):
-        right = a @ np.linalg.pinv(a)
+        right = a @ pseudo_inverse(a)
         flat = _rows(d)
         # the last layer has D = I_C a sample: D D^+ = 1/N, which its B* / N makes 1
         last = a is case.inputs[-1]
-        left = flat @ np.linalg.pinv(flat) * (case.num_samples if last else 1)
+        left = flat @ pseudo_inverse(flat) * (case.num_samples if last else 1)
         total += left * np.kron(right, np.ones((c, c)))
     return case.num_samples * total
 
@@ -132,10 +136,10 @@ def low_dimension(report: Report) -> Outcome:
         (
             below(
                 "explicit Theta-bar / N against (L - 1) I + I . X (X^T X)^-1 X^T",
-                distance(explicit / 9, expected),
+                max_abs_error(explicit / 9, expected),
                 1e-8,
             ),
-            below("KFAC against the same", distance(found / 9, expected), 1e-8),
+            below("KFAC against the same", max_abs_error(found / 9, expected), 1e-8),
             above("spread of its diagonal", float(np.ptp(np.diag(found / 9))), 0.05),
         )
     )
@@ -144,12 +148,19 @@ def low_dimension(report: Report) -> Outcome:
 @check(
     "KO-Forster",
     "K-FAC after a Forster transform",
-    claim="Inputs in radial isotropic position make the first layer isotropic: alpha = N L again.",
+    claim=(
+        "The Forster transformation makes X^T X proportional to I where there are fewer inputs "
+        "than samples, and the isotropic condition holds, in deep networks too (after Eq. 21)."
+    ),
     setting="20 Gaussian points in 6 dimensions (in 9, of rank 6), tanh 6-24-25-1; 4 test points",
     origin="ours",
-    erratum="after the transform the first layer gives M_0 I, not N I: alpha = N (L - 1) + M_0. "
-    "alpha = N L needs the first layer's update multiplied by N / M_0, which the authors' kernels "
-    "contain silently",
+    kind="misread by us",
+    remark=(
+        "An earlier version of this page had the paper say that alpha is N L again. The paper "
+        "says that the isotropic condition holds, and so it does: Eq. 21 then gives N (L - 1) + "
+        "M_0, as measured. Where alpha = N L is wanted, the first layer's update takes a factor N"
+        " / M_0."
+    ),
     fast=True,
 )
 def forster(report: Report) -> Outcome:
@@ -160,7 +171,7 @@ def forster(report: Report) -> Outcome:
     fitted = forster_transform(x, x_test)
     z = fitted.x_train
     measurements = [
-        below("Z^T Z - (N / M_0) I", distance(z.T @ z, n / m * np.eye(m)), 1e-8),
+        below("Z^T Z - (N / M_0) I", max_abs_error(z.T @ z, n / m * np.eye(m)), 1e-8),
         below("iterations to 1e-10", fitted.iterations, 100),
         below(
             "test points: one map against all steps",
@@ -214,4 +225,4 @@ def _stepwise(x: Matrix, x_test: Matrix, iterations: int, found: Matrix | None) 
         z, w = unit_rows(z @ root), unit_rows(w @ root)
     # the transform is unique up to a rotation, so inner products are compared
     assert found is not None
-    return distance(found @ found.T, w @ w.T)
+    return max_abs_error(found @ found.T, w @ w.T)

@@ -20,9 +20,6 @@ from natgrad_flax.linear.descent import Integrator, descend
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.reproduce.registry import Report
 
-CUTOFF = 1e-12
-"""Singular values below this fraction of the largest count as zero."""
-
 # compiled as a whole: their solves contain branches, which JAX compiles anew at every plain call
 logistic_step = jax.jit(logistic.natural_gradient)
 logistic_field = jax.jit(logistic.natural_gradient_field)
@@ -168,17 +165,6 @@ def expected_fisher(x: Matrix, coefficients: Matrix) -> Matrix:
     scores = np.asarray(_scores(coefficients, x, labels))
     matrix: Matrix = scores.T @ (probabilities[:, None] * scores)
     return matrix
-
-
-def pseudo_inverse(matrix: Matrix) -> Matrix:
-    """The Moore-Penrose inverse, with ``CUTOFF``."""
-    return np.linalg.pinv(matrix, rcond=CUTOFF).astype(np.float64)
-
-
-def apart(found: Any, expected: Any) -> float:
-    """The largest difference over the largest entry of what is expected."""
-    found, expected = np.asarray(found), np.asarray(expected)
-    return float(np.max(np.abs(found - expected)) / np.max(np.abs(expected)))
 
 
 def cosine(one: Any, other: Any) -> float:

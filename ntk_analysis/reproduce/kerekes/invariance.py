@@ -18,7 +18,6 @@ from natgrad_flax.linear import diagonal_network, logistic, references
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.reproduce.kerekes.common import (
     Case,
-    apart,
     cosine,
     diagonal_step,
     draw,
@@ -29,10 +28,10 @@ from ntk_analysis.reproduce.kerekes.common import (
     logistic_fisher,
     logistic_step,
     paths,
-    pseudo_inverse,
 )
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, between, check, close
+from ntk_analysis.reproduce.ruler import pseudo_inverse, relative_error
 
 SEEDS = 4
 """Random draws of every shape; the worst counts."""
@@ -43,7 +42,7 @@ def natural_gradient_error(case: Case) -> float:
     """The library's natural gradient at the start against F^+ grad by automatic differentiation."""
     slope = gradient(case.x, case.y, case.start)
     expected = pseudo_inverse(expected_fisher(case.x, case.start)) @ slope
-    return apart(logistic_step(case.x, case.y, case.start), expected)
+    return relative_error(logistic_step(case.x, case.y, case.start), expected)
 
 
 def sine(outer: Array, first: Array, w: Array) -> Array:
@@ -133,16 +132,16 @@ def statement(report: Report) -> Outcome:
         for side in (curved, network):
             matrix = np.asarray(side.fisher)
             inverse = sandwich(np.asarray(side.jacobian), matrix)
-            identity.append(apart(inverse, np.linalg.inv(matrix)))
-            pushed.append(apart(side.pushed, side.direct))
+            identity.append(relative_error(inverse, np.linalg.inv(matrix)))
+            pushed.append(relative_error(side.pushed, side.direct))
         step = np.ravel(diagonal_step(case.x, case.y, weights.reshape(3, dim)))
-        diagonal.append(apart(np.asarray(network.jacobian) @ step, network.direct))
+        diagonal.append(relative_error(np.asarray(network.jacobian) @ step, network.direct))
         jacobian, matrix = np.asarray(curved.jacobian), np.asarray(curved.fisher)
         few = np.asarray(logistic_fisher(case.x[:2], curved.theta))
-        singular.append(apart(sandwich(jacobian, few), pseudo_inverse(few)))
+        singular.append(relative_error(sandwich(jacobian, few), pseudo_inverse(few)))
         basis = np.linalg.qr(rng.standard_normal((dim, dim - 1)))[0]
         narrow = sandwich(basis @ basis.T @ jacobian, matrix)
-        deficient.append(apart(narrow, np.linalg.inv(matrix)))
+        deficient.append(relative_error(narrow, np.linalg.inv(matrix)))
     return Outcome(
         (
             below("J (J^T F J)^+ J^T against F^-1, relative", max(identity), 1e-10),
@@ -173,13 +172,13 @@ def theorem_1(report: Report) -> Outcome:
     for case in draws(((3, 7), (6, 10)), SEEDS):
         report(f"descending with N, D = {case.x.shape}")
         plain, changed = paths(case, logistic_field, step_size=0.1, steps=300, integrator="euler")
-        logits.append(apart(changed @ case.x.T, plain @ case.x.T))
-        differences.append(apart(changed[-1], plain[-1]))
+        logits.append(relative_error(changed @ case.x.T, plain @ case.x.T))
+        differences.append(relative_error(changed[-1], plain[-1]))
         oracle.append(natural_gradient_error(case))
         s = case.x @ case.start
         fisher = np.asarray(logistic_fisher(case.x, case.start))
         kernel = case.x @ pseudo_inverse(fisher) @ case.x.T
-        kernels.append(apart(kernel, np.diag(1 / (expit(s) * expit(-s)))))
+        kernels.append(relative_error(kernel, np.diag(1 / (expit(s) * expit(-s)))))
     return Outcome(
         (
             below("logits on X A^T against those on X along 300 steps, relative",
@@ -210,17 +209,17 @@ def theorem_2(report: Report) -> Outcome:
     for case in draws(((4, 4), (12, 4)), SEEDS):
         report(f"descending with N, D = {case.x.shape}")
         plain, changed = paths(case, logistic_field, step_size=0.1, steps=100, integrator="euler")
-        same.append(apart(changed, plain))
+        same.append(relative_error(changed, plain))
         oracle.append(natural_gradient_error(case))
         pairs = ((case.x, case.start), (case.changed, case.changed_start))
         fishers = [np.asarray(logistic_fisher(x, b)) for x, b in pairs]
         slopes = [np.asarray(logistic.gradient_field(x, case.y)(jnp.asarray(b))) for x, b in pairs]
-        parts.append(apart(fishers[1], case.change @ fishers[0] @ case.change.T))
-        parts.append(apart(slopes[1], case.change @ slopes[0]))
+        parts.append(relative_error(fishers[1], case.change @ fishers[0] @ case.change.T))
+        parts.append(relative_error(slopes[1], case.change @ slopes[0]))
         plain, changed = paths(
             case, logistic.gradient_field, step_size=0.01, steps=100, integrator="euler"
         )
-        euclidean.append(apart(changed[-1], plain[-1]))
+        euclidean.append(relative_error(changed[-1], plain[-1]))
     return Outcome(
         (
             below("A^T beta' - beta along 100 steps, relative", max(same), 1e-10),
@@ -251,7 +250,7 @@ def conclusion(report: Report) -> Outcome:
 
     def gap(case: Case, field: Callable[..., object]) -> float:
         plain, changed = paths(case, field, step_size=0.02, steps=150, integrator="rk4")
-        return apart(changed @ case.x.T, plain @ case.x.T)
+        return relative_error(changed @ case.x.T, plain @ case.x.T)
 
     for case in draws(((5, 8), (4, 4), (12, 4)), SEEDS):
         report(f"following the flow with N, D = {case.x.shape}")
@@ -278,9 +277,12 @@ def conclusion(report: Report) -> Outcome:
     "Appendix D).",
     setting="as printed, and random A with (N, D) = (3, 6), 8 draws",
     origin="paper",
-    erratum="The printed solutions (0, -1/3) and (-1/4, 0) have the least l_1 norm. Those of least "
-    "l_2 norm, which the claim is about, are (2, -3)/13 and (-4, -2)/20. The conclusion holds for "
-    "either norm.",
+    kind="misprint",
+    remark=(
+        "The printed solutions (0, -1/3) and (-1/4, 0) have the least l_1 norm. Those of least "
+        "l_2 norm, which the claim is about, are (2, -3)/13 and (-4, -2)/20. The conclusion holds"
+        " for either norm."
+    ),
     fast=True,
 )
 @in_float64
@@ -301,20 +303,22 @@ def appendix_d(report: Report) -> Outcome:
         random.append(1 - cosine(case.change.T @ there, here))
     return Outcome(
         (
-            below("beta*(X) against (2, -3)/13", apart(plain, [2 / 13, -3 / 13]), 1e-12),
-            below("beta*(X A^T) against (-4, -2)/20", apart(changed, [-0.2, -0.1]), 1e-12),
+            below("beta*(X) against (2, -3)/13", relative_error(plain, [2 / 13, -3 / 13]), 1e-12),
+            below("beta*(X A^T) against (-4, -2)/20", relative_error(changed, [-0.2, -0.1]), 1e-12),
             below("A^T beta*(X A^T) against (-0.1, -0.4)",
-                  apart(change.T @ changed, [-0.1, -0.4]), 1e-12),
-            above("A^T beta*(X A^T) - beta*(X), relative", apart(change.T @ changed, plain), 0.5),
+                  relative_error(change.T @ changed, [-0.1, -0.4]), 1e-12),
+            above("A^T beta*(X A^T) - beta*(X), relative",
+                  relative_error(change.T @ changed, plain), 0.5),
             above("length of the printed (0, -1/3) over that of the l_2 solution",
                   float(np.linalg.norm([0, -1 / 3]) / np.linalg.norm(plain)), 1.2),
-            below("printed (0, -1/3) against the l_1 solution", apart(l1, [0, -1 / 3]), 1e-9),
+            below("printed (0, -1/3) against the l_1 solution",
+                  relative_error(l1, [0, -1 / 3]), 1e-9),
             below("printed (-1/4, 0) against the l_1 solution",
-                  apart(changed_l1, [-1 / 4, 0]), 1e-9),
+                  relative_error(changed_l1, [-1 / 4, 0]), 1e-9),
             above("l_1: A^T beta*(X A^T) - beta*(X), relative",
-                  apart(change.T @ changed_l1, l1), 0.5),
+                  relative_error(change.T @ changed_l1, l1), 0.5),
             below("limits of the natural-gradient flow: difference of logits",
-                  apart(inputs[1] @ limits[1], inputs[0] @ limits[0]), 1e-12),
+                  relative_error(inputs[1] @ limits[1], inputs[0] @ limits[0]), 1e-12),
             above("random A: 1 - cos of the two max-margin solutions, in every draw",
                   min(random), 1e-6),
         )
@@ -340,10 +344,12 @@ def appendix_g(report: Report) -> Outcome:
     for case in draws(((4, 9), (6, 6), (15, 4)), SEEDS):
         plain, changed = (references.least_squares(rows, case.y) for rows in (case.x, case.changed))
         moved = case.change.T @ changed
-        logits.append(apart(case.x @ moved, case.x @ plain))
+        logits.append(relative_error(case.x @ moved, case.x @ plain))
         if len(case.x) <= case.x.shape[1]:
-            interpolation.append(apart(case.x @ plain, case.y))
-        (few if len(case.x) < case.x.shape[1] else coefficients).append(apart(moved, plain))
+            interpolation.append(relative_error(case.x @ plain, case.y))
+        (few if len(case.x) < case.x.shape[1] else coefficients).append(
+            relative_error(moved, plain)
+        )
     return Outcome(
         (
             below("N <= D: X beta - y", max(interpolation), 1e-9),
@@ -384,7 +390,7 @@ def support_vectors(report: Report) -> Outcome:
         interpolant = references.least_squares(data.x_train, data.y_train)
         margin = references.max_margin(data.x_train, data.y_train).coefficients
         holds.append(references.all_support_vectors(data.x_train, data.y_train))
-        agreement.append(holds[-1] == (apart(margin, interpolant) < 1e-6))
+        agreement.append(holds[-1] == (relative_error(margin, interpolant) < 1e-6))
     return Outcome(
         (
             above("share of draws with N = 20, D = 1000", float(np.mean(wide)), 0.95),

@@ -156,11 +156,8 @@ def _error(column: str, found: Sequence[Kernels], wanted: Sequence[Kernels]) -> 
         f"float64; steps of {STEP_SIZE} at a residual of {ERROR:g}; NGD takes the solution of B.4 "
         f"with a factor 1/L; the natural columns from N(0, 1/n) factors as well, {DRAWS} draws"
     ),
-    origin="paper",
-    erratum=(
-        "Eq. 51 prints the factors of the natural gradient in the order B^{T+} G A^+, which does "
-        "not solve Eq. 50; A^+ G B^+ does, and moves the observed entry alone."
-    ),
+    origin="paper, partly",
+    differs=("factors, draws and step size are ours; A^+ G B^+ in the order of KE-Eq51"),
     fast=True,
 )
 @in_float64

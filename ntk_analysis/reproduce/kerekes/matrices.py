@@ -13,9 +13,10 @@ from jax import Array
 from natgrad_flax.linear import diagonal_network
 from natgrad_flax.linear import matrix_factorization as factorization
 from ntk_analysis.empirical import Matrix
-from ntk_analysis.reproduce.kerekes.common import apart, product_jacobian, pseudo_inverse
+from ntk_analysis.reproduce.kerekes.common import product_jacobian
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, check
+from ntk_analysis.reproduce.ruler import pseudo_inverse, relative_error
 
 SEEDS = 4
 """Random draws of every shape; the worst counts."""
@@ -101,7 +102,7 @@ def exact_step(report: Report) -> Outcome:
             for rate in (0.1, 1.0, 5.0):
                 moved = product([w - rate * d for w, d in zip(factors, step, strict=True)])
                 inner = np.eye(5) - rate / depth * np.linalg.solve(beta, slope)
-                exact.append(apart(moved, beta @ np.linalg.matrix_power(inner, depth)))
+                exact.append(relative_error(moved, beta @ np.linalg.matrix_power(inner, depth)))
     report("one observation")
     others, entries, joint = [], [], []
     for depth in (1, 2, 3, 5):
@@ -112,7 +113,7 @@ def exact_step(report: Report) -> Outcome:
                     factors, _ENTRY, kind="split", step_size=rate, error=-1.3
                 )
                 others.append(off_entry(kernel))
-                entries.append(apart(kernel[_ENTRY], entry_moved(factors, rate, -1.3)))
+                entries.append(relative_error(kernel[_ENTRY], entry_moved(factors, rate, -1.3)))
             if depth == 2:
                 kernel = factorization.step_kernel(
                     factors, _ENTRY, kind="joint", step_size=0.7, error=-1.3
@@ -125,16 +126,16 @@ def exact_step(report: Report) -> Outcome:
             factors = draw_factors(rng, sizes)
             slope, jacobian = rng.standard_normal((sizes[0], sizes[-1])), product_jacobian(factors)
             shortest = flat(_joint_step(factors, slope))
-            penrose.append(apart(shortest, pseudo_inverse(jacobian) @ slope.ravel()))
+            penrose.append(relative_error(shortest, pseudo_inverse(jacobian) @ slope.ravel()))
             for found in (shortest, flat(split_step(factors, slope))):
-                flows.append(apart(jacobian @ found, slope.ravel()))
+                flows.append(relative_error(jacobian @ found, slope.ravel()))
     projected, narrow = [], []
     for _ in range(SEEDS):
         factors = draw_factors(rng, [5, 2, 4])
         slope, jacobian = rng.standard_normal((5, 4)), product_jacobian(factors)
         shortest = flat(_joint_step(factors, slope))
-        projected.append(apart(shortest, pseudo_inverse(jacobian) @ slope.ravel()))
-        narrow.append(apart(jacobian @ shortest, slope.ravel()))
+        projected.append(relative_error(shortest, pseudo_inverse(jacobian) @ slope.ravel()))
+        narrow.append(relative_error(jacobian @ shortest, slope.ravel()))
     return Outcome(
         (
             below("finite step of the split against the closed form, relative", max(exact), 1e-11),
@@ -164,9 +165,12 @@ def exact_step(report: Report) -> Outcome:
     setting=f"4 x 4 factors with L = 2 and 3, and sizes 4-6-5; {SEEDS} draws each; diagonal "
     "networks with L = 2, D = 5; float64",
     origin="ours",
-    erratum="Eq. 51 and Section 4 print dW_i = 1/L (B_i^T)^+ G A_i^+. The right order is "
-    "1/L A_i^+ G B_i^+; the printed one fits in size for square factors and solves nothing. In "
-    "Eq. 39 the product leaves out k = n, the layer, not k = i, the entry.",
+    kind="misprint",
+    remark=(
+        "Eq. 51 and Section 4 print dW_i = 1/L (B_i^T)^+ G A_i^+. The right order is 1/L A_i^+ G "
+        "B_i^+; the printed one fits in size for square factors and does not solve Eq. 50. In Eq."
+        " 39 the product leaves out k = n, the layer, not k = i, the entry."
+    ),
     fast=True,
 )
 @in_float64
@@ -180,28 +184,32 @@ def order_of_factors(report: Report) -> Outcome:
             factors, slope = draw_factors(rng, sizes), rng.standard_normal((sizes[0], sizes[-1]))
             depth, step = len(factors), split_step(factors, slope)
             jacobian = product_jacobian(factors)
-            total.append(apart(jacobian @ flat(step), slope.ravel()))
+            total.append(relative_error(jacobian @ flat(step), slope.ravel()))
             blocks = np.split(jacobian, np.cumsum([w.size for w in factors])[:-1], axis=1)
             wrong = np.zeros_like(slope)
             for index, (block, part) in enumerate(zip(blocks, step, strict=True)):
                 left, right = around(factors, index)
-                layers.append(apart(block @ part.ravel(), slope.ravel() / depth))
+                layers.append(relative_error(block @ part.ravel(), slope.ravel() / depth))
                 moved = (block @ part.ravel()).reshape(slope.shape)
-                kronecker.append(apart(np.kron(right.T, left) @ part.ravel("F"), moved.ravel("F")))
+                kronecker.append(
+                    relative_error(np.kron(right.T, left) @ part.ravel("F"), moved.ravel("F"))
+                )
                 if sizes[0] == sizes[-1]:
                     order = pseudo_inverse(right.T) @ slope @ pseudo_inverse(left) / depth
                     wrong += left @ order @ right
             if sizes[0] == sizes[-1]:
-                printed.append(apart(wrong, slope))
+                printed.append(relative_error(wrong, slope))
     index_error, printed_index = [], []
     for _ in range(SEEDS):
         weights = rng.uniform(0.5, 1.5, (2, 5))
         dense = np.asarray(jax.jacobian(lambda w: jnp.prod(w, axis=0))(weights))
         expected = np.stack([np.diag(dense[:, layer]) for layer in range(2)])
-        index_error.append(apart(diagonal_network.other_products(jnp.asarray(weights)), expected))
+        index_error.append(
+            relative_error(diagonal_network.other_products(jnp.asarray(weights)), expected)
+        )
         # leaving out the layer whose number is that of the entry, if there is one
         kept = [np.prod(np.delete(weights[:, i], [i] if i < 2 else [])) for i in range(5)]
-        printed_index.append(apart(np.tile(kept, (2, 1)), expected))
+        printed_index.append(relative_error(np.tile(kept, (2, 1)), expected))
     return Outcome(
         (
             below("J_i dW_i against G / L, each factor, relative", max(layers), 1e-11),

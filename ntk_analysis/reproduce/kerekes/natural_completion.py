@@ -141,11 +141,14 @@ def describe_natural(setting: Setting, found: Naturals) -> dict[str, Any]:
         f"Gaussian factors of scale {NATURAL_SCALE:g}; float64"
     ),
     origin="ours",
-    erratum=(
-        "The algorithm of Appendix B.4 splits the natural gradient into equal shares, "
-        "A_l^+ G B_l^+ / L, which cannot be followed for long: the determinant of the product "
-        "changes its sign along the run, and the inverses blow up there. The minimum-norm solution "
-        "over all factors jointly solves the same equation without these inverses; we run that."
+    kind="depends on solver or setting",
+    remark=(
+        "Appendix B.4 splits the natural gradient into equal shares, A_l^+ G B_l^+ / L. Whether "
+        "that can be followed depends on the start and on the cut-off of the pseudo-inverses, "
+        "which the paper does not state. From our Gaussian factors and without a cut-off the "
+        "determinant of the product changes its sign along the run, and the inverses blow up "
+        "there. The minimum-norm solution over all factors jointly solves the same equation "
+        "without these inverses; we run that."
     ),
 )
 @in_float64

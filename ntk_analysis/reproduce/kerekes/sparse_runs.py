@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jax import Array
 from jax.tree_util import Partial
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from natgrad_flax.linear import descend, diagonal_network, logistic, references
 from ntk_analysis.reproduce.kerekes.common import in_pieces
@@ -21,6 +23,7 @@ Vector = NDArray[np.float64]
 DEPTHS = (1, 2, 3, 4)
 EUCLIDEAN = {depth: f"EGD, L = {depth}" for depth in DEPTHS}
 TRAIN = "NGD, train Fisher"
+FULL_RANK = "NGD, full-rank solver"
 POPULATION = "NGD, population Fisher"
 LIMIT = "limit of NGD"
 
@@ -108,6 +111,30 @@ def natural(x: Vector, y: Vector, setting: Setting, report: Report) -> Vector:
         what=f"N = {len(x)}, natural gradient",
     )[-1]
     return np.asarray(coefficients)
+
+
+def full_rank(x: Vector, y: Vector, setting: Setting) -> tuple[Vector, Vector]:
+    """The same descent with F d = grad solved by LAPACK's gels, which assumes F of full rank.
+
+    For N < D the solutions of this system differ by what no training margin sees. That of gels
+    has whatever rounding makes of the zero pivots there.
+
+    Returns:
+      Coefficients (D,), and the margins (N,) that the steps have on paper, whatever the solution.
+    """
+    signed = x * y[:, None]
+    coefficients, expected = np.zeros(x.shape[1]), np.zeros(len(x))
+    for _ in range(setting.natural_steps):
+        slopes = expit(-signed @ coefficients)
+        # both sides over the largest slope, which vanishes late in the run
+        weights = slopes * (1 - slopes) / slopes.max()
+        gradient = signed.T @ (slopes / slopes.max())
+        _, step, failed = scipy.linalg.lapack.dgels((signed.T * weights) @ signed, gradient)
+        if failed:
+            raise FloatingPointError("gels met a pivot that is exactly zero")
+        coefficients = coefficients + NATURAL_STEP * step
+        expected = expected + NATURAL_STEP * (1 + np.exp(-expected))
+    return coefficients, expected
 
 
 def population(x: Vector, y: Vector, setting: Setting) -> Vector:

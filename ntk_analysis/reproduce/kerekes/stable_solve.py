@@ -9,14 +9,13 @@ from scipy.special import expit
 
 from ntk_analysis.empirical import Matrix
 from ntk_analysis.reproduce.kerekes.common import (
-    apart,
     draw,
     gradient,
     logistic_step,
-    pseudo_inverse,
 )
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Measurement, Outcome, Report, above, below, check, close
+from ntk_analysis.reproduce.ruler import pseudo_inverse, relative_error
 
 SEEDS = 4
 """Random draws of every kind of margins; the worst counts."""
@@ -81,9 +80,13 @@ def margins_case(rng: np.random.Generator, margins: Matrix) -> tuple[Matrix, Mat
     f"{SEEDS} draws each, against decimal arithmetic with 60 digits; N = 2, D = 5 with margins "
     "+700 and -700",
     origin="ours",
-    erratum="The printed factor e^-u_max leaves factors e^(u_max - u) that overflow where margins "
-    "differ much; e^-u_min gives the same solution and factors of at most 1. Eqs. 22 and 25 lack a "
-    "transpose: the gradient is -Z^T phi(-u).",
+    kind="misprint",
+    remark=(
+        "Eqs. 22 and 25 lack a transpose: the gradient is -Z^T phi(-u). Beside that, the printed "
+        "factor e^-u_max serves, as the paper says, where the elements of u do not differ too "
+        "much. Where they do, e^(u_max - u) overflows; e^-u_min gives the same solution and "
+        "factors of at most 1."
+    ),
     fast=True,
 )
 @in_float64
@@ -107,10 +110,10 @@ def stable_solve(report: Report) -> Outcome:
         for _ in range(SEEDS):
             z, beta = margins_case(rng, margins())
             expected = exact_natural_gradient(z, beta)
-            errors.append(apart(logistic_step(z, np.ones(8), beta), expected))
+            errors.append(relative_error(logistic_step(z, np.ones(8), beta), expected))
             others = printed_natural_gradient(z, beta), naive_natural_gradient(z, beta)
             if name == "moderate":
-                same.extend(apart(other, expected) for other in others)
+                same.extend(relative_error(other, expected) for other in others)
             if name in ("from 1 to 1500", "near +-700"):
                 finite["printed"].append(bool(np.isfinite(others[0]).all()))
             if name == "near 800":
@@ -129,7 +132,7 @@ def stable_solve(report: Report) -> Outcome:
         (
             *measurements,
             below("N < D, margins +-700: error, relative",
-                  apart(np.asarray(found) * np.exp(-700.0), expected), 1e-9),
+                  relative_error(np.asarray(found) * np.exp(-700.0), expected), 1e-9),
             below("moderate margins: printed and naive form against the exact solution",
                   max(same), 1e-9),
             close("margins from 1 to 1500 and near +-700: share of finite results with e^-u_max",
@@ -137,8 +140,8 @@ def stable_solve(report: Report) -> Outcome:
             close("margins near 800: share of naive systems that are not singular",
                   float(np.mean(finite["naive"])), 0, 0),
             below("-Z^T phi(-u) against the gradient, relative",
-                  apart(-square.signed.T @ wrong, slope), 1e-12),
+                  relative_error(-square.signed.T @ wrong, slope), 1e-12),
             above("-Z phi(-u), as printed, against it",
-                  apart(-square.signed @ wrong, slope), 0.1),
+                  relative_error(-square.signed @ wrong, slope), 0.1),
         )
     )  # fmt: skip

@@ -14,6 +14,7 @@ from natgrad_flax import geometry
 from natgrad_flax.geometry import Map, Metric, Objective, Representation
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import Outcome, Report, above, below, between, check
+from ntk_analysis.reproduce.ruler import relative_error
 
 DRAWS = 8
 """Random instances of each claim; the worst of them counts."""
@@ -84,11 +85,6 @@ def smallest(measure: Callable[[Case], float], params: int, ambient: int, rank: 
     return min(measure(draw(seed, params, ambient, rank)) for seed in range(DRAWS))
 
 
-def distance(one: Array, other: Array) -> float:
-    """The Euclidean distance over the length of the second."""
-    return float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other))
-
-
 SETTING = f"phi = B sin(A xi), a metric that depends on the point, {DRAWS} random draws, float64"
 
 
@@ -115,8 +111,8 @@ def eq_2(report: Report) -> Outcome:
         rest = case.ambient - projection @ case.ambient
         adjoint = matrix @ projection
         return (
-            distance(projection @ projection, projection),
-            distance(adjoint.T, adjoint),
+            relative_error(projection @ projection, projection),
+            relative_error(adjoint.T, adjoint),
             float(jnp.linalg.norm(jacobian.T @ matrix @ rest) / jnp.linalg.norm(matrix @ rest)),
         )
 
@@ -149,8 +145,8 @@ def eq_4(report: Report) -> Outcome:
         free = jnp.asarray(rng.standard_normal((5, 6)))
         inverse = geometry.any_generalised_inverse(matrix, free)
         inside = matrix @ jnp.asarray(rng.standard_normal(5))
-        errors.append(distance(matrix @ (inverse @ inside), inside))
-        gaps.append(distance(inverse, jnp.linalg.pinv(matrix)))
+        errors.append(relative_error(matrix @ (inverse @ inside), inside))
+        gaps.append(relative_error(inverse, jnp.linalg.pinv(matrix)))
     return Outcome(
         (
             below("A A^- w - w, relative", max(errors), 1e-10),
@@ -181,11 +177,11 @@ def theorem_1(report: Report) -> Outcome:
         )
         moved = geometry.push_forward(case.phi, case.xi, vector)
         projection = geometry.span_projection(case.phi, case.xi, case.metric)
-        return distance(moved, projection @ case.ambient)
+        return relative_error(moved, projection @ case.ambient)
 
     def proper(case: Case) -> float:
         moved = geometry.push_forward(case.phi, case.xi, case.natural(case.phi, case.xi))
-        return distance(moved, case.ambient)
+        return relative_error(moved, case.ambient)
 
     report("comparing push-forwards")
     return Outcome(
@@ -290,9 +286,9 @@ def section_3_2(report: Report) -> Outcome:
         back = jnp.linalg.inv(derivative)
         leak = kernel.T @ back.T @ back @ moved
         return (
-            distance(moved, mine),
+            relative_error(moved, mine),
             float(jnp.linalg.norm(unseen) / jnp.linalg.norm(moved - mine)),
-            distance(moved, printed),
+            relative_error(moved, printed),
             float(jnp.linalg.norm(leak) / jnp.linalg.norm(back @ moved)),
         )
 

@@ -260,7 +260,7 @@ def true_direction(weights, data):
     return p @ v + v @ q - p @ v @ q
 
 
-def test_the_natural_gradient_at_a_bottleneck():  # erratum to BE-Eq19
+def test_the_natural_gradient_at_a_bottleneck():  # BE-bottleneck
     weights, data, *_ = problem(BOTTLENECK)
     jac = jacobian(weights)
     pseudo = np.linalg.pinv(np.asarray(df.fisher(weights, data)), rcond=1e-10)
@@ -274,7 +274,7 @@ def test_the_natural_gradient_at_a_bottleneck():  # erratum to BE-Eq19
     assert np.linalg.norm(printed - expected) > 0.01 * np.linalg.norm(expected)
 
 
-def test_both_flows_rest_at_a_truncated_optimum():  # erratum to BE-Eq19
+def test_both_flows_rest_at_a_truncated_optimum():  # BE-bottleneck
     _, data, *_ = problem(BOTTLENECK)
     root, noise = (np.linalg.cholesky(m) for m in (data.inputs, data.precision))
     left, values, right = np.linalg.svd(root.T @ np.asarray(dl.optimum(data)) @ noise)

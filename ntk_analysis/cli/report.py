@@ -10,7 +10,8 @@ import typer
 from ntk_analysis.cli.app import app, complain, fail, output, progress_bar, work
 from ntk_analysis.cli.options import DatasetOption, SeedOption
 
-_RESULTS = Path("results")
+RESULTS = Path("results")
+"""Where records of other runs are looked for."""
 
 
 @app.command()
@@ -48,8 +49,8 @@ def report(
 
     if results is not None and not results.is_dir():
         fail(f"--results must be a folder, and {results} is none")
-    if results is None and _RESULTS.is_dir():
-        results = _RESULTS
+    if results is None and RESULTS.is_dir():
+        results = RESULTS
     with work(out, "what was finished is kept"):
         settings = ReportSettings.standard(dataset, seed)
         with progress_bar() as progress:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ntk_analysis.cli.app import app, complain, fail, output, progress_bar, say_resumed, work
+from ntk_analysis.cli.report import RESULTS
 from ntk_analysis.results import FILE_NAME
 
 
@@ -18,10 +19,17 @@ def reproduce(
         typer.Argument(metavar="[ID]...", help="checks, as in: KO-Fig1a KO-Thm4.1"),
     ] = None,
     list_them: Annotated[
-        bool, typer.Option("--list", help="list the checks instead of running them")
+        bool,
+        typer.Option("--list", help="list them: which figure, how long, which data; run nothing"),
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="every check")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="those that take seconds")] = False,
+    paper: Annotated[
+        str | None, typer.Option(help="those of one paper, by what its checks begin with: KO")
+    ] = None,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="those with a figure on the page of their paper")
+    ] = False,
     out: Annotated[Path, typer.Option(help="folder of results.json and pages")] = Path(
         "natgrad-reproduce"
     ),
@@ -38,30 +46,42 @@ def reproduce(
     in an error; 2 on bad arguments; 130 when interrupted.
     """
     # the checks pull in all of the analysis, which the other commands need not wait for
+    from ntk_analysis.report.comparison import HERE, Source, merge_checks, newest_seconds
+    from ntk_analysis.report.papers import FOLDER, find_paper, paper_of
+    from ntk_analysis.report.papers.pages import DRAWINGS, write_papers
     from ntk_analysis.reproduce import find_checks, load_checks
     from ntk_analysis.reproduce.runner import run_checks
     from ntk_analysis.reproduce.tables import check_table, remarks, result_table
 
     known = load_checks()
+    narrowed = paper is not None or figures
     if bool(identifiers) + everything + fast > 1:
         fail("give identifiers, --fast or --all, but only one of them")
+    if identifiers and narrowed:
+        fail("--paper and --figures choose checks, and so do identifiers: give one or the other")
     with work(None if list_them else out, "finished checks are kept"):
-        if identifiers:
-            checks = find_checks(identifiers)
-        elif fast:
-            checks = tuple(check for check in known if check.fast)
-        elif everything or list_them:
-            checks = known
-        else:
-            fail("say which checks to run: identifiers (--list shows them), --fast or --all")
+        if not (identifiers or everything or fast or narrowed or list_them):
+            fail(
+                "say which checks to run: identifiers (--list shows them), --paper, --figures, "
+                "--fast or --all"
+            )
+        chosen = None if paper is None else find_paper(paper)
+        checks = (
+            find_checks(identifiers)
+            if identifiers
+            else tuple(
+                check
+                for check in known
+                if (check.fast or not fast)
+                and (chosen is None or paper_of(check.identifier) == chosen)
+                and (check.identifier in DRAWINGS or not figures)
+            )
+        )
         if list_them:
-            output.print(check_table(checks))
+            output.print(check_table(checks, DRAWINGS, newest_seconds((RESULTS, out))))
             return
-        # what --list need not wait for
-        from ntk_analysis.report.comparison import HERE, Source, merge_checks
-        from ntk_analysis.report.papers import FOLDER
-        from ntk_analysis.report.papers.pages import write_papers
-
+        if not checks:
+            fail("no check is of all that was asked for: leave out one of the options")
         with progress_bar() as progress:
             task = progress.add_task("starting", total=len(checks))
             result = run_checks(

@@ -125,6 +125,18 @@ def read_sources(folder: Path | None, checks: Iterable[Check]) -> tuple[list[Sou
     return sources, notes
 
 
+def newest_seconds(folders: Iterable[Path]) -> dict[str, float]:
+    """How long checks took by their newest finished records in some folders and below them."""
+    found: dict[str, tuple[str, float]] = {}
+    for folder in folders:
+        for source in read_sources(folder, ())[0]:
+            for name, record in source.checks.items():
+                dated = str(record.get("date", "")), float(record["seconds"])
+                if record["verdict"] in _FINISHED:
+                    found[name] = max(found.get(name, dated), dated)
+    return {name: seconds for name, (_, seconds) in found.items()}
+
+
 def merge_checks(
     own: Source, others: Iterable[Source], order: Iterable[str]
 ) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from rich import box
@@ -15,27 +16,54 @@ _SETTING = "setting: of the paper, in part, or ours where the paper states none"
 _COLOURS = {"passed": "green", "failed": "red", "error": "red", "skipped": "yellow"}
 
 
-def check_table(checks: Iterable[Check]) -> Table:
-    """What there is to run."""
+def check_table(
+    checks: Iterable[Check], drawn: Collection[str], seconds: Mapping[str, float]
+) -> Table:
+    """What there is to run.
+
+    Args:
+      checks: one row each.
+      drawn: identifiers of those whose page has a figure.
+      seconds: that a check took, by identifier, where it is known.
+    """
     table = _table(
         "Checks",
-        f"{_SETTING}. fast: seconds. remark: the claim "
+        f"figure: its number in the paper; drawn: a figure of ours. {_SETTING}. data: what has to "
+        "be on this machine. seconds: of the newest record. remark: the claim "
         + "; ".join(f"{meaning} ({kind})" for kind, meaning in KINDS.items()),
     )
     table.add_column("check", no_wrap=True)
     table.add_column("what it checks")
-    table.add_column("setting", no_wrap=True)
+    table.add_column("figure", no_wrap=True)
+    for name in ("setting", "data"):
+        table.add_column(name)
+    table.add_column("seconds", justify="right", no_wrap=True)
     table.add_column("fast", no_wrap=True)
     table.add_column("remark")
     for check in checks:
+        name = check.identifier
         table.add_row(
-            check.identifier,
+            name,
             Text(check.title),
+            figure_number(name) or ("drawn" if name in drawn else ""),
             check.origin,
+            ", ".join(required_data(check)),
+            f"{seconds[name]:.1f}" if name in seconds else "",
             "fast" if check.fast else "",
             check.kind,
         )
     return table
+
+
+def figure_number(identifier: str) -> str:
+    """The number of the paper's figure, such as "1a"; "" for a check of something else."""
+    found = re.search(r"-Fig(\w+)", identifier)
+    return found[1] if found else ""
+
+
+def required_data(check: Check) -> tuple[str, ...]:
+    """Data sets that a check downloads nothing of: its setting names them."""
+    return tuple(name for name in ("MNIST", "CIFAR-10") if name in check.setting)
 
 
 def result_table(records: dict[str, dict[str, Any]]) -> Table:

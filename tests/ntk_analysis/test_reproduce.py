@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -14,10 +15,13 @@ import pytest
 from typer.testing import CliRunner
 
 from ntk_analysis.cli import app
-from ntk_analysis.reproduce import PAPERS, find_checks, load_checks, registry, runner
+from ntk_analysis.report.comparison import newest_seconds
+from ntk_analysis.reproduce import PAPERS, find_checks, images, load_checks, registry, runner
+from ntk_analysis.reproduce.bernacchia import autoencoder
 from ntk_analysis.reproduce.karakida_osawa import common
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError, Outcome, below
 from ntk_analysis.reproduce.runner import run_checks
+from ntk_analysis.reproduce.tables import required_data
 
 CHECKS = load_checks()
 ORDER = tuple(
@@ -252,6 +256,36 @@ def test_list():
     fast = natgrad("--list", "--fast").stdout
     assert "KO-Thm4.1" in fast
     assert "KO-Thm5.1-training" not in fast
+    drawn = natgrad("--list", "--paper", "vo", "--figures").stdout
+    assert [c.identifier for c in CHECKS if c.identifier in drawn] == ["VO-Ex1", "VO-Ex2", "VO-A3"]
+
+
+def test_seconds_are_those_of_the_newest_finished_record(tmp_path, monkeypatch):
+    for day, verdict in enumerate(("passed", "failed", "skipped")):
+        monkeypatch.setattr(runner, "now", lambda day=day: f"2026-01-0{day + 1}")
+        run_checks(Fakes(A=verdict).checks(), tmp_path / verdict)
+    folders = [tmp_path / name for name in ("failed", "passed", "skipped", "absent")]
+    wanted = read(tmp_path / "failed")["checks"]["A"]["seconds"]
+    assert newest_seconds(folders) == {"A": wanted}
+
+
+def test_checks_name_the_data_that_they_need(monkeypatch):
+    def missing(name):
+        raise MissingDataError(name)
+
+    readers = {images.require, images.images, images.mnist_pair}
+    for check in CHECKS:
+        module = inspect.getmodule(check.run)
+        reads = [v for v in vars(module).values() if inspect.isfunction(v) and v in readers]
+        # the fast checks of such a module need none, as their own tests show
+        assert bool(required_data(check)) == (bool(reads) and not check.fast)
+    monkeypatch.setattr(images, "require", missing)
+    monkeypatch.setattr(autoencoder, "require", missing)
+    keys = {"MNIST": "mnist", "CIFAR-10": "cifar10"}
+    for check in filter(required_data, CHECKS):
+        with pytest.raises(MissingDataError) as needed:
+            check.run(lambda what: None)
+        assert [keys[name] for name in required_data(check)] == [str(needed.value)]
 
 
 def test_table_remarks_and_exit_code(fakes, tmp_path):
@@ -294,6 +328,10 @@ def test_interruption_is_exit_code_130(fakes, tmp_path):
         ([], "say which checks to run"),
         (["--all", "--fast"], "only one of them"),
         (["KO-Eq5", "--all"], "only one of them"),
+        (["KO-Eq5", "--figures"], "give one or the other"),
+        (["--paper", "KO", "--figures", "--fast"], "no check is of all"),
+        (["--paper", "XY"], "unknown paper 'XY'; known are ko, be, ke, vo, ng"),
+        (["--paper", "VO", "--fast", "--all"], "only one of them"),
     ],
 )
 def test_bad_arguments(tmp_path, args, words):

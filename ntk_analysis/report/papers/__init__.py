@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ntk_analysis.names import find
+
 FOLDER = "papers"
 """Of the pages, below that of the results."""
 
@@ -86,3 +88,13 @@ def paper_of(identifier: str) -> str | None:
     """The name of the paper that a check belongs to; None for a check of no paper here."""
     prefix = identifier.partition("-")[0]
     return next((name for name, paper in PAPERS.items() if paper.prefix == prefix), None)
+
+
+def find_paper(prefix: str) -> str:
+    """The name of the paper whose checks begin with "KO", say; case does not matter.
+
+    Raises:
+      ValueError: there is none; the message says which there are.
+    """
+    names = {paper.prefix.lower(): name for name, paper in PAPERS.items()}
+    return names[find("paper", prefix, names)]

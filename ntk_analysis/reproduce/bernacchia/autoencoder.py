@@ -129,9 +129,9 @@ def start(
     setting="784-400-200-100-50-100-200-400-784, tanh, last layer linear, biases by augmentation, "
     "80 000 examples; natural gradient alpha = 1, M = 1000, K = 1; SGD M = 20 at the best of some "
     "learning rates from the paper's 0.04 downwards; ours: pixels in [0, 1], 60 000 + 10 000 "
-    "images, the error is the root mean square over images and pixels, weights N(0, 1 / fan-in), "
-    "biases 0, output variance 100, lambda_0 = 1e-3, float32, seed 0; seconds of all runs, "
-    "alternating in one process",
+    "images of MNIST, the error is the root mean square over images and pixels, weights "
+    "N(0, 1 / fan-in), biases 0, output variance 100, lambda_0 = 1e-3, float32, seed 0; seconds "
+    "of all runs, alternating in one process",
     origin="paper, partly",
     differs=(
         "initial weights, lambda_0, the output variance and the smaller learning rates of SGD are"

@@ -229,8 +229,8 @@ def run_figure_1a(report: Report) -> Outcome:
     "Distance from the theory falls with the width",
     claim="The linear theory becomes exact as the width grows.",
     setting=(
-        "as KO-Fig1a with M = 1024 and 4096, means over seeds 0, 1, 2; loss after the one step "
-        "that the theory needs, and the deviation of the slower curves"
+        "MNIST as in KO-Fig1a, M = 1024 and 4096, means over seeds 0, 1, 2; loss after the one "
+        "step that the theory needs, and the deviation of the slower curves"
     ),
     origin="ours",
 )

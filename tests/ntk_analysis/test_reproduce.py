@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from planted_faults import FAULTS
 from typer.testing import CliRunner
 
 from ntk_analysis.cli import app
@@ -31,13 +32,21 @@ FAST = [check for check in CHECKS if check.fast]
 
 
 @pytest.mark.parametrize("check", FAST, ids=[check.identifier for check in FAST])
-def test_fast_check(check):
+def test_fast_check(check, monkeypatch):
     said: list[str] = []
     outcome = check.run(said.append)
     assert [m for m in outcome.measurements if not m.passed] == []
     assert len(outcome.measurements) >= 2
     assert all(math.isfinite(m.measured) for m in outcome.measurements)
     assert said
+    # programs of the run before serve the wrong one, too
+    if check.identifier in FAULTS:
+        FAULTS[check.identifier].plant(monkeypatch)
+        assert [m for m in check.run(said.append).measurements if not m.passed]
+
+
+def test_every_fast_check_of_a_paper_has_a_planted_fault():
+    assert set(FAULTS) == {c.identifier for c in FAST if c.identifier[:2] in ("KO", "VO")}
 
 
 def test_catalogue_is_in_the_order_of_the_paper():

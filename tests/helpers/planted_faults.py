@@ -8,9 +8,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
-from natgrad_flax import KFAC, BlockDiagonal, Diagonal, geometry
+from natgrad_flax import (
+    KFAC,
+    BlockDiagonal,
+    Diagonal,
+    Exact,
+    LevenbergMarquardt,
+    geometry,
+)
+from natgrad_flax.linear import diagonal_network, logistic, matrix_factorization, references
 from ntk_analysis.analytic import AnalyticKernels
+from ntk_analysis.reproduce.bernacchia import bottleneck, damping, flow, inverses
+from ntk_analysis.reproduce.bernacchia import identities as linear_identities
 from ntk_analysis.reproduce.karakida_osawa import (
     common,
     cross_entropy,
@@ -19,6 +30,9 @@ from ntk_analysis.reproduce.karakida_osawa import (
     layer_wise,
     unit_wise,
 )
+from ntk_analysis.reproduce.kerekes import diagonal, invariance, matrices, stable_solve, toy
+from ntk_analysis.reproduce.kerekes import logistic as logistic_checks
+from ntk_analysis.reproduce.natgrad import sharing, theorem
 
 
 class Fault(NamedTuple):
@@ -79,6 +93,24 @@ NO_METRIC = Fault("the metric is dropped", geometry, "natural_parameter_gradient
 LAST_LAYER = Fault("the last layer is dropped", common, "coefficient_pair", _without_last_layer)
 KFAC_LAST = Fault("the last layer's B* is 1", kfac, "KFAC", instead(KFAC("literal")))
 
+NOT_PROJECTED = Fault(
+    "the free part of an inverse is not projected",
+    geometry,
+    "any_generalised_inverse",
+    lambda right: lambda matrix, free: jnp.linalg.pinv(matrix) + free,
+)
+DESCENT = Fault(
+    "gradient descent in its place",
+    invariance,
+    "logistic_field",
+    lambda right: logistic.gradient_field,
+)
+
+
+def _large_margin(right):
+    return lambda x, y, *start: references.max_margin(x, y).coefficients
+
+
 FAULTS = {
     "KO-Eq5": Fault(
         "another power of N: the learning rate over N",
@@ -134,18 +166,111 @@ FAULTS = {
         lambda right: property(lambda self: self.inputs),
     ),
     "KO-NZ": Fault("one entry a parameter", unit_wise, "UnitWise", instead(Diagonal())),
+    "BE-Eq7/8": Fault("the sign", linear_identities, "gradient", times(-1)),
+    "BE-Eq22": Fault("counted twice", linear_identities, "fisher", times(2)),
+    "BE-Eq14/15": Fault("counted twice", linear_identities, "fisher_block", times(2)),
+    "BE-Eq10": Fault("1/L is dropped", linear_identities, "natural_gradient", times(3)),
+    "BE-Eq16": Fault("1/L is dropped", linear_identities, "natural_gradient", times(3)),
+    "BE-Eq23": Fault("1/L^2 is dropped", inverses, "generalised_inverse", times(9)),
+    "BE-supp37": Fault("1/L is dropped", inverses, "natural_gradient", times(3)),
+    "BE-supp34": NOT_PROJECTED,
+    "BE-Eq18": Fault(
+        "another rate",
+        flow,
+        "flow_product",
+        lambda right: lambda start, end, time: right(start, end, 2 * time),
+    ),
+    "BE-discrete": Fault(
+        "another exponent",
+        flow,
+        "euler_product",
+        lambda right: lambda start, end, depth, rate: right(start, end, depth + 1, rate),
+    ),
+    "BE-Eq19": Fault("the sign", bottleneck, "flow_direction", times(-1)),
+    "BE-bottleneck": Fault(
+        "Eq. 10 in its place",
+        bottleneck,
+        "tangent_projection",
+        lambda right: bottleneck.flow_direction,
+    ),
+    "BE-Eq20": Fault(
+        "lambda in the place of its root",
+        damping,
+        "natural_gradient",
+        lambda right: lambda weights, data, damping=0.0: right(weights, data, damping=damping**2),
+    ),
+    "BE-Eq21": Fault(
+        "more damping where less is due",
+        LevenbergMarquardt,
+        "adapt",
+        lambda right: lambda self, now, *ratio: now**2 / right(self, now, *ratio),
+    ),
+    "KE-Stmt": Fault("the sign", invariance, "diagonal_step", times(-1)),
+    "KE-Lem1": Fault(
+        "phi(s) for phi(s) phi(-s)",
+        logistic_checks,
+        "logistic_fisher",
+        lambda right: lambda x, beta: x.T @ (expit(x @ beta)[:, None] * x),
+    ),
+    "KE-Lem2": Fault("the sign", matrix_factorization, "natural_gradient", times(-1)),
+    "KE-RemRank": Fault(
+        "a ridge",
+        logistic_checks,
+        "logistic_fisher",
+        lambda right: lambda x, beta: right(x, beta) + 1e-6 * np.eye(len(beta)),
+    ),
+    "KE-Thm1": DESCENT,
+    "KE-Thm2": DESCENT,
+    "KE-Concl": DESCENT,
+    "KE-Thm3/4": Fault(
+        "another rate",
+        logistic,
+        "train_margins",
+        lambda right: lambda margins, time: right(margins, 2 * time),
+    ),
+    "KE-AppD": Fault(
+        "the depth is dropped",
+        references,
+        "max_margin",
+        lambda right: lambda x, y, depth=1: right(x, y),
+    ),
+    "KE-AppG": Fault(
+        "a ridge",
+        references,
+        "least_squares",
+        lambda right: lambda x, y: np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ y),
+    ),
+    "KE-NGF-limit": Fault("a large margin", references, "natural_gradient_limit", _large_margin),
+    "KE-SVP": Fault(
+        "the other answer",
+        references,
+        "all_support_vectors",
+        lambda right: lambda x, y: not right(x, y),
+    ),
+    "KE-B1": Fault("the sign", stable_solve, "logistic_step", times(-1)),
+    "KE-B2": Fault("the sign", diagonal, "diagonal_step", times(-1)),
+    "KE-NGD-MF": Fault("1/L is dropped", matrices, "_joint_step", times(2)),
+    "KE-Eq51": Fault(
+        "a layer's own weight", diagonal_network, "other_products", lambda right: lambda w: w
+    ),
+    "KE-Fig2": Fault("a large margin", toy, "natural_gradient_limit", _large_margin),
+    "KE-Fig3": Fault(
+        "a flow for a step",
+        matrix_factorization,
+        "step_kernel",
+        lambda right: (
+            lambda factors, entry, kind, **_: matrix_factorization.flow_kernel(
+                factors, entry, kind=kind
+            )
+        ),
+    ),
     "VO-Eq2": Fault(
         "the metric is dropped",
         geometry,
         "span_projection",
         lambda right: lambda phi, xi, metric: right(phi, xi),
     ),
-    "VO-Eq4": Fault(
-        "the free part is not projected",
-        geometry,
-        "any_generalised_inverse",
-        lambda right: lambda matrix, free: jnp.linalg.pinv(matrix) + free,
-    ),
+    "VO-Eq4": NOT_PROJECTED,
     "VO-Thm1": NO_METRIC,
     "VO-Thm2": PLAIN,
     "VO-Rem1": PLAIN,
@@ -158,5 +283,15 @@ FAULTS = {
         "every point is proper", geometry, "is_proper", lambda right: lambda *args: True
     ),
     "VO-Prop2": PLAIN,
+    "NG-Conv-Thm4.1": Fault("Sigma is dropped", theorem, "LayerWise", instead(BlockDiagonal())),
+    "NG-Conv-Readout": Fault("layers are coupled", theorem, "BlockDiagonal", instead(Exact())),
+    "NG-Conv-Shift": Fault(
+        "a ridge",
+        theorem,
+        "empirical_layer_kernels",
+        lambda right: lambda model, x: [*right(model, x), 1e-3 * np.eye(len(x))],
+    ),
+    "NG-Conv-Expand": Fault("reduce for expand", sharing, "KFAC", instead(KFAC(sharing="reduce"))),
+    "NG-Conv-Unit": Fault("one entry a parameter", sharing, "UnitWise", instead(Diagonal())),
 }
 """By the identifier of the check."""

@@ -40,13 +40,12 @@ def test_fast_check(check, monkeypatch):
     assert all(math.isfinite(m.measured) for m in outcome.measurements)
     assert said
     # programs of the run before serve the wrong one, too
-    if check.identifier in FAULTS:
-        FAULTS[check.identifier].plant(monkeypatch)
-        assert [m for m in check.run(said.append).measurements if not m.passed]
+    FAULTS[check.identifier].plant(monkeypatch)
+    assert not check.run(said.append).passed
 
 
-def test_every_fast_check_of_a_paper_has_a_planted_fault():
-    assert set(FAULTS) == {c.identifier for c in FAST if c.identifier[:2] in ("KO", "VO")}
+def test_every_fast_check_has_a_planted_fault():
+    assert set(FAULTS) == {c.identifier for c in FAST}
 
 
 def test_catalogue_is_in_the_order_of_the_paper():

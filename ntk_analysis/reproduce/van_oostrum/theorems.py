@@ -22,10 +22,10 @@ DRAWS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """A parametrisation with a curved image, a metric and an objective around it.
+    """A parametrisation with a curved image and curved fibres, a metric and an objective.
 
     Attributes:
-      phi: from d parameters to D numbers, of rank r everywhere.
+      phi: from d parameters to D numbers, of rank r around xi.
       metric: of the ambient space, different at every point.
       objective: of points.
       change: a diffeomorphism of the parameters.
@@ -65,13 +65,15 @@ def draw(seed: int, params: int, ambient: int, rank: int) -> Case:
     root = jnp.asarray(rng.standard_normal((ambient, ambient)))
     weight = jnp.asarray(rng.standard_normal(ambient))
     mix = jnp.asarray(rng.standard_normal((params, params)) + 3 * np.eye(params))
+    xi, free = rng.standard_normal(params) / 4, rng.standard_normal((params, params))
+    bend = jnp.asarray(rng.standard_normal((rank, params)))
     return Case(
-        phi=lambda xi: second @ jnp.sin(first @ xi),
+        phi=lambda xi: second @ jnp.sin(first @ xi + jnp.cos(bend @ xi) / 4),
         metric=lambda z: root @ root.T + (1 + z @ z) * jnp.eye(ambient),
         objective=lambda z: weight @ z + jnp.sum(jnp.cos(z)),
         change=lambda theta: mix @ theta + jnp.tanh(theta) / 5,
-        xi=jnp.asarray(rng.standard_normal(params) / 4),
-        free=jnp.asarray(rng.standard_normal((params, params))),
+        xi=jnp.asarray(xi),
+        free=jnp.asarray(free),
     )
 
 
@@ -85,7 +87,10 @@ def smallest(measure: Callable[[Case], float], params: int, ambient: int, rank: 
     return min(measure(draw(seed, params, ambient, rank)) for seed in range(DRAWS))
 
 
-SETTING = f"phi = B sin(A xi), a metric that depends on the point, {DRAWS} random draws, float64"
+SETTING = (
+    "phi = B sin(A xi + cos(C xi) / 4), whose fibres are curved, a metric that depends on the "
+    f"point, {DRAWS} random draws, float64"
+)
 
 
 @check(

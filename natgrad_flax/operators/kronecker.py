@@ -63,13 +63,14 @@ class Kronecker(OfLayer):
 
     Attributes:
       layer: the signals.
-      left: A; of shared weights with the rows of all groups, (G, R, fan_in), or with diagonals.
+      left: A, a ``Factor``; of shared weights with the rows of all groups, (G, R, fan_in); of
+        one-hot inputs a ``DiagonalFactor``.
       right: B, likewise.
       split: from a damping to what is added to both factors.
     """
 
     layer: AffineSignals
-    left: Factor | DiagonalFactor
+    left: Any
     right: Factor
     split: Callable[[Array | float], Dampings]
 
@@ -230,7 +231,7 @@ class Kronecker(OfLayer):
         block = jnp.einsum("gjikm,gh->jgikhm", jnp.stack(blocks), eye)
         return block.reshape(self.layer.num_params, self.layer.num_params)
 
-    def _pairs(self) -> list[tuple[Factor, Factor]]:
+    def _pairs(self) -> list[tuple[Any, Factor]]:
         """A and B of every group."""
         if isinstance(self.layer, DenseSignals):
             return [(self.left, self.right)]

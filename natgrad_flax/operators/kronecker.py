@@ -93,8 +93,7 @@ class Kronecker(OfLayer):
           split: as the attribute.
         """
         sides: tuple[Any, Any]
-        if layer.has_diagonal_inputs(sharing):
-            layer = cast(LookupSignals, layer)
+        if isinstance(layer, LookupSignals) and layer.has_diagonal_inputs(sharing):
             units = ArrayRows(layer.derivatives.reshape(1, -1, layer.num_units))
             counts = DiagonalFactor(layer.counts()[None] / divisors[0])
             return cls(layer, counts, Factor(units, divisors[1], space), split)

@@ -80,7 +80,7 @@ class LanguageModel(nnx.Module):
             TransformerBlock(self.width, self.heads, self.mlp, causal=True, **settings)
             for _ in range(self.depth)
         ]
-        self.blocks = _stacked(blocks) if self.scan else nnx.List(blocks)
+        self.blocks: Any = _stacked(blocks) if self.scan else nnx.List(blocks)
         self.norm = nnx.LayerNorm(self.width, **settings)
         self.readout = nnx.Linear(self.width, self.vocabulary, use_bias=False, **settings)
 

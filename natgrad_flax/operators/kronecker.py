@@ -63,13 +63,14 @@ class Kronecker(OfLayer):
 
     Attributes:
       layer: the signals.
-      left: A; of shared weights with the rows of all groups, (G, R, fan_in), or with diagonals.
+      left: A, a ``Factor``; of shared weights with the rows of all groups, (G, R, fan_in); of
+        one-hot inputs a ``DiagonalFactor``.
       right: B, likewise.
       split: from a damping to what is added to both factors.
     """
 
     layer: AffineSignals
-    left: Factor | DiagonalFactor
+    left: Any
     right: Factor
     split: Callable[[Array | float], Dampings]
 
@@ -92,8 +93,7 @@ class Kronecker(OfLayer):
           split: as the attribute.
         """
         sides: tuple[Any, Any]
-        if layer.has_diagonal_inputs(sharing):
-            layer = cast(LookupSignals, layer)
+        if isinstance(layer, LookupSignals) and layer.has_diagonal_inputs(sharing):
             units = ArrayRows(layer.derivatives.reshape(1, -1, layer.num_units))
             counts = DiagonalFactor(layer.counts()[None] / divisors[0])
             return cls(layer, counts, Factor(units, divisors[1], space), split)
@@ -230,7 +230,7 @@ class Kronecker(OfLayer):
         block = jnp.einsum("gjikm,gh->jgikhm", jnp.stack(blocks), eye)
         return block.reshape(self.layer.num_params, self.layer.num_params)
 
-    def _pairs(self) -> list[tuple[Factor, Factor]]:
+    def _pairs(self) -> list[tuple[Any, Factor]]:
         """A and B of every group."""
         if isinstance(self.layer, DenseSignals):
             return [(self.left, self.right)]

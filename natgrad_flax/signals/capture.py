@@ -105,7 +105,8 @@ def _signals(
             return ExplicitSignals(jnp.stack(rows, axis=2), 1.0, *forms)
         shape = (*rows[0].shape[:2], *plan.kernel.split)
         return ExplicitSignals(rows[0].reshape(shape), None, *forms)
-    inputs, derivatives = [], []
+    inputs: list[Any] = []
+    derivatives = []
     for place, affine in plan.places:
         a, d = recorded[place.number], carried[place.number]
         if affine.view.step is not None and plan.kernel.part is not None:

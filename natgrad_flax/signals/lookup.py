@@ -72,8 +72,6 @@ class LookupSignals(SharedSignals):
 
     inputs: Any
 
-    gram_by = "pairs of positions"  # type: ignore[assignment]
-
     def dense(self) -> SharedSignals:
         """The same with one-hot inputs, N T K numbers."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -99,9 +97,9 @@ class LookupSignals(SharedSignals):
         del other
         return True
 
-    def gram(self, other: LookupSignals | None = None) -> Array:
+    def gram(self, other: Any = None) -> Array:
         """J_l J'_l^T, shape (N S, N' S')."""
-        second = self if other is None else other
+        second: LookupSignals = self if other is None else other
         same = _same(self.inputs, second.inputs, self.derivatives.dtype)
         units = jnp.einsum(
             "nstm,prum->nstpru", self.derivatives[:, :, :, 0], second.derivatives[:, :, :, 0]

@@ -238,8 +238,8 @@ def _mean_squares(layer: LayerSignals, basis: Basis) -> Array:
     layer, right = affine(layer), basis["units"]
     n = layer.num_samples
     if "inputs" not in basis:
-        turned = dataclasses.replace(layer, derivatives=layer.derivatives @ right[0])
-        return turned.squares()["kernel"][None] / n
+        rotated = dataclasses.replace(layer, derivatives=layer.derivatives @ right[0])
+        return rotated.squares()["kernel"][None] / n
     left, inputs = basis["inputs"], layer.augmented_inputs()
     if isinstance(layer, DenseSignals):
         turned = (inputs @ left[0]) ** 2

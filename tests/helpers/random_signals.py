@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import natgrad_flax as ng
+from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 
 
@@ -37,6 +38,7 @@ def network(rng, n, s, *layers):
 
 def rows_of(layer):
     """Inputs with the bias (N, T, G, K) and derivatives (N, S, T, G, M/G) of an affine layer."""
+    layer = layer.dense() if isinstance(layer, LookupSignals) else layer
     a, d = np.asarray(layer.inputs), np.asarray(layer.derivatives)
     if a.ndim == 2:
         a, d = a[:, None, None], d[:, :, None, None]

@@ -198,9 +198,9 @@ GIB = 2**30
             r"per-sample Jacobians of tokens \(N S P = 20000 x 2 x 69632\), or pairs of .* need",
         ),
         (
-            (40_000, 8, 1),
+            (2, 2000, 1),
             ng.KFAC(),
-            r"the inputs and derivatives of words, \(20000, 16, 1, 40000\) and .* 47\.",
+            r"the inputs and derivatives of tokens, .*\(20000, 2, 16, 1, 2000\), need 4\.8 GiB",
         ),
     ],
 )

@@ -50,7 +50,8 @@ def test_both_ways_to_turn_the_jacobians_are_taken_and_agree():
         ways.append(ekfac._turns_rows(layer, u, v))
         jacobian = jacobian_of(layer).reshape(-1, layer.fan_in, layer.num_units)
         wanted = np.sum((np.asarray(u[0]).T @ jacobian @ np.asarray(v[0])) ** 2, axis=0) / 4
-        np.testing.assert_allclose(ekfac._mean_squares(layer, u, v)[0], wanted, rtol=1e-12)
+        squares = ekfac._mean_squares(layer, {"inputs": u, "units": v})
+        np.testing.assert_allclose(squares[0], wanted, rtol=1e-12)
     assert ways == [True, False]
 
 

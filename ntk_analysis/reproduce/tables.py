@@ -62,7 +62,7 @@ def figure_number(identifier: str) -> str:
 
 
 def required_data(check: Check) -> tuple[str, ...]:
-    """Data sets that a check downloads nothing of: its setting names them."""
+    """Data sets that have to be on this machine, as the setting of a check names them."""
     return tuple(name for name in ("MNIST", "CIFAR-10") if name in check.setting)
 
 

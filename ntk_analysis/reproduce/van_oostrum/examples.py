@@ -230,7 +230,7 @@ def proposition_1(report: Report) -> Outcome:
     exact = [jnp.asarray([s, -1 / (4 * s)]) for s in (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)]
     cube = geometry.is_proper(lambda t: t**3, jnp.zeros(1), 1)
     report("measuring images")
-    every, rare = (area(s, t, 1 / 32) / area(s, t, 1 / 16) for t in (t, -1 / (4 * s)))
+    every, rare = (area(s, y, 1 / 32) / area(s, y, 1 / 16) for y in (t, -1 / (4 * s)))
     return Outcome(
         (
             close("share of proper points among random ones", float(np.mean(few)), 1, 0),

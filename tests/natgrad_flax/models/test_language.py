@@ -23,12 +23,12 @@ def test_a_token_sees_none_behind_it(model):
     changed = model(TOKENS.at[:, 3].add(1) % 11)
     moved = np.any(logits != changed, axis=(0, 2))
     np.testing.assert_array_equal(moved, [False, False, False, True, True])
-    np.testing.assert_allclose(model(TOKENS[:, :3]), logits[:, :3], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model(TOKENS[:, :3]), logits[:, :3], rtol=1e-4, atol=1e-5)
 
 
 def test_stacked_blocks_are_the_same_network(model):
     looped = ng.LanguageModel(**SIZES, scan=True, rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(looped(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(looped(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-5)
     kernel = looped.blocks.expand.kernel[...]
     np.testing.assert_array_equal(kernel[1], model.blocks[1].expand.kernel[...])
 

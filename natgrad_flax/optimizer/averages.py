@@ -95,7 +95,7 @@ class Averages(NamedTuple):
     Attributes:
       renewals: of the factors so far, shape ().
       turns: renewals of what is averaged in the present basis, shape ().
-      moments: averages, corrected for their start.
+      moments: averages, corrected for their start; without the basis, which is part of the inverse.
       inverse: what ``AveragedStructure.apply`` needs.
     """
 
@@ -177,7 +177,8 @@ class AveragedStep:
                 basis = structure.basis(found.factors)
                 found = Moments(found.factors, basis, structure.rotated(signals, basis))
             one = jnp.ones((), signals.outputs.dtype)
-            return found, structure.invert(found, one, batch_size(x))
+            inverse = structure.invert(found, one, batch_size(x))
+            return found._replace(basis=()), inverse
 
         whole = jax.eval_shape(partial(moments, own), state, inputs)
 
@@ -300,17 +301,14 @@ class AveragedStep:
                 basis = structure.basis(factors)
             return basis, rotated(basis), jnp.ones((), jnp.int32)
 
+        basis = structure.basis_of(kept.inverse)
+
         def same() -> tuple[Any, Any, Array]:
             turns = kept.turns + 1
-            moments = kept.moments
-            return (
-                moments.basis,
-                average.mix(moments.rotated, rotated(moments.basis), turns),
-                turns,
-            )
+            return basis, average.mix(kept.moments.rotated, rotated(basis), turns), turns
 
         interval = average.inverse_every or average.every
-        basis, turned, turns = kept.moments.basis, kept.moments.rotated, kept.turns
+        turned, turns = kept.moments.rotated, kept.turns
         if structure.has_basis:
             always = 1 if interval == average.every else interval
             basis, turned, turns = self._at(steps, always, fresh, same)
@@ -326,7 +324,7 @@ class AveragedStep:
 
         always = 1 if structure.cheap_inverse or interval == average.every else interval
         inverse = self._at(steps, always, inverted, lambda: kept.inverse)
-        return gradient, outputs, Averages(count, turns, moments, inverse)
+        return gradient, outputs, Averages(count, turns, moments._replace(basis=()), inverse)
 
 
 def _check_shapes(kept: Any, new: Any, size: int, rows: bool) -> None:

@@ -76,6 +76,10 @@ class AveragedStructure(Structure):
     ) -> tuple[LayerUpdate, ...]:
         """G^{-1} g, one entry a layer."""
 
+    def basis_of(self, inverse: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The basis that is part of an inverse, so that it need not be kept twice."""
+        return ()
+
     @abc.abstractmethod
     def scale_of(self, moments: Moments, num_samples: int) -> Array:
         """``damping_scale`` from moments."""

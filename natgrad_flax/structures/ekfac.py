@@ -144,6 +144,13 @@ class EKFAC(AveragedStructure):
             for factors, basis, rotated, rho in zip(*moments, rhos, strict=True)
         )
 
+    def basis_of(self, inverse: tuple[dict[str, Any], ...]) -> tuple[dict[str, Array], ...]:
+        """See ``AveragedStructure.basis_of``."""
+        return tuple(
+            {name: entry[name] for name in ("inputs", "units") if name in entry}
+            for entry in inverse
+        )
+
     def apply(
         self, inverse: tuple[dict[str, Any], ...], gradient: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:

@@ -204,6 +204,21 @@ def test_without_a_past_the_rows_of_a_wide_layer_are_kept(damping, x64):
     assert kept == [(4, 10), (4, 8)]
 
 
+def test_an_eigenbasis_is_kept_once():
+    model, x = ng.MLP((9, 7, 2), rngs=nnx.Rngs(0)), jnp.ones((3, 9))
+    tx = ng.natural_gradient_descent(
+        1.0,
+        structure=ng.EKFAC(),
+        loss=MSE,
+        damping=1.0,
+        average=ng.MovingAverage(),
+        example=(model, x),
+    )
+    shapes = [leaf.shape for leaf in jax.tree.leaves(tx.init(nnx.state(model)))]
+    # the factor of the first layer's inputs, and its eigenvectors
+    assert shapes.count((1, 10, 10)) == 2
+
+
 def test_bias_correction_weighs_the_past_by_powers_of_the_decay():
     average, mean = ng.MovingAverage(0.75), jnp.zeros(())
     values = [3.0, -1.0, 2.0]

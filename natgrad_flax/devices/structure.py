@@ -239,6 +239,7 @@ class ShardedAverage(Sharded, AveragedStructure):
     rotated = _own("rotated")
     scale_of = _own("scale_of")
     factor_size = _own("factor_size")
+    basis_of = _own("basis_of")
     basis = _own("basis", on_mesh=True)
     moments = _own("moments", on_mesh=True)
     invert = _own("invert", on_mesh=True)

@@ -8,7 +8,6 @@ renew their Monte-Carlo factors and inverses at the first, and all else moves at
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ import natgrad_flax as ng
 from benchmarks.common import Suite, by_profile, unit
 from benchmarks.programs import check_finite, planned_bytes
 from benchmarks.step import environment
+from ntk_analysis.results import write_json
 
 LOSS = ng.SoftmaxCrossEntropy()
 EVERY = 10
@@ -112,19 +112,14 @@ class Run:
         model, self._batch = setting.model(), setting.batch()
         graphdef, params = nnx.split(model)
         tx = optax.with_extra_args_support(OPTIMIZERS[name](model, self._batch[0]))
-        natural = name not in ("SGD", "Adam")
 
         def value(params: Any, x: Array, y: Array) -> Array:
             return LOSS(nnx.merge(graphdef, params)(x), y)
 
         def step(params: Any, state: Any, x: Array, y: Array) -> Any:
-            if natural:
-                # it takes the gradient by its own pass, which gives the factors as well
-                gradient = jax.tree.map(jnp.zeros_like, params)
-                more = {"module": nnx.merge(graphdef, params), "x": x, "y": y}
-            else:
-                gradient, more = jax.grad(value)(params, x, y), {}
-            move, state = tx.update(gradient, state, params, **more)
+            # natural gradients take theirs by a pass of their own, and XLA leaves this one out
+            gradient, module = jax.grad(value)(params, x, y), nnx.merge(graphdef, params)
+            move, state = tx.update(gradient, state, params, module=module, x=x, y=y)
             return optax.apply_updates(params, move), state
 
         self._carry = jax.tree.map(jnp.copy, (params, tx.init(params)))
@@ -233,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Console().print(table(found))
     if out:
         written = {"setting": given, "environment": environment(), "found": found}
-        out.write_text(json.dumps(written, indent=2) + "\n")
+        write_json(out, written)
 
 
 if __name__ == "__main__":

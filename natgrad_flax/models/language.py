@@ -63,8 +63,6 @@ class LanguageModel(nnx.Module):
     ) -> None:
         sizes = {"width": width, "depth": depth, "heads": heads, "mlp": mlp}
         check_sizes(vocabulary=vocabulary, context=context, **sizes)
-        if width % heads:
-            raise ValueError(f"heads = {heads} must divide width = {width}")
         self.vocabulary = int(vocabulary)
         self.context = int(context)
         self.width = int(width)

@@ -49,6 +49,9 @@ class TransformerBlock(nnx.Module):
       causal: whether a token sees only itself and those before it.
       param_dtype: dtype of the parameters.
       rngs: source of randomness.
+
+    Raises:
+      ValueError: heads that do not divide the width.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class TransformerBlock(nnx.Module):
         param_dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
+        if width % heads:
+            raise ValueError(f"heads = {heads} must divide width = {width}")
         self.causal = causal
         self.attention_norm = nnx.LayerNorm(width, param_dtype=param_dtype, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(
@@ -138,8 +143,6 @@ class VisionTransformer(nnx.Module):
         image = self.input_shape[:2]
         if any(size % patch for size in image):
             raise ValueError(f"patch = {patch} must divide height and width of the images, {image}")
-        if width % heads:
-            raise ValueError(f"heads = {heads} must divide width = {width}")
         self.patch = patch
         self.width = width
         self.depth = depth

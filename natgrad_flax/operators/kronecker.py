@@ -94,7 +94,7 @@ class Kronecker(OfLayer):
         """
         sides: tuple[Any, Any]
         if isinstance(layer, LookupSignals) and layer.has_diagonal_inputs(sharing):
-            units = ArrayRows(layer.derivatives.reshape(1, -1, layer.num_units))
+            units = ArrayRows(layer.unit_rows(sharing))
             counts = DiagonalFactor(layer.counts()[None] / divisors[0])
             return cls(layer, counts, Factor(units, divisors[1], space), split)
         if isinstance(layer, SharedSignals):

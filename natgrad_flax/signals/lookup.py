@@ -37,18 +37,9 @@ class OneHot:
         """(N, T, 1, K): of the inputs of one group of units."""
         return (*self.indices.shape, 1, self.num_rows)
 
-    @property
-    def ndim(self) -> int:
-        """4."""
-        return len(self.shape)
-
     def dense(self, dtype: Any) -> Array:
         """The inputs themselves, shape (N, T, 1, K)."""
         return self.scale * jax.nn.one_hot(self.indices[:, :, None], self.num_rows, dtype=dtype)
-
-    def is_row(self) -> Array:
-        """Where an index is one of a row, shape (N, T)."""
-        return self.indices < self.num_rows
 
 
 @partial(
@@ -61,8 +52,8 @@ class LookupSignals(SharedSignals):
     """Signals of a table (K, M) of which T rows are taken, u_t = scale W[index_t].
 
     The same as ``SharedSignals`` with one-hot inputs, one group and no bias; nothing here has the
-    size N T K but what asks for the Jacobian itself or for ``rows``. The input factor of K-FAC
-    "expand" is a diagonal: how often each row was looked up.
+    size N T K but what asks for the Jacobian itself or for ``rows`` of "expand". The input factor
+    of K-FAC "expand" is a diagonal: how often each row was looked up.
 
     Attributes:
       inputs: which rows.
@@ -100,22 +91,23 @@ class LookupSignals(SharedSignals):
     def gram(self, other: Any = None) -> Array:
         """J_l J'_l^T, shape (N S, N' S')."""
         second: LookupSignals = self if other is None else other
-        same = _same(self.inputs, second.inputs, self.derivatives.dtype)
+        same = self._meet(self.inputs.indices[:, :, None, None], second.inputs.indices)
         units = jnp.einsum(
             "nstm,prum->nstpru", self.derivatives[:, :, :, 0], second.derivatives[:, :, :, 0]
         )
-        gram = jnp.einsum("ntpu,nstpru->nspr", same, units)
+        gram = second.inputs.scale * jnp.einsum("ntpu,nstpru->nspr", same, units)
         return gram.reshape(self.num_samples * self.num_directions, -1)
 
     def _summed(self) -> Array:
         """The derivatives of all positions that look up the same row, at each, (N, S, T, M)."""
+        indices = self.inputs.indices
+        same = self.inputs.scale * self._meet(indices[:, :, None], indices[:, None])
+        return jnp.einsum("ntu,nsum->nstm", same, self.derivatives[:, :, :, 0])
 
-        def sample(inputs: OneHot, derivatives: Array) -> Array:
-            alone = dataclasses.replace(inputs, indices=inputs.indices[None])
-            same = _same(alone, alone, derivatives.dtype)[0, :, 0]
-            return jnp.einsum("tu,sum->stm", same, derivatives)
-
-        return jax.vmap(sample)(self.inputs, self.derivatives[:, :, :, 0])
+    def _meet(self, indices: Array, others: Array) -> Array:
+        """The scale where two indices are of the same row, else 0; shapes are broadcast."""
+        same = (indices == others) & (indices < self.inputs.num_rows)
+        return self.inputs.scale * same.astype(self.derivatives.dtype)
 
     def gram_norms(self) -> Array:
         """The diagonal of ``gram``, shape (N, S)."""
@@ -151,17 +143,20 @@ class LookupSignals(SharedSignals):
             return super().row_norms(sharing)
         return jnp.sum(self.counts()), jnp.sum(self.derivatives**2)
 
+    def mean_inputs(self) -> Array:
+        """See ``SharedSignals.mean_inputs``; N K numbers, whatever the number of positions."""
+        start = jnp.zeros((self.num_samples, self.fan_in), self.derivatives.dtype)
+        share = self.inputs.scale / self.num_positions * self._position_weights()
+        samples = jnp.arange(self.num_samples)[:, None]
+        return start.at[samples, self.inputs.indices].add(share, mode="drop")[:, None]
+
+    def _position_weights(self) -> Array:
+        if self.row_weights is not None:
+            return self.row_weights
+        return jnp.ones(self.inputs.indices.shape, self.derivatives.dtype)
+
     def counts(self) -> Array:
         """The diagonal of a^T a, shape (K,): how often, by weight, each row is looked up."""
-        weights = self.row_weights
-        if weights is None:
-            weights = jnp.ones(self.inputs.indices.shape, self.derivatives.dtype)
+        weights = self._position_weights()
         start = jnp.zeros(self.fan_in, self.derivatives.dtype)
         return start.at[self.inputs.indices].add(self.inputs.scale**2 * weights, mode="drop")
-
-
-def _same(left: OneHot, right: OneHot, dtype: Any) -> Array:
-    """Inner products of one-hot inputs, shape (N, T, N', T')."""
-    same = left.indices[:, :, None, None] == right.indices
-    both = left.is_row()[:, :, None, None] & right.is_row()
-    return left.scale * right.scale * (same & both).astype(dtype)

@@ -263,19 +263,33 @@ class SharedSignals(AffineLayerSignals):
         sample the mean of its inputs and the sum of its derivatives over positions, R = N
         (Eschenhagen et al. 2023). The sum over rows of both, over R and N, gives the factors.
         """
-        inputs, derivatives, weights = self.augmented_inputs(), self.derivatives, self.row_weights
-        if sharing == "reduce":
+        weights = self.row_weights
+        if sharing == "expand":
+            inputs = self.augmented_inputs()
+        else:
+            inputs = self.mean_inputs()[:, None]
             if weights is not None:
-                inputs = weights[:, :, None, None] * inputs
                 total = jnp.mean(weights, axis=1, keepdims=True)
                 weights = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
-            inputs = jnp.mean(inputs, axis=1, keepdims=True)
-            derivatives = jnp.sum(derivatives, axis=2, keepdims=True)
         if weights is not None:
             inputs = jnp.sqrt(weights)[:, :, None, None] * inputs
+        left = jnp.moveaxis(inputs, 2, 0).reshape(self.num_groups, -1, self.fan_in)
+        return left, self.unit_rows(sharing)
+
+    def mean_inputs(self) -> Array:
+        """The weighted mean of the inputs over positions, shape (N, G, fan_in)."""
+        inputs = self.augmented_inputs()
+        if self.row_weights is not None:
+            inputs = self.row_weights[:, :, None, None] * inputs
+        return jnp.mean(inputs, axis=1)
+
+    def unit_rows(self, sharing: Sharing) -> Array:
+        """The second array of ``rows``."""
+        derivatives = self.derivatives
+        if sharing == "reduce":
+            derivatives = jnp.sum(derivatives, axis=2, keepdims=True)
         groups, units = derivatives.shape[3:]
-        left = jnp.moveaxis(inputs, 2, 0).reshape(groups, -1, self.fan_in)
-        return left, jnp.moveaxis(derivatives, 3, 0).reshape(groups, -1, units)
+        return jnp.moveaxis(derivatives, 3, 0).reshape(groups, -1, units)
 
 
 def weigh_rows(signals: Signals, weights: Array) -> Signals:

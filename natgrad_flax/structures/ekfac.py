@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,7 @@ from natgrad_flax.operators.kronecker import affine, factor_rows, over_groups
 from natgrad_flax.operators.units import UnitBlocks, invert_blocks, unit_blocks
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate
 from natgrad_flax.signals.dense import DenseSignals, Signals
+from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.exact import mean_diagonal
@@ -109,7 +110,7 @@ class EKFAC(AveragedStructure):
             blocks.append({})
             layer = affine(layer)
             if layer.has_diagonal_inputs(self.sharing):
-                units = layer.derivatives.reshape(1, -1, layer.num_units)
+                units = cast(LookupSignals, layer).unit_rows(self.sharing)
                 basis.append({"units": _span(units, False)})
                 continue
             left, right = factor_rows(layer, self.sharing)

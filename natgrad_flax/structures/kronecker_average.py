@@ -237,8 +237,8 @@ def factor_means(layer: AffineSignals, sharing: Sharing, name: str = "inputs") -
     over = float(n * num_positions(layer, sharing))
     if layer.has_diagonal_inputs(sharing):
         layer = cast(LookupSignals, layer)
-        units = symmetric_product(layer.derivatives.reshape(-1, layer.num_units).T)
-        return {"counts": layer.counts()[None] / over, "units": units[None] / float(n)}
+        units = products_of_rows(layer.unit_rows(sharing))
+        return {"counts": layer.counts()[None] / over, "units": units / float(n)}
     left, right = factor_rows(layer, sharing)
     return {name: products_of_rows(left) / over, "units": products_of_rows(right) / float(n)}
 

@@ -29,7 +29,7 @@ from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.fisher import Batch, Fisher
 from natgrad_flax.signals.gradient import ParameterGradient
 from natgrad_flax.signals.microbatches import in_microbatches
-from natgrad_flax.structures import STRUCTURES, AveragedStructure, Moments
+from natgrad_flax.structures import NAMED, AveragedStructure, Moments
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def check_average(average: object, structure: object, example: object) -> None:
     if not isinstance(average, MovingAverage):
         raise TypeError(f"average must be an ng.MovingAverage, got {average!r}")
     if not isinstance(structure, AveragedStructure):
-        *most, last = [f"ng.{c.__name__}()" for c in STRUCTURES if issubclass(c, AveragedStructure)]
+        *most, last = [f"ng.{c.__name__}()" for c in NAMED if issubclass(c, AveragedStructure)]
         raise TypeError(
             "average= needs a structure that means over samples make up: "
             f"{', '.join(most)} or {last}; {getattr(structure, 'name', structure)} solves "

@@ -6,6 +6,7 @@ from natgrad_flax.structures.block_diagonal import BlockDiagonal
 from natgrad_flax.structures.diagonal import Diagonal
 from natgrad_flax.structures.ekfac import EKFAC
 from natgrad_flax.structures.exact import Exact
+from natgrad_flax.structures.foof import Foof
 from natgrad_flax.structures.kfac import KFAC
 from natgrad_flax.structures.layer_wise import (
     BlockTriDiagonal,
@@ -26,6 +27,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     UnitWise,
     Diagonal,
     QuasiDiagonal,
+    Foof,
 )
 """Every approximation of the Fisher, in the order of tables; a new one is a line more here."""
 
@@ -42,6 +44,7 @@ __all__ = [
     "BlockTriDiagonal",
     "Diagonal",
     "Exact",
+    "Foof",
     "Geometry",
     "IsotropyWarning",
     "LayerWise",

@@ -173,6 +173,12 @@ def test_a_structure_of_somebody_else_is_drawn_as_its_class_says():
     assert Below.style.color != ng.KFAC.style.color
 
 
+def needs_arguments(cls):
+    return any(
+        f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls)
+    )
+
+
 def test_styles_of_the_package_are_told_apart():
     styles = [methods.GradientDescent.style, *(cls.style for cls in STRUCTURES)]
     for attribute in ("label", "color", "marker"):
@@ -180,7 +186,8 @@ def test_styles_of_the_package_are_told_apart():
     names = [name for s in styles if s.command for name in (s.command, *s.aliases)]
     assert len(set(names)) == len(names)
     assert styled("Toy A").command == "toy-a"
-    assert ng.LayerWise not in NAMED, "it needs an argument"
+    unnamed = {cls for cls in STRUCTURES if cls not in NAMED}
+    assert unnamed == {cls for cls in STRUCTURES if needs_arguments(cls)} > {ng.LayerWise}
 
 
 @pytest.mark.parametrize(
@@ -222,6 +229,7 @@ def test_tables_of_today():
         "Diagonal": ("Diagonal", "#56B4E9", "X"),
         "QuasiDiagonal": ("Quasi-diagonal", "#8C6D1F", "p"),
         "LayerWise": ("Layer-wise", "#6A3D9A", "h"),
+        "Foof": ("FOOF", "#117A8B", "<"),
     }
 
 

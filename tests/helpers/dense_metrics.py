@@ -89,6 +89,8 @@ def _block(structure, layer, rho, first, last):
     fisher, eye = rows.T @ rows / len(layer.jacobian), np.eye(rows.shape[1])
     if layer.inputs is not None and isinstance(structure, ng.KFAC):
         return _kronecker(structure, layer, rho, first, last)
+    if layer.inputs is not None and isinstance(structure, ng.Foof):
+        return _one_factor(structure, layer, rho)
     if layer.inputs is not None and isinstance(structure, ng.EKFAC):
         return _eigenbasis(structure, layer) + rho * eye
     of_block = rho if np.ndim(rho) == 0 else rho[0]
@@ -99,7 +101,7 @@ def _block(structure, layer, rho, first, last):
     same = layer.units[:, None] == layer.units
     if isinstance(structure, ng.QuasiDiagonal):
         return _quasi_diagonal(fisher + of_block * eye, layer)
-    assert isinstance(structure, ng.UnitWise | ng.KFAC | ng.EKFAC)
+    assert isinstance(structure, ng.UnitWise | ng.KFAC | ng.EKFAC | ng.Foof)
     return same * fisher + of_block * eye
 
 
@@ -141,6 +143,14 @@ def _kronecker(structure, layer, rho, first, last):
         rho_a, rho_b = pi * np.sqrt(rho), np.sqrt(rho) / pi
     left, right = left + rho_a * np.eye(fan_in), right + rho_b * np.eye(right.shape[1])
     return _over_groups([np.kron(a, b) for a, b in zip(left, right, strict=True)], fan_in)
+
+
+def _one_factor(structure, layer, rho):
+    pair = list(factors(structure.sharing, layer))
+    kept = int(structure.side == "units")
+    pair[kept] = pair[kept] + rho * np.eye(pair[kept].shape[1])
+    pair[1 - kept] = np.broadcast_to(np.eye(pair[1 - kept].shape[1]), pair[1 - kept].shape)
+    return _over_groups([np.kron(a, b) for a, b in zip(*pair, strict=True)], layer.inputs.shape[3])
 
 
 def _eigenbasis(structure, layer):

@@ -45,6 +45,7 @@ STRUCTURES = {
     "kfac": ng.KFAC(),
     "kfac-pi-reduce": ng.KFAC(split="pi", sharing="reduce"),
     "ekfac": ng.EKFAC(),
+    "foof": ng.Foof("inputs"),
     "unit-wise": ng.UnitWise(),
     "diagonal": ng.Diagonal(),
     "quasi-diagonal": ng.QuasiDiagonal(),

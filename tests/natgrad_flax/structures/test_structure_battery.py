@@ -35,6 +35,8 @@ NETWORKS = {
 }
 COUPLED = ("block-tri-diagonal", "layer-wise", "layer-wise-indefinite")
 SPACELESS = ("ekfac", "ekfac-reduce", "diagonal", "quasi-diagonal")
+# the code of half of K-FAC, by either factor
+HALVES = ("foof", "foof-units")
 WAYS = (
     ("dense", "sample", "number"),
     ("dense", "parameter", "zero"),
@@ -49,6 +51,8 @@ def differs(name, which, _, damping):
     if name.endswith("reduce"):
         # without shared weights it is "expand"
         return which == "mixed" and damping == ("each" if name in SPACELESS else "number")
+    if name in HALVES:
+        return (name == "foof-units") == (which == "mixed" and damping != "each")
     if name == "kfac-literal-pi" and which == "mixed":
         return damping == "number"
     if damping == "each":
@@ -88,7 +92,7 @@ def scale_of(structure, layers):
         return norms.mean()
     if isinstance(structure, ng.UnitWise):
         return norms / [layer.jacobian.shape[3] for layer in layers]
-    if not isinstance(structure, ng.KFAC):
+    if not isinstance(structure, ng.KFAC | ng.Foof):
         return np.asarray([np.mean(np.sum(layer.rows**2, axis=0)) / n for layer in layers])
     return None
 

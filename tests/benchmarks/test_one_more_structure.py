@@ -174,9 +174,8 @@ def test_a_structure_of_somebody_else_is_drawn_as_its_class_says():
 
 
 def needs_arguments(cls):
-    return any(
-        f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls)
-    )
+    parameters = inspect.signature(cls).parameters.values()
+    return any(parameter.default is parameter.empty for parameter in parameters)
 
 
 def test_styles_of_the_package_are_told_apart():

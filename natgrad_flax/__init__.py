@@ -52,6 +52,7 @@ from natgrad_flax.structures import (
     QuasiDiagonal,
     SingularCouplingWarning,
     Structure,
+    UnitBlocks,
     UnitWise,
 )
 from natgrad_flax.xla.compiler import avoid_faulty_fusions
@@ -96,6 +97,7 @@ __all__ = [
     "SmallDampingWarning",
     "SoftmaxCrossEntropy",
     "Structure",
+    "UnitBlocks",
     "UnitWise",
     "VisionTransformer",
     "conv_general_dilated",

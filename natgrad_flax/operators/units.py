@@ -20,7 +20,7 @@ from natgrad_flax.signals.gradient import Gradient
 
 
 @dataclass(frozen=True)
-class UnitBlocks(OfLayer):
+class WholeUnits(OfLayer):
     """J_i^T J_i / N of every unit i of a layer, from its per-sample Jacobians.
 
     Attributes:

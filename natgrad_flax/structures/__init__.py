@@ -15,6 +15,7 @@ from natgrad_flax.structures.layer_wise import (
 )
 from natgrad_flax.structures.quasi_diagonal import QuasiDiagonal
 from natgrad_flax.structures.style import Style, styled
+from natgrad_flax.structures.unit_blocks import UnitBlocks
 from natgrad_flax.structures.unit_wise import UnitWise
 
 STRUCTURES: tuple[type[Structure], ...] = (
@@ -28,6 +29,7 @@ STRUCTURES: tuple[type[Structure], ...] = (
     Diagonal,
     QuasiDiagonal,
     Foof,
+    UnitBlocks,
 )
 """Every approximation of the Fisher, in the order of tables; a new one is a line more here."""
 
@@ -53,6 +55,7 @@ __all__ = [
     "SingularCouplingWarning",
     "Structure",
     "Style",
+    "UnitBlocks",
     "UnitWise",
     "styled",
 ]

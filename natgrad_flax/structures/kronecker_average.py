@@ -23,7 +23,7 @@ from natgrad_flax.operators.kronecker import (
     over_groups,
     ungrouped,
 )
-from natgrad_flax.operators.units import UnitBlocks, invert_blocks, multiply_blocks, unit_blocks
+from natgrad_flax.operators.units import WholeUnits, invert_blocks, multiply_blocks, unit_blocks
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.lookup import LookupSignals
@@ -58,7 +58,7 @@ class FactorAverage(AveragedStructure):
         """Kronecker products of affine layers, the blocks of the units of others."""
         return Blocks(
             tuple(
-                UnitBlocks(layer, self.space)
+                WholeUnits(layer, self.space)
                 if isinstance(layer, ExplicitSignals)
                 else self._kronecker(signals, index)
                 for index, layer in enumerate(signals.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -229,6 +230,7 @@ def test_tables_of_today():
         "QuasiDiagonal": ("Quasi-diagonal", "#8C6D1F", "p"),
         "LayerWise": ("Layer-wise", "#6A3D9A", "h"),
         "Foof": ("FOOF", "#117A8B", "<"),
+        "UnitBlocks": ("Unit blocks", "#C2185B", ">"),
     }
 
 

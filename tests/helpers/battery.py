@@ -36,6 +36,7 @@ STRUCTURES: dict[str, Callable[[int, str], ng.Structure]] = {
     "quasi-diagonal": lambda depth, space: ng.QuasiDiagonal(),
     "foof": lambda depth, space: ng.Foof("inputs", space),
     "foof-units": lambda depth, space: ng.Foof("units", space),
+    "unit-blocks": lambda depth, space: ng.UnitBlocks(3),
 }
 """By name: from the number of layers and a space ("auto", "sample", "parameter") to the structure.
 

@@ -101,6 +101,11 @@ def _block(structure, layer, rho, first, last):
     same = layer.units[:, None] == layer.units
     if isinstance(structure, ng.QuasiDiagonal):
         return _quasi_diagonal(fisher + of_block * eye, layer)
+    if isinstance(structure, ng.UnitBlocks):
+        _, _, fan_in, units = layer.jacobian.shape
+        piece = np.repeat(np.arange(fan_in) // structure.size, units)
+        same = same & (piece[:, None] == piece)
+        return same * fisher + of_block * eye
     assert isinstance(structure, ng.UnitWise | ng.KFAC | ng.EKFAC | ng.Foof)
     return same * fisher + of_block * eye
 

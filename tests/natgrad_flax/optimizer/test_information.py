@@ -47,6 +47,7 @@ STRUCTURES = {
     "ekfac": ng.EKFAC(),
     "foof": ng.Foof("inputs"),
     "unit-wise": ng.UnitWise(),
+    "unit-blocks": ng.UnitBlocks(2),
     "diagonal": ng.Diagonal(),
     "quasi-diagonal": ng.QuasiDiagonal(),
 }

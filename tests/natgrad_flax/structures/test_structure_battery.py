@@ -34,7 +34,7 @@ NETWORKS = {
     ),
 }
 COUPLED = ("block-tri-diagonal", "layer-wise", "layer-wise-indefinite")
-SPACELESS = ("ekfac", "ekfac-reduce", "diagonal", "quasi-diagonal")
+SPACELESS = ("ekfac", "ekfac-reduce", "diagonal", "quasi-diagonal", "unit-blocks")
 # the code of half of K-FAC, by either factor
 HALVES = ("foof", "foof-units")
 WAYS = (

@@ -42,6 +42,7 @@ from natgrad_flax.signals.gradient import Residual
 from natgrad_flax.structures import (
     EKFAC,
     KFAC,
+    KFOC,
     BlockDiagonal,
     BlockTriDiagonal,
     Diagonal,
@@ -50,6 +51,7 @@ from natgrad_flax.structures import (
     IsotropyWarning,
     LayerWise,
     QuasiDiagonal,
+    Shampoo,
     SingularCouplingWarning,
     Structure,
     UnitBlocks,
@@ -61,6 +63,7 @@ from natgrad_flax.xla.convolution import conv_general_dilated
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KFOC",
     "MLP",
     "SPRING",
     "Autoencoder",
@@ -91,6 +94,7 @@ __all__ = [
     "RelativeDamping",
     "Residual",
     "ResidualNet",
+    "Shampoo",
     "SigmoidCrossEntropy",
     "Signals",
     "SingularCouplingWarning",

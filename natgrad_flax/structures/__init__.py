@@ -8,12 +8,14 @@ from natgrad_flax.structures.ekfac import EKFAC
 from natgrad_flax.structures.exact import Exact
 from natgrad_flax.structures.foof import Foof
 from natgrad_flax.structures.kfac import KFAC
+from natgrad_flax.structures.kfoc import KFOC
 from natgrad_flax.structures.layer_wise import (
     BlockTriDiagonal,
     LayerWise,
     SingularCouplingWarning,
 )
 from natgrad_flax.structures.quasi_diagonal import QuasiDiagonal
+from natgrad_flax.structures.shampoo import Shampoo
 from natgrad_flax.structures.style import Style, styled
 from natgrad_flax.structures.unit_blocks import UnitBlocks
 from natgrad_flax.structures.unit_wise import UnitWise
@@ -30,6 +32,8 @@ STRUCTURES: tuple[type[Structure], ...] = (
     QuasiDiagonal,
     Foof,
     UnitBlocks,
+    Shampoo,
+    KFOC,
 )
 """Every approximation of the Fisher, in the order of tables; a new one is a line more here."""
 
@@ -39,6 +43,7 @@ NAMED: tuple[type[Structure], ...] = tuple(cls for cls in STRUCTURES if cls.styl
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KFOC",
     "NAMED",
     "STRUCTURES",
     "AveragedStructure",
@@ -52,6 +57,7 @@ __all__ = [
     "LayerWise",
     "Moments",
     "QuasiDiagonal",
+    "Shampoo",
     "SingularCouplingWarning",
     "Structure",
     "Style",

@@ -10,7 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.damping import is_zero
+from natgrad_flax.damping import as_pair, is_zero
 from natgrad_flax.linalg.dense import has_full_rank
 from natgrad_flax.operators.base import Space, check_space
 from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker, affine
@@ -21,7 +21,6 @@ from natgrad_flax.structures.base import (
     IsotropyWarning,
     dense_layer,
     has_shared_layers,
-    triangle,
 )
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.kronecker_average import (
@@ -29,6 +28,7 @@ from natgrad_flax.structures.kronecker_average import (
     Scalings,
     Size,
     factor_sides,
+    kronecker_entries,
     kronecker_words,
     no_shared_limit,
     num_positions,
@@ -192,11 +192,8 @@ class KFAC(KroneckerAverage):
 
     def _split(self, damping: Array | float, mean_a: Array, mean_b: Array) -> Dampings:
         """See ``KroneckerAverage``; a damping of shape (2,) is the pair itself."""
-        if jnp.ndim(damping) == 1:
-            pair = jnp.asarray(damping)
-            return pair[0], pair[1]
-        if self.split == "plain" or is_zero(damping):
-            return damping, damping
+        if self.split == "plain" or is_zero(damping) or jnp.ndim(damping) == 1:
+            return as_pair(damping)
         usable = (mean_a > 0) & (mean_b > 0)
         pi = jnp.where(usable, jnp.sqrt(mean_a / jnp.where(usable, mean_b, 1)), 1)
         root = jnp.sqrt(jnp.asarray(damping, mean_a.dtype))
@@ -273,8 +270,7 @@ class KFAC(KroneckerAverage):
 
     def entries(self, geometry: Geometry) -> tuple[int, int]:
         """Those of the layers' blocks, of which the factors are stored."""
-        stored = sum(triangle(fan_in) + triangle(units) for fan_in, units in geometry.layers)
-        return sum(params**2 for params in geometry.params), stored
+        return kronecker_entries(geometry)
 
     def block_form(self, layer: LayerSignals) -> str:
         """See ``Structure.block_form``."""

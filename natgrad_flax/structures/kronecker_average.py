@@ -29,7 +29,8 @@ from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
-from natgrad_flax.structures.base import dense_layer, has_shared_layers
+from natgrad_flax.structures.base import dense_layer, has_shared_layers, triangle
+from natgrad_flax.structures.geometry import Geometry
 
 Entry = dict[str, Array]
 
@@ -131,7 +132,7 @@ class FactorAverage(AveragedStructure):
         self, inverse: tuple[Entry, ...], gradient: tuple[LayerUpdate, ...]
     ) -> tuple[LayerUpdate, ...]:
         """A^{-1} G B^{-1}, group by group."""
-        return apply_entries(inverse, gradient, _solve_affine)
+        return apply_entries(inverse, gradient, solve_affine)
 
 
 class KroneckerAverage(FactorAverage):
@@ -209,7 +210,7 @@ def apply_entries(
     )
 
 
-def _solve_affine(entry: Entry, matrix: Array) -> Array:
+def solve_affine(entry: Entry, matrix: Array) -> Array:
     """A^{-1} G B^{-1}; a factor that is not there is the identity."""
     groups = next((len(entry[name]) for name in ("units", "inputs") if name in entry), 1)
     half = grouped(matrix, groups)
@@ -325,6 +326,20 @@ def factor_sides(layer: LayerSignals, sharing: Sharing, space: Space) -> tuple[i
         params if in_parameters(space, count, params) else count for count, params in pairs
     )
     return 0 if layer.has_diagonal_inputs(sharing) else left, right
+
+
+def largest_factor(signals: Signals) -> int:
+    """The larger of fan-in and units of a group, over all layers."""
+    return max(
+        max(layer.fan_in, layer.num_units // getattr(layer, "num_groups", 1))
+        for layer in signals.layers
+    )
+
+
+def kronecker_entries(geometry: Geometry) -> tuple[int, int]:
+    """Entries of the layers' blocks, of which two factors are stored; see ``Structure.entries``."""
+    stored = sum(triangle(fan_in) + triangle(units) for fan_in, units in geometry.layers)
+    return sum(params**2 for params in geometry.params), stored
 
 
 def no_shared_limit(name: str) -> str:

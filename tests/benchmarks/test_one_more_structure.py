@@ -231,6 +231,8 @@ def test_tables_of_today():
         "LayerWise": ("Layer-wise", "#6A3D9A", "h"),
         "Foof": ("FOOF", "#117A8B", "<"),
         "UnitBlocks": ("Unit blocks", "#C2185B", ">"),
+        "Shampoo": ("Shampoo", "#7A9A01", "d"),
+        "KFOC": ("KFOC", "#3B3BB3", "8"),
     }
 
 

@@ -37,6 +37,8 @@ STRUCTURES: dict[str, Callable[[int, str], ng.Structure]] = {
     "foof": lambda depth, space: ng.Foof("inputs", space),
     "foof-units": lambda depth, space: ng.Foof("units", space),
     "unit-blocks": lambda depth, space: ng.UnitBlocks(3),
+    "shampoo": lambda depth, space: ng.Shampoo(0.25),
+    "kfoc": lambda depth, space: ng.KFOC(200),
 }
 """By name: from the number of layers and a space ("auto", "sample", "parameter") to the structure.
 

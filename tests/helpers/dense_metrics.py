@@ -91,6 +91,10 @@ def _block(structure, layer, rho, first, last):
         return _kronecker(structure, layer, rho, first, last)
     if layer.inputs is not None and isinstance(structure, ng.Foof):
         return _one_factor(structure, layer, rho)
+    if layer.inputs is not None and isinstance(structure, ng.Shampoo):
+        return _moments(structure, layer, rho)
+    if layer.inputs is not None and isinstance(structure, ng.KFOC):
+        return _nearest(layer, rho)
     if layer.inputs is not None and isinstance(structure, ng.EKFAC):
         return _eigenbasis(structure, layer) + rho * eye
     of_block = rho if np.ndim(rho) == 0 else rho[0]
@@ -101,6 +105,8 @@ def _block(structure, layer, rho, first, last):
     same = layer.units[:, None] == layer.units
     if isinstance(structure, ng.QuasiDiagonal):
         return _quasi_diagonal(fisher + of_block * eye, layer)
+    if isinstance(structure, ng.Shampoo | ng.KFOC):
+        return same * fisher + of_block * eye
     if isinstance(structure, ng.UnitBlocks):
         _, _, fan_in, units = layer.jacobian.shape
         piece = np.repeat(np.arange(fan_in) // structure.size, units)
@@ -156,6 +162,40 @@ def _one_factor(structure, layer, rho):
     pair[kept] = pair[kept] + rho * np.eye(pair[kept].shape[1])
     pair[1 - kept] = np.broadcast_to(np.eye(pair[1 - kept].shape[1]), pair[1 - kept].shape)
     return _over_groups([np.kron(a, b) for a, b in zip(*pair, strict=True)], layer.inputs.shape[3])
+
+
+def _by_groups(layer):
+    """The Jacobian of every group, (N S, K, M/G)."""
+    n, s, fan_in, _ = layer.jacobian.shape
+    jacobian = layer.jacobian.reshape(n * s, fan_in, layer.inputs.shape[2], -1)
+    return np.moveaxis(jacobian, 2, 0)
+
+
+def _moments(structure, layer, rho):
+    n, fan_in, blocks = len(layer.jacobian), layer.inputs.shape[3], []
+    for rows in _by_groups(layer):
+        sides = np.einsum("rkm,rjm->kj", rows, rows) / n, np.einsum("rkm,rki->mi", rows, rows) / n
+        powers = []
+        for side, own in zip(sides, np.broadcast_to(rho, (2,)), strict=True):
+            values, vectors = np.linalg.eigh(side)
+            values = np.where(values > 1e-12 * values[-1], values, 0) + own
+            powers.append((vectors * values**structure.power) @ vectors.T)
+        blocks.append(np.kron(*powers))
+    return _over_groups(blocks, fan_in)
+
+
+def _nearest(layer, rho):
+    """By the singular values of the block, rearranged (Van Loan & Pitsianis 1993)."""
+    n, fan_in, blocks = len(layer.jacobian), layer.inputs.shape[3], []
+    for rows in _by_groups(layer):
+        units = rows.shape[2]
+        block = np.einsum("rkm,rji->kjmi", rows, rows) / n
+        u, values, v = np.linalg.svd(block.reshape(fan_in**2, units**2))
+        a, b = values[0] * u[:, 0].reshape((fan_in,) * 2), v[0].reshape((units,) * 2)
+        scale = np.sign(np.trace(a)) * np.sqrt(np.trace(b) / units / (np.trace(a) / fan_in))
+        a, b = a * scale, b / scale
+        blocks.append(np.kron(a + rho**0.5 * np.eye(fan_in), b + rho**0.5 * np.eye(units)))
+    return _over_groups(blocks, fan_in)
 
 
 def _eigenbasis(structure, layer):

@@ -21,31 +21,31 @@ from natgrad_flax.signals.dense import DenseSignals
 from natgrad_flax.signals.gradient import Gradient
 
 Pieces = dict[str, Array]
-"""Matrices of the pieces of every unit, (M, count, width, width), by the names of ``cut``.
+"""Matrices of the pieces of every unit, (M, number, width, width), by the names of ``cut``.
 
 No piece is larger than the fan-in, so "whole" is always there."""
 
 
 class Cut(NamedTuple):
-    """Neighbouring inputs, from a first one on, as ``count`` pieces of ``width`` each."""
+    """Neighbouring inputs, from a first one on, as ``number`` pieces of ``width`` each."""
 
     start: int
-    count: int
+    number: int
     width: int
 
     def of(self, array: Array, axis: int) -> Array:
-        """These inputs of an array, whose axis of inputs becomes (count, width)."""
-        stop = self.start + self.count * self.width
+        """These inputs of an array, whose axis of inputs becomes (number, width)."""
+        stop = self.start + self.number * self.width
         part = jax.lax.slice_in_dim(array, self.start, stop, axis=axis)
-        shape = (*array.shape[:axis], self.count, self.width, *array.shape[axis + 1 :])
+        shape = (*array.shape[:axis], self.number, self.width, *array.shape[axis + 1 :])
         return part.reshape(shape)
 
 
 def cut(fan_in: int, size: int) -> dict[str, Cut]:
     """The "whole" pieces of a fan-in, and the "rest" where it does not divide."""
-    count, rest = divmod(fan_in, size)
-    found = {"whole": Cut(0, count, size), "rest": Cut(count * size, 1, rest)}
-    return {name: piece for name, piece in found.items() if piece.count * piece.width}
+    number, rest = divmod(fan_in, size)
+    found = {"whole": Cut(0, number, size), "rest": Cut(number * size, 1, rest)}
+    return {name: piece for name, piece in found.items() if piece.number * piece.width}
 
 
 def piece_blocks(layer: LayerSignals, size: int) -> Pieces:
@@ -84,12 +84,12 @@ def multiply_pieces(pieces: Pieces, matrix: Array) -> Array:
 
 
 def flat(blocks: Array) -> Array:
-    """(M, count, width, width) as (M count, width, width)."""
+    """(M, number, width, width) as (M number, width, width)."""
     return blocks.reshape(-1, *blocks.shape[2:])
 
 
 def _over_pieces(pieces: Pieces, matrix: Array, function: Callable[[Array, Array], Array]) -> Array:
-    """A function of matrices and of (count, width, M), put together to (fan_in, M)."""
+    """A function of matrices and of (number, width, M), put together to (fan_in, M)."""
     fan_in, units = matrix.shape
     cuts = cut(fan_in, pieces["whole"].shape[-1])
     return jnp.concatenate(
@@ -164,6 +164,6 @@ class UnitPieces(OfLayer):
         full = jnp.zeros((fan_in, units, fan_in, units), blocks.dtype)
         every = np.arange(units)[:, None, None, None]
         for name, piece in cut(fan_in, blocks.shape[-1]).items():
-            rows = piece.start + np.arange(piece.count * piece.width).reshape(piece[1:])
+            rows = piece.start + np.arange(piece.number * piece.width).reshape(piece[1:])
             full = full.at[rows[:, :, None], every, rows[:, None, :], every].set(self.pieces[name])
         return add_diagonal(full.reshape((fan_in * units,) * 2), of_block(damping))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from natgrad_flax.linalg.dense import above_rounding, eigh, reciprocal
 from natgrad_flax.operators.base import extreme_eigenvalues, log_determinant
 from natgrad_flax.operators.kronecker import Kronecker
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate
-from natgrad_flax.signals.dense import DenseSignals
+from natgrad_flax.signals.dense import DenseSignals, expand_samples
 from natgrad_flax.signals.gradient import Gradient, ParameterGradient
 
 
@@ -88,6 +89,13 @@ class MatrixKronecker(Kronecker):
     def solve(self, gradient: Gradient, damping: Array | float) -> tuple[LayerUpdate, ...]:
         """A^{-1} G B^{-1}."""
         return super().solve(ParameterGradient(gradient.vector((self.layer,))), damping)
+
+    def cross(self, test: DenseSignals, damping: Array | float) -> Array:
+        """See ``Kronecker.cross``."""
+        own, (by_a, by_b) = cast(DenseSignals, self.layer), self.split(damping)
+        inputs = test.augmented_inputs() @ self.left.solve(own.augmented_inputs().T, by_a)
+        units = test.flat_derivatives() @ self.right.solve(own.flat_derivatives().T, by_b)
+        return units * expand_samples(inputs, test.num_directions, own.num_directions)
 
 
 def powered(layer: LayerSignals, matrices: Array, power: float) -> PoweredFactor:

@@ -24,10 +24,10 @@ from natgrad_flax.operators.units import WholeUnits
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.shared import ExplicitSignals
-from natgrad_flax.structures.base import Structure
+from natgrad_flax.structures.base import Structure, has_shared_layers
 from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.geometry import Geometry
-from natgrad_flax.structures.kronecker_average import kronecker_entries, largest_factor
+from natgrad_flax.structures.kronecker_average import crossed, kronecker_entries, largest_factor
 from natgrad_flax.structures.style import styled
 
 
@@ -74,7 +74,7 @@ class KFOC(Structure):
 
     def _nearest(self, layer: LayerSignals) -> MatrixKronecker:
         def iterate(_: int, pair: tuple[Array, Array]) -> tuple[Array, Array]:
-            a, _ = pair
+            a = pair[0]
             b = unit_moments(layer, a) * reciprocal(_squared_norms(a))
             return input_moments(layer, b) * reciprocal(_squared_norms(b)), b
 
@@ -82,7 +82,13 @@ class KFOC(Structure):
         a, b = jax.lax.fori_loop(0, self.iterations, iterate, start)
         ratio = jnp.sqrt(mean_diagonals(b) * reciprocal(mean_diagonals(a)))[:, None, None]
         left, right = powered(layer, a * ratio, 1), powered(layer, b * reciprocal(ratio), 1)
-        return MatrixKronecker(affine(layer), left, right, _split)  # type: ignore[arg-type]
+        return MatrixKronecker(affine(layer), left, right, _split)
+
+    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
+        """See ``Structure.coefficient``."""
+        if has_shared_layers(train):
+            return super().coefficient(test, train, damping)
+        return crossed(self.operator(train), test, train, damping)
 
     def damping_scale(self, signals: Signals) -> Array:
         """Mean of the diagonal of F, one value a layer."""

@@ -70,13 +70,7 @@ class FactorAverage(AveragedStructure):
         """sum_l (B(x',x) B^{-1}) . (A(x',x) A^{-1}), times N (Karakida & Osawa 2020, Eq. 21)."""
         if has_shared_layers(train):
             return super().coefficient(test, train, damping)
-        total = jnp.zeros((), train.outputs.dtype)
-        rhos = per_layer(damping, len(train.layers))
-        for index, (test_layer, rho) in enumerate(
-            zip(map(dense_layer, test.layers), rhos, strict=True)
-        ):
-            total = total + self._kronecker(train, index).cross(test_layer, rho) / train.num_samples
-        return total
+        return crossed(self.operator(train), test, train, damping)
 
     def statistics(self, signals: Signals) -> tuple[Entry, ...]:
         """Means of the factors, or of the blocks of units, and of the diagonals of their Grams."""
@@ -185,6 +179,15 @@ class KroneckerAverage(FactorAverage):
             for entry in factors
         ]
         return self._scalings(sizes, num_samples)
+
+
+def crossed(operator: Blocks, test: Signals, train: Signals, damping: Array | float) -> Array:
+    """sum_l J_l' G_l^{-1} J_l^T / N of dense layers by their factors; see ``coefficient``."""
+    total = jnp.zeros((), train.outputs.dtype)
+    rhos = per_layer(damping, len(train.layers))
+    for block, layer, rho in zip(operator.blocks, map(dense_layer, test.layers), rhos, strict=True):
+        total = total + cast(Kronecker, block).cross(layer, rho) / train.num_samples
+    return total
 
 
 def apply_entries(

@@ -24,10 +24,12 @@ from natgrad_flax.signals.base import LayerSignals, LayerUpdate
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.shared import ExplicitSignals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, coefficient_by_inverse
+from natgrad_flax.structures.base import has_shared_layers
 from natgrad_flax.structures.geometry import Geometry
 from natgrad_flax.structures.kronecker_average import (
     Entry,
     apply_entries,
+    crossed,
     kronecker_entries,
     largest_factor,
     solve_affine,
@@ -78,7 +80,7 @@ class Shampoo(AveragedStructure):
                 else MatrixKronecker(
                     affine(layer),
                     powered(layer, entry["inputs"], self.power),
-                    powered(layer, entry["units"], self.power),  # type: ignore[arg-type]
+                    powered(layer, entry["units"], self.power),
                     as_pair,
                 )
                 for layer, entry in pairs
@@ -121,7 +123,9 @@ class Shampoo(AveragedStructure):
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """See ``Structure.coefficient``."""
-        return coefficient_by_inverse(self, test, train, damping)
+        if has_shared_layers(train):
+            return coefficient_by_inverse(self, test, train, damping)
+        return crossed(self.operator(train), test, train, damping)
 
     def scale_of(self, moments: Moments, num_samples: int) -> Array:
         """Mean diagonals of R and of L, or that of the blocks twice, (L, 2)."""

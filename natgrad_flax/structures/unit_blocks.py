@@ -112,7 +112,7 @@ class UnitBlocks(AveragedStructure):
     def entries(self, geometry: Geometry) -> tuple[int, int]:
         """Those between parameters of the same piece."""
         sides = [
-            (units * piece.count, piece.width)
+            (units * piece.number, piece.width)
             for fan_in, units in geometry.layers
             for piece in cut(fan_in, self.size).values()
         ]

@@ -48,8 +48,14 @@ class Foof(FactorAverage):
     |D_n|^2. In the mirror it is |a_n|^2 where derivatives have rank N S, which those of the last
     layer never have. So neither is isotropic at finite width: alpha is unknown.
 
+    A* knows nothing of output directions: all kinds of Fisher give the same, and the one with the
+    fewest directions, "empirical", costs least (1.07 of a step of gradient descent by processor
+    time where 128 samples pass layers of 1024 units; with C = 10 directions 2.8).
+
     ```python
-    ng.natural_gradient(model, x, y, structure=ng.Foof("inputs"), damping=1e-3)
+    ng.natural_gradient(
+        model, x, y, structure=ng.Foof("inputs"), fisher="empirical", damping=1e-3
+    )
     ```
 
     Parameters without Kronecker factors keep their exact Fisher block a unit.

@@ -39,7 +39,9 @@ class UnitBlocks(AveragedStructure):
     Between ``Diagonal``, which is size 1, and ``UnitWise``, which any size from the fan-in on is;
     the bias of a unit is its last input. A block of N samples has at most rank N S, so beyond
     that many inputs a larger one sees no more: P min(size, fan-in) entries are kept, which can be
-    averaged over batches. Every unit has fan-in / size systems of that side.
+    averaged over batches. Every unit has fan-in / size systems of that side. For one batch with
+    fewer samples than inputs ``UnitWise`` is cheaper than all but tiny sizes: it solves one system
+    of N a unit, and keeps no block.
 
     ```python
     ng.natural_gradient(model, x, y, structure=ng.UnitBlocks(32), damping=1e-3)

@@ -120,7 +120,8 @@ def check_average(average: object, structure: object, example: object) -> None:
     if not isinstance(average, MovingAverage):
         raise TypeError(f"average must be an ng.MovingAverage, got {average!r}")
     if not isinstance(structure, AveragedStructure):
-        *most, last = [f"ng.{cls.__name__}()" for cls in own_subclasses(AveragedStructure)]
+        known = own_subclasses(AveragedStructure)  # type: ignore[type-abstract]
+        *most, last = [f"ng.{cls.__name__}()" for cls in known]
         raise TypeError(
             "average= needs a structure that means over samples make up: "
             f"{', '.join(most)} or {last}; {getattr(structure, 'name', structure)} solves "

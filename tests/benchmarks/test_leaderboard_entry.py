@@ -1,7 +1,9 @@
 """Entries of others: their contract, and their rows beside all that stood there before."""
 
 import itertools
+import re
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import toy_leaderboard as toy
@@ -133,6 +135,12 @@ def test_a_row_more_leaves_all_earlier_rows(tmp_path, file, monkeypatch):
     assert {record["facts"]["submitter"] for record in new} == {"Someone"}
     assert all("--entry mine.py" in record["command"] for record in new)
     assert all(name in text for name in ("sgd", "lbfgs", "mine"))
+    readme = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
+    columns = readme[readme.index("| column |") : readme.index("A killed run")]
+    for part in ("config", "outcome"):
+        assert {f"`{name}`" for r in records for name in r[part]} <= set(
+            re.findall("`.*?`", columns)
+        )
     page = (out / "leaderboard.html").read_text()
     assert "Someone" in page
 

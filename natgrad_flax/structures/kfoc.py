@@ -41,10 +41,6 @@ class KFOC(Structure):
     semi-definite. Their common scale is free: mean diagonals are made equal, so that the damping is
     the split of Martens & Grosse (2015).
 
-    ```python
-    ng.natural_gradient(model, x, y, structure=ng.KFOC(10), damping=1e-3)
-    ```
-
     The pair of a mean over batches is no mean of pairs: it takes no moving averages. Groups of
     units have a product of their own; parameters that are no affine layer keep their exact Fisher
     block a unit.
@@ -54,6 +50,13 @@ class KFOC(Structure):
 
     Raises:
       ValueError: no positive integer.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3}
+      >>> step = ng.natural_gradient(model, x, y, structure=ng.KFOC(10), **options)
     """
 
     iterations: int

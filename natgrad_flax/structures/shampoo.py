@@ -48,10 +48,6 @@ class Shampoo(AveragedStructure):
     scale of the Fisher and is one step of the power iteration to its best Kronecker product
     (Morwani et al. 2024). Both are far from K-FAC: a sample counts in R by its derivatives, too.
 
-    ```python
-    ng.natural_gradient(model, x, y, structure=ng.Shampoo(1 / 2), damping=1e-3)
-    ```
-
     Groups of units have matrices of their own. Parameters that are no affine layer keep their
     exact Fisher block a unit. A damping is added to R and L, before the root.
 
@@ -60,6 +56,13 @@ class Shampoo(AveragedStructure):
 
     Raises:
       TypeError, ValueError: another power.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3}
+      >>> step = ng.natural_gradient(model, x, y, structure=ng.Shampoo(1 / 2), **options)
     """
 
     power: float

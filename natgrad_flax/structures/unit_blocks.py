@@ -43,15 +43,18 @@ class UnitBlocks(AveragedStructure):
     fewer samples than inputs ``UnitWise`` is cheaper than all but tiny sizes: it solves one system
     of N a unit, and keeps no block.
 
-    ```python
-    ng.natural_gradient(model, x, y, structure=ng.UnitBlocks(32), damping=1e-3)
-    ```
-
     Args:
       size: inputs a block; the last one of a unit has what is left.
 
     Raises:
       TypeError, ValueError: a size that is no positive integer.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3}
+      >>> step = ng.natural_gradient(model, x, y, structure=ng.UnitBlocks(32), **options)
     """
 
     size: int

@@ -13,9 +13,8 @@ from jax import Array
 
 from natgrad_flax.damping import of_block
 from natgrad_flax.linalg.dense import add_diagonal, eigh, psd_eigenvalues
-from natgrad_flax.operators.base import OfLayer
 from natgrad_flax.operators.dense_units import unit_weights
-from natgrad_flax.operators.units import invert_blocks
+from natgrad_flax.operators.units import ExactDiagonal, invert_blocks
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals
 from natgrad_flax.signals.gradient import Gradient
@@ -101,7 +100,7 @@ def _over_pieces(pieces: Pieces, matrix: Array, function: Callable[[Array, Array
 
 
 @dataclass(frozen=True)
-class UnitPieces(OfLayer):
+class UnitPieces(ExactDiagonal):
     """Blocks of the pieces of all units of a layer.
 
     Attributes:
@@ -123,15 +122,6 @@ class UnitPieces(OfLayer):
 
     def _times(self, pieces: Pieces, vector: LayerUpdate) -> tuple[LayerUpdate, ...]:
         return (self.layer.update(multiply_pieces(pieces, matrix_of(vector))),)
-
-    def diagonal(self) -> tuple[LayerUpdate, ...]:
-        """See ``Operator.diagonal``."""
-        n = self.layer.num_samples
-        return (jax.tree.map(lambda entry: entry / n, self.layer.squares()),)
-
-    def trace(self) -> Array:
-        """See ``Operator.trace``."""
-        return jnp.sum(self.layer.gram_norms()) / self.layer.num_samples
 
     def eigenvalues(self) -> Array:
         """Of all pieces, one after the other."""

@@ -24,15 +24,14 @@ from natgrad_flax.operators.units import WholeUnits
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.shared import ExplicitSignals
-from natgrad_flax.structures.base import Structure, has_shared_layers
+from natgrad_flax.structures.base import has_shared_layers
 from natgrad_flax.structures.exact import mean_diagonal
-from natgrad_flax.structures.geometry import Geometry
-from natgrad_flax.structures.kronecker_average import crossed, kronecker_entries, largest_factor
+from natgrad_flax.structures.kronecker_average import OfMatrices, crossed
 from natgrad_flax.structures.style import styled
 
 
 @dataclass(frozen=True)
-class KFOC(Structure):
+class KFOC(OfMatrices):
     """(A + sqrt(rho) I) (x) (B + sqrt(rho) I) with A (x) B nearest to F_l in Frobenius norm.
 
     The best product is the leading singular pair of F_l, rearranged (Van Loan & Pitsianis 1993;
@@ -61,7 +60,6 @@ class KFOC(Structure):
 
     iterations: int
     style = styled("KFOC", "#3B3BB3", "8", command="")
-    eigensystems = True
 
     def __post_init__(self) -> None:
         check_integer("iterations", self.iterations, 1)
@@ -96,18 +94,6 @@ class KFOC(Structure):
     def damping_scale(self, signals: Signals) -> Array:
         """Mean of the diagonal of F, one value a layer."""
         return mean_diagonal(signals)
-
-    def gram_size(self, signals: Signals) -> int:
-        """The larger of fan-in and units of a group."""
-        return largest_factor(signals)
-
-    def system_arrays(self, signals: Signals) -> float:
-        """Both matrices of the layers at work, their eigenvectors and what is between."""
-        return 8.0
-
-    def entries(self, geometry: Geometry) -> tuple[int, int]:
-        """Those of the layers' blocks, of which A and B are stored."""
-        return kronecker_entries(geometry)
 
     def block_form(self, layer: LayerSignals) -> str:
         """See ``Structure.block_form``."""

@@ -29,7 +29,7 @@ from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
-from natgrad_flax.structures.base import dense_layer, has_shared_layers, triangle
+from natgrad_flax.structures.base import Structure, dense_layer, has_shared_layers, triangle
 from natgrad_flax.structures.geometry import Geometry
 
 Entry = dict[str, Array]
@@ -181,6 +181,27 @@ class KroneckerAverage(FactorAverage):
         return self._scalings(sizes, num_samples)
 
 
+class OfMatrices(Structure):
+    """What structures cost whose factors are whole matrices, by their eigenvectors."""
+
+    eigensystems = True
+
+    def gram_size(self, signals: Signals) -> int:
+        """The larger of fan-in and units of a group."""
+        return max(
+            max(layer.fan_in, layer.num_units // getattr(layer, "num_groups", 1))
+            for layer in signals.layers
+        )
+
+    def system_arrays(self, signals: Signals) -> float:
+        """Both matrices of the layers at work, their eigenvectors and what is between."""
+        return 8.0
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those of the layers' blocks, of which the factors are stored."""
+        return kronecker_entries(geometry)
+
+
 def crossed(operator: Blocks, test: Signals, train: Signals, damping: Array | float) -> Array:
     """sum_l J_l' G_l^{-1} J_l^T / N of dense layers by their factors; see ``coefficient``."""
     total = jnp.zeros((), train.outputs.dtype)
@@ -329,14 +350,6 @@ def factor_sides(layer: LayerSignals, sharing: Sharing, space: Space) -> tuple[i
         params if in_parameters(space, count, params) else count for count, params in pairs
     )
     return 0 if layer.has_diagonal_inputs(sharing) else left, right
-
-
-def largest_factor(signals: Signals) -> int:
-    """The larger of fan-in and units of a group, over all layers."""
-    return max(
-        max(layer.fan_in, layer.num_units // getattr(layer, "num_groups", 1))
-        for layer in signals.layers
-    )
 
 
 def kronecker_entries(geometry: Geometry) -> tuple[int, int]:

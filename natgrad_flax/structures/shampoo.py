@@ -25,20 +25,18 @@ from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.shared import ExplicitSignals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, coefficient_by_inverse
 from natgrad_flax.structures.base import has_shared_layers
-from natgrad_flax.structures.geometry import Geometry
 from natgrad_flax.structures.kronecker_average import (
     Entry,
+    OfMatrices,
     apply_entries,
     crossed,
-    kronecker_entries,
-    largest_factor,
     solve_affine,
 )
 from natgrad_flax.structures.style import styled
 
 
 @dataclass(frozen=True)
-class Shampoo(AveragedStructure):
+class Shampoo(OfMatrices, AveragedStructure):
     """(R + rho I)^p (x) (L + rho I)^p with R = mean J J^T and L = mean J^T J (Gupta et al. 2018).
 
     J (fan_in, M) are the Jacobians of samples in the output directions, summed over positions: of
@@ -67,7 +65,6 @@ class Shampoo(AveragedStructure):
 
     power: float
     style = styled("Shampoo", "#7A9A01", "d", command="")
-    eigensystems = True
 
     def __post_init__(self) -> None:
         if check_number("power", self.power, positive=True) > 1:
@@ -143,18 +140,6 @@ class Shampoo(AveragedStructure):
                 for entry in moments.factors
             ]
         )
-
-    def gram_size(self, signals: Signals) -> int:
-        """The larger of fan-in and units of a group."""
-        return largest_factor(signals)
-
-    def system_arrays(self, signals: Signals) -> float:
-        """Both matrices of the layers at work, their eigenvectors and what is between."""
-        return 8.0
-
-    def entries(self, geometry: Geometry) -> tuple[int, int]:
-        """Those of the layers' blocks, of which R and L are stored."""
-        return kronecker_entries(geometry)
 
     def block_form(self, layer: LayerSignals) -> str:
         """See ``Structure.block_form``."""

@@ -53,6 +53,8 @@ from natgrad_flax.structures import (
     Structure,
     UnitWise,
 )
+from natgrad_flax.transformations.shampoo import shampoo
+from natgrad_flax.transformations.soap import soap
 from natgrad_flax.xla.compiler import avoid_faulty_fusions
 from natgrad_flax.xla.convolution import conv_general_dilated
 
@@ -106,6 +108,8 @@ __all__ = [
     "natural_gradient",
     "natural_gradient_descent",
     "optimal_learning_rate",
+    "shampoo",
+    "soap",
 ]
 
 avoid_faulty_fusions()

@@ -65,4 +65,4 @@ def as_tree(tree: Any, found: Sequence[Array]) -> Any:
     """Tensors in the order of the leaves of a tree, with the dtypes of these."""
     leaves, structure = jax.tree.flatten(tree)
     cast = [new.astype(leaf.dtype) for new, leaf in zip(found, leaves, strict=True)]
-    return structure.unflatten(cast)
+    return jax.tree.unflatten(structure, cast)

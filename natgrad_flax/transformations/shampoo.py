@@ -198,8 +198,10 @@ class _Rule:
         def with_blocks() -> Any:
             inverses = state.inverses or (None,) * len(groups)
             return tuple(
-                self._mixed(group, *several, count)
-                for group, *several in zip(groups, blocks, state.factors, inverses, strict=True)
+                self._mixed(group, block, old, inverse, count)
+                for group, block, old, inverse in zip(
+                    groups, blocks, state.factors, inverses, strict=True
+                )
             )
 
         factors = due(state.steps, self.average.every, with_blocks, state.factors)

@@ -171,6 +171,25 @@ def test_kl_shampoo_by_the_formula(x64) -> None:
                 close(found[t][i, j], step)
 
 
+def test_kl_shampoo_of_tensors_has_all_others_in_each_factor(x64) -> None:
+    """S_A from G (S_B (x) S_C)^-1 G^T / (d_B d_C), from the second step on."""
+    sequence = [gradient["w"] for gradient in gradients(w=(2, 3, 4))]
+    tx = ng.shampoo(1.0, statistics="kl", decay=0.7, epsilon=EPSILON, merge_dims=False)
+    factors = [np.eye(n) for n in (2, 3, 4)]
+    inverses = factors
+    for gradient, step in zip(sequence, run(tx, sequence), strict=True):
+        new = []
+        for axis, factor in enumerate(factors):
+            one, other = (inverses[i] for i in range(3) if i != axis)
+            rows = unfolded(gradient, axis)
+            moment = rows @ np.kron(one, other) @ rows.T * len(factor) / gradient.size
+            new.append(0.7 * factor + 0.3 * moment)
+        factors = new
+        damped = [factor + EPSILON * np.eye(len(factor)) for factor in factors]
+        inverses = [np.linalg.inv(factor) for factor in damped]
+        close(step, multiplied(gradient, [power_of(factor, -0.5) for factor in damped]))
+
+
 def test_kl_shampoo_finds_a_kronecker_product(x64) -> None:
     """Gradients of covariance A (x) B: the limit is c A and B / c."""
     rng = np.random.default_rng(1)

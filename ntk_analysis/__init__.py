@@ -8,6 +8,7 @@ from ntk_analysis.analytic import AnalyticKernels, analytic_kernels, analytic_la
 from ntk_analysis.coefficient import coefficient_matrix
 from ntk_analysis.cost import StructureCost, structure_cost
 from ntk_analysis.displacement import parameter_displacement
+from ntk_analysis.drift import KernelDrift, kernel_drift
 from ntk_analysis.dynamics import LinearisedDynamics, predict_dynamics
 from ntk_analysis.empirical import empirical_layer_kernels
 from ntk_analysis.flow import LinearisedFlow, predict_flow
@@ -23,6 +24,7 @@ __all__ = [
     "GradientDescent",
     "InfiniteWidthLimit",
     "IsotropyReport",
+    "KernelDrift",
     "LinearisedDynamics",
     "LinearisedFlow",
     "Prediction",
@@ -36,6 +38,7 @@ __all__ = [
     "infinite_width_limit",
     "isotropy",
     "isotropy_sweep",
+    "kernel_drift",
     "parameter_displacement",
     "predict",
     "predict_dynamics",

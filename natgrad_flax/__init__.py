@@ -55,6 +55,7 @@ from natgrad_flax.structures import (
 )
 from natgrad_flax.transformations.shampoo import shampoo
 from natgrad_flax.transformations.soap import soap
+from natgrad_flax.transformations.width import scale_by_width
 from natgrad_flax.xla.compiler import avoid_faulty_fusions
 from natgrad_flax.xla.convolution import conv_general_dilated
 
@@ -108,6 +109,7 @@ __all__ = [
     "natural_gradient",
     "natural_gradient_descent",
     "optimal_learning_rate",
+    "scale_by_width",
     "shampoo",
     "soap",
 ]

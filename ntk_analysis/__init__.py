@@ -6,6 +6,7 @@ Stands on ``natgrad_flax``. All theory is computed in float64, whatever the prec
 from natgrad_flax.arguments.renamed import renamed_names
 from ntk_analysis.analytic import AnalyticKernels, analytic_kernels, analytic_layer_kernels
 from ntk_analysis.coefficient import coefficient_matrix
+from ntk_analysis.coordinates import CoordinateCheck, coordinate_check
 from ntk_analysis.cost import StructureCost, structure_cost
 from ntk_analysis.displacement import parameter_displacement
 from ntk_analysis.drift import KernelDrift, kernel_drift
@@ -21,6 +22,7 @@ from ntk_analysis.sweep import SweepSettings, isotropy_sweep
 
 __all__ = [
     "AnalyticKernels",
+    "CoordinateCheck",
     "GradientDescent",
     "InfiniteWidthLimit",
     "IsotropyReport",
@@ -34,6 +36,7 @@ __all__ = [
     "analytic_kernels",
     "analytic_layer_kernels",
     "coefficient_matrix",
+    "coordinate_check",
     "empirical_layer_kernels",
     "infinite_width_limit",
     "isotropy",

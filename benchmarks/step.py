@@ -1,8 +1,8 @@
 """What one natural-gradient step costs, as the ratio to one SGD step.
 
-So that Adam, Shampoo and SOAP stand beside the structures, they are timed in the same way.
 Both steps are jitted functions from parameters to parameters, on the same model and batch, timed
-alternately in one process. The asv suite tracks the ratio and what the compiler knows for certain;
+alternately in one process. Adam, Shampoo and SOAP stand beside them, as means over the steps from
+one renewal to the next. The asv suite tracks the ratio and what the compiler knows for certain;
 ``python -m benchmarks.step`` prints the table of README.md.
 """
 

@@ -59,6 +59,9 @@ from natgrad_flax.structures import (
     UnitBlocks,
     UnitWise,
 )
+from natgrad_flax.transformations.shampoo import shampoo
+from natgrad_flax.transformations.soap import soap
+from natgrad_flax.transformations.width import scale_by_width
 from natgrad_flax.xla.compiler import avoid_faulty_fusions
 from natgrad_flax.xla.convolution import conv_general_dilated
 
@@ -116,6 +119,9 @@ __all__ = [
     "natural_gradient",
     "natural_gradient_descent",
     "optimal_learning_rate",
+    "scale_by_width",
+    "shampoo",
+    "soap",
 ]
 
 __version__ = version("natgrad")

@@ -26,9 +26,10 @@ def check_instance(name: str, value: object, base: type[T]) -> T:
 
 
 def own_subclasses(base: type[T]) -> Iterator[type[T]]:
-    """Classes of this package that stand below a class and can be made, in order of definition."""
+    """Classes below a class that stand in its package and can be made, in order of definition."""
+    package = base.__module__.rpartition(".")[0]
     for cls in base.__subclasses__():
-        if cls.__module__.startswith("natgrad_flax.") and not cls.__name__.startswith("_"):
+        if cls.__module__.startswith(f"{package}.") and not cls.__name__.startswith("_"):
             if not inspect.isabstract(cls):
                 yield cls
             yield from own_subclasses(cls)

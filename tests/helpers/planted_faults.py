@@ -32,7 +32,7 @@ from ntk_analysis.reproduce.karakida_osawa import (
 )
 from ntk_analysis.reproduce.kerekes import diagonal, invariance, matrices, stable_solve, toy
 from ntk_analysis.reproduce.kerekes import logistic as logistic_checks
-from ntk_analysis.reproduce.natgrad import sharing, theorem
+from ntk_analysis.reproduce.natgrad import frontier, sharing, theorem
 
 
 class Fault(NamedTuple):
@@ -292,6 +292,15 @@ FAULTS = {
         lambda right: lambda model, x: [*right(model, x), 1e-3 * np.eye(len(x))],
     ),
     "NG-Conv-Expand": Fault("reduce for expand", sharing, "KFAC", instead(KFAC(sharing="reduce"))),
+    "NG-Frontier-Half": Fault(
+        "the other half",
+        frontier,
+        "Foof",
+        lambda right: lambda side: right("units" if side == "inputs" else "inputs"),
+    ),
+    "NG-Frontier-Shampoo": Fault(
+        "half the power", frontier, "Shampoo", lambda right: lambda power: right(power / 2)
+    ),
     "NG-Conv-Unit": Fault("one entry a parameter", sharing, "UnitWise", instead(Diagonal())),
 }
 """By the identifier of the check."""

@@ -1,6 +1,6 @@
-"""Results of this project: the isotropy condition for shared weights, and for EKFAC."""
+"""Results of this project: which Fishers are isotropic, with shared weights and without."""
 
-MODULES = ("theorem", "sharing", "limits", "training", "eigenbasis")
+MODULES = ("theorem", "sharing", "limits", "training", "eigenbasis", "frontier")
 """Modules of this package that register checks."""
 
 ORDER = (
@@ -15,5 +15,7 @@ ORDER = (
     "NG-Conv-Digits",
     "NG-Conv-Training",
     "NG-EKFAC",
+    "NG-Frontier-Half",
+    "NG-Frontier-Shampoo",
 )
 """Identifiers in the order of the page."""

@@ -1,16 +1,18 @@
-"""Small ConvNets on random images, and the coefficient matrix of one layer alone."""
+"""Small networks on random inputs, and the coefficient matrix of one layer alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-from natgrad_flax import ConvNet, Signals, Structure
+from natgrad_flax import MLP, ConvNet, Signals, Structure
+from natgrad_flax.structures.base import dense_layer
 from ntk_analysis.empirical import Matrix, initial_signals
+from ntk_analysis.reproduce.karakida_osawa.figure3 import gaussian_inputs
 
 
 def conv_net(
@@ -59,3 +61,52 @@ def off_diagonal(matrix: Matrix) -> float:
     """The largest entry beside the diagonal, over the largest on it."""
     diagonal = np.diag(matrix)
     return float(np.max(np.abs(matrix - np.diag(diagonal))) / np.max(np.abs(diagonal)))
+
+
+def dense_net(widths: Sequence[int], activation: str, seed: int = 0) -> MLP:
+    """A network without biases whose derivatives neither grow nor shrink with the depth for ReLU.
+
+    Args:
+      widths: M_0, ..., M_L.
+      activation: "relu", with sigma_w^2 = 2, or another, with sigma_w^2 = 1.
+      seed: of the parameters.
+    """
+    variance = 2.0 if activation == "relu" else 1.0
+    return MLP(widths, activation=activation, weight_variance=variance, rngs=nnx.Rngs(seed))
+
+
+def sphere(count: int, features: int, seed: int = 0) -> Matrix:
+    """Gaussian directions of norm sqrt(M_0): pre-activations have the variance sigma_w^2."""
+    return np.sqrt(features) * gaussian_inputs(count, features, seed)
+
+
+class Layer(NamedTuple):
+    """Arrays of one dense layer at N samples and one output.
+
+    Attributes:
+      inputs: a, shape (N, K).
+      derivatives: D, shape (N, M).
+    """
+
+    inputs: Matrix
+    derivatives: Matrix
+
+    @property
+    def grams(self) -> tuple[Matrix, Matrix]:
+        """a a^T and D D^T, both (N, N)."""
+        return self.inputs @ self.inputs.T, self.derivatives @ self.derivatives.T
+
+
+def dense_layers(model: MLP, x: Matrix) -> list[Layer]:
+    """Inputs and derivatives of every layer, float64."""
+    with jax.enable_x64(True):
+        return [
+            Layer(np.asarray(layer.augmented_inputs()), np.asarray(layer.flat_derivatives()))
+            for layer in map(dense_layer, initial_signals(model, x).train.layers)
+        ]
+
+
+def condition_number(matrix: Matrix) -> float:
+    """Largest over smallest eigenvalue of a symmetric positive matrix."""
+    values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    return float(values[-1] / values[0])

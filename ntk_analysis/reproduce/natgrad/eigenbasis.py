@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import jax
 import natgrad_datasets
 import numpy as np
 from flax import nnx
 
 from natgrad_flax import EKFAC, KFAC, MLP
-from natgrad_flax.structures.base import dense_layer
 from ntk_analysis.analytic import analytic_kernels
-from ntk_analysis.empirical import Matrix, initial_signals
+from ntk_analysis.empirical import Matrix
 from ntk_analysis.isotropy import isotropy
-from ntk_analysis.reproduce.natgrad.common import deviation, layer_coefficients
+from ntk_analysis.reproduce.natgrad.common import dense_layers, deviation, layer_coefficients
 from ntk_analysis.reproduce.registry import (
     Measurement,
     Outcome,
@@ -86,12 +84,7 @@ def coefficient_in_eigenbasis(inputs: Matrix, derivatives: Matrix) -> Matrix:
 
 def _formula_error(model: MLP, x: Matrix) -> float:
     """The largest relative difference of a hidden layer."""
-    signals = initial_signals(model, x).train
-    with jax.enable_x64(True):
-        grams = [
-            (np.asarray(layer.input_gram()), np.asarray(layer.derivative_gram()))
-            for layer in map(dense_layer, signals.layers[:-1])
-        ]
+    grams = [layer.grams for layer in dense_layers(model, x)[:-1]]
     found = layer_coefficients(EKFAC(), model, x)[:-1]
     return max(
         float(np.linalg.norm(matrix - formula) / np.linalg.norm(formula))

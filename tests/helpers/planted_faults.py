@@ -32,7 +32,7 @@ from ntk_analysis.reproduce.karakida_osawa import (
 )
 from ntk_analysis.reproduce.kerekes import diagonal, invariance, matrices, stable_solve, toy
 from ntk_analysis.reproduce.kerekes import logistic as logistic_checks
-from ntk_analysis.reproduce.natgrad import frontier, sharing, theorem
+from ntk_analysis.reproduce.natgrad import frontier, frontier_blocks, sharing, theorem
 
 
 class Fault(NamedTuple):
@@ -300,6 +300,12 @@ FAULTS = {
     ),
     "NG-Frontier-Shampoo": Fault(
         "half the power", frontier, "Shampoo", lambda right: lambda power: right(power / 2)
+    ),
+    "NG-Frontier-Projection": Fault(
+        "half the block",
+        frontier_blocks,
+        "UnitBlocks",
+        lambda right: lambda size: right(size // 2),
     ),
     "NG-Conv-Unit": Fault("one entry a parameter", sharing, "UnitWise", instead(Diagonal())),
 }

@@ -1,6 +1,6 @@
 """Results of this project: which Fishers are isotropic, with shared weights and without."""
 
-MODULES = ("theorem", "sharing", "limits", "training", "eigenbasis", "frontier")
+MODULES = ("theorem", "sharing", "limits", "training", "eigenbasis", "frontier", "frontier_blocks")
 """Modules of this package that register checks."""
 
 ORDER = (
@@ -17,5 +17,7 @@ ORDER = (
     "NG-EKFAC",
     "NG-Frontier-Half",
     "NG-Frontier-Shampoo",
+    "NG-Frontier-Projection",
+    "NG-Frontier-Blocks",
 )
 """Identifiers in the order of the page."""

@@ -1,6 +1,16 @@
 """Results of this project: which Fishers are isotropic, with shared weights and without."""
 
-MODULES = ("theorem", "sharing", "limits", "training", "eigenbasis", "frontier", "frontier_blocks")
+MODULES = (
+    "theorem",
+    "sharing",
+    "limits",
+    "training",
+    "eigenbasis",
+    "frontier",
+    "frontier_blocks",
+    "frontier_map",
+    "frontier_training",
+)
 """Modules of this package that register checks."""
 
 ORDER = (
@@ -19,5 +29,7 @@ ORDER = (
     "NG-Frontier-Shampoo",
     "NG-Frontier-Projection",
     "NG-Frontier-Blocks",
+    "NG-Frontier-Map",
+    "NG-Frontier-Training",
 )
 """Identifiers in the order of the page."""

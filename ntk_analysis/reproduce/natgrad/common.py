@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -63,16 +64,25 @@ def off_diagonal(matrix: Matrix) -> float:
     return float(np.max(np.abs(matrix - np.diag(diagonal))) / np.max(np.abs(diagonal)))
 
 
-def dense_net(widths: Sequence[int], activation: str, seed: int = 0) -> MLP:
+def dense_net(
+    widths: Sequence[int], activation: str, seed: int = 0, param_dtype: Any = jnp.float32
+) -> MLP:
     """A network without biases whose derivatives neither grow nor shrink with the depth for ReLU.
 
     Args:
       widths: M_0, ..., M_L.
       activation: "relu", with sigma_w^2 = 2, or another, with sigma_w^2 = 1.
       seed: of the parameters.
+      param_dtype: their precision.
     """
     variance = 2.0 if activation == "relu" else 1.0
-    return MLP(widths, activation=activation, weight_variance=variance, rngs=nnx.Rngs(seed))
+    return MLP(
+        widths,
+        activation=activation,
+        weight_variance=variance,
+        param_dtype=param_dtype,
+        rngs=nnx.Rngs(seed),
+    )
 
 
 def sphere(count: int, features: int, seed: int = 0) -> Matrix:

@@ -345,6 +345,37 @@ def test_figures_of_our_own_results():
     assert [list(line.get_ydata()) for line in axis.lines] == losses["Exact"]
 
 
+def test_figures_of_the_frontier():
+    curves = [{"power": p, "conditions": [2.0, 4.0]} for p in (0.0, 0.25, 0.5, 1.0)]
+    (axis,) = DRAWINGS["NG-Frontier-Shampoo"]({"counts": [24, 96], "curves": curves}).axes
+    dotted = [list(line.get_ydata()) for line in axis.lines if line.get_linewidth() < 1]
+    assert dotted == [[2.0, 8.0], [2.0, 4.0]]
+    curve = {"measured": [3.0, 1.0], "ridge": [2.9, 1.1], "free": [1.05]}
+    data = {"sizes": [1, 64], "samples": 40, "curves": {"relu": curve, "tanh": curve}}
+    for axis in DRAWINGS["NG-Frontier-Blocks"](data).axes:
+        assert [list(line.get_ydata()) for line in axis.lines[:3]] == [[2.9, 1.1], [3, 1], [1.05]]
+    points = [
+        {"name": name, "structure": structure, "stored": stored, "flops": flops, "relu": relu}
+        for name, structure, stored, flops, relu in (
+            ("gradient descent", "GradientDescent", 0, 1.0, 20.0),
+            ("A alone", "Foof", 10, 1.1, 1.3),
+            ("B alone", "Foof", 20, 1.2, 1.4),
+        )
+    ]
+    left, right = DRAWINGS["NG-Frontier-Map"]({"points": points}).axes
+    assert [list(line.get_xdata()) for line in left.lines] == [[1.0], [10, 20]]
+    assert [list(line.get_xdata()) for line in right.lines] == [[1.0], [1.1, 1.2]]
+    assert [text.get_text() for text in left.texts] == ["A", "B"]
+    rows = [
+        {"name": name, "structure": name, "predicted": 1, "measured": steps}
+        for name, steps in (("Exact", 2), ("KFAC", 3), ("Diagonal", 90))
+    ]
+    (axis,) = DRAWINGS["NG-Frontier-Training"]({"rows": {"relu": rows}}).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["Exact", "KFAC", "Diagonal"]
+    shown = {line.get_ydata()[0]: line.get_xdata()[-1] for line in axis.lines}
+    assert shown == {0: 2, 1: 3, 2: 90}
+
+
 # ----- the commands
 
 

@@ -76,7 +76,7 @@ PAPERS = {
         "Our own results",
         "The natgrad project",
         2026,
-        "Which Fisher approximations of convolutional networks are isotropic",
+        "Which Fisher approximations are isotropic, and what they cost",
         "A result of this project",
         own=True,
     ),

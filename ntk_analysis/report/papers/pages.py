@@ -26,6 +26,7 @@ from ntk_analysis.report.papers import (
     kerekes_large,
     kerekes_small,
     natgrad,
+    natgrad_frontier,
     paper_of,
     van_oostrum,
 )
@@ -46,6 +47,7 @@ DRAWINGS: dict[str, Drawing] = {
     **kerekes_large.DRAWINGS,
     **van_oostrum.DRAWINGS,
     **natgrad.DRAWINGS,
+    **natgrad_frontier.DRAWINGS,
 }
 """How the figure of a check is drawn from its data, by identifier."""
 

@@ -50,8 +50,8 @@ _HALVINGS = 100
     "law of free projections, with the edges 1 + t (m - 2) -+ 2 sqrt((m - 1) t (1 - t)), t = b/N "
     "(Marchenko-Pastur for small t).",
     setting="two hidden layers of 60 units, ReLU and tanh, one output, no biases, N = 20 Gaussian "
-    "inputs of 60 features, blocks of 4 or 10 and of 20 inputs, and of 30 and 60 where inputs come "
-    "in pairs; 20 random blocks of 32 columns in 128 dimensions, white and of eigenvalues from 1 "
+    "inputs of 60 features, blocks of 10 and 20 inputs, and inputs that come in pairs; 20 random "
+    "blocks of 32 columns in 128 dimensions, white and of eigenvalues from 1 "
     "to 30; zero damping",
     origin="ours",
     fast=True,
@@ -67,14 +67,14 @@ def projection(report: Report) -> Outcome:
     measurements += _random_blocks()
     report("inputs that come twice")
     twice = np.repeat(sphere(_SAMPLES, _WIDTH // 2), 2, axis=1)
-    beside = {
-        size: off_diagonal(layer_coefficients(UnitBlocks(size), _net("tanh"), twice)[0])
-        for size in (_WIDTH // 2, _WIDTH)
-    }
+    half, whole = (
+        off_diagonal(layer_coefficients(structure, _net("tanh"), twice)[0])
+        for structure in (UnitBlocks(_SAMPLES), UnitWise())
+    )
     name = "inputs twice, layer 1: entries beside the diagonal"
     measurements += [
-        above(f"{name}, blocks of 30, of which 15 differ", beside[_WIDTH // 2], 0.05),
-        below(f"{name}, blocks of 60, of which 30 differ", beside[_WIDTH], 1e-6),
+        above(f"{name}, blocks of N, of which N/2 differ", half, 0.05),
+        below(f"{name}, whole units", whole, 1e-6),
     ]
     return Outcome(tuple(measurements))
 
@@ -88,8 +88,7 @@ def _of_network(activation: str, x: Matrix) -> list[Measurement]:
     layers = dense_layers(model, x)
     measurements: list[Measurement] = []
     found = {
-        size: coefficient_matrix(UnitBlocks(size), model, x)
-        for size in (4 if activation == "tanh" else 10, _SAMPLES)
+        size: coefficient_matrix(UnitBlocks(size), model, x) for size in (_SAMPLES // 2, _SAMPLES)
     }
     for size, matrix in found.items():
         name = f"{activation}, blocks of {size}"

@@ -32,7 +32,13 @@ from ntk_analysis.reproduce.karakida_osawa import (
 )
 from ntk_analysis.reproduce.kerekes import diagonal, invariance, matrices, stable_solve, toy
 from ntk_analysis.reproduce.kerekes import logistic as logistic_checks
-from ntk_analysis.reproduce.natgrad import frontier, frontier_blocks, sharing, theorem
+from ntk_analysis.reproduce.natgrad import (
+    frontier,
+    frontier_blocks,
+    frontier_weights,
+    sharing,
+    theorem,
+)
 
 
 class Fault(NamedTuple):
@@ -300,6 +306,12 @@ FAULTS = {
     ),
     "NG-Frontier-Shampoo": Fault(
         "half the power", frontier, "Shampoo", lambda right: lambda power: right(power / 2)
+    ),
+    "NG-Frontier-Weights": Fault(
+        "one iteration more",
+        frontier_weights,
+        "KFOC",
+        lambda right: lambda iterations: right(iterations + 1),
     ),
     "NG-Frontier-Projection": Fault(
         "half the block",

@@ -8,6 +8,7 @@ MODULES = (
     "eigenbasis",
     "frontier",
     "frontier_blocks",
+    "frontier_weights",
     "frontier_map",
     "frontier_training",
 )
@@ -27,6 +28,7 @@ ORDER = (
     "NG-EKFAC",
     "NG-Frontier-Half",
     "NG-Frontier-Shampoo",
+    "NG-Frontier-Weights",
     "NG-Frontier-Projection",
     "NG-Frontier-Blocks",
     "NG-Frontier-Map",

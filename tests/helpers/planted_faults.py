@@ -34,6 +34,7 @@ from ntk_analysis.reproduce.kerekes import diagonal, invariance, matrices, stabl
 from ntk_analysis.reproduce.kerekes import logistic as logistic_checks
 from ntk_analysis.reproduce.natgrad import (
     frontier,
+    frontier_batches,
     frontier_blocks,
     frontier_weights,
     sharing,
@@ -306,6 +307,14 @@ FAULTS = {
     ),
     "NG-Frontier-Shampoo": Fault(
         "half the power", frontier, "Shampoo", lambda right: lambda power: right(power / 2)
+    ),
+    "NG-Frontier-Batches": Fault(
+        "a ridge",
+        frontier_batches,
+        "pseudo_inverse",
+        lambda right: (
+            lambda matrix, **options: right(matrix + 0.3 * np.eye(len(matrix)), **options)
+        ),
     ),
     "NG-Frontier-Weights": Fault(
         "one iteration more",

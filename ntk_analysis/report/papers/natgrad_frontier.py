@@ -150,6 +150,33 @@ def draw_map(data: dict[str, Any]) -> Figure:
     return figure
 
 
+def draw_batches(data: dict[str, Any]) -> Figure:
+    """Condition number of the mean step against the batch, beside its limits."""
+    figure, axes = panels(1, 1, (6.4, 3.6))
+    axis, sizes, total = axes[0, 0], data["sizes"], data["samples"]
+    for law, name in (
+        ([total / n for n in sizes], r"$N/n$"),
+        ([1 + (total - n) / n**2 for n in sizes], r"$1 + (N - n)/n^2$"),
+    ):
+        axis.plot(sizes, law, color=GREY, linewidth=0.9, linestyle=":")
+        axis.annotate(
+            name, (sizes[0], law[0]), (-8, 0), textcoords="offset points", ha="right",
+            va="center", fontsize="small", color=GREY,
+        )  # fmt: skip
+    for structure, values in data["conditions"].items():
+        style = STYLES[structure]
+        axis.plot(sizes, values, color=style.color, marker=style.marker, label=style.label)
+    _plain_ticks(axis, sizes)
+    axis.set_xlim(sizes[0] * 0.45, sizes[-1] * 1.2)
+    axis.set_yscale("log")
+    axis.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axis.minorticks_off()
+    axis.set_xlabel(f"batch n, of N = {total}")
+    axis.set_ylabel("condition number of the mean step")
+    axis.legend(frameon=False)
+    return figure
+
+
 def draw_training(data: dict[str, Any]) -> Figure:
     """Steps to a thousandth of the loss by structure: predicted hollow, measured filled."""
     figure, axes = panels(1, len(data["rows"]), (9.2, 4.4), sharey=True)
@@ -208,6 +235,7 @@ DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "NG-Frontier-Shampoo": draw_shampoo,
     "NG-Frontier-Blocks": draw_blocks,
     "NG-Frontier-Map": draw_map,
+    "NG-Frontier-Batches": draw_batches,
     "NG-Frontier-Training": draw_training,
 }
 """How the figure of a check is drawn, by identifier."""

@@ -8,6 +8,7 @@ MODULES = (
     "eigenbasis",
     "frontier",
     "frontier_blocks",
+    "frontier_batches",
     "frontier_weights",
     "frontier_map",
     "frontier_training",
@@ -31,6 +32,7 @@ ORDER = (
     "NG-Frontier-Weights",
     "NG-Frontier-Projection",
     "NG-Frontier-Blocks",
+    "NG-Frontier-Batches",
     "NG-Frontier-Map",
     "NG-Frontier-Training",
 )

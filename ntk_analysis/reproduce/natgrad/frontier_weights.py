@@ -24,12 +24,12 @@ _SAMPLES, _WIDTHS, _ITERATIONS = 24, (64, 1024), 20
     "Only K-FAC weighs all samples alike: the nearest Kronecker product does not",
     claim="For factors A = sum_n w_n a_n a_n^T / N and B = sum_n v_n D_n D_n^T / N with any "
     "positive weights, one output and ranks N, Theta-bar_l = diag(N / (w_n v_n)), and so a "
-    "Kronecker product is isotropic where w_n v_n is constant. K-FAC has w = v = 1; Shampoo with "
-    "p = 1 w = |D_n|^2, v = |a_n|^2; KFOC, whose product is the nearest to the Fisher block in "
-    "Frobenius norm, the leading eigenvectors of (K o K)(Q o Q) and (Q o Q)(K o K), with K = D D^T, "
-    "Q = a a^T and entrywise squares. These are constant only where the rows of the squared "
-    "kernels have equal sums. At finite width eigenvectors enlarge what differs between samples, "
-    "most in the first layer, whose inputs are nearly orthogonal; more iterations do not help.",
+    "Kronecker product is isotropic where w_n v_n is constant. K-FAC has w = v = 1, Shampoo with "
+    "p = 1 has w = |D_n|^2 and v = |a_n|^2, and KFOC, whose product is the nearest to the Fisher "
+    "block in Frobenius norm, the leading eigenvectors of (K o K)(Q o Q) and (Q o Q)(K o K), with "
+    "K = D D^T, Q = a a^T and entrywise squares. These are constant only where the rows of the "
+    "squared kernels have equal sums. At finite width eigenvectors enlarge what differs between "
+    "samples, most in the first layer, whose inputs are nearly orthogonal; more iterations do not help.",
     setting="two hidden layers of 64 and 1024 units, ReLU, one output, no biases, N = 24 Gaussian "
     "inputs of 64 features and norm 8; hidden layers; 1 and 20 iterations; kernels of infinite "
     "width, of 96 inputs of 4096 features, too; zero damping",

@@ -167,7 +167,7 @@ def draw_batches(data: dict[str, Any]) -> Figure:
         style = STYLES[structure]
         axis.plot(sizes, values, color=style.color, marker=style.marker, label=style.label)
     _plain_ticks(axis, sizes)
-    axis.set_xlim(sizes[0] * 0.45, sizes[-1] * 1.2)
+    axis.set_xlim(sizes[0] * 0.55, sizes[-1] * 1.2)
     axis.set_yscale("log")
     axis.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axis.minorticks_off()

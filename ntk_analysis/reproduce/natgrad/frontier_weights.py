@@ -29,7 +29,8 @@ _SAMPLES, _WIDTHS, _ITERATIONS = 24, (64, 1024), 20
     "block in Frobenius norm, the leading eigenvectors of (K o K)(Q o Q) and (Q o Q)(K o K), with "
     "K = D D^T, Q = a a^T and entrywise squares. These are constant only where the rows of the "
     "squared kernels have equal sums. At finite width eigenvectors enlarge what differs between "
-    "samples, most in the first layer, whose inputs are nearly orthogonal; more iterations do not help.",
+    "samples, most in the first layer, whose inputs are nearly orthogonal; more iterations do not "
+    "help.",
     setting="two hidden layers of 64 and 1024 units, ReLU, one output, no biases, N = 24 Gaussian "
     "inputs of 64 features and norm 8; hidden layers; 1 and 20 iterations; kernels of infinite "
     "width, of 96 inputs of 4096 features, too; zero damping",

@@ -48,10 +48,11 @@ COUNTS = (24, 96, 384)
     "limit |D_n|^2 tends to B_l(x_n, x_n), a function of |x_n| alone, for ReLU to 1. So FOOF is "
     "isotropic there with alpha = sum_l B_l(x, x), for ReLU L as for the block-diagonal Fisher: "
     "for any inputs with ReLU, for inputs of equal norm with other activations. At width M the "
-    "diagonal spreads by 1 / sqrt(M). The mirror has one larger eigenvalue at any width.",
-    setting="two hidden layers of width 64 and 576, ReLU and tanh, one output, no biases, N = 24 "
-    "Gaussian inputs of 64 features and norm 8, four seeds; kernels of infinite width; 16 features "
-    "for a rank below N; norms from 1 to 24; zero damping",
+    "diagonal spreads by 1 / sqrt(M). The mirror has one larger eigenvalue at any width. With C "
+    "outputs FOOF keeps blocks D_n D_n^T of single samples, which tend to multiples of I.",
+    setting="two hidden layers of width 64 and 576, ReLU and tanh, one output (and three), no "
+    "biases, N = 24 Gaussian inputs of 64 features and norm 8, four seeds; kernels of infinite "
+    "width; 16 features for a rank below N; norms from 1 to 24; zero damping",
     origin="ours",
     fast=True,
 )
@@ -64,6 +65,8 @@ def half(report: Report) -> Outcome:
         measurements += _diagonals(activation, x)
     report("infinite width")
     measurements += _limits(x)
+    report("three outputs")
+    measurements += _outputs(x)
     report("inputs of a rank below N")
     measurements += _low_rank()
     report("inputs of other norms")
@@ -155,6 +158,27 @@ def _limits(x: Matrix) -> list[Measurement]:
                 between(f"{name}, B alone: condition number", mirror, 1.1, 1.6),
             ]
     return measurements
+
+
+def _outputs(x: Matrix) -> list[Measurement]:
+    """Blocks of samples with three outputs, at both widths."""
+    own = np.kron(np.eye(_SAMPLES), np.ones((3, 3))) > 0
+    beside = []
+    for width in _WIDTHS:
+        model = dense_net((_FEATURES, width, width, 3), "tanh")
+        found = coefficient_matrix(Foof("inputs"), model, x)
+        beside.append(off_diagonal(found))
+    samples = np.max(np.abs(found[~own])) / np.max(found)
+    return [
+        below("tanh, three outputs, A alone: entries between samples", samples, _EXACT),
+        below("tanh, three outputs, A alone, M = 576: entries between outputs", beside[1], 0.15),
+        between(
+            "tanh, three outputs, A alone: these, M = 64 over M = 576",
+            beside[0] / beside[1],
+            1.5,
+            7,
+        ),
+    ]
 
 
 def _low_rank() -> list[Measurement]:

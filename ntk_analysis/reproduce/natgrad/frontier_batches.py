@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from natgrad_flax import KFAC, Exact, Foof, Structure
 from ntk_analysis.coefficient import coefficient_matrix
@@ -24,7 +25,9 @@ from ntk_analysis.reproduce.ruler import pseudo_inverse, relative_error
 
 Pairs = Sequence[tuple[Matrix, Matrix]]
 """a a^T and D D^T, or Q_l and B_l, of every layer, all (N, N); the last one's D is 1."""
-Step = Callable[[Pairs, Matrix], Matrix]
+Batch = NDArray[np.int64]
+"""The numbers of n samples."""
+Step = Callable[[Pairs, Batch], Matrix]
 
 _SAMPLES, _FEATURES, _EPOCHS = 96, 4096, 40
 SIZES = (4, 8, 16, 32)
@@ -109,7 +112,7 @@ def _formulas() -> list[Measurement]:
     ]
 
 
-def regression(kernel: Matrix, batch: Matrix) -> Matrix:
+def regression(kernel: Matrix, batch: Batch) -> Matrix:
     """k(x, S) k(S, S)^+ of all N samples, shape (N, n); D of the last layer has rank 1."""
     inside = kernel[np.ix_(batch, batch)]
     result: Matrix = kernel[:, batch] @ pseudo_inverse(inside, symmetric=True)
@@ -120,18 +123,18 @@ def _tangent(pairs: Pairs) -> Matrix:
     return sum((q * b for q, b in pairs), start=np.zeros_like(pairs[0][0]))
 
 
-def exact_step(pairs: Pairs, batch: Matrix) -> Matrix:
+def exact_step(pairs: Pairs, batch: Batch) -> Matrix:
     """Theta-bar(x, S) of the exact Fisher of a batch."""
     return regression(_tangent(pairs), batch)
 
 
-def kfac_step(pairs: Pairs, batch: Matrix) -> Matrix:
+def kfac_step(pairs: Pairs, batch: Batch) -> Matrix:
     """That of K-FAC."""
     steps = [len(batch) * regression(q, batch) * regression(b, batch) for q, b in pairs]
     return sum(steps, start=np.zeros_like(steps[0]))
 
 
-def foof_step(pairs: Pairs, batch: Matrix) -> Matrix:
+def foof_step(pairs: Pairs, batch: Batch) -> Matrix:
     """That of A^-1 alone."""
     steps = [regression(q, batch) * b[:, batch] for q, b in pairs]
     return sum(steps, start=np.zeros_like(steps[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def _of_network(activation: str, x: Matrix) -> list[Measurement]:
             between(f"{name}: this sum over that of min(b, active)", ranks / bound, 0.99, 1.0),
         ]
         if size < _SAMPLES:
-            ridge = sum(expected_blocks(layer, size) for layer in layers)
+            ridge = _expected(layers, size)
             measurements.append(
                 between(
                     f"{name}: condition number over that of the ridge",
@@ -157,6 +158,12 @@ def expected_blocks(layer: Layer, size: int) -> Matrix:
     shares = sum(sizes.count(b) * ridge_shares(values, b) for b in set(sizes))
     result: Matrix = np.einsum("inp,ip,imp->nm", vectors, shares, vectors, optimize=True)
     return result
+
+
+def _expected(layers: Sequence[Layer], size: int) -> Matrix:
+    """Of all layers."""
+    parts = [expected_blocks(layer, size) for layer in layers]
+    return sum(parts, start=np.zeros_like(parts[0]))
 
 
 def ridge_shares(values: Matrix, size: int) -> Matrix:
@@ -257,7 +264,7 @@ def blocks(report: Report) -> Outcome:
             for size in SIZES:
                 report(f"{activation}, seed {seed}, blocks of {size}")
                 rows[0].append(condition_number(coefficient_matrix(UnitBlocks(size), model, x)))
-                rows[1].append(condition_number(sum(expected_blocks(a, size) for a in layers)))
+                rows[1].append(condition_number(_expected(layers, size)))
             found.append(rows[0])
             ridge.append(rows[1])
         measured, expected = np.mean(found, axis=0), np.mean(ridge, axis=0)

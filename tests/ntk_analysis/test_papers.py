@@ -165,7 +165,9 @@ def test_summary_counts(written):
     for kind, names in {
         "misprint": ["KO-Eq9", "KO-Eq20"],
         "too general": ["KO-Lem4.3", "KO-Thm5.1"],
-        "depends on solver or setting": ["KO-Fig1b-left", "KO-Fig1b-right"],
+        "depends on solver or setting": [
+            f"KO-Fig{figure}" for figure in ("1b-left", "1b-right", "2-left", "2-left-small")
+        ],
         "misread by us": ["KO-Forster"],
     }.items():
         (line,) = re.findall(f"<li><b>{kind}</b>.*?</li>", found.html)

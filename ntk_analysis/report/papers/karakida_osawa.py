@@ -141,7 +141,7 @@ def draw_figure_1b_right(data: dict[str, Any]) -> Figure:
     left.plot(data["steps"], [start * 0.25**t for t in data["steps"]], color=GREY, linewidth=1,
               label=r"$0.25^t\,loss_0$", zorder=1)  # fmt: skip
     _finish_losses(left, 1e-9, _TOP)
-    left.set_title(f"$L = 5$, float32, $M = {width}$ (the paper: 4096)", loc="left")
+    left.set_title(f"$L = 5$, float32, $M = {width}$", loc="left")
     left.legend(loc="upper right", frameon=True, fontsize="small", ncols=2)
 
     _radius(right, data["radii"])
@@ -175,7 +175,7 @@ def draw_figure_2(data: dict[str, Any]) -> Figure:
     axis = axes[0, 0]
     table = data["accuracy"]
     for place, (name, accuracy) in enumerate(table.items()):
-        style = _style(name)
+        style = _style(name.split(",")[0])
         mean, std = 100 * accuracy["mean"], 100 * accuracy["std"]
         axis.errorbar(
             place, mean, yerr=std, fmt=style.marker, color=style.color, capsize=5, markersize=9
@@ -184,7 +184,9 @@ def draw_figure_2(data: dict[str, Any]) -> Figure:
             f"{mean:.2f}", (place, mean), (10, 0), textcoords="offset points", va="center",
             fontsize="small",
         )  # fmt: skip
-    axis.set_xticks(range(len(table)), [_style(name).label for name in table])
+    names = [name.split(",") for name in table]
+    labels = ["\n".join([_style(name).label, *more]) for name, *more in names]
+    axis.set_xticks(range(len(table)), labels)
     axis.set_xlim(-0.5, len(table) - 0.3)
     means = [100 * accuracy["mean"] for accuracy in table.values()]
     # a scale on which one point of accuracy can be seen, however close the means are
@@ -225,7 +227,7 @@ def draw_unit_wise(data: dict[str, Any]) -> Figure:
     for curve, ink in zip(shown, INKS, strict=False):
         name = "ReLU" if curve["activation"] == "relu" else "tanh"
         label = rf"{name}, $\rho =$ {_typeset(curve['damping'])}"
-        _losses(left, curve["network"], curve["network"], ink, label=label)
+        _losses(left, curve["network"], None, ink._replace(dash=" "), label=label)
     _finish_losses(left)
     left.set_title(r"$\eta = 0.5\,/\,\alpha$, $M = 1024$. Grey: Eq. 24", loc="left")
     left.legend(frameon=True, fontsize="small", loc="lower left")
@@ -235,8 +237,9 @@ def draw_unit_wise(data: dict[str, Any]) -> Figure:
     ):
         label = name if name == "tangent kernel" else rf"$\rho =$ {_typeset(name)}"
         right.plot(
-            widths, values, ink.dash, color=ink.color, marker=ink.marker, markersize=7, label=label
-        )
+            widths, values, ink.dash, color=ink.color, marker=ink.marker, markersize=7, label=label,
+            **({} if ink.marker else {"linewidth": 7, "alpha": 0.4}),
+        )  # fmt: skip
     right.set_xscale("log", base=2)
     right.set_yscale("log")
     right.set_ylim(0.8, 3000)
@@ -244,6 +247,19 @@ def draw_unit_wise(data: dict[str, Any]) -> Figure:
     right.set_xlabel("width $M$")
     right.set_title(r"condition number of $\bar\Theta$, tanh, $N = 30$", loc="left")
     right.legend(frameon=True, fontsize="small", loc="upper left", ncols=2)
+    return figure
+
+
+def draw_margins(data: dict[str, Any]) -> Figure:
+    """Margins of some samples of a network as markers, on the lines of the law."""
+    figure, axes = panels(1, 1, (6.4, 3.6))
+    axis = axes[0, 0]
+    for curve, ink in zip(data["curves"], INKS, strict=False):
+        axis.plot(data["time"], curve["theory"], "-", color=ink.color, linewidth=1.6)
+        axis.plot(data["time"], curve["network"], ink.marker, color=ink.color, markersize=6)
+    axis.set_xlabel("time $t$")
+    axis.set_ylabel("margin $z$ of a sample")
+    axis.set_title(r"Lines: $e^z + 1 = e^t (e^{z(0)} + 1)$. Markers: network", loc="left")
     return figure
 
 
@@ -339,10 +355,13 @@ DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "KO-Fig1b-left": draw_figure_1b_left,
     "KO-Fig1b-right": draw_figure_1b_right,
     "KO-Fig2-left": draw_figure_2,
+    "KO-Fig2-left-small": draw_figure_2,
     "KO-Fig2-center": draw_figure_2,
     "KO-Fig2-right": draw_figure_2,
     "KO-Fig2-kfac": draw_figure_2,
     "KO-Thm5.1-training": draw_unit_wise,
     "KO-Fig3": draw_figure_3,
+    "KO-SecD": draw_margins,
+    "KO-SecD-wide": draw_margins,
 }
 """How the figure of a check is drawn, by identifier."""

@@ -276,8 +276,9 @@ def run_figure_1b_right(report: Report) -> Outcome:
         dampings = _DRAWN if width == PAPER_WIDTH else (0.0, *_RIGHT_DAMPINGS)
         found = {rho: run("elimination", five, rho) for rho in dampings}
         low, harmless = 1e-12, [found[rho] for rho in (0.0, *_HARMLESS) if rho in found]
+        those = "1e-8" if width == PAPER_WIDTH else "1e-9 to 1e-6"
         measurements += [
-            follows(f"L = 5, M = {width}, elimination, rho = 0 and 1e-9 to 1e-6", harmless),
+            follows(f"L = 5, M = {width}, elimination, rho = 0 and {those}", harmless),
             explodes(f"L = 5, M = {width}, elimination, rho = {low:g}", found[low]),
             follows(
                 f"L = 4, M = {width}, elimination, rho = {low:g}", [run("elimination", four, low)]

@@ -293,8 +293,8 @@ def test_figure_1a_shows_theory_and_network():
     data = committed()["KO-Fig1a"]["data"]
     (axis,) = DRAWINGS["KO-Fig1a"](data).axes
     theory, network = axis.lines[0::2], axis.lines[1::2]
-    assert len(theory) == len(network) == len(data["curves"])
-    for curve, line, markers in zip(data["curves"], theory, network, strict=True):
+    first = [curve for curve in data["curves"] if curve["seed"] == 0]
+    for curve, line, markers in zip(first, theory, network, strict=True):
         shown = [y for y in markers.get_ydata() if y == y]
         assert shown == [y for y in curve["network"] if y > 1e-10]
         assert line.get_ydata()[0] == curve["theory"][0]

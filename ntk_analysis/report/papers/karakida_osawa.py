@@ -171,7 +171,7 @@ def draw_figure_1b_right(data: dict[str, Any]) -> Figure:
 
 def draw_figure_2(data: dict[str, Any]) -> Figure:
     """Test accuracy by structure: mean and standard deviation over initialisations."""
-    figure, axes = panels(1, 1, (6.6, 3.4))
+    figure, axes = panels(1, 1, (7.6, 3.4))
     axis = axes[0, 0]
     table = data["accuracy"]
     for place, (name, accuracy) in enumerate(table.items()):
@@ -245,7 +245,8 @@ def draw_unit_wise(data: dict[str, Any]) -> Figure:
     right.set_ylim(0.8, 3000)
     right.set_xticks(widths, [str(width) for width in widths])
     right.set_xlabel("width $M$")
-    right.set_title(r"condition number of $\bar\Theta$, tanh, $N = 30$", loc="left")
+    right.set_ylabel(r"condition number of $\bar\Theta$")
+    right.set_title("tanh, $N = 30$", loc="left")
     right.legend(frameon=True, fontsize="small", loc="upper left", ncols=2)
     return figure
 
@@ -361,7 +362,6 @@ DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "KO-Fig2-kfac": draw_figure_2,
     "KO-Thm5.1-training": draw_unit_wise,
     "KO-Fig3": draw_figure_3,
-    "KO-SecD": draw_margins,
     "KO-SecD-wide": draw_margins,
 }
 """How the figure of a check is drawn, by identifier."""

@@ -164,7 +164,7 @@ clean: ## removes what make made; benchmark results stay
 	@touch $@
 
 .venv/.run: .venv/.uv pyproject.toml
-	$(UV) pip install --quiet --python $(BIN)/python -e .
+	$(UV) pip install --quiet --python $(BIN)/python -e '.[report,neural-tangents]'
 	@touch $@
 
 .venv/.dev: .venv/.uv pyproject.toml

@@ -4,6 +4,8 @@ The one idea: a forward pass and a batched backward pass give the per-layer sign
 every Fisher structure is a small formula over them. No Jacobian is ever built.
 """
 
+from importlib.metadata import version
+
 from natgrad_flax.costs.describe import describe
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, SmallDampingWarning
 from natgrad_flax.losses import (
@@ -107,5 +109,7 @@ __all__ = [
     "natural_gradient_descent",
     "optimal_learning_rate",
 ]
+
+__version__ = version("natgrad")
 
 avoid_faulty_fusions()

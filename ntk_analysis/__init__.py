@@ -3,6 +3,7 @@
 Stands on ``natgrad_flax``. All theory is computed in float64, whatever the precision of the model.
 """
 
+import ntk_analysis._requirements  # noqa: F401 - before what needs them
 from natgrad_flax.arguments.renamed import renamed_names
 from ntk_analysis.analytic import AnalyticKernels, analytic_kernels, analytic_layer_kernels
 from ntk_analysis.coefficient import coefficient_matrix

@@ -38,6 +38,7 @@ def network_flow(model: MLP, data: Dataset) -> Matrix:
     """
     graphdef, state = nnx.split(model)
     x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
+    targets = np.asarray(data.y_train, np.float64)
     structure, loss = Exact(), SoftmaxCrossEntropy()
 
     @jax.jit
@@ -58,10 +59,10 @@ def network_flow(model: MLP, data: Dataset) -> Matrix:
             lambda p, a, b, c, d: p - _STEP / 6 * (a + 2 * b + 2 * c + d), at, *slopes
         )
 
-    found = [margins(np.asarray(outputs(state), np.float64), data.y_train)]
+    found = [margins(np.asarray(outputs(state), np.float64), targets)]
     for _ in range(round(_TIME / _STEP)):
         state = step(state)
-        found.append(margins(np.asarray(outputs(state), np.float64), data.y_train))
+        found.append(margins(np.asarray(outputs(state), np.float64), targets))
     return np.stack(found)
 
 

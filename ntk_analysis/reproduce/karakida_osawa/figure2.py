@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import scipy.linalg
 from flax import nnx
 from natgrad_datasets import Dataset, forster_transform
+from numpy.typing import NDArray
 
 from natgrad_flax import KFAC, MLP, BlockDiagonal, BlockTriDiagonal, Exact, Structure
 from ntk_analysis.coefficient import analytic_signals
@@ -119,15 +118,15 @@ def accuracies(
 
 
 def smaller(data: Dataset) -> Dataset:
-    """Colour images (32, 32, 3) averaged over squares of four pixels, standardised again."""
+    """Colour images (32, 32, 3) averaged over squares of four pixels, centred and scaled again."""
 
-    def averaged(x: Matrix) -> Matrix:
-        return x.reshape(len(x), 16, 2, 16, 2, 3).mean(axis=(2, 4)).reshape(len(x), -1)
+    def averaged(x: NDArray[Any]) -> Matrix:
+        squares = np.asarray(x, np.float64).reshape(len(x), 16, 2, 16, 2, 3)
+        return squares.mean(axis=(2, 4)).reshape(len(x), -1)
 
     x_train, x_test = averaged(data.x_train), averaged(data.x_test)
-    mean, std = x_train.mean(), x_train.std()
-    inputs = (unit_rows((x - mean) / std) for x in (x_train, x_test))
-    return replace(data, **dict(zip(("x_train", "x_test"), inputs, strict=True)))
+    mean = x_train.mean()
+    return replace(data, x_train=unit_rows(x_train - mean), x_test=unit_rows(x_test - mean))
 
 
 def weighted(kernels: list[tuple[Matrix, Matrix]], weights: tuple[float, ...]) -> Matrix:
@@ -166,9 +165,8 @@ def figure_2_left(report: Report) -> Outcome:
     """KO-Fig2, left panel, at the paper's N and M_0."""
     data = images("cifar10", _ALL, _BATCH, 2000, "float64")
     vehicles = np.isin(np.arange(10), (0, 1, 8, 9)) - 0.5
-    targets = {"y_train": data.labels_train, "y_test": data.labels_test}
-    halves = {name: vehicles[labels][:, None] for name, labels in targets.items()}
-    return _left(replace(data, **halves), report)
+    train, test = (vehicles[labels][:, None] for labels in (data.labels_train, data.labels_test))
+    return _left(replace(data, y_train=train, y_test=test), report)
 
 
 @check(
@@ -193,16 +191,13 @@ def figure_2_left_small(report: Report) -> Outcome:
 
 def _left(data: Dataset, report: Report) -> Outcome:
     """Accuracies on images as they are, and with K-FAC on those of the Forster transform."""
-    began = time.perf_counter()
     report("Forster transform")
     fitted = forster_transform(data.x_train, data.x_test, tolerance=1e-3)
     assert fitted.x_test is not None
     isotropic = replace(data, x_train=fitted.x_train, x_test=fitted.x_test)
     found = accuracies(data, _LAYER_WISE, report)
     after = accuracies(isotropic, {"exact": Exact(), "kfac": KFAC()}, report)
-    outcome = _outcome(
-        data, found, {**_LAYER_WISE, "kfac": KFAC()}, began, largest_std=0.01, low=0.7, high=0.95
-    )
+    outcome = _outcome(data, found, largest_std=0.01, low=0.7, high=0.95)
     exact, kfac = (accuracy.mean for accuracy in after)
     table = outcome.data["accuracy"]
     for name, accuracy in zip(("exact, Forster", "kfac, Forster"), after, strict=True):
@@ -268,7 +263,9 @@ def _written_out(data: Dataset, report: Report) -> list[Measurement]:
 def figure_2_center(report: Report) -> Outcome:
     """KO-Fig2, center panel."""
     data = images("mnist", _ALL, _BATCH, _BATCH, "float64")
-    return _measured(data, _LAYER_WISE, report, largest_std=0.005, low=0.96, high=0.985)
+    return _outcome(
+        data, accuracies(data, _LAYER_WISE, report), largest_std=0.005, low=0.96, high=0.985
+    )
 
 
 @check(
@@ -285,7 +282,9 @@ def figure_2_center(report: Report) -> Outcome:
 def figure_2_right(report: Report) -> Outcome:
     """KO-Fig2, right panel."""
     data = images("cifar10", _ALL, _BATCH, _BATCH, "float64")
-    found = _measured(data, _LAYER_WISE, report, largest_std=0.005, low=0.42, high=0.55)
+    found = _outcome(
+        data, accuracies(data, _LAYER_WISE, report), largest_std=0.005, low=0.42, high=0.55
+    )
     table = found.data["accuracy"]
     exact = table["exact"]
     varies = max(
@@ -311,28 +310,14 @@ def figure_2_kfac(report: Report) -> Outcome:
     """KO-Fig2 with K-FAC on MNIST."""
     data = images("mnist", _ALL, 4000, _BATCH, "float64")
     structures: dict[str, Structure] = {**_LAYER_WISE, "kfac": KFAC()}
-    return _measured(data, structures, report, largest_std=0.005, low=0.955, high=0.975)
-
-
-def _measured(
-    data: Dataset, structures: dict[str, Structure], report: Report, **bounds: float
-) -> Outcome:
-    began = time.perf_counter()
-    found = accuracies(data, structures, report)
-    return _outcome(data, found, structures, began, **bounds)
+    return _outcome(
+        data, accuracies(data, structures, report), largest_std=0.005, low=0.955, high=0.975
+    )
 
 
 def _outcome(
-    data: Dataset,
-    found: list[Accuracy],
-    structures: dict[str, Structure],
-    began: float,
-    *,
-    largest_std: float,
-    low: float,
-    high: float,
+    data: Dataset, found: list[Accuracy], *, largest_std: float, low: float, high: float
 ) -> Outcome:
-    seconds = time.perf_counter() - began
     exact = found[0]
     measurements: list[Measurement] = [between("accuracy of exact", exact.mean, low, high)]
     for accuracy in found:
@@ -349,42 +334,17 @@ def _outcome(
         measurements.append(
             below(f"accuracy of {accuracy.name}, std over seeds", accuracy.std, largest_std)
         )
-    n, test = data.num_train, data.num_test
-    floor = _flops(structures, n, test, data.output_dim)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     table: dict[str, Any] = {a.name: {"mean": a.mean, "std": a.std} for a in found}
-    notes = [
-        "accuracy, mean ± std over 10 initialisations: "
+    notes = (
+        f"N = {data.num_train}, N' = {data.num_test}, {data.input_dim} inputs; accuracy, mean ± std "
+        "over 10 initialisations: "
         + ", ".join(f"{a.name} {100 * a.mean:.2f} ± {100 * a.std:.2f} %" for a in found),
-        f"N = {n}, N' = {test}, {data.input_dim} inputs: {seconds:.0f} s in all, peak memory of "
-        f"the process {peak:.1f} GiB; floor of factorisations, right-hand sides and forward "
-        f"passes {floor / 1e12:.2f} Tflop",
         *data.notes,
-    ]
+    )
     shown = {
         "data": data.name,
-        "num_train": n,
-        "num_test": test,
+        "num_train": data.num_train,
+        "num_test": data.num_test,
         "accuracy": table,
-        "seconds": seconds,
-        "peak_gib": peak,
-        "floor_tflop": floor / 1e12,
     }
-    return Outcome(tuple(measurements), shown, tuple(notes))
-
-
-def _flops(structures: dict[str, Structure], n: int, test: int, outputs: int) -> float:
-    """Leading flops: a Cholesky factorisation a kernel, its right-hand sides, and the networks."""
-    columns = outputs * (1 + _INITIALISATIONS)
-    total = _INITIALISATIONS * (n + test) * 2.0 * _WIDTH**2
-    for structure in structures.values():
-        if "derivatives" in structure.limit_kernels:
-            # two Gram matrices a hidden layer, and the inputs of the last; N' right-hand sides
-            total += (2 * _DEPTH - 1) * (n**3 / 3 + 2 * n**2 * test)
-            continue
-        sigma = structure.coupling(_DEPTH)
-        # a layer counts where its entry of Sigma^+ 1 is not 0
-        weights = np.ones(1) if sigma is None else np.linalg.pinv(sigma, hermitian=True).sum(axis=1)
-        systems = int(np.count_nonzero(np.abs(weights) > 1e-12))
-        total += systems * (n**3 / 3 + 2 * (n**2 + n * test) * columns)
-    return total
+    return Outcome(tuple(measurements), shown, notes)

@@ -336,8 +336,8 @@ def _outcome(
         )
     table: dict[str, Any] = {a.name: {"mean": a.mean, "std": a.std} for a in found}
     notes = (
-        f"N = {data.num_train}, N' = {data.num_test}, {data.input_dim} inputs; accuracy, mean ± std "
-        "over 10 initialisations: "
+        f"N = {data.num_train}, N' = {data.num_test}, {data.input_dim} inputs; accuracy over 10 "
+        "initialisations, mean ± std: "
         + ", ".join(f"{a.name} {100 * a.mean:.2f} ± {100 * a.std:.2f} %" for a in found),
         *data.notes,
     )

@@ -116,7 +116,7 @@ def run_margins(report: Report) -> Outcome:
         {"time": times.tolist(), "curves": curves},
         (
             "ReLU networks fall behind by about 5 % by t = 1, for widths of 64 to 1024, steps of "
-            "0.0125 to 0.1, in float32 and float64: the right side of their flow jumps at kinks.",
+            "0.0125 to 0.1, in float32 and float64. Their flow jumps at kinks, which may be why.",
         ),
     )
 

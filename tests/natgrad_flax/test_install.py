@@ -1,5 +1,6 @@
 """natgrad without its extras: the library works, the rest says in one sentence what to install."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -71,3 +72,16 @@ def test_the_version_stands_in_one_place() -> None:
     project = Path(__file__).parents[2] / "pyproject.toml"
     stated = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
     assert ng.__version__ == stated == version("natgrad")
+
+
+def test_what_stands_beside_the_sources_says_the_same() -> None:
+    """CITATION.cff has the version, and workflows call what make has."""
+    root = Path(__file__).parents[2]
+    assert f"\nversion: {ng.__version__}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")
+    known = set(re.findall(r"^([a-z0-9-]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    files = sorted((root / ".github" / "workflows").glob("*.yml"))
+    called = [
+        re.findall(r"\bmake ([a-z0-9-]+)", file.read_text(encoding="utf-8")) for file in files
+    ]
+    assert len(files) == len(list(filter(None, called)))
+    assert {target for targets in called for target in targets} <= known

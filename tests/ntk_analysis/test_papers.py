@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from html_page import Page
 from typer.testing import CliRunner
@@ -165,7 +166,9 @@ def test_summary_counts(written):
     for kind, names in {
         "misprint": ["KO-Eq9", "KO-Eq20"],
         "too general": ["KO-Lem4.3", "KO-Thm5.1"],
-        "depends on solver or setting": ["KO-Fig1b-left", "KO-Fig1b-right"],
+        "depends on solver or setting": [
+            f"KO-Fig{figure}" for figure in ("1b-left", "1b-right", "2-left", "2-left-small")
+        ],
         "misread by us": ["KO-Forster"],
     }.items():
         (line,) = re.findall(f"<li><b>{kind}</b>.*?</li>", found.html)
@@ -291,8 +294,8 @@ def test_figure_1a_shows_theory_and_network():
     data = committed()["KO-Fig1a"]["data"]
     (axis,) = DRAWINGS["KO-Fig1a"](data).axes
     theory, network = axis.lines[0::2], axis.lines[1::2]
-    assert len(theory) == len(network) == len(data["curves"])
-    for curve, line, markers in zip(data["curves"], theory, network, strict=True):
+    first = [curve for curve in data["curves"] if curve["seed"] == 0]
+    for curve, line, markers in zip(first, theory, network, strict=True):
         shown = [y for y in markers.get_ydata() if y == y]
         assert shown == [y for y in curve["network"] if y > 1e-10]
         assert line.get_ydata()[0] == curve["theory"][0]
@@ -302,8 +305,8 @@ def test_figure_1a_shows_theory_and_network():
 def test_figure_1b_shows_what_explodes():
     data = committed()["KO-Fig1b-right"]["data"]
     left, right = DRAWINGS["KO-Fig1b-right"](data).axes
-    top = left.get_ylim()[1]
-    exploding = [line for line in left.lines if (line.get_ydata() > top).any()]
+    drawn = [np.asarray(line.get_ydata()) for line in left.lines[0::2]]
+    exploding = [losses for losses in drawn if np.nanmax(losses) > 100 * losses[0]]
     assert len(exploding) == 1
     double = next(c for c in data["curves"] if c["precision"] == "float64")["damping"]
     label = next(line for line in right.lines if "float64" in str(line.get_label()))

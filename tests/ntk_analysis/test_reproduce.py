@@ -265,7 +265,8 @@ def test_list():
     assert "KO-Thm4.1" in fast
     assert "KO-Thm5.1-training" not in fast
     drawn = natgrad("--list", "--paper", "vo", "--figures").stdout
-    assert [c.identifier for c in CHECKS if c.identifier in drawn] == ["VO-Ex1", "VO-Ex2", "VO-A3"]
+    shown = ["VO-Eq2", "VO-Thm2", "VO-Ex1", "VO-Ex2", "VO-Sec3.2", "VO-A3"]
+    assert [c.identifier for c in CHECKS if c.identifier in drawn] == shown
 
 
 def test_seconds_are_those_of_the_newest_finished_record(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -335,7 +334,7 @@ def arrows_of(figure):
 
 
 def test_spaces_of_van_oostrum(x64):
-    data = plain(json.loads(json.dumps(picture(), default=np.ndarray.tolist)))
+    data = plain(picture())
     model, xi = data["model"], data["xi"]
     for identifier, count in (("VO-Eq2", 2), ("VO-Thm2", 2), ("VO-Sec3.2", 5)):
         figure = DRAWINGS[identifier](data)

@@ -14,7 +14,7 @@ from natgrad_datasets.linear_teacher import LINEAR_TEACHER_SETTINGS
 from natgrad_flax.linear import online_natural_gradient_descent
 from ntk_analysis.report.papers.bernacchia import DRAWINGS
 from ntk_analysis.reproduce import MissingDataError, find_checks
-from ntk_analysis.reproduce.bernacchia import autoencoder, teachers, training
+from ntk_analysis.reproduce.bernacchia import autoencoder, costs, teachers, training
 from ntk_analysis.results import plain
 
 RNG = np.random.default_rng(0)
@@ -257,6 +257,23 @@ def test_missing_mnist_is_said(tmp_path, monkeypatch):
     (check,) = find_checks(["BE-Fig1D"])
     with pytest.raises(MissingDataError, match="this check needs MNIST"):
         check.run(silent)
+
+
+# ----- costs
+
+
+def test_flops_of_the_variants_and_their_drawing():
+    counted = costs.flops(32)
+    assert counted[costs.EIGHT] > counted[costs.ONE] > counted[costs.LAGGING] > 1
+    # two more backward passes, and no more than that, at widths far below the batch
+    assert 1.5 < counted[costs.ONE] < 3
+    run = {"examples": [0.0, 1000.0], "seconds": [0.0, 1.0], "errors": [0.0, -6.0]}
+    curves = [{"name": name, "runs": [run]} for name in costs.VARIANTS]
+    flops = {name: [2.0, value] for name, value in counted.items()}
+    data = {"widths": [16, 32], "flops": flops, "curves": curves}
+    left, right = DRAWINGS["BE-Cost"](data).axes
+    assert [line.get_label() for line in left.get_lines()] == list(costs.VARIANTS)
+    assert [line.get_ydata()[-1] for line in right.get_lines()] == [-6] * 5
 
 
 # ----- drawings

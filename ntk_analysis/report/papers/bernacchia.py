@@ -71,9 +71,32 @@ def _draw_runs(axis: Axes, curve: dict[str, Any], key: str, scale: float, ink: I
     axis.fill_between(where, *ends, color=ink.color, alpha=0.18, linewidth=0)
 
 
+def draw_costs(data: dict[str, Any]) -> Figure:
+    """Flops of a step over the width of the layers, and what the same variants learn.
+
+    Args:
+      data: "widths", "flops" over those of SGD by name, and "curves" as ``draw_training``.
+    """
+    figure, ((left, right),) = panels(1, 2, (9.2, 3.8))
+    for (name, values), curve, ink in zip(
+        data["flops"].items(), data["curves"], INKS, strict=False
+    ):
+        left.plot(data["widths"], values, ink.dash, color=ink.color, marker=ink.marker, label=name)
+        _draw_runs(right, curve, "examples", 1e-3, ink)
+    left.set(xlabel="units in a layer", ylabel="flops of a step over those of SGD", xscale="log")
+    left.set_xticks(data["widths"], map(str, data["widths"]), minor=False)
+    left.minorticks_off()
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False, fontsize="small")
+    right.axhline(-6, color="#9a9a9a", linestyle=":")
+    right.set(xlabel="training examples (×10³)", ylabel=LOG_ERROR)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "BE-Fig1A": partial(draw_training, title="A  linear (square)", quantity=LOG_ERROR),
     "BE-Fig1B": partial(draw_training, title="B  linear (non-square)", quantity=LOG_ERROR),
     "BE-Fig1C": partial(draw_training, title="C  linear (bottleneck)", quantity=LOG_ERROR),
     "BE-Fig1D": partial(draw_training, title="D  nonlinear (MNIST autoencoder)", quantity=RMSE),
+    "BE-Cost": draw_costs,
 }

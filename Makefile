@@ -147,6 +147,12 @@ peers: .venv/.run .venv-peers-jax/.ready .venv-peers-torch/.ready ## our K-FAC b
 gpu: .venv/.gpu ## on a machine with a GPU: the figures, steps and suites that compare devices, in ten minutes: results/gpu-*.json
 	$(BIN)/python -m benchmarks.gpu
 
+.PHONY: dist
+dist: .venv/.uv ## wheel and source distribution of this version: dist/
+	rm -rf dist
+	$(UV) build --quiet --python $(BIN)/python --out-dir dist .
+	$(UV) tool run --quiet --python $(BIN)/python twine check --strict dist/*.whl dist/*.tar.gz
+
 .PHONY: clean
 clean: ## removes what make made; benchmark results stay
 	rm -rf .venv .venv-jax .venv-jax11 .venv-peers-jax .venv-peers-torch report build dist natgrad.egg-info .asv/env .asv/html
@@ -164,7 +170,7 @@ clean: ## removes what make made; benchmark results stay
 	@touch $@
 
 .venv/.run: .venv/.uv pyproject.toml
-	$(UV) pip install --quiet --python $(BIN)/python -e .
+	$(UV) pip install --quiet --python $(BIN)/python -e '.[report,neural-tangents]'
 	@touch $@
 
 .venv/.dev: .venv/.uv pyproject.toml

@@ -4,6 +4,8 @@ The one idea: a forward pass and a batched backward pass give the per-layer sign
 every Fisher structure is a small formula over them. No Jacobian is ever built.
 """
 
+from importlib.metadata import version
+
 from natgrad_flax.costs.describe import describe
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, SmallDampingWarning
 from natgrad_flax.losses import (
@@ -53,6 +55,9 @@ from natgrad_flax.structures import (
     Structure,
     UnitWise,
 )
+from natgrad_flax.transformations.shampoo import shampoo
+from natgrad_flax.transformations.soap import soap
+from natgrad_flax.transformations.width import scale_by_width
 from natgrad_flax.xla.compiler import avoid_faulty_fusions
 from natgrad_flax.xla.convolution import conv_general_dilated
 
@@ -106,6 +111,11 @@ __all__ = [
     "natural_gradient",
     "natural_gradient_descent",
     "optimal_learning_rate",
+    "scale_by_width",
+    "shampoo",
+    "soap",
 ]
+
+__version__ = version("natgrad")
 
 avoid_faulty_fusions()

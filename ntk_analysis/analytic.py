@@ -1,4 +1,4 @@
-"""Infinite-width kernels, layer by layer, at any depth, through neural-tangents.
+"""Infinite-width kernels, layer by layer, at any depth.
 
 One pass through the network gives those of all layers (``dense_kernels``, ``conv_kernels``), so the
 cost is linear in the depth. Entries are computed block by block, half of them where the kernel is
@@ -33,6 +33,7 @@ from ntk_analysis.block_devices import (
 from ntk_analysis.conv_kernels import block_bytes, block_rows, convolutional_block
 from ntk_analysis.dense_kernels import dense_block
 from ntk_analysis.empirical import Matrix, check_range
+from ntk_analysis.engines import Engine
 from ntk_analysis.infinite_width import (
     ConvolutionalLimit,
     Limit,
@@ -121,6 +122,7 @@ def analytic_layer_kernels(
     store: Path | None = None,
     progress: Progress | None = None,
     devices: Sequence[jax.Device] | None = None,
+    engine: Engine = "auto",
 ) -> list[Matrix]:
     """The tangent kernel Theta_l of each layer at infinite width, without 1/N, for one output.
 
@@ -134,6 +136,7 @@ def analytic_layer_kernels(
       store: folder for kernels that are to outlive the program; see ``analytic_kernels``.
       progress: told about finished blocks.
       devices: see ``analytic_kernels``.
+      engine: see ``infinite_width_limit``.
 
     Returns:
       L float64 arrays (N1, N2), in forward order.
@@ -142,8 +145,9 @@ def analytic_layer_kernels(
       ValueError, TypeError: as ``analytic_kernels``.
     """
     return analytic_kernels(
-        model, x1, x2, parts=("tangent",), store=store, progress=progress, devices=devices
-    ).tangent
+        model, x1, x2, parts=("tangent",), store=store, progress=progress, devices=devices,
+        engine=engine,
+    ).tangent  # fmt: skip
 
 
 def analytic_kernels(
@@ -155,6 +159,7 @@ def analytic_kernels(
     store: Path | None = None,
     progress: Progress | None = None,
     devices: Sequence[jax.Device] | None = None,
+    engine: Engine = "auto",
 ) -> AnalyticKernels:
     """All infinite-width kernels that are asked for, in one pass.
 
@@ -178,15 +183,17 @@ def analytic_kernels(
         (``jax.devices()`` after ``ng.devices.connect``) every process makes the same call, computes
         on its own devices, and has all kernels in the end; stores may be one folder or several. A
         process that is lost is an error in the others, see ``ng.devices.lost_peers``.
+      engine: see ``infinite_width_limit``.
 
     Raises:
       ValueError: bad inputs, an unknown part, kernels that cannot fit in memory or on the disk, a
         model without an infinite-width limit, a kernel with a variance that is not positive, no
         devices, or processes that make different calls.
       TypeError: the model is neither of those, inputs are not floating, or these are no devices.
+      ImportError: the engine is not installed.
     """
     check_devices(devices)
-    limit = infinite_width_limit(model)
+    limit = infinite_width_limit(model, engine)
     convolutional = isinstance(limit, ConvolutionalLimit)
     known = CONVOLUTIONAL_PARTS if convolutional else PARTS
     parts = known if parts is None else parts

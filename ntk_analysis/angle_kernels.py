@@ -95,12 +95,7 @@ def through_activation(
       negative_slope: a.
     """
     half = (1 + negative_slope**2) / 2
-    bend = (1 - negative_slope) ** 2 / (2 * half * math.pi)
-    complement = jnp.clip(angles.complement, 0, 2)
-    low, high = jnp.sqrt(complement), jnp.sqrt(2 - complement)
-    angle = 2 * jnp.atan2(low, high)
-    slope = half * (1 - bend * angle)
-    complement -= bend * (low * high - angle * (1 - complement))
+    complement, slope = bent(angles.complement, negative_slope)
     v1, v2 = (jnp.sqrt(weight * half) * r for r in (angles.first, angles.second))
     first, second = (jnp.sqrt(v**2 + bias) for v in (v1, v2))
     left, right = v1[:, None], v2[None]
@@ -109,3 +104,22 @@ def through_activation(
     turned = bias * (left - right) ** 2 / (scale + product + bias)
     after = Angles(first, second, (product * complement + turned) / scale)
     return after, after.covariance, slope
+
+
+def bent(complement: Array, negative_slope: float) -> tuple[Array, Array]:
+    """Of an activation that is linear on both sides of 0, by the angle between pre-activations.
+
+    Args:
+      complement: 1 - cos t.
+      negative_slope: a.
+
+    Returns:
+      1 - E[phi phi'] / (s r r'), the complement behind the activation, and E[phi' phi'].
+    """
+    half = (1 + negative_slope**2) / 2
+    bend = (1 - negative_slope) ** 2 / (2 * half * math.pi)
+    complement = jnp.clip(complement, 0, 2)
+    low, high = jnp.sqrt(complement), jnp.sqrt(2 - complement)
+    angle = 2 * jnp.atan2(low, high)
+    slope = half * (1 - bend * angle)
+    return complement - bend * (low * high - angle * (1 - complement)), slope

@@ -5,8 +5,7 @@ Q_l are the covariances of the pre-activations of layer l, B_l those of the deri
 output with respect to them (Karakida & Osawa 2020, Supplement E, for shared weights; Arora et al.
 2019, arXiv:1904.11955). Q_l goes forward through patches (``patches.patch_means``), B_l comes back
 through the transpose of that map. Where the readout sees every position, B_l is zero between
-different ones, and so only p = p' is computed. Activations are run in neural-tangents with a
-tangent kernel of ones, which comes out as E[phi' phi'].
+different ones, and so only p = p' is computed. Activations go through an engine.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ntk_analysis._neural_tangents import neural_tangents
 from ntk_analysis.empirical import Matrix
+from ntk_analysis.engines import Activate
 from ntk_analysis.infinite_width import ConvolutionalLimit
 from ntk_analysis.patches import Patches, patch_means, spread_over_patches
 
@@ -157,7 +155,7 @@ def _activate(
     first: Array,
     second: Array,
     *,
-    activation: Any,
+    activation: Activate,
     slope_of_same: float | None,
     pooled: bool,
 ) -> tuple[Array, Array, Array, Array]:
@@ -169,10 +167,15 @@ def _activate(
     one, other = _outer(first, second, pooled)
     alive = (one > 0) & (other > 0)
     safe = [jnp.where(variance > 0, variance, 1.0) for variance in (first, second)]
-    kernel = _kernel(jnp.where(alive, covariance, 0.0), *safe, pooled=pooled)
-    kernel = activation(kernel)
-    values = jnp.where(alive, kernel.nngp.reshape(covariance.shape), 0.0)
-    slope = jnp.where(alive, kernel.ntk.reshape(covariance.shape), 0.0)
+    kernel = jnp.where(alive, covariance, 0.0)
+    if pooled:
+        # all pairs of positions count: each position is a sample of its own
+        safe = [variance.reshape(-1) for variance in safe]
+        kernel = kernel.reshape(len(safe[0]), len(safe[1]))
+    values, slope, *variances = activation(kernel, *safe)
+    values, slope = (
+        jnp.where(alive, array.reshape(covariance.shape), 0.0) for array in (values, slope)
+    )
     if slope_of_same is not None:
         # equal patches, such as those of a uniform background, are all on the diagonal
         product = one * other
@@ -180,37 +183,9 @@ def _activate(
         slope = jnp.where(same, slope_of_same, slope)
     after = [
         jnp.where(before > 0, variance.reshape(before.shape), 0.0)
-        for before, variance in ((first, kernel.cov1), (second, kernel.cov2))
+        for before, variance in zip((first, second), variances, strict=True)
     ]
     return values, slope, after[0], after[1]
-
-
-def _kernel(covariance: Array, first: Array, second: Array, *, pooled: bool) -> Any:
-    """A kernel of neural-tangents with a tangent kernel of ones.
-
-    Where all pairs of positions count, each position is a sample of its own.
-    """
-    if pooled:
-        first, second = first.reshape(-1), second.reshape(-1)
-        covariance = covariance.reshape(len(first), len(second))
-    return neural_tangents().Kernel(
-        nngp=covariance,
-        ntk=jnp.ones_like(covariance),
-        cov1=first,
-        cov2=second,
-        x1_is_x2=jnp.zeros((), bool),
-        is_gaussian=True,
-        is_reversed=False,
-        is_input=False,
-        diagonal_batch=True,
-        diagonal_spatial=not pooled,
-        shape1=(*first.shape, 1),
-        shape2=(*second.shape, 1),
-        batch_axis=0,
-        channel_axis=first.ndim,
-        mask1=None,
-        mask2=None,
-    )
 
 
 @partial(jax.jit, static_argnames=("pooled",))

@@ -4,15 +4,14 @@ Theta_l = B_l Q_l entry by entry (Karakida & Osawa 2020, Section 2 and Supplemen
 limit of the Gram matrix of the scaled inputs a_{l-1}, B_l that of the derivatives D_l. One pass
 through the network gives all of them: Q_l and E[phi' phi'] layer by layer, and B_l is a running
 product of those from the last layer down. Activations that are linear on both sides of 0 go in
-angles (``angle_kernels``); others are run in neural-tangents with a tangent kernel of ones, which
-comes out as E[phi' phi'].
+angles (``angle_kernels``), others in covariances, through an engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jax import Array
 
 from ntk_analysis.angle_kernels import angles_of_inputs, through_activation
 from ntk_analysis.empirical import Matrix
+from ntk_analysis.engines import Activate
 from ntk_analysis.infinite_width import InfiniteWidthLimit
 
 
@@ -64,18 +64,18 @@ def _passes(
     """Q_l of the L layers, and E[phi' phi'] of the L - 1 activations."""
     state: Any
     inputs, slopes = [], []
+    (weight, bias), *behind = zip(
+        limit.description["weight_variances"], limit.description["bias_variances"], strict=True
+    )
     if limit.negative_slope is None:
-        state, covariance = _enter(x1, x2, affine=limit.affine[0], diagonal=diagonal)
-        for activation, affine in zip(limit.activations, limit.affine[1:], strict=True):
+        state, covariance = _enter(x1, x2, weight, bias, diagonal=diagonal)
+        for weight, bias in behind:
             inputs.append(covariance)
             state, covariance, slope = _through(
-                state, activation=activation, affine=affine, diagonal=diagonal
+                state, weight, bias, activation=limit.activation, diagonal=diagonal
             )
             slopes.append(slope)
     else:
-        (weight, bias), *behind = zip(
-            limit.description["weight_variances"], limit.description["bias_variances"], strict=True
-        )
         state, covariance = angles_of_inputs(x1, x2, weight, bias, diagonal=diagonal)
         for weight, bias in behind:
             inputs.append(covariance)
@@ -86,28 +86,40 @@ def _passes(
     return [*inputs, covariance], slopes
 
 
-@partial(jax.jit, static_argnames=("affine", "diagonal"))
-def _enter(x1: Array, x2: Array, *, affine: Any, diagonal: bool) -> tuple[Any, Array]:
-    """The kernel behind the first affine layer, and the covariance."""
-    return _settled(affine(x1, x2, None), diagonal)
+class Covariances(NamedTuple):
+    """Covariances (n1, n2) of pre-activations, and variances (n1,) and (n2,)."""
+
+    covariance: Array
+    first: Array
+    second: Array
+
+    def behind_affine(self, weight: float, bias: float, diagonal: bool) -> Covariances:
+        """Behind an affine layer; on the diagonal with the exact variances."""
+        covariance, first, second = (weight * values + bias for values in self)
+        if diagonal:
+            same = jnp.eye(len(covariance), dtype=bool)
+            covariance = jnp.where(same, first[:, None], covariance)
+        return Covariances(covariance, first, second)
 
 
-@partial(jax.jit, static_argnames=("activation", "affine", "diagonal"))
+@partial(jax.jit, static_argnames=("diagonal",))
+def _enter(
+    x1: Array, x2: Array, weight: float, bias: float, *, diagonal: bool
+) -> tuple[Covariances, Array]:
+    """Behind the first affine layer, with the covariance."""
+    means = (x1 @ x2.T / x1.shape[1], jnp.mean(x1**2, axis=1), jnp.mean(x2**2, axis=1))
+    state = Covariances(*means).behind_affine(weight, bias, diagonal)
+    return state, state.covariance
+
+
+@partial(jax.jit, static_argnames=("activation", "diagonal"))
 def _through(
-    kernel: Any, *, activation: Any, affine: Any, diagonal: bool
-) -> tuple[Any, Array, Array]:
+    state: Covariances, weight: float, bias: float, *, activation: Activate, diagonal: bool
+) -> tuple[Covariances, Array, Array]:
     """Behind an activation and the affine layer after it, with the covariance and E[phi' phi']."""
-    kernel = activation(kernel.replace(ntk=jnp.ones_like(kernel.nngp)))
-    slope = kernel.ntk
-    return *_settled(affine(kernel.replace(ntk=None)), diagonal), slope
-
-
-def _settled(kernel: Any, diagonal: bool) -> tuple[Any, Array]:
-    """A kernel without a tangent kernel, its diagonal the exact variances; and its covariance."""
-    covariance = kernel.nngp
-    if diagonal:
-        covariance = jnp.where(jnp.eye(len(covariance), dtype=bool), kernel.cov1, covariance)
-    return kernel.replace(nngp=covariance, ntk=None), covariance
+    covariance, slope, first, second = activation(*state)
+    state = Covariances(covariance, first, second).behind_affine(weight, bias, diagonal)
+    return state, state.covariance, slope
 
 
 @jax.jit

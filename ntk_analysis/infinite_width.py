@@ -1,10 +1,10 @@
-"""From a finite network to its infinite-width limit in neural-tangents."""
+"""From a finite network to its infinite-width limit."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from flax import nnx
@@ -13,6 +13,13 @@ from natgrad_flax import MLP, ConvNet
 from natgrad_flax.models.layers import Conv, Dense
 from ntk_analysis._neural_tangents import stax
 from ntk_analysis.activation_kernels import ACTIVATION_KERNELS, HERMITE_TERMS
+from ntk_analysis.engines import (
+    Activate,
+    Engine,
+    activation_through,
+    chosen_engine,
+    stax_activation,
+)
 from ntk_analysis.patches import Patches
 
 Affine = tuple[int, float, float]
@@ -24,24 +31,38 @@ class InfiniteWidthLimit:
     """A fully connected network as its width goes to infinity.
 
     Attributes:
-      network: (init_fn, apply_fn, kernel_fn) of neural-tangents, with the widths of the model and
-        its parametrisation: ``kernel_fn(x1, x2, ("nngp", "ntk"))``.
-      affine: kernel function of every affine layer, L in number.
-      activations: kernel function of every hidden activation, L - 1 in number.
+      widths: M_1, ..., M_L of the model, which no kernel depends on.
+      activation: what acts on covariances at every hidden layer.
       negative_slope: phi(u) / u below 0 of an activation that is u above, else None.
       description: all that decides the kernels, in a form that JSON can hold; widths do not.
     """
 
-    network: tuple[Any, Any, Any]
-    affine: tuple[Any, ...]
-    activations: tuple[Any, ...]
+    widths: tuple[int, ...]
+    activation: Activate
     negative_slope: float | None
     description: dict[str, Any]
 
     @property
     def depth(self) -> int:
         """L."""
-        return len(self.affine)
+        return len(self.widths)
+
+    @cached_property
+    def network(self) -> tuple[Any, Any, Any]:
+        """(init_fn, apply_fn, kernel_fn) of neural-tangents, as of ``stax.serial``.
+
+        With the widths of the model and its parametrisation.
+
+        Raises:
+          ImportError: neural-tangents is not installed.
+        """
+        activation = stax_activation(self.description["activation"])
+        blocks = [
+            block
+            for width, *variances in zip(self.widths, *_variances(self.description), strict=True)
+            for block in (activation, stax().Dense(width, **_scales(*variances)))
+        ]
+        return stax().serial(*blocks[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,18 +70,19 @@ class ConvolutionalLimit:
     """A convolutional network as the number of its channels goes to infinity.
 
     Attributes:
-      network: (init_fn, apply_fn, kernel_fn) of neural-tangents, with the channels of the model
-        and its parametrisation.
+      widths: channels of the convolutions, and the number of outputs.
+      paddings: of the convolutions.
       patches: what every convolution reads, L - 1 in number.
-      activation: kernel function of the activation behind each of them.
+      activation: what acts on covariances behind each of them.
       pooled: whether the readout sees the mean over positions; else it sees every position.
       diagonal_derivative: E[phi'(u)^2] of an activation with a kink, else None.
       description: all that decides the kernels, in a form that JSON can hold; channels do not.
     """
 
-    network: tuple[Any, Any, Any]
+    widths: tuple[int, ...]
+    paddings: tuple[str, ...]
     patches: tuple[Patches, ...]
-    activation: Any
+    activation: Activate
     pooled: bool
     diagonal_derivative: float | None
     description: dict[str, Any]
@@ -69,6 +91,23 @@ class ConvolutionalLimit:
     def depth(self) -> int:
         """L, the readout counted."""
         return len(self.patches) + 1
+
+    @cached_property
+    def network(self) -> tuple[Any, Any, Any]:
+        """(init_fn, apply_fn, kernel_fn) of neural-tangents, as of ``InfiniteWidthLimit``."""
+        activation = stax_activation(self.description["activation"])
+        *scales, last = [_scales(*pair) for pair in zip(*_variances(self.description), strict=True)]
+        layers = zip(self.widths, self.patches, self.paddings, scales, strict=False)
+        blocks = [
+            block
+            for channels, patches, padding, scale in layers
+            for block in (
+                stax().Conv(channels, patches.kernel_size, patches.strides, padding, **scale),
+                activation,
+            )
+        ]
+        blocks.append(stax().GlobalAvgPool() if self.pooled else stax().Flatten())
+        return stax().serial(*blocks, stax().Dense(self.widths[-1], **last))
 
     def covariances(self) -> list[int]:
         """Covariances that two samples have at the input and behind every convolution, L numbers.
@@ -83,7 +122,7 @@ class ConvolutionalLimit:
 Limit = InfiniteWidthLimit | ConvolutionalLimit
 
 
-def infinite_width_limit(model: nnx.Module) -> Limit:
+def infinite_width_limit(model: nnx.Module, engine: Engine = "auto") -> Limit:
     """The infinite-width limit of a network in NTK parametrisation.
 
     Depth, activation, variances and biases are the model's, and in a ``ng.ConvNet`` images,
@@ -95,11 +134,17 @@ def infinite_width_limit(model: nnx.Module) -> Limit:
 
     Args:
       model: an ``ng.MLP`` or an ``ng.ConvNet``.
+      engine: what works out the activations: "neural-tangents", "natgrad" (our own formulas, equal
+        to 1e-12), or "auto": neural-tangents where it is installed. Activations of a fully
+        connected network that are linear on both sides of 0 always go in angles.
 
     Raises:
       TypeError: the model is neither, so that its limit would have to be worked out by hand.
-      ValueError: a layer of it was changed so that it has no limit; the message names the layer.
+      ValueError: a layer of it was changed so that it has no limit; the message names the layer. Or
+        an unknown engine.
+      ImportError: the engine is not installed.
     """
+    chosen = chosen_engine(engine)
     network = require_limit(model)
     if network.activation not in ACTIVATION_KERNELS:
         raise ValueError(
@@ -108,7 +153,7 @@ def infinite_width_limit(model: nnx.Module) -> Limit:
         )
     if isinstance(network, MLP):
         layers = tuple(_affine(layer, i) for i, layer in enumerate(network.layers, 1))
-        return _make_limit(network.activation, layers)
+        return _make_limit(network.activation, chosen, layers)
     shape: tuple[int, ...] = network.input_shape[:2]
     convolutions = []
     for index, layer in enumerate(network.convolutions, 1):
@@ -116,7 +161,7 @@ def infinite_width_limit(model: nnx.Module) -> Limit:
         shape = layer.positions(shape)
     readout = _affine(network.readout, len(convolutions) + 1)
     return _make_convolutional_limit(
-        network.activation, tuple(convolutions), network.pooling == "average", readout
+        network.activation, chosen, tuple(convolutions), network.pooling == "average", readout
     )
 
 
@@ -145,7 +190,7 @@ def num_outputs(model: MLP | ConvNet) -> int:
 
 
 def _affine(layer: nnx.Module, index: int) -> Affine:
-    if not isinstance(layer, Dense):
+    if not isinstance(layer, Dense) or layer.init_power is not None:
         raise ValueError(
             f"layer {index} ({type(layer).__name__}) has no infinite-width limit: it is not "
             "an ng.Dense in NTK parametrisation"
@@ -154,7 +199,7 @@ def _affine(layer: nnx.Module, index: int) -> Affine:
 
 
 def _convolution(layer: nnx.Module, index: int) -> Affine:
-    if not isinstance(layer, Conv):
+    if not isinstance(layer, Conv) or layer.init_power is not None:
         raise ValueError(
             f"layer {index} ({type(layer).__name__}) has no infinite-width limit: it is not "
             "an ng.Conv in NTK parametrisation"
@@ -173,9 +218,15 @@ def _scales(weight_variance: float, bias_variance: float) -> dict[str, float | N
     return {"W_std": weight_variance**0.5, "b_std": bias_scale}
 
 
-def _describe(name: str, layers: tuple[Affine, ...]) -> dict[str, Any]:
+def _variances(description: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """sigma_w^2 and sigma_b^2 of all layers."""
+    return description["weight_variances"], description["bias_variances"]
+
+
+def _describe(name: str, engine: str, layers: tuple[Affine, ...]) -> dict[str, Any]:
     return {
         "activation": name,
+        "engine": engine,
         "hermite_terms": HERMITE_TERMS if ACTIVATION_KERNELS[name].series else None,
         "weight_variances": [weight for _, weight, _ in layers],
         "bias_variances": [bias for _, _, bias in layers],
@@ -183,54 +234,33 @@ def _describe(name: str, layers: tuple[Affine, ...]) -> dict[str, Any]:
 
 
 @cache
-def _make_limit(name: str, layers: tuple[Affine, ...]) -> InfiniteWidthLimit:
-    """The same object for the same network, so that compiled kernels are found again."""
-    kernel_of = ACTIVATION_KERNELS[name]
-    activation = kernel_of.layer()
-    kernels: dict[tuple[float, float], Any] = {}
-    blocks, affine = [], []
-    for index, (width, weight_variance, bias_variance) in enumerate(layers):
-        if index:
-            blocks.append(activation)
-        dense = stax().Dense(width, **_scales(weight_variance, bias_variance))
-        blocks.append(dense)
-        # one function for equal layers, whatever their width: it is compiled once
-        affine.append(kernels.setdefault((weight_variance, bias_variance), dense[2]))
+def _make_limit(name: str, engine: str, layers: tuple[Affine, ...]) -> InfiniteWidthLimit:
     return InfiniteWidthLimit(
-        network=stax().serial(*blocks),
-        affine=tuple(affine),
-        activations=(activation[2],) * (len(layers) - 1),
-        negative_slope=kernel_of.negative_slope,
-        description=_describe(name, layers),
+        widths=tuple(width for width, _, _ in layers),
+        activation=activation_through(name, engine),
+        negative_slope=ACTIVATION_KERNELS[name].negative_slope,
+        description=_describe(name, engine, layers),
     )
 
 
 @cache
 def _make_convolutional_limit(
     name: str,
+    engine: str,
     convolutions: tuple[tuple[Affine, Patches, str], ...],
     pooled: bool,
     readout: Affine,
 ) -> ConvolutionalLimit:
-    """As ``_make_limit``; a convolution is what it is made with, what it reads, and its padding."""
-    kernel_of = ACTIVATION_KERNELS[name]
-    activation = kernel_of.layer()
-    blocks = []
-    for (channels, *variances), patches, padding in convolutions:
-        convolution = stax().Conv(
-            channels, patches.kernel_size, patches.strides, padding, **_scales(*variances)
-        )
-        blocks += [convolution, activation]
-    blocks.append(stax().GlobalAvgPool() if pooled else stax().Flatten())
-    blocks.append(stax().Dense(readout[0], **_scales(*readout[1:])))
-    layers = tuple(layer for layer, _, _ in convolutions)
+    """A convolution is what it is made with, what it reads, and its padding."""
+    layers = (*(layer for layer, _, _ in convolutions), readout)
     return ConvolutionalLimit(
-        network=stax().serial(*blocks),
+        widths=tuple(width for width, _, _ in layers),
+        paddings=tuple(padding for _, _, padding in convolutions),
         patches=tuple(patches for _, patches, _ in convolutions),
-        activation=activation[2],
+        activation=activation_through(name, engine),
         pooled=pooled,
-        diagonal_derivative=kernel_of.diagonal_derivative,
-        description=_describe(name, (*layers, readout))
+        diagonal_derivative=ACTIVATION_KERNELS[name].diagonal_derivative,
+        description=_describe(name, engine, layers)
         | {
             "convolutions": [patches.describe() for _, patches, _ in convolutions],
             "pooled": pooled,

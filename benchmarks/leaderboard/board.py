@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks.leaderboard import scoring
+from benchmarks.leaderboard.across import across_machines
 from benchmarks.leaderboard.verdict import verdict
+from benchmarks.leaderboard.versions import (
+    Record,
+    evaluations,
+    newest_versions,
+    version_of,
+    workload_of,
+)
 from ntk_analysis.palette import STYLES
-from ntk_analysis.results import content_hash, plain
+from ntk_analysis.results import plain
 
 CLOCKS = {
     "seconds": "seconds, with compilation and preparation",
@@ -28,15 +36,15 @@ MEASURES = (
     "alpha", "condition_number", "deviation", "nonzeros", "stored", "flops", "sgd_flops"
 )  # fmt: skip
 
-Record = dict[str, Any]
-
 
 def build(records: Iterable[Record]) -> dict[str, Any]:
     """The board of every device.
 
-    Only evaluation trials with a target count. Of several versions of the code, of its environment,
-    of a workload or of its target, and of several tuned learning rates, the newest counts; the
-    number of trials that were left out for it stands in the board.
+    Only evaluation trials with a target count. Of several versions of a workload or of its target,
+    and of several tuned learning rates, the newest counts; the number of trials that were left out
+    for it stands in the board. Every contestant has a row of its own newest version (of its
+    sources, of libraries, of the harness), whatever others did meanwhile, and its earlier versions
+    stand in this row.
 
     Args:
       records: of trials, in any order: the board does not depend on it.
@@ -57,7 +65,7 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
         machines[tuple(record["config"]["environment"].get(n, "") for n in _MACHINE)].append(record)
     devices = [_device(machines[machine]) for machine in sorted(machines)]
     return {
-        "schema": 1,
+        "schema": 2,
         "rules": ordered[0]["config"]["rules"],
         "date": max(record["date"] for record in ordered),
         "records": len(ordered),
@@ -68,6 +76,7 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
         },
         "clocks": CLOCKS,
         "devices": devices,
+        "across": across_machines(devices),
     }  # fmt: skip
 
 
@@ -83,26 +92,34 @@ def device_name(environment: dict[str, str]) -> str:
 
 def _device(records: list[Record]) -> dict[str, Any]:
     """The board of one machine."""
-    records, left_out = _newest_version(records)
-    trials, dropped = _evaluations(records)
-    left_out.update(dropped)
+    trials, left_out = evaluations(records)
+    trials, earlier = newest_versions(trials)
     names = sorted({trial["config"]["workload"] for trial in trials})
     workloads = [_workload([t for t in trials if t["config"]["workload"] == n]) for n in names]
     current = {(w["name"], w["version"], w["digest"]) for w in workloads}
+    versions = {trial["config"]["contestant"]: version_of(trial) for trial in trials}
     tuned, measured = (
-        [r for r in records if r["config"]["role"] == role and _identity(r) in current]
+        [
+            r for r in records
+            if r["config"]["role"] == role and workload_of(r) in current
+            and versions.get(r["config"]["contestant"], version_of(r)) == version_of(r)
+        ]
         for role in ("tuning", "structure")
-    )
-    contestants = sorted({trial["config"]["contestant"] for trial in trials})
+    )  # fmt: skip
+    contestants = sorted(versions)
     cells, tuning = _by_cell(trials), _by_cell(tuned)
-    rows = [_row(name, [(cells[name, w], tuning[name, w]) for w in names]) for name in contestants]
+    rows = [
+        _row(name, [(cells[name, w], tuning[name, w]) for w in names], earlier[name], names)
+        for name in contestants
+    ]
     _score(rows, workloads, cells, names)
     newest = max(trials or records, key=lambda record: record["date"])
     timed = [record["outcome"] for record in (*trials, *tuned)]
     board = {
         "name": device_name(newest["config"]["environment"]),
         "environment": newest["config"]["environment"],
-        "code": newest["config"]["code"],
+        "harnesses": sorted({row["harness"] for row in rows}),
+        "natgrad": newest["facts"].get("natgrad", ""),
         "date": newest["date"],
         "trials": len(trials),
         "tuning_trials": len(tuned),
@@ -115,60 +132,6 @@ def _device(records: list[Record]) -> dict[str, Any]:
     }
     result: dict[str, Any] = plain({**board, "verdict": verdict(board)})
     return result
-
-
-def _newest_version(records: list[Record]) -> tuple[list[Record], Counter[str]]:
-    """The records of the code and libraries that were evaluated last."""
-
-    def version(record: Record) -> str:
-        return content_hash([record["config"]["code"], record["config"]["environment"]])
-
-    counted = [r for r in records if _counts(r)] or records
-    newest = max(counted, key=lambda record: (record["date"], version(record)))
-    kept = [record for record in records if version(record) == version(newest)]
-    return kept, Counter({"of other versions of code or libraries": len(records) - len(kept)})
-
-
-def _counts(record: Record) -> bool:
-    """Whether a trial is one that scores are made of."""
-    config = record["config"]
-    return config["role"] == "evaluation" and config["target"] is not None
-
-
-def _identity(record: Record) -> tuple[str, int, str]:
-    """Which workload a trial ran, and which version of it."""
-    config = record["config"]
-    return config["workload"], config["workload_version"], config["workload_digest"]
-
-
-def _evaluations(records: list[Record]) -> tuple[list[Record], Counter[str]]:
-    """The trials that count, with one target a workload and one learning rate a contestant."""
-    trials = [record for record in records if _counts(record)]
-    left_out = Counter(
-        {"without a frozen target": sum(r["config"]["role"] == "evaluation" for r in records)}
-    )
-    left_out["without a frozen target"] -= len(trials)
-    rules: list[tuple[str, Callable[[Record], Any], Callable[[Record], Any]]] = [
-        (
-            "of other targets or versions of a workload",
-            lambda r: r["config"]["workload"],
-            lambda r: (_identity(r), r["config"]["target"]),
-        ),
-        (
-            "at other learning rates",
-            lambda r: (r["config"]["workload"], r["config"]["contestant"]),
-            lambda r: r["config"]["learning_rate"],
-        ),
-    ]
-    for reason, group, variant in rules:
-        latest: dict[Any, tuple[tuple[str, str], Any]] = {}
-        for trial in trials:
-            mark = ((trial["date"], repr(variant(trial))), variant(trial))
-            latest[group(trial)] = max(latest.get(group(trial), mark), mark, key=lambda m: m[0])
-        kept = [trial for trial in trials if latest[group(trial)][1] == variant(trial)]
-        left_out[reason] = len(trials) - len(kept)
-        trials = kept
-    return trials, left_out
 
 
 def _by_cell(records: list[Record]) -> defaultdict[tuple[str, str], list[Record]]:
@@ -193,7 +156,12 @@ def _workload(trials: list[Record]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _row(name: str, cells: Sequence[tuple[list[Record], list[Record]]]) -> dict[str, Any]:
+def _row(
+    name: str,
+    cells: Sequence[tuple[list[Record], list[Record]]],
+    earlier: list[list[Record]],
+    workloads: list[str],
+) -> dict[str, Any]:
     """A contestant, without its scores."""
     every = [trial for trials, _ in cells for trial in trials]
 
@@ -211,7 +179,32 @@ def _row(name: str, cells: Sequence[tuple[list[Record], list[Record]]]) -> dict[
         "compile": _middle(outcomes, "compile_seconds"),
         "preparation": _middle(outcomes, "preparation_seconds"),
         "cells": made,
+        **_origin(every),
+        "earlier": [_earlier(trials, workloads) for trials in earlier],
     }  # fmt: skip
+
+
+def _origin(trials: list[Record]) -> dict[str, str]:
+    """Where a version of a contestant comes from: who, which commit and sources, and when."""
+    newest = max(trials, key=lambda trial: trial["date"])
+    facts = newest["facts"]
+    return {
+        "submitter": facts.get("submitter", ""), "commit": facts.get("commit", ""),
+        "sources": newest["config"]["sources"], "harness": newest["config"]["code"],
+        "date": newest["date"],
+        "jax": newest["config"]["environment"]["jax"],
+    }  # fmt: skip
+
+
+def _earlier(trials: list[Record], workloads: list[str]) -> dict[str, Any]:
+    """An earlier version of a contestant, with its medians: no part of any ranking."""
+    cells = _by_cell(trials)
+    name = trials[0]["config"]["contestant"]
+    made = [_cell(cells[name, workload], []) for workload in workloads]
+    return {
+        **_origin(trials),
+        "cells": [{key: cell[key] for key in ("status", *CLOCKS)} for cell in made],
+    }
 
 
 def clock_times(trial: Record) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,11 +15,16 @@ from rich.table import Table
 
 from benchmarks.leaderboard import RULES
 from benchmarks.leaderboard.progress import Display
+from benchmarks.leaderboard.records import Record, trial_key
 from benchmarks.leaderboard.runner import Summary
 from benchmarks.leaderboard.runner import run as run_trials
-from benchmarks.leaderboard.store import MANIFEST, Record, Store, trial_key
+from benchmarks.leaderboard.store import MANIFEST, Store
 from benchmarks.leaderboard.texts import printable, terminal
 from ntk_analysis.cli.app import WithLists, errors, fail, output
+
+if TYPE_CHECKING:
+    from benchmarks.leaderboard.contestant import Contestant
+    from benchmarks.leaderboard.plan import Plan
 
 app = typer.Typer(
     name="python -m benchmarks.leaderboard",
@@ -71,42 +77,92 @@ def run(
     Exit code: 0; 1 where a trial raised an error; 2 on bad arguments; 130 when interrupted.
     """
     from benchmarks.leaderboard.cluster import LOCAL, common_identity, exposure
+    from benchmarks.leaderboard.identity import identity
     from benchmarks.leaderboard.plan import make_plan
-    from benchmarks.leaderboard.trial import execute, identity
+    from benchmarks.leaderboard.trial import execute
 
     with _sentences():
         plan = make_plan(profile, workload, contestant, seeds)
         if scheduler is not None and scheduler != LOCAL:
             _warn(filter(None, [exposure(scheduler)]))
             plan = replace(plan, machine=common_identity(scheduler, identity))
-        store, display = Store.open(out, RULES), Display(errors)
-        stages = (
-            ("tuning", lambda: list(plan.tuning())),
-            ("evaluation", lambda: list(plan.evaluation(_records(store, quiet=True)))),
-            ("isotropy and cost", lambda: list(plan.structures())),
-        )
-        total, ended = Summary(), []
-        for name, configs in stages:
-            errors.print(name, style="bold")
-            summary = run_trials(
-                configs(), store, execute,
-                jobs=jobs, scheduler=scheduler, identity=identity, display=display,
-            )  # fmt: skip
-            ended.append(summary)
-            errors.print(str(summary), highlight=False, markup=False)
-            for failure in summary.failed:
-                errors.print(str(failure), style="red", highlight=False, markup=False)
-            _warn(summary.quarantined)
-            if summary.interrupted:
-                raise typer.Exit(130)
-            total.trial_seconds += summary.trial_seconds
-            total.seconds += summary.seconds
-        if total.trial_seconds:
-            share = (total.seconds - total.trial_seconds) / total.trial_seconds
-            errors.print(f"around the trials: {share:.2%} of their time", highlight=False)
-        _show(store, out)
-        if any(summary.failed for summary in ended):
-            raise typer.Exit(1)
+        _carry_out(
+            plan, Store.open(out, RULES),
+            partial(run_trials, execute=execute, jobs=jobs, scheduler=scheduler, identity=identity),
+        )  # fmt: skip
+
+
+@app.command()
+def add(
+    entry: Annotated[Path, typer.Argument(help="a Python file with CONTESTANTS")],
+    submitter: Annotated[str, typer.Option(help="who enters it, for its rows")] = "",
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Enter the contestants of a file: run what they lack on the board of a folder, nothing else.
+
+    On the workloads and seeds of the board that the folder holds, or the default ones in a new
+    folder. Interrupted or killed, the same command goes on. Their rows stand beside all earlier.
+
+    Exit code: as that of run.
+    """
+    from benchmarks.leaderboard.entry import check_entry
+    from benchmarks.leaderboard.plan import extended
+    from benchmarks.leaderboard.trial import execute
+
+    with _sentences():
+        members = _enlist(entry)
+        for contestant in members:
+            for sentence in check_entry(contestant):
+                errors.print(sentence, highlight=False, markup=False)
+        store = Store.open(out, RULES)
+        plan = extended(_records(store, quiet=True), [member.name for member in members])
+        told = partial(execute, submitter=submitter)
+        _carry_out(plan, store, partial(run_trials, execute=told))
+
+
+@app.command("check-entry")
+def check_entry_(
+    entry: Annotated[Path, typer.Argument(help="a Python file with CONTESTANTS")],
+) -> None:
+    """Try whether the contestants of a file keep the rules, on a smoke workload; nothing is stored.
+
+    Exit code: 0; 2 where one does not, with the reason.
+    """
+    from benchmarks.leaderboard.entry import check_entry
+
+    with _sentences():
+        for contestant in _enlist(entry):
+            for sentence in check_entry(contestant):
+                _say(sentence)
+            _say(f"{contestant.name} keeps the rules {RULES}")
+
+
+def _carry_out(plan: Plan, store: Store, run_stage: Callable[..., Summary]) -> None:
+    """Runs the stages of a plan, each by what the one before has found, and shows the board."""
+    stages = (
+        ("tuning", lambda: list(plan.tuning())),
+        ("evaluation", lambda: list(plan.evaluation(_records(store, quiet=True)))),
+        ("isotropy and cost", lambda: list(plan.structures())),
+    )
+    total, ended, display = Summary(), [], Display(errors)
+    for name, configs in stages:
+        errors.print(name, style="bold")
+        summary = run_stage(configs(), store, display=display)
+        ended.append(summary)
+        errors.print(str(summary), highlight=False, markup=False)
+        for failure in summary.failed:
+            errors.print(str(failure), style="red", highlight=False, markup=False)
+        _warn(summary.quarantined)
+        if summary.interrupted:
+            raise typer.Exit(130)
+        total.trial_seconds += summary.trial_seconds
+        total.seconds += summary.seconds
+    if total.trial_seconds:
+        share = (total.seconds - total.trial_seconds) / total.trial_seconds
+        errors.print(f"around the trials: {share:.2%} of their time", highlight=False)
+    _show(store, store.folder)
+    if any(summary.failed for summary in ended):
+        raise typer.Exit(1)
 
 
 def _show(store: Store, out: Path) -> None:
@@ -168,6 +224,9 @@ def trial(
         bool, typer.Option("--no-target", help="to the end of the budget")
     ] = False,
     structure: Annotated[bool, typer.Option("--structure", help="isotropy and cost")] = False,
+    entry: Annotated[
+        Path | None, typer.Option(help="the file of a contestant that is not one of the project's")
+    ] = None,
 ) -> None:
     """Run one trial and print its outcome as JSON; nothing is stored."""
     from benchmarks.leaderboard.contestant import find_contestant
@@ -178,6 +237,8 @@ def trial(
     with _sentences():
         if structure and learning_rate is not None:
             raise ValueError("isotropy and cost have no learning rate: leave --learning-rate out")
+        if entry is not None:
+            _enlist(entry)
         where = find_workload(workload)
         target = None if no_target or structure else float(target_of(where)["target"])
         config = configuration(
@@ -225,16 +286,32 @@ def freeze(workload: str, out: OutOption = DEFAULT_OUT) -> None:
 
 
 @app.command()
-def merge(folder: Path, out: OutOption = DEFAULT_OUT) -> None:
-    """Copy the trials of another folder, as from another machine, into this one."""
+def merge(
+    source: Annotated[Path, typer.Argument(help="another folder, or an archive of export")],
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Copy the trials of another folder or of an archive into this one."""
     with _sentences():
-        merged = Store.open(out, RULES).merge(folder)
+        merged = Store.open(out, RULES).merge(source)
     output.print(
         f"{len(merged.copied)} trials copied, {merged.same} were here, {len(merged.kept)} differ "
         f"and stay as they are here, {len(merged.invalid)} files are no valid records",
         highlight=False,
     )
     _warn([*(f"trial {key} differs from the one here" for key in merged.kept), *merged.invalid])
+
+
+@app.command()
+def export(
+    archive: Annotated[Path, typer.Argument(help="a file of JSON lines; .gz compresses it")],
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Write all trials of a folder into one file, a line each, for merge and for other programs."""
+    with _sentences():
+        store = _existing(out)
+        number = store.export(archive)
+        _warn(store.quarantined)
+        _say(f"wrote {number} trials into {archive}")
 
 
 @app.command()
@@ -275,6 +352,13 @@ def list_them() -> None:
         cells = (name, facts["title"], facts["fisher"], facts["damping"], facts["rate_rule"])
         table.add_row(*map(terminal, cells))
     output.print(table)
+
+
+def _enlist(entry: Path) -> list[Contestant]:
+    """The contestants of a file; JAX is imported for them, and only then."""
+    from benchmarks.leaderboard import contestant
+
+    return contestant.enlist(entry)
 
 
 def _records(store: Store, *, quiet: bool = False) -> list[Record]:

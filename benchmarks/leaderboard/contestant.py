@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, get_args
 
 import optax
 from jax import Array
 
-import natgrad_flax as ng
 from benchmarks.leaderboard.workload import Workload
-from natgrad_flax.signals.fisher import FisherKind
+from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from ntk_analysis.names import find
 
 if TYPE_CHECKING:
+    # a contestant that has no structure does not depend on any: its key does not, either
     from benchmarks.leaderboard.program import Program
+    from natgrad_flax import Structure
+    from natgrad_flax.signals.fisher import FisherKind
 
 Family = Literal["first-order", "quasi-Newton", "natural-gradient", "peer"]
 RateRule = Literal["theoretical", "theoretical: 1", "tuned", "line search"]
-Damping = float | ng.RelativeDamping | ng.LevenbergMarquardt
+Damping = float | RelativeDamping | LevenbergMarquardt
 Optimizer = Callable[[Workload, Array | float, int], optax.GradientTransformation]
 
 TUNING_TRIALS = 6
@@ -59,6 +66,7 @@ class Contestant:
       unsuitable: why a workload is nothing for it, or "".
       program: makes the training program instead of ``optimizer``, for peers that bring their own.
       packages: distributions that nothing else here needs; their versions enter the key of a trial.
+      source: the file that it stands in, which the register sets.
     """
 
     name: str
@@ -68,15 +76,28 @@ class Contestant:
     optimizer: Optimizer | None = None
     rates: tuple[float, ...] = ()
     standard_rates: tuple[float, ...] = ()
-    structure: ng.Structure | None = None
+    structure: Structure | None = None
     fisher: FisherKind | None = None
     damping: Damping | None = None
     damping_words: str = ""
     unsuitable: Callable[[Workload], str] = lambda workload: ""
     program: Callable[[Contestant, Workload], Program] | None = None
     packages: tuple[str, ...] = ()
+    source: Path = Path(__file__)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
+            raise ValueError(
+                f"the name of a contestant is in lower case with hyphens, got {self.name!r}"
+            )
+        if self.family not in get_args(Family) or self.rate_rule not in get_args(RateRule):
+            raise ValueError(
+                f"contestant {self.name}: family is one of {', '.join(get_args(Family))} and "
+                f"rate_rule one of {', '.join(get_args(RateRule))}, "
+                f"got {self.family!r} and {self.rate_rule!r}"
+            )
+        if self.optimizer and self.program:
+            raise ValueError(f"contestant {self.name} has optimizer= and program=: give one")
         wanted = TUNING_TRIALS if self.rate_rule == "tuned" else 0
         for rates in (self.rates, self.standard_rates or self.rates):
             if len(set(rates)) != wanted or len(rates) != wanted:
@@ -84,6 +105,11 @@ class Contestant:
                     f"contestant {self.name}: a tuned one tries {TUNING_TRIALS} different "
                     f"learning rates, another none, got {rates}"
                 )
+
+    @property
+    def is_entry(self) -> bool:
+        """Whether it was enlisted from a file of somebody else."""
+        return self.name in _enlisted
 
     def grid(self, workload: Workload) -> tuple[float, ...]:
         """The learning rates to try on a workload, ascending.
@@ -119,9 +145,9 @@ def is_standard(workload: Workload) -> bool:
 
 def in_words(damping: Damping) -> str:
     """A damping with its convention."""
-    if isinstance(damping, ng.RelativeDamping):
+    if isinstance(damping, RelativeDamping):
         return f"{damping.ratio:g} of the mean Gram diagonal"
-    if isinstance(damping, ng.LevenbergMarquardt):
+    if isinstance(damping, LevenbergMarquardt):
         return (
             f"Levenberg-Marquardt from {damping.initial:g}, at least {damping.minimum:g} "
             f"(cross-entropy: {CROSS_ENTROPY_MINIMUM:g}), added to the Fisher (1/N){_STANDARD}"
@@ -131,20 +157,72 @@ def in_words(damping: Damping) -> str:
     return f"{damping:g}, added to the Fisher (1/N){_STANDARD}"
 
 
-@cache
 def contestants() -> dict[str, Contestant]:
-    """All contestants by name: ``CONTESTANTS`` of each module of ``contestants/``."""
+    """All contestants by name: those of ``contestants/``, then the entries that were enlisted."""
+    return {**_built_in(), **_enlisted}
+
+
+_enlisted: dict[str, Contestant] = {}
+
+
+@cache
+def _built_in() -> dict[str, Contestant]:
     package = import_module("benchmarks.leaderboard.contestants")
     found: dict[str, Contestant] = {}
-    for entry in pkgutil.iter_modules(package.__path__):
-        members: Iterable[Contestant] = getattr(
-            import_module(f"{package.__name__}.{entry.name}"), "CONTESTANTS", ()
-        )
-        for contestant in members:
-            if contestant.name in found:
-                raise ValueError(f"two contestants are called {contestant.name!r}")
-            found[contestant.name] = contestant
+    for module in pkgutil.iter_modules(package.__path__):
+        _add(found, import_module(f"{package.__name__}.{module.name}"))
     return found
+
+
+def enlist(file: Path) -> list[Contestant]:
+    """Makes the contestants of a file of somebody else known by their names, in this process.
+
+    Args:
+      file: a module with ``CONTESTANTS``, as those of ``contestants/`` are. It can import modules
+        that stand beside it.
+
+    Returns:
+      They, in the order of the file.
+
+    Raises:
+      ValueError: no Python file, one that cannot be imported, or without contestants; or a name
+        that is taken.
+    """
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"{file} is no Python file; name the file of an entry")
+    folder = str(file.resolve().parent)
+    spec = spec_from_file_location(f"leaderboard_entry_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} cannot be imported, {reason}") from error
+    known = dict(contestants())
+    names = _add(known, module)
+    _enlisted.update({name: known[name] for name in names})
+    return [known[name] for name in names]
+
+
+def _add(found: dict[str, Contestant], module: ModuleType) -> list[str]:
+    """Adds the contestants of a module; their names."""
+    file = Path(str(module.__file__))
+    members: object = getattr(module, "CONTESTANTS", ())
+    if not isinstance(members, (tuple, list)) or not members:
+        raise ValueError(f"{file.name} has no CONTESTANTS, a tuple of Contestant(...)")
+    names: list[str] = []
+    for member in members:
+        if not isinstance(member, Contestant):
+            raise ValueError(f"CONTESTANTS of {file.name} has {member!r}, which is no Contestant")
+        if member.name in found:
+            raise ValueError(f"two contestants are called {member.name!r}; {file.name} has one")
+        found[member.name] = replace(member, source=file)
+        names.append(member.name)
+    return names
 
 
 def find_contestant(name: str) -> Contestant:

@@ -142,7 +142,7 @@ function drawDevice() {
   const { verdict, environment, workloads, rows, left_out: leftOut } = device();
   byId("answer").textContent = verdict.answer;
   byId("sentences").replaceChildren(...verdict.sentences.map((sentence) => h("li", {}, sentence)));
-  byId("meta").textContent = `${device().trials} trials, ${device().tuning_trials} to tune · ${device().date.slice(0, 10)} · natgrad ${environment.natgrad}, JAX ${environment.jax}`;
+  byId("meta").textContent = `${device().trials} trials, ${device().tuning_trials} to tune · ${device().date.slice(0, 10)} · natgrad ${device().natgrad}, JAX ${environment.jax}`;
   const families = [...new Set(rows.map((one) => one.family))].sort();
   state.families = new Set(families);
   const checks = families.map((family) => h("label", {}, h("input", {
@@ -160,7 +160,7 @@ function drawDevice() {
   const left = Object.entries(leftOut).filter(([, count]) => count).map(([why, count]) => `${count} ${why}`);
   const share = device().wall_seconds ? (100 * device().harness_seconds) / device().wall_seconds : 0;
   byId("environment").replaceChildren(
-    h("p", { class: "small" }, `${device().name}; ${Object.entries(environment).filter(([name]) => !["device", "processor", "cores"].includes(name)).map(([name, version]) => `${name} ${version}`).join(", ")}; sources ${device().code.slice(0, 12)}.`),
+    h("p", { class: "small" }, `${device().name}; ${Object.entries(environment).filter(([name]) => !["device", "processor", "cores"].includes(name)).map(([name, version]) => `${name} ${version}`).join(", ")}; harness ${device().harnesses.map((digest) => digest.slice(0, 12)).join(", ")}.`),
     h("p", { class: "small" }, `The trials took ${number(device().wall_seconds)} s, of which the harness took ${number(share, 2)} %. ${left.length ? `Left out: trials ${left.join(", ")}.` : "No trial was left out."}`));
   drawClock();
 }

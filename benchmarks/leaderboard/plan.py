@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.leaderboard.contestant import Contestant, contestants, find_contestant
+from benchmarks.leaderboard.identity import identity, sources
+from benchmarks.leaderboard.records import Record
 from benchmarks.leaderboard.targets import target_of
-from benchmarks.leaderboard.trial import Config, configuration, identity
+from benchmarks.leaderboard.trial import Config, configuration
+from benchmarks.leaderboard.versions import counts
 from benchmarks.leaderboard.workload import find_workload, workloads
 from ntk_analysis.names import find
 
@@ -105,7 +108,8 @@ class Plan:
             if contestant.rate_rule == "tuned":
                 trials = tuned.get((workload, contestant.name), [])
                 grid = contestant.grid(find_workload(workload))
-                rate = best_rate(grid, trials, target, self.machine)
+                own = [t for t in trials if t["config"]["sources"] == sources(contestant)]
+                rate = best_rate(grid, own, target, self.machine)
             for seed in range(self.seeds):
                 yield configuration(
                     find_workload(workload), contestant.name, seed,
@@ -164,6 +168,26 @@ def make_plan(
     for name in names:
         _target(name)
     return Plan(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(members)), seeds or base.seeds)
+
+
+def extended(records: Iterable[Record], members: Sequence[str]) -> Plan:
+    """A plan of some contestants on the workloads and seeds of a board that is there.
+
+    Args:
+      records: of the board; those of workloads that are no longer here are left aside.
+      members: names of contestants.
+
+    Raises:
+      ValueError: as ``make_plan``.
+    """
+    known = workloads()
+    counted = [
+        record["config"] for record in records
+        if counts(record) and record["config"]["workload"] in known
+    ]  # fmt: skip
+    where = list(dict.fromkeys(sorted(config["workload"] for config in counted)))
+    seeds = max((config["seed"] + 1 for config in counted), default=None)
+    return make_plan("default", where or None, members, seeds)
 
 
 def _takes_part(contestant: Contestant, profile: Profile) -> bool:
@@ -269,11 +293,13 @@ def best_baseline(
       ValueError: none of them came to the end of its budget.
     """
     best: tuple[float, str, float | None] | None = None
-    here = identity()
     for (where, name), trials in _by_pair(records, "freezing").items():
+        if where != workload or name not in contestants():
+            continue
+        here = {**identity(), "sources": sources(find_contestant(name)), "seed": TUNING_SEED}
         for trial in trials:
             config, final = trial["config"], trial["outcome"].get("final")
-            if where != workload or not _is_of(config, here) or config["seed"] != TUNING_SEED:
+            if not _is_of(config, here):
                 continue
             if trial["outcome"]["status"] == "missed" and final is not None:
                 entry = (final, name, config["learning_rate"])

@@ -69,6 +69,17 @@ class OptaxProgram:
         self._compiled = step.lower(state, self._x, self._y, batch).compile()
         self.compile_seconds = time.perf_counter() - started
 
+    @property
+    def code(self) -> str:
+        """The compiled step, as XLA writes it."""
+        return str(self._compiled.as_text())
+
+    def shapes_after(self, state: Any) -> Any:
+        """Shapes and dtypes of a state, after a step."""
+        size = self._workload.batch_size
+        batch = None if size is None else jax.ShapeDtypeStruct((size,), jnp.int32)
+        return jax.eval_shape(self._step, state, self._x, self._y, batch)
+
     def start(self, seed: int, rate: float) -> tuple[nnx.State, Any, Array]:
         """Parameters, the optimizer's state, and the learning rate."""
         model = self._workload.model(seed)

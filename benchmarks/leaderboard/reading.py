@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import stat
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 LARGEST = 2**24
@@ -31,3 +34,22 @@ def read_file(path: Path) -> bytes:
             return file.read(status.st_size)
     finally:
         os.close(handle)
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, which may be compressed by gzip; none longer than LARGEST bytes.
+
+    Raises:
+      OSError: it cannot be read, is no such file, or has a longer line.
+    """
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if compressed else open(path, "rb") as lines:
+        try:
+            while line := lines.readline(LARGEST + 1):
+                if len(line) > LARGEST:
+                    reason = f"it has a line of more than {LARGEST // 2**20} MiB"
+                    raise OSError(errno.EFBIG, reason, str(path))
+                yield line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise OSError(errno.EINVAL, f"its compression is damaged: {error}", str(path)) from None

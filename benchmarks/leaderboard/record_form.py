@@ -48,7 +48,9 @@ def _named(part: str, kind: _Kind, *names: str) -> dict[str, _Kind]:
 _ALWAYS = {
     "date": _TEXT,
     "command": _TEXT,
-    **_named("config", _TEXT, "role", "workload", "workload_digest", "contestant", "code"),
+    **_named(
+        "config", _TEXT, "role", "workload", "workload_digest", "contestant", "code", "sources"
+    ),
     **_named("config", _NUMBER, "workload_version", "seed"),
     **_named("config", _or_null(_NUMBER), "target", "learning_rate"),
     "config.environment": ("a dictionary of texts", _are_texts),
@@ -56,6 +58,7 @@ _ALWAYS = {
     **_named("facts", _TEXT, "title", "family", "structure", "fisher", "damping", "rate_rule"),
     **_named("facts", _TEXT, "workload_title", "metric"),
     **_named("facts", _if_there(_TEXT), "question", "why_target"),
+    **_named("facts", _if_there(_TEXT), "commit", "natgrad", "submitter"),
     "outcome.status": _STATUS,
     "outcome.reason": _TEXT,
     "outcome.rate_note": _if_there(_TEXT),

@@ -24,7 +24,8 @@ from typing import Any, Protocol
 
 from benchmarks.leaderboard import locks
 from benchmarks.leaderboard.progress import Display, duration, label
-from benchmarks.leaderboard.store import Quarantined, Store, trial_key
+from benchmarks.leaderboard.records import trial_key
+from benchmarks.leaderboard.store import Quarantined, Store
 
 Config = Mapping[str, Any]
 Result = Mapping[str, Any]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
+import gzip
 import json
 import os
 import re
@@ -24,12 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.leaderboard import locks
-from benchmarks.leaderboard.reading import read_file
+from benchmarks.leaderboard.reading import read_file, read_lines
+from benchmarks.leaderboard.records import (
+    SCHEMA,
+    NotARecordError,
+    Record,
+    digest,
+    parse_record,
+    read_record,
+    trial_key,
+)
 
-SCHEMA = 1
 MANIFEST = "leaderboard.json"
-
-Record = dict[str, Any]
 
 _PARTS = ("facts", "outcome", "command")
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -37,10 +43,6 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 
 class StorageError(OSError):
     """The folder cannot be written to: what happened, what is kept, what to do."""
-
-
-class NotARecordError(ValueError):
-    """A file that is no valid record, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,6 @@ class Merged:
     same: int
     kept: tuple[str, ...]
     invalid: tuple[Quarantined, ...]
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value with sorted keys: ``ntk_analysis.results.content_hash([value])``."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def trial_key(config: Mapping[str, Any]) -> str:
-    """The key of a trial: the hash of its whole configuration.
-
-    Raises:
-      ValueError: a number in it is not finite.
-      TypeError: JSON cannot hold it.
-    """
-    return digest(dict(config))
 
 
 @dataclass
@@ -143,7 +130,7 @@ class Store:
         """The record of a trial; None where it is not there, or was not valid (quarantined)."""
         path = self.path(key)
         try:
-            return _read_record(path, self.rules)
+            return read_record(path, self.rules)
         except FileNotFoundError:
             return None
         except NotARecordError:
@@ -154,7 +141,7 @@ class Store:
         found = []
         for path in self._files():
             try:
-                record: Record | None = _read_record(path, self.rules)
+                record: Record | None = read_record(path, self.rules)
             except FileNotFoundError:
                 continue
             except NotARecordError:
@@ -226,27 +213,20 @@ class Store:
             os.close(handle)
 
     def merge(self, other: Path) -> Merged:
-        """Copies the records of another folder, as from another machine, that are not here.
+        """Copies the records of elsewhere that are not here, as from another machine.
 
-        The other folder is only read.
+        Args:
+          other: a folder of trials, or an archive that ``export`` wrote. It is only read.
 
         Raises:
           ValueError: it is this folder, holds no leaderboard, or one of other rules.
+          OSError: the archive cannot be read.
           StorageError: this folder cannot be written to; what was copied stays.
         """
-        source = Store(Path(other), self.rules)
-        if not os.path.isfile(source.folder / MANIFEST):
-            raise ValueError(f"{other} holds no leaderboard: it has no {MANIFEST}")
-        if source.folder.resolve() == self.folder.resolve():
-            raise ValueError(f"{other} is the folder to merge into; name another one")
-        _check_rules(source.folder, self.rules)
         copied, kept, invalid, same = [], [], [], 0
-        for path in source._files():
-            try:
-                record = _read_record(path, self.rules)
-            except (NotARecordError, FileNotFoundError) as error:
-                name = str(path.relative_to(source.folder))
-                invalid.append(Quarantined(name, str(error), None))
+        for name, record in self._of_elsewhere(Path(other)):
+            if isinstance(record, NotARecordError):
+                invalid.append(Quarantined(name, str(record), None))
                 continue
             ours = self.read(record["key"])
             if ours is None:
@@ -257,6 +237,46 @@ class Store:
             else:
                 kept.append(record["key"])
         return Merged(tuple(copied), same, tuple(kept), tuple(invalid))
+
+    def _of_elsewhere(self, other: Path) -> Iterator[tuple[str, Record | NotARecordError]]:
+        """The records of a folder or an archive by where they stand, or why one is none."""
+        if os.path.isfile(other):
+            for number, line in enumerate(read_lines(other), start=1):
+                try:
+                    yield f"line {number}", parse_record(line, self.rules)
+                except NotARecordError as error:
+                    yield f"line {number}", error
+            return
+        source = Store(other, self.rules)
+        if not os.path.isfile(source.folder / MANIFEST):
+            raise ValueError(f"{other} holds no leaderboard: it has no {MANIFEST}")
+        if source.folder.resolve() == self.folder.resolve():
+            raise ValueError(f"{other} is the folder to merge into; name another one")
+        _check_rules(source.folder, self.rules)
+        for path in source._files():
+            name = str(path.relative_to(source.folder))
+            try:
+                yield name, read_record(path, self.rules)
+            except (NotARecordError, FileNotFoundError) as error:
+                yield name, NotARecordError(str(error))
+
+    def export(self, archive: Path) -> int:
+        """Writes all valid records into one file of JSON lines, by key; how many.
+
+        The same records give the same bytes. ``merge`` reads it.
+
+        Args:
+          archive: compressed by gzip where its name ends in ".gz".
+
+        Raises:
+          OSError: it cannot be written; what stood there stays.
+        """
+        records = self.records()
+        lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in records]
+        data = "".join(lines).encode()
+        path = Path(archive)
+        self._replace(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        return len(records)
 
     def _files(self) -> list[Path]:
         """Files that should be records, by name; hidden ones are locks and unfinished writes."""
@@ -270,10 +290,13 @@ class Store:
                     locks.remove_abandoned(path)
 
     def _write(self, path: Path, document: Mapping[str, Any]) -> None:
-        """Writes under a temporary name, which is locked meanwhile, to the disk; then renames."""
+        """Writes a document, whole or not at all."""
         # a line for each entry: short enough to look at, and fast to read
         lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in document.items()]
-        data = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        self._replace(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+    def _replace(self, path: Path, data: bytes) -> None:
+        """Writes under a temporary name, which is locked meanwhile, to the disk; then renames."""
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary, handle = _open_temporary(path)
@@ -313,7 +336,7 @@ class Store:
             handle = None
         try:
             # another process may have moved it and have run the trial again since we read it
-            return _read_record(path, self.rules)
+            return read_record(path, self.rules)
         except FileNotFoundError:
             return None
         except NotARecordError as error:
@@ -328,50 +351,6 @@ class Store:
                 os.close(handle)
         self.quarantined.append(Quarantined(str(path.relative_to(self.folder)), reason, target))
         return None
-
-
-def _read_record(path: Path, rules: str) -> Record:
-    """Reads and checks a record.
-
-    Raises:
-      NotARecordError: it is none; says why.
-      FileNotFoundError: there is no such file.
-    """
-    try:
-        text = read_file(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise NotARecordError(f"cannot be read: {error.strerror}") from None
-    try:
-        record = json.loads(text)
-    except RecursionError:
-        raise NotARecordError("not a record: its JSON is nested too deep") from None
-    except ValueError:  # also of an encoding that is not UTF-8
-        what = "empty" if not text.strip(b"\0 \n") else "not JSON: half-written or edited"
-        raise NotARecordError(f"the file is {what}") from None
-    if not isinstance(record, dict):
-        raise NotARecordError("not a record: its JSON is no object")
-    if record.get("schema") != SCHEMA:
-        raise NotARecordError(f"of schema {record.get('schema')!r}, this program has {SCHEMA}")
-    stated = record.pop("digest", None)
-    try:
-        found = digest(record)
-    except ValueError:
-        raise NotARecordError("it holds numbers that are not finite, which no record has") from None
-    if stated != found:
-        raise NotARecordError("edited by hand: its digest is not that of its content")
-    parts = [record.get(part) for part in ("config", "facts", "outcome")]
-    if not all(isinstance(part, dict) for part in parts) or "command" not in record:
-        raise NotARecordError("incomplete: it lacks a config, facts, an outcome or a command")
-    config = record["config"]
-    key = trial_key(config)
-    if record.get("key") != key or path.name != f"{key}.json" or path.parent.name != key[:2]:
-        raise NotARecordError(f"its name or key is not that of its config, {key[:12]}...")
-    if config.get("rules") != rules:
-        raise NotARecordError(f"of rules {config.get('rules')!r}, the folder has {rules!r}")
-    record["digest"] = stated
-    return record
 
 
 def _check_rules(folder: Path, rules: str) -> None:

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.leaderboard.progress import duration
+from benchmarks.leaderboard.records import trial_key
 from benchmarks.leaderboard.runner import Summary, run
-from benchmarks.leaderboard.store import MANIFEST, Store, trial_key
+from benchmarks.leaderboard.store import MANIFEST, Store
 
 RULES = "torture"
 LOG = "trials.log"

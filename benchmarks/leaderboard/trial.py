@@ -6,28 +6,23 @@ import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from functools import cache, lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-import benchmarks.leaderboard
 from benchmarks.leaderboard import RULES
 from benchmarks.leaderboard.contestant import Contestant, find_contestant
+from benchmarks.leaderboard.identity import code_version, identity, packages, provenance, sources
 from benchmarks.leaderboard.program import Evaluation, OptaxProgram, Program
 from benchmarks.leaderboard.rates import TheoreticalRate
 from benchmarks.leaderboard.spectra import structure_outcome
 from benchmarks.leaderboard.targets import reason_of
 from benchmarks.leaderboard.workload import METRICS, Workload, find_workload
-from benchmarks.step import environment as step_environment
 from natgrad_flax.arguments.scalars import check_number, check_seed
-from ntk_analysis.results import environment as versions
 from ntk_analysis.results import plain
-from ntk_analysis.sources import source_digest
 
 Config = dict[str, Any]
 Outcome = dict[str, Any]
@@ -37,19 +32,13 @@ DIVERGED = 1e3
 # every step at first, then every twentieth part of the steps so far
 DENSE_STEPS = 20
 
-_AFTERWARDS = (
-    "__main__", "board", "cli", "cluster", "figures", "locks", "page", "plan", "progress",
-    "reading", "readme", "record_form", "runner", "scoring", "store", "tables", "texts", "torture",
-    "verdict",
-)  # fmt: skip
-"""Modules that plan, run, keep and show trials, and decide nothing that one finds."""
 
-
-def execute(config: Config) -> dict[str, Any]:
+def execute(config: Config, submitter: str = "") -> dict[str, Any]:
     """Runs a trial.
 
     Args:
       config: as ``configuration`` makes it.
+      submitter: who enters the contestant, for the reader.
 
     Returns:
       "facts" of the contestant and the workload, the "outcome", and the "command" that repeats it.
@@ -70,6 +59,8 @@ def execute(config: Config) -> dict[str, Any]:
         outcome = _train(config, contestant, workload)
     facts = {
         **contestant.facts(),
+        **provenance(),
+        "submitter": submitter,
         "workload_title": workload.title,
         "question": workload.question,
         "metric": METRICS[workload.metric].title,
@@ -104,9 +95,10 @@ def configuration(
     Raises:
       ValueError: a seed or a learning rate out of range, or a learning rate that is not used.
     """
+    entry = find_contestant(contestant)
     if learning_rate is not None:
         learning_rate = check_number("learning_rate", learning_rate, positive=True)
-        rule = find_contestant(contestant).rate_rule
+        rule = entry.rate_rule
         if rule != "tuned":
             raise ValueError(
                 f"{contestant} has its learning rate by a rule ({rule}): leave learning_rate out, "
@@ -123,45 +115,9 @@ def configuration(
         "contestant": contestant,
         "learning_rate": learning_rate,
         "seed": check_seed(seed),
-        **_packages(contestant),
+        "sources": sources(entry),
+        **packages(entry),
         **(machine or identity()),
-    }
-
-
-def _packages(contestant: str) -> dict[str, Any]:
-    """Versions of what only this contestant needs, None where it is not installed."""
-    found: dict[str, str | None] = {}
-    for name in find_contestant(contestant).packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return {"packages": found} if found else {}
-
-
-def identity() -> dict[str, Any]:
-    """The code and the environment of this process, without which a result means nothing."""
-    return {"code": code_version(), "environment": environment()}
-
-
-@cache
-def code_version() -> str:
-    """SHA-256 of the sources that decide what a trial finds, so not of pages and scores."""
-    own = Path(benchmarks.leaderboard.__file__).parent
-    modules = [file for file in own.glob("*.py") if file.stem not in _AFTERWARDS]
-    found = [*modules, *(own / "workloads").glob("*.py"), *(own / "contestants").glob("*.py")]
-    return source_digest(sorted(found))
-
-
-@cache
-def environment() -> dict[str, str]:
-    """Versions, device, processor and cores: what may change a result of the same code."""
-    here = step_environment()
-    return {
-        **versions(),
-        "optax": version("optax"),
-        "processor": here["processor"],
-        "cores": here["cores"],
     }
 
 
@@ -169,6 +125,8 @@ def command(config: Config) -> str:
     """The command that repeats a trial."""
     words = ["python", "-m", "benchmarks.leaderboard", "trial", config["workload"]]
     words += [config["contestant"], "--seed", str(config["seed"])]
+    if (entry := find_contestant(config["contestant"])).is_entry:
+        words += ["--entry", entry.source.name]
     if config["kind"] == "structure":
         words.append("--structure")
     if config["learning_rate"] is not None:
@@ -184,6 +142,7 @@ def _check(config: Config, workload: Workload, contestant: Contestant) -> None:
         ("workload_version", workload.version),
         ("workload_digest", workload.digest),
         ("code", code_version()),
+        ("sources", sources(contestant)),
     ):
         if config[what] != here:
             raise ValueError(
@@ -198,7 +157,7 @@ def _check(config: Config, workload: Workload, contestant: Contestant) -> None:
 @lru_cache(maxsize=2)
 def _program(contestant: str, workload: str) -> Program:
     """Compiled once for all seeds and learning rates."""
-    entry, where = find_contestant(contestant), find_workload(workload)
+    entry, where = find_contestant(contestant), find_workload(workload).training_only()
     return entry.program(entry, where) if entry.program else OptaxProgram(entry, where)
 
 
@@ -207,7 +166,9 @@ def _rate(contestant: str, workload: str) -> TheoreticalRate:
     """Compiled once for all seeds, as the program is."""
     program = _program(contestant, workload)
     assert isinstance(program, OptaxProgram)
-    return TheoreticalRate(find_contestant(contestant), find_workload(workload), program)
+    return TheoreticalRate(
+        find_contestant(contestant), find_workload(workload).training_only(), program
+    )
 
 
 @lru_cache(maxsize=1)

@@ -126,6 +126,11 @@ def _left(board: dict[str, Any]) -> list[str]:
     left = [f"{count} {reason}" for reason, count in board["left_out"].items() if count]
     if left:
         sentences.append(f"Left out of this board: trials {', '.join(left)}.")
+    if len(board["harnesses"]) > 1:
+        sentences.append(
+            f"The rows were timed by {len(board['harnesses'])} versions of the harness, under the "
+            "same rules."
+        )
     cells = [cell for row in board["rows"] for cell in row["cells"]]
     missing = sum(cell["status"] == "not run" for cell in cells)
     if missing:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import natgrad_datasets
@@ -16,9 +16,11 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-import natgrad_flax as ng
 from ntk_analysis.names import find
 from ntk_analysis.results import content_hash
+
+if TYPE_CHECKING:
+    from natgrad_flax import Loss
 
 Floats = NDArray[np.float32]
 
@@ -105,7 +107,7 @@ class Workload:
     settings: Mapping[str, Any]
     data: Callable[[], Data]
     model: Callable[[int], nnx.Module]
-    loss: ng.Loss
+    loss: Loss
     batch_size: int | None
     metric: str
     max_steps: int
@@ -126,6 +128,15 @@ class Workload:
             "max_seconds": self.max_seconds,
         }
         return content_hash([parts])
+
+    def training_only(self) -> Workload:
+        """The workload as contestants see it: without the samples that they are judged on."""
+
+        def data() -> Data:
+            x, y, x_held_out, y_held_out = self.data()
+            return Data(x, y, x_held_out[:0], y_held_out[:0])
+
+        return replace(self, data=data)
 
     def missing(self) -> str:
         """Why the data cannot be had here, or ""; nothing is downloaded."""

@@ -3,6 +3,7 @@
 Depends on NumPy, SciPy, scikit-learn, pooch and rich only; usable without the rest of the project.
 """
 
+from . import _requirements  # noqa: F401 - before what needs them
 from .catalogue import names
 from .errors import DataFileError, DatasetError, DownloadError
 from .forster import ForsterTransform, forster_transform

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def check_instance(name: str, value: object, base: type[T], known: Iterable[type[T]]) -> T:
+def check_instance(name: str, value: object, base: type[T]) -> T:
     """The value; raises TypeError unless it is an instance of a class.
 
     Args:
       name: of the setting.
       value: what was given.
-      base: the class.
-      known: those of its subclasses that the message names.
+      base: the class; the message names the subclasses that this package has of it.
     """
     if isinstance(value, type) and issubclass(value, base):
         raise TypeError(f"{name} must be an instance: write {_call(value)}")
     if not isinstance(value, base):
-        names = ", ".join(f"ng.{_call(cls)}" for cls in known)
+        names = ", ".join(f"ng.{_call(cls)}" for cls in own_subclasses(base))
         raise TypeError(f"{name} must be one of {names}, got {value!r}")
     return value
+
+
+def own_subclasses(base: type[T]) -> Iterator[type[T]]:
+    """Classes of this package that stand below a class and can be made, in order of definition."""
+    for cls in base.__subclasses__():
+        if cls.__module__.startswith("natgrad_flax.") and not cls.__name__.startswith("_"):
+            if not inspect.isabstract(cls):
+                yield cls
+            yield from own_subclasses(cls)
 
 
 def _call(cls: type) -> str:

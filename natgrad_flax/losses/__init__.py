@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from natgrad_flax.arguments.instances import check_instance
 from natgrad_flax.losses.base import DiagonalLoss, Loss
 from natgrad_flax.losses.binary import SigmoidCrossEntropy
 from natgrad_flax.losses.by_head import AnyLoss, LossLike
+from natgrad_flax.losses.checks import check_loss, check_losses
 from natgrad_flax.losses.custom import GaussNewton, Likelihood
 from natgrad_flax.losses.gaussian import GaussianNegativeLogLikelihood
 from natgrad_flax.losses.heads import Heads
@@ -26,23 +24,6 @@ LOSSES: tuple[type[Loss], ...] = (
     GaussNewton,
     Likelihood,
 )
-
-
-def check_losses(loss: object) -> AnyLoss:
-    """The loss, or the losses of several heads, which a dictionary or a tuple of losses is, too.
-
-    Raises:
-      TypeError: neither.
-    """
-    if isinstance(loss, Heads):
-        return loss
-    return Heads(loss) if isinstance(loss, (Mapping, tuple, list)) else check_loss(loss)
-
-
-def check_loss(loss: object) -> Loss:
-    """The loss; raises TypeError unless given an instance of one."""
-    return check_instance("loss", loss, Loss, LOSSES)  # type: ignore[type-abstract]
-
 
 __all__ = [
     "LOSSES",

@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.arguments.arrays import batch_size, shapes_of
+from natgrad_flax.arguments.instances import own_subclasses
 from natgrad_flax.arguments.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.damping import RelativeDamping, damping_as
 from natgrad_flax.linalg.dense import full_products
@@ -29,7 +30,7 @@ from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.fisher import Batch, Fisher
 from natgrad_flax.signals.gradient import ParameterGradient
 from natgrad_flax.signals.microbatches import in_microbatches
-from natgrad_flax.structures import STRUCTURES, AveragedStructure, Moments
+from natgrad_flax.structures import AveragedStructure, Moments
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def check_average(average: object, structure: object, example: object) -> None:
     if not isinstance(average, MovingAverage):
         raise TypeError(f"average must be an ng.MovingAverage, got {average!r}")
     if not isinstance(structure, AveragedStructure):
-        *most, last = [f"ng.{c.__name__}()" for c in STRUCTURES if issubclass(c, AveragedStructure)]
+        known = own_subclasses(AveragedStructure)  # type: ignore[type-abstract]
+        *most, last = [f"ng.{cls.__name__}()" for cls in known]
         raise TypeError(
             "average= needs a structure that means over samples make up: "
             f"{', '.join(most)} or {last}; {getattr(structure, 'name', structure)} solves "

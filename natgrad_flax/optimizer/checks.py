@@ -28,12 +28,12 @@ from natgrad_flax.models import MLP, NETWORKS, Autoencoder
 from natgrad_flax.optimizer.momentum import SPRING
 from natgrad_flax.signals.fisher import Batch, Fisher, check_kind
 from natgrad_flax.signals.model import check_model, hashable_filter
-from natgrad_flax.structures import STRUCTURES, Structure
+from natgrad_flax.structures import Structure
 
 
 def check_structure(structure: object) -> Structure:
     """The structure; raises TypeError unless given an instance of one."""
-    return check_instance("structure", structure, Structure, STRUCTURES)  # type: ignore[type-abstract]
+    return check_instance("structure", structure, Structure)  # type: ignore[type-abstract]
 
 
 def check_settings(

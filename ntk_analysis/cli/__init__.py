@@ -4,9 +4,7 @@ import sys
 from importlib import import_module
 from io import TextIOWrapper
 
-import scipy.linalg  # noqa: F401 - its BLAS must be there when it is limited
-from threadpoolctl import threadpool_limits
-
+import ntk_analysis.cli._requirements  # noqa: F401 - before what needs them
 from ntk_analysis.cli.app import app
 
 COMMANDS = ("report", "dynamics", "predict", "isotropy", "datasets", "reproduce")
@@ -18,6 +16,9 @@ for _name in COMMANDS:
 
 def main() -> None:
     """The entry point."""
+    import scipy.linalg  # noqa: F401 - its BLAS must be there when it is limited
+    from threadpoolctl import threadpool_limits
+
     # a locale without the signs of formulas shows others in their place
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperCommand
 
+import natgrad_flax as ng
 from ntk_analysis.files import own_folder
 from ntk_analysis.results import FILE_NAME
 
@@ -34,12 +35,27 @@ _STANDARD_OUTPUT = "standard output"
 
 app = typer.Typer(
     name="natgrad",
-    help="Natural-gradient training of wide networks, beside what kernel theory predicts.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        output.print(f"natgrad {ng.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="print the version"),
+    ] = False,
+) -> None:
+    """Natural-gradient training of wide networks, beside what kernel theory predicts."""
 
 
 # text is taken as it is: a name of the user's is no markup

@@ -127,8 +127,6 @@ def test_tuning_trials_are_linked_and_do_not_count():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"code": "newer"}, "of other versions of code or libraries"),
-        ({"environment": {**CPU, "jax": "0.12.0"}}, "of other versions of code or libraries"),
         ({"target": 0.02}, "of other targets or versions of a workload"),
         ({"workload_version": 2}, "of other targets or versions of a workload"),
         ({"learning_rate": 0.5}, "at other learning rates"),
@@ -142,6 +140,64 @@ def test_the_newest_counts_and_the_others_are_counted_as_left_out(change, reason
     assert cell["seconds"] == 1.0
     assert {name: count for name, count in device["left_out"].items() if count} == {reason: 2}
     assert any(f"2 {reason}" in sentence for sentence in device["verdict"]["sentences"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sources": "newer"}, {"environment": {**CPU, "jax": "0.12.0"}}, {"code": "newer"}],
+    ids=["sources", "library", "harness"],
+)
+def test_another_version_of_one_contestant_leaves_the_rows_of_the_others(change):
+    """It stands in its own row, which keeps the earlier one."""
+    others = [record("adam", seconds=4.0, learning_rate=0.1), record("exact", seconds=3.0)]
+    old = trials("kfac", "digits-mse", [5.0, 7.0])
+    new = trials("kfac", "digits-mse", [1.0], day=3, **change)
+    device = only(boards.build([*old, *others, *new]))
+    found = rows(device)
+    assert set(found) == {"adam", "exact", "kfac"}
+    assert [found[name]["cells"][0]["seconds"] for name in found] == [1.0, 3.0, 4.0]
+    (earlier,) = found["kfac"]["earlier"]
+    assert earlier["cells"][0] == {
+        "status": "reached", "seconds": 6.0, "training": 6.0, "steps": 10.0
+    }  # fmt: skip
+    assert (earlier["date"] < found["kfac"]["date"], earlier["commit"]) == (True, "0a1b2c3d4e5f")
+    assert found["adam"]["earlier"] == found["exact"]["earlier"] == []
+    assert not any(device["left_out"].values())
+    text = " ".join(device["verdict"]["sentences"])
+    assert ("2 versions of the harness" in text) == ("code" in change)
+
+
+def test_an_older_trial_of_a_version_does_not_split_its_row():
+    """The rate that was tuned last counts within a version alone."""
+    first = record("adam", seconds=4.0, learning_rate=0.1, sources="old")
+    later = record("adam", seconds=2.0, learning_rate=0.3, sources="new", day=2)
+    row = rows(only(boards.build([first, later])))["adam"]
+    assert (row["cells"][0]["seconds"], row["earlier"][0]["cells"][0]["seconds"]) == (2.0, 4.0)
+
+
+def test_machines_stand_in_one_ranking_by_steps():
+    """By hand: 10 and 20 steps here, 40 and a miss there; of another target nobody is behind."""
+    here = [record("kfac", steps=10), record("adam", steps=20, learning_rate=0.1)]
+    there = [
+        record("kfac", steps=40, environment=GPU),
+        record("adam", seconds=None, learning_rate=0.1, environment=GPU),
+        record("adam", "linear-teacher", steps=7, learning_rate=0.1, environment=GPU),
+    ]
+    found = boards.build(here + there)["across"]
+    assert found[0]["workloads"] == ["digits-mse", "linear-teacher"]
+    score = {(row["contestant"], row["machine"].split(",")[0]): row["score"] for row in found}
+    assert score == {
+        ("kfac", "CPU"): pytest.approx(0.5),
+        ("adam", "CPU"): pytest.approx((2 / 3) / 2),
+        ("kfac", "Example GPU"): pytest.approx(0.0),
+        ("adam", "Example GPU"): pytest.approx(0.5),
+    }
+    steps = {(row["contestant"], row["machine"].split(",")[0]): row["steps"] for row in found}
+    assert steps["adam", "Example GPU"] == [None, 7.0]
+    assert boards.build(here)["across"] == []
+    moved = [record("kfac", steps=1, environment=GPU, target=0.02)]
+    apart = boards.build(here + moved)["across"]
+    assert sorted(row["score"] for row in apart) == pytest.approx([1 / 3, 0.5, 0.5])
 
 
 def test_a_trial_without_a_target_does_not_count():

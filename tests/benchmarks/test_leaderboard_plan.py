@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from benchmarks.leaderboard import RULES, cli, plan, targets, trial
 from benchmarks.leaderboard.contestant import TUNING_TRIALS
+from benchmarks.leaderboard.identity import code_version, environment
 from benchmarks.leaderboard.store import Store
-from benchmarks.leaderboard.trial import code_version, configuration, environment
+from benchmarks.leaderboard.trial import configuration
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from sleeping_trials import events, make_configs, wait_for
 
 from benchmarks.leaderboard import locks, runner, torture
 from benchmarks.leaderboard.progress import Display
+from benchmarks.leaderboard.records import trial_key
 from benchmarks.leaderboard.runner import run
-from benchmarks.leaderboard.store import Store, trial_key
+from benchmarks.leaderboard.store import Store
 
 CHECKOUT = Path(runner.__file__).parents[2]
 

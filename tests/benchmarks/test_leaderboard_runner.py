@@ -13,8 +13,9 @@ from sleeping_trials import events, make_configs
 
 from benchmarks.leaderboard import torture
 from benchmarks.leaderboard.progress import Display, Durations, duration, label
+from benchmarks.leaderboard.records import trial_key
 from benchmarks.leaderboard.runner import run
-from benchmarks.leaderboard.store import StorageError, Store, trial_key
+from benchmarks.leaderboard.store import StorageError, Store
 
 pytestmark = pytest.mark.usefixtures("own_machine")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.leaderboard import locks, store
-from benchmarks.leaderboard.store import MANIFEST, StorageError, Store, trial_key
+from benchmarks.leaderboard.records import trial_key
+from benchmarks.leaderboard.store import MANIFEST, StorageError, Store
 from ntk_analysis.results import content_hash
 
 RULES = "1.0"
@@ -433,6 +434,42 @@ def test_merge_refuses_what_is_no_other_leaderboard(trials: Store, tmp_path: Pat
     Store.open(tmp_path / "old", "0.9")
     with pytest.raises(ValueError, match=r"holds trials of rules '0\.9'"):
         trials.merge(tmp_path / "old")
+
+
+@pytest.mark.parametrize("name", ["trials.jsonl", "trials.jsonl.gz"])
+def test_an_archive_brings_all_records_back(tmp_path: Path, name: str) -> None:
+    ours, theirs = (Store.open(tmp_path / part, RULES) for part in ("ours", "theirs"))
+    keys = {write(theirs, number) for number in range(3)}
+    archive = tmp_path / name
+    assert theirs.export(archive) == 3
+    first = archive.read_bytes()
+    theirs.export(archive)
+    assert archive.read_bytes() == first
+    assert set(ours.merge(archive).copied) == keys
+    assert [snapshot(store.folder / "trials") for store in (ours, theirs)].count(
+        snapshot(ours.folder / "trials")
+    ) == 2
+    assert ours.merge(archive).same == 3
+
+
+def test_a_damaged_archive_gives_what_is_whole(tmp_path: Path) -> None:
+    ours, theirs = (Store.open(tmp_path / part, RULES) for part in ("ours", "theirs"))
+    for number in range(3):
+        write(theirs, number)
+    archive = tmp_path / "trials.jsonl"
+    theirs.export(archive)
+    lines = archive.read_bytes().splitlines(keepends=True)
+    archive.write_bytes(lines[0].replace(b'"date":"2', b'"date":"3') + lines[1] + lines[2][:-40])
+    report = ours.merge(archive)
+    assert [entry.name for entry in report.invalid] == ["line 1", "line 3"]
+    assert "edited by hand" in report.invalid[0].reason
+    assert "half-written" in report.invalid[1].reason
+    assert len(report.copied) == 1
+    cut = tmp_path / "cut.jsonl.gz"
+    theirs.export(cut)
+    cut.write_bytes(cut.read_bytes()[:-20])
+    with pytest.raises(OSError, match="its compression is damaged"):
+        ours.merge(cut)
 
 
 def test_the_store_does_not_import_jax() -> None:

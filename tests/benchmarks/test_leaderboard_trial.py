@@ -4,19 +4,20 @@ import itertools
 import re
 import shlex
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pytest
 import toy_leaderboard as toy
 
 import natgrad_flax as ng
-from benchmarks.leaderboard import RULES, trial
+from benchmarks.leaderboard import RULES, identity, trial
 from benchmarks.leaderboard.contestant import TUNING_TRIALS, Contestant, in_words
 from benchmarks.leaderboard.program import OptaxProgram
 from benchmarks.leaderboard.rates import TheoreticalRate
 from benchmarks.leaderboard.trial import configuration, execute, next_evaluation
 from benchmarks.leaderboard.workload import METRICS
+from ntk_analysis import sources as sources_module
 from ntk_analysis.names import find
 
 
@@ -51,7 +52,11 @@ def test_exact_reaches_the_target_in_one_step():
     parts = ("preparation_seconds", "seconds", "evaluation_seconds")
     total = sum(outcome[name] for name in parts) + outcome["harness_seconds"]
     assert outcome["wall_seconds"] == pytest.approx(total)
-    assert found["facts"] == {
+    facts = found["facts"]
+    assert re.fullmatch(r"([0-9a-f]{12}.*)?", facts.pop("commit"))
+    assert facts.pop("natgrad") == version("natgrad")
+    assert facts == {
+        "submitter": "",
         "title": "Exact",
         "family": "natural-gradient",
         "structure": "Exact",
@@ -188,7 +193,8 @@ def test_missing_data_is_a_result(monkeypatch):
 def test_configuration_holds_what_makes_a_trial():
     one = config()
     assert one["rules"] == RULES
-    assert set(one["environment"]) >= {"jax", "optax", "device", "processor", "cores", "natgrad"}
+    assert set(one["environment"]) >= {"jax", "optax", "device", "processor", "cores"}
+    assert "natgrad" not in one["environment"]
     assert all(isinstance(value, str) for value in one["environment"].values())
     assert len(one["code"]) == 64
     words = shlex.split(execute(config("sgd", None, learning_rate=0.1, seed=3))["command"])
@@ -202,6 +208,7 @@ def test_configuration_holds_what_makes_a_trial():
     [
         ("rules", "0.9", "another rules, 0.9"),
         ("code", "0" * 64, "another code, 000000000000"),
+        ("sources", "0" * 64, "another sources, 000000000000"),
         ("workload_version", 7, "another workload version, 7"),
         ("workload_digest", "f" * 64, "another workload digest"),
         ("contestant", "exakt", "did you mean 'exact'"),
@@ -215,18 +222,54 @@ def test_a_trial_of_something_else_is_refused(entry, value, message):
         execute(config("sgd"))
 
 
+def test_contestants_are_not_given_what_they_are_judged_on():
+    seen = []
+
+    def optimizer(workload, rate, seed):
+        seen.append(workload.data())
+        return toy.optax.sgd(rate)
+
+    entry = replace(toy.CONTESTANTS["sgd"], optimizer=optimizer)
+    program = OptaxProgram(entry, toy.make_workload().training_only())
+    assert program.compile_seconds > 0
+    assert {data.x_train.shape for data in seen} == {(8, 3)}
+    assert {(len(data.x_held_out), len(data.y_held_out)) for data in seen} == {(0, 0)}
+
+
+def test_the_key_of_a_trial_follows_its_own_sources_alone(tmp_path, monkeypatch):
+    """An entry and what stands beside it; no other contestant, and no word of a docstring."""
+    file, beside, other = (tmp_path / f"{name}.py" for name in ("mine", "beside", "other"))
+    beside.write_text("x = 1")
+    other.write_text("x = 1")
+    keys = []
+    for text, rate in (
+        ('"""One."""\nimport beside', 1), ('"""Two."""\nimport beside', 1),
+        ("import beside\ny = 1", 1), ("import beside", 2),
+    ):  # fmt: skip
+        file.write_text(text)
+        beside.write_text(f"x = {rate}")
+        other.write_text(f"x = {len(keys)}")
+        for cached in (sources_module._code, sources_module._tree, sources_module._bound,
+                       sources_module._attributes, sources_module.import_digest,
+                       sources_module.imported_modules, identity.sources):  # fmt: skip
+            cached.cache_clear()
+        keys.append(identity.sources(replace(toy.CONTESTANTS["sgd"], source=file)))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
 def test_installing_the_package_of_a_peer_makes_another_trial(monkeypatch):
     where = toy.make_workload()
     peer = replace(toy.CONTESTANTS["sgd"], name="peer", packages=("kfac-jax",))
     toy.install(monkeypatch, members={**toy.CONTESTANTS, "peer": peer})
-    monkeypatch.setattr(trial, "version", lambda name: "0.0.8")
+    monkeypatch.setattr(identity, "version", lambda name: "0.0.8")
     with_it = configuration(where, "peer", 0, target=None, role="evaluation")
     assert with_it["packages"] == {"kfac-jax": "0.0.8"}
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(trial, "version", missing)
+    monkeypatch.setattr(identity, "version", missing)
     without = configuration(where, "peer", 0, target=None, role="evaluation")
     assert without["packages"] == {"kfac-jax": None}
     assert "packages" not in configuration(where, "sgd", 0, target=None, role="evaluation")

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from benchmarks.leaderboard import RULES
 from benchmarks.leaderboard.cli import app
-from benchmarks.leaderboard.store import Store, digest
+from benchmarks.leaderboard.records import digest
+from benchmarks.leaderboard.store import Store
 
 __all__ = ["board", "command", "copied", "put", "record"]
 

@@ -62,6 +62,9 @@ def facts(contestant: str, workload: str = "digits-mse") -> dict[str, str]:
     shared = {
         "workload_title": WORKLOADS.get(workload, (workload,))[0],
         "metric": "held-out mean squared error",
+        "commit": "0a1b2c3d4e5f",
+        "natgrad": "0.1.0",
+        "submitter": "",
         "why_target": "what Adam, tuned in 8 trials, reaches in 2000 steps; median of 3 seeds",
     }
     if contestant in OTHERS:
@@ -94,6 +97,7 @@ def record(
     target: float | None = 0.01,
     learning_rate: float | None = None,
     code: str = "c0de",
+    sources: str | None = None,
     environment: dict[str, str] | None = None,
     day: int = 0,
     compile_seconds: float = 0.0,
@@ -110,7 +114,8 @@ def record(
         "rules": "1.0", "kind": "structure" if structure else "timed", "role": role,
         "workload": workload, "workload_version": workload_version, "workload_digest": "d1gest",
         "target": target, "contestant": contestant, "learning_rate": learning_rate, "seed": seed,
-        "code": code, "environment": {**VERSIONS, **(environment or CPU)},
+        "code": code, "sources": sources or content_hash([contestant]),
+        "environment": {**VERSIONS, **(environment or CPU)},
     }  # fmt: skip
     if structure:
         outcome: dict[str, Any] = {

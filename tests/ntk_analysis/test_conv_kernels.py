@@ -263,6 +263,7 @@ def test_limit_describes_what_decides_its_kernels():
     convolutions = description.pop("convolutions")
     assert description == {
         "activation": "relu",
+        "engine": "neural-tangents",
         "hermite_terms": None,
         "weight_variances": [2.0] * 3,
         "bias_variances": [0.3] * 3,

@@ -144,10 +144,10 @@ def test_network_is_the_model_in_neural_tangents():
 
 def test_description_holds_what_decides_the_kernels():
     limit = infinite_width_limit(make_model("relu", depth=4))
-    assert limit.depth == len(limit.affine) == 4
-    assert len(limit.activations) == 3
+    assert limit.depth == len(limit.widths) == 4
     assert limit.description == {
         "activation": "relu",
+        "engine": "neural-tangents",
         "hermite_terms": None,
         "weight_variances": [2.0] * 4,
         "bias_variances": [0.3] * 4,

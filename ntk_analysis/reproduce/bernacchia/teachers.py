@@ -141,11 +141,14 @@ class Experiment:
         )
         # another teacher with the same inputs and noise; the same one for Gaussian weights
         change = np.linalg.multi_dot(network(chosen.widths, seed)) - data.weights
-        x, x_test = data.x_train, data.x_test
-        pairs = (x, data.y_train + x @ change), (x_test, data.y_test + x_test @ change)
-        train, test = (tuple(map(jnp.asarray, pair)) for pair in pairs)
+        x, x_test = jnp.asarray(data.x_train), jnp.asarray(data.x_test)
+        y, y_test = data.y_train + x @ change, data.y_test + x_test @ change
         order = batches(chosen.num_train, batch, EVERY, chosen.examples, seed)
-        return Run(program, lambda params: float(self._error(params, *test)), state, train, order)
+
+        def error(params: Any) -> float:
+            return float(self._error(params, x_test, y_test))
+
+        return Run(program, error, state, (x, y), order)
 
 
 def student(widths: Sequence[int], seed: int, network: Network) -> nnx.Sequential:

@@ -144,7 +144,7 @@ def expected_blocks(layer: Layer, size: int) -> Matrix:
     """The mean of Theta-bar_l of ``UnitBlocks`` over Gaussian inputs with this Gram matrix.
 
     sum over units i and blocks of S_i (S_i + k I)^-1 with tr = min(b, rank), the deterministic
-    equivalent of a random projection (Derezinski et al. 2020, Theorem 1).
+    equivalent of a random projection (Derezinski et al. 2020).
 
     Args:
       layer: of N samples.

@@ -149,7 +149,7 @@ gpu: .venv/.gpu ## on a machine with a GPU: the figures, steps and suites that c
 
 .PHONY: docs
 docs: .venv/.docs ## the documentation as a folder that a browser opens without a network: site/index.html
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .PHONY: dist
 dist: .venv/.uv ## wheel and source distribution of this version: dist/
@@ -159,7 +159,7 @@ dist: .venv/.uv ## wheel and source distribution of this version: dist/
 
 .PHONY: clean
 clean: ## removes what make made; benchmark results stay
-	rm -rf .venv .venv-jax .venv-jax11 .venv-peers-jax .venv-peers-torch report site build dist natgrad.egg-info .asv/env .asv/html
+	rm -rf .venv .venv-jax .venv-jax11 .venv-peers-jax .venv-peers-torch report site .docs build dist natgrad.egg-info .asv/env .asv/html
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
+import inspect
 import io
 import os
 import re
@@ -119,9 +120,14 @@ def build(folder: Path) -> Iterator[Path]:
       RuntimeError: a script failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shared = _print([*ROOT.glob("n*_*/**/*.py"), *ROOT.glob("datasets/**/*.py"), Path(__file__)])
+    packages = [*ROOT.glob("n*_*/**/*.py"), *ROOT.glob("datasets/**/*.py")]
+    shared = [path.read_text(encoding="utf-8") for path in sorted(packages)]
+    shared += [inspect.getsource(split), inspect.getsource(run), repr(STYLE)]
     for script in order():
-        print_, stamp = shared + _print([script]), folder / f"{script.stem}.{FINISHED}"
+        print_, stamp = (
+            _print([*shared, script.read_text(encoding="utf-8")]),
+            folder / f"{script.stem}.{FINISHED}",
+        )
         if not stamp.is_file() or stamp.read_text() != print_:
             for old in folder.glob(f"{script.stem}*"):
                 old.unlink()
@@ -134,11 +140,20 @@ def build(folder: Path) -> Iterator[Path]:
         yield script
 
 
-def _print(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def table() -> str:
+    """A picture and the title of every script, with links to their pages."""
+    cards = []
+    for script in order():
+        page, title = f"{script.stem}.md", split(script.read_text(encoding="utf-8"))[0]
+        cards.append(
+            f"<figure markdown>[![]({script.stem}-1.png)]({page})"
+            f"<figcaption>[{title}]({page})</figcaption></figure>"
+        )
+    return "\n".join(['<div class="gallery" markdown>', *cards, "</div>"])
+
+
+def _print(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 if __name__ == "__main__":

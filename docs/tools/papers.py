@@ -1,0 +1,62 @@
+"""The pages that ``natgrad reproduce`` writes of each paper, from the stored records."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ntk_analysis.report.comparison import HERE, NOT_RUN, Source, merge_checks, read_sources
+from ntk_analysis.report.papers import FOLDER, PAPERS, paper_of
+from ntk_analysis.report.papers.pages import write_papers
+from ntk_analysis.reproduce import load_checks
+from ntk_analysis.reproduce.registry import KINDS
+
+ROOT = Path(__file__).parents[2]
+
+
+@cache
+def records() -> dict[str, dict[str, Any]]:
+    """The newest record of each check in ``results/``."""
+    checks = load_checks()
+    sources, _ = read_sources(ROOT / "results", checks)
+    return merge_checks(Source(HERE, {"checks": {}}), sources, [c.identifier for c in checks])
+
+
+def table() -> str:
+    """A row a paper: how many claims are checked, how many of them hold by the stored records."""
+    found, lines = records(), ["| paper | claims | hold | not run here |", "|---|---:|---:|---:|"]
+    for name, paper in PAPERS.items():
+        own = [check for check in load_checks() if paper_of(check.identifier) == name]
+        verdicts = [found.get(check.identifier, {}).get("verdict", NOT_RUN) for check in own]
+        held, absent = verdicts.count("passed"), verdicts.count(NOT_RUN)
+        title = f"[{paper.citation}]({FOLDER}/{name}.html)"
+        lines.append(f"| {title} | {len(own)} | {held} | {absent} |")
+    return "\n".join(lines)
+
+
+def remarks() -> str:
+    """What is to be said of single claims, by its kind."""
+    lines: list[str] = []
+    for kind, meaning in KINDS.items():
+        of_kind = [check for check in load_checks() if check.kind == kind]
+        if of_kind:
+            lines += ["", f"**{kind.capitalize()}**: the claim {meaning}.", ""]
+            lines += [f"- `{c.identifier}`, {c.title}: {_plain(c.remark)}" for c in of_kind]
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Formulas as they are written, with nothing that Markdown would take for its own."""
+    return re.sub(r"([*_<\[\]|\\^])", r"\\\1", text)
+
+
+def write(out: Path) -> Path:
+    """Writes the pages with their figures below a folder, which keeps what has not changed.
+
+    Returns:
+      The folder of the pages.
+    """
+    write_papers(records(), load_checks(), out)
+    return out / FOLDER

@@ -103,7 +103,10 @@ def write(place: str) -> str:
         lines += [
             f"| [`{n.removeprefix(page.package + '.')}`][{n}] | {_summary(n)} |" for n in names
         ]
-    lines += [line for name in names for line in ("", f"::: {name}")]
+    for name in names:
+        lines += ["", f"::: {name}"]
+        if _base_of(name, names):
+            lines += ["    options:", "      members: false"]
     return "\n".join(lines) + "\n"
 
 
@@ -114,6 +117,14 @@ def table() -> str:
         for place, page in PAGES.items()
     ]
     return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _base_of(name: str, names: list[str]) -> bool:
+    """Whether a base class on the same page has the methods already."""
+    package, _, last = name.rpartition(".")
+    found = getattr(import_module(package), last)
+    bases = found.__mro__[1:] if inspect.isclass(found) else ()
+    return any(f"{package}.{base.__name__}" in names for base in bases)
 
 
 def _part(package: str, name: str) -> str:

@@ -7,7 +7,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ntk_analysis.report.comparison import HERE, NOT_RUN, Source, merge_checks, read_sources
+from ntk_analysis.report.comparison import (
+    HERE,
+    NOT_RUN,
+    STALE,
+    Source,
+    merge_checks,
+    read_sources,
+)
 from ntk_analysis.report.papers import FOLDER, PAPERS, paper_of
 from ntk_analysis.report.papers.pages import write_papers
 from ntk_analysis.reproduce import load_checks
@@ -26,13 +33,16 @@ def records() -> dict[str, dict[str, Any]]:
 
 def table() -> str:
     """A row a paper: how many claims are checked, how many of them hold by the stored records."""
-    found, lines = records(), ["| paper | claims | hold | not run here |", "|---|---:|---:|---:|"]
+    found = records()
+    columns = ("paper", "claims", "hold", "of these measured by an earlier source", "not run here")
+    lines = [f"| {' | '.join(columns)} |", "|---|---:|---:|---:|---:|"]
     for name, paper in PAPERS.items():
         own = [check for check in load_checks() if paper_of(check.identifier) == name]
         verdicts = [found.get(check.identifier, {}).get("verdict", NOT_RUN) for check in own]
         held, absent = verdicts.count("passed"), verdicts.count(NOT_RUN)
+        evidence = [found.get(check.identifier, {}).get("evidence") for check in own]
         title = f"[{paper.citation}]({FOLDER}/{name}.html)"
-        lines.append(f"| {title} | {len(own)} | {held} | {absent} |")
+        lines.append(f"| {title} | {len(own)} | {held} | {evidence.count(STALE)} | {absent} |")
     return "\n".join(lines)
 
 

@@ -91,9 +91,11 @@ for axis, structure in zip(axes, (ng.Exact(), ng.KFAC(), ng.Diagonal()), strict=
     axis.plot(line, mean, color=style.color, linewidth=2)
     axis.plot(x, y, "k.", markersize=3)
     axis.set(title=style.label, xlabel="x", ylim=(-3, 3))
-    gap, data = np.abs(line) < 0.3, np.abs(line + 2) < 0.3
-    print(f"{style.label:<12} in the gap {deviation[gap].mean():.2f}, "
-          f"at the samples {deviation[data].mean():.2f}")  # fmt: skip
+    between, among = np.abs(line) < 0.3, np.abs(line + 2) < 0.3
+    numbers = (
+        f"{deviation[between].mean():.2f} in the gap, {deviation[among].mean():.2f} at samples"
+    )
+    print(f"{style.label:<10}{numbers}")
 plt.show()
 
 # %%

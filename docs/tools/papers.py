@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ntk_analysis.report.comparison import (
 )
 from ntk_analysis.report.papers import FOLDER, PAPERS, paper_of
 from ntk_analysis.report.papers.pages import write_papers
+from ntk_analysis.report.typeset import typeset
 from ntk_analysis.reproduce import load_checks
 from ntk_analysis.reproduce.registry import KINDS
 
@@ -53,13 +53,14 @@ def remarks() -> str:
         of_kind = [check for check in load_checks() if check.kind == kind]
         if of_kind:
             lines += ["", f"**{kind.capitalize()}**: the claim {meaning}.", ""]
-            lines += [f"- `{c.identifier}`, {c.title}: {_plain(c.remark)}" for c in of_kind]
+            lines += [f"- `{c.identifier}`, {_plain(c.title)}: {_plain(c.remark)}" for c in of_kind]
     return "\n".join(lines)
 
 
 def _plain(text: str) -> str:
-    """Formulas as they are written, with nothing that Markdown would take for its own."""
-    return re.sub(r"([*_<\[\]|\\^])", r"\\\1", text)
+    """Formulas as the pages of the papers set them; nothing is left that Markdown would take."""
+    marks = {ord(mark): f"&#{ord(mark)};" for mark in "*_[]\\`|"}
+    return str(typeset(text)).translate(marks)
 
 
 def write(out: Path) -> Path:

@@ -13,13 +13,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.answers import check_step
 from benchmarks.common import Suite, by_profile, unit
-from benchmarks.problems import STRUCTURES, Case, Line, Problem, make_problem
+from benchmarks.problems import OPTIMIZERS, STRUCTURES, Case, Line, Problem, make_problem
 from benchmarks.programs import (
-    ADAM,
-    adam_step,
     check_finite,
     instructions,
     natural_step,
+    optimizer_step,
     sgd_step,
 )
 
@@ -108,7 +107,9 @@ def _begin(
     if structure == SGD:
         step = sgd_step(line, graphdef)
     elif structure in FIRST_ORDER:
-        step, args = adam_step(line, graphdef), (state, ADAM.init(state), *args[1:])
+        optimizer = OPTIMIZERS[structure]
+        step = optimizer_step(line, graphdef, optimizer)
+        args = (state, optimizer.init(state), *args[1:])
     else:
         step, args = natural_step(line, STRUCTURES[structure], graphdef), (*args, problem.key)
     marks = [time.perf_counter()]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 
@@ -49,6 +50,7 @@ class Line:
       undamped: the structures that can do so run at zero damping.
       targets: for each structure the ratio to reach.
       damping: the ratio of ``ng.RelativeDamping`` wherever there is one.
+      optimizers: for each optimizer on gradients alone the ratio to reach.
       network: key of NETWORKS, "" for the fully connected one of ``widths``.
       closed: the batch is a constant of the steps, as where a jitted function closes over it.
     """
@@ -61,15 +63,25 @@ class Line:
     undamped: bool
     targets: Mapping[str, float] = field(default_factory=dict)
     damping: float = 1e-3
+    optimizers: Mapping[str, float] = field(default_factory=dict)
     network: str = ""
     closed: bool = False
 
     def __post_init__(self) -> None:
-        if unknown := set(self.targets) - set(STRUCTURES):
-            raise ValueError(
-                f"targets of {', '.join(sorted(unknown))}, but structures are called "
-                f"{', '.join(STRUCTURES)}"
-            )
+        for kind, targets, known in (
+            ("structures", self.targets, STRUCTURES),
+            ("optimizers", self.optimizers, OPTIMIZERS),
+        ):
+            if unknown := set(targets) - set(known):
+                raise ValueError(
+                    f"targets of {', '.join(sorted(unknown))}, but {kind} are called "
+                    f"{', '.join(known)}"
+                )
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The ratio to reach of each structure and optimizer."""
+        return {**self.targets, **self.optimizers}
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,16 @@ STRUCTURES: dict[str, Entry] = {
 """Every structure by its short name: the columns of README.md, then those without a target."""
 
 
+PERIOD = 10
+"""Steps from one renewal of Shampoo's roots and SOAP's bases to the next."""
+
+OPTIMIZERS: dict[str, optax.GradientTransformation] = {
+    "Adam": optax.adam(0.1),
+    "Shampoo": ng.shampoo(0.1, decay=0.95, every=PERIOD, grafting="sgd", block_size=64),
+    "SOAP": ng.soap(0.1, every=PERIOD, basis_every=PERIOD, block_size=64),
+}
+"""Optimizers on gradients alone, as benchmarks run them."""
+
 LOSSES: dict[str, ng.Loss] = {
     "mse": ng.MeanSquaredError(),
     "cross-entropy": ng.SoftmaxCrossEntropy(),
@@ -247,6 +269,7 @@ LINES: dict[str, Line] = {
         "exact",
         False,
         _targets(1),
+        optimizers={"Adam": 1.5, "Shampoo": 1.5, "SOAP": 1.5},
     ),
     "xent-1024-mc": Line(
         "the same, Monte-Carlo Fisher (1 sample)",
@@ -285,6 +308,9 @@ LINES["mse-4096-closed"] = replace(
 )
 
 
+_PLAIN = Entry(ng.Exact())
+
+
 def make_model(line: Line, entry: Entry) -> nnx.Module:
     """The network of a line, in float32, the same numbers at every call."""
     if line.network:
@@ -299,7 +325,7 @@ def make_model(line: Line, entry: Entry) -> nnx.Module:
     )
 
 
-def make_problem(line: Line, entry: Entry) -> Problem:
+def make_problem(line: Line, entry: Entry = _PLAIN) -> Problem:
     """The model and batch of a line, the same numbers at every call."""
     inputs, labels, targets = jax.random.split(jax.random.key(SEED), 3)
     shape = line.widths[:-1] if line.network else line.widths[:1]

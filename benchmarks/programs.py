@@ -15,14 +15,13 @@ from flax import nnx
 from jax import Array
 
 import natgrad_flax as ng
-from benchmarks.problems import Entry, Line, Problem, make_problem
+from benchmarks.problems import OPTIMIZERS, PERIOD, Entry, Line, Problem, make_problem
 from natgrad_flax.optimizer.gradient import compute
 from natgrad_flax.optimizer.trees import as_state
 from natgrad_flax.signals.fisher import Batch, Fisher
 
 LEARNING_RATE = 0.1
 SGD_PER_ROUND = 3
-ADAM = optax.adam(LEARNING_RATE)
 
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = ", re.MULTILINE)
 
@@ -58,17 +57,19 @@ def sgd_step(line: Line, graphdef: Any) -> jax.stages.Wrapped:
     return step
 
 
-def adam_step(line: Line, graphdef: Any) -> jax.stages.Wrapped:
-    """The jitted step (parameters, moments, x, y) -> (parameters, moments, loss) of Adam."""
+def optimizer_step(
+    line: Line, graphdef: Any, optimizer: optax.GradientTransformation
+) -> jax.stages.Wrapped:
+    """The jitted step (parameters, kept, x, y) -> (parameters, kept, loss) of an optimizer."""
     loss = _loss(line, graphdef)
 
     @jax.jit
     def step(
-        state: nnx.State, moments: optax.OptState, x: Array, y: Array
+        state: nnx.State, kept: optax.OptState, x: Array, y: Array
     ) -> tuple[nnx.State, optax.OptState, Array]:
         value, gradient = jax.value_and_grad(loss)(state, x, y)
-        updates, moments = ADAM.update(gradient, moments, state)
-        return optax.apply_updates(state, updates), moments, value
+        updates, kept = optimizer.update(gradient, kept, state)
+        return optax.apply_updates(state, updates), kept, value
 
     return step
 
@@ -157,6 +158,26 @@ def prepare(line: Line, entry: Entry) -> Steps:
         natural,
         seconds,
     )
+
+
+def prepare_optimizer(line: Line, name: str) -> Steps:
+    """Compiles the step of an optimizer; one call takes PERIOD steps, each from the one before."""
+    problem, optimizer = make_problem(line), OPTIMIZERS[name]
+    graphdef, state = nnx.split(problem.model)
+    kept, batch = optimizer.init(state), (problem.x, problem.y)
+    start = time.perf_counter()
+    step = optimizer_step(line, graphdef, optimizer).lower(state, kept, *batch).compile()
+    seconds = time.perf_counter() - start
+    sgd = sgd_step(line, graphdef)
+
+    def period() -> nnx.State:
+        nonlocal kept
+        params = state
+        for _ in range(PERIOD):
+            params, kept, _ = step(params, kept, *batch)
+        return params
+
+    return Steps(state, lambda: sgd(state, *batch)[0], period, step, seconds)
 
 
 def alternate(steps: Steps, repeats: int) -> tuple[list[float], list[float]]:

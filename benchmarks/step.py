@@ -1,7 +1,8 @@
 """What one natural-gradient step costs, as the ratio to one SGD step.
 
 Both steps are jitted functions from parameters to parameters, on the same model and batch, timed
-alternately in one process. The asv suite tracks the ratio and what the compiler knows for certain;
+alternately in one process. Adam, Shampoo and SOAP stand beside them, as means over the steps from
+one renewal to the next. The asv suite tracks the ratio and what the compiler knows for certain;
 ``python -m benchmarks.step`` prints the table of README.md.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import platform
 import statistics
 from collections.abc import Sequence
@@ -23,6 +25,8 @@ from benchmarks.common import StepSuite, by_profile, unit
 from benchmarks.machine import check_machine, cores, processor
 from benchmarks.problems import (
     LINES,
+    OPTIMIZERS,
+    PERIOD,
     STRUCTURES,
     TIMING_SKIPS,
     Case,
@@ -31,7 +35,15 @@ from benchmarks.problems import (
     make_problem,
     skip_reason,
 )
-from benchmarks.programs import Steps, alternate, flops, peak_bytes, prepare, temporary_bytes
+from benchmarks.programs import (
+    Steps,
+    alternate,
+    flops,
+    peak_bytes,
+    prepare,
+    prepare_optimizer,
+    temporary_bytes,
+)
 from ntk_analysis.results import write_json
 
 MIN_REPEATS = 7
@@ -71,7 +83,8 @@ class Measurement:
       peak_bytes: device memory of that step; see ``programs.peak_bytes``.
       flops: its floating-point operations by XLA's count, without LAPACK calls.
       compile_seconds: tracing and compiling it.
-      defect: |G u - g| / |g| of the step that was timed; see ``answers.check_step``.
+      defect: |G u - g| / |g| of the step that was timed; see ``answers.check_step``. NaN of an
+        optimizer that solves no system.
       scale: <G u, g> / <g, g> of the same, which should be 1.
     """
 
@@ -106,7 +119,7 @@ class Cell:
 
     Attributes:
       line: key of the line.
-      structure: key of the structure.
+      structure: key of the structure, or of the optimizer.
       found: what was measured.
     """
 
@@ -117,7 +130,7 @@ class Cell:
     @property
     def target(self) -> float:
         """The ratio to reach."""
-        return LINES[self.line].targets[self.structure]
+        return LINES[self.line].ratios[self.structure]
 
     def record(self) -> dict[str, Any]:
         """What goes into the JSON file."""
@@ -139,6 +152,17 @@ def measure(line: Line, entry: Entry, repeats: int = MIN_REPEATS) -> Measurement
     """
     steps, peak, (defect, scale) = first_step(line, entry)
     natural, sgd = alternate(steps, repeats)
+    return _measurement(steps, peak, natural, sgd, defect, scale)
+
+
+def _measurement(
+    steps: Steps,
+    peak: int,
+    natural: Sequence[float],
+    sgd: Sequence[float],
+    defect: float = math.nan,
+    scale: float = math.nan,
+) -> Measurement:
     return Measurement(
         tuple(natural),
         tuple(sgd),
@@ -149,6 +173,21 @@ def measure(line: Line, entry: Entry, repeats: int = MIN_REPEATS) -> Measurement
         defect,
         scale,
     )
+
+
+def measure_optimizer(line: Line, name: str, repeats: int = MIN_REPEATS) -> Measurement:
+    """Times an optimizer on gradients alone: means over PERIOD steps, with one renewal in each.
+
+    There is no system that its answer could be put into. The flops are those of a step that renews.
+
+    Raises:
+      FloatingPointError: parameters that are not finite.
+    """
+    steps = prepare_optimizer(line, name)
+    jax.block_until_ready(steps.natural())
+    peak = peak_bytes(steps.natural_compiled)
+    periods, sgd = alternate(steps, repeats)
+    return _measurement(steps, peak, [period / PERIOD for period in periods], sgd)
 
 
 def first_step(line: Line, entry: Entry) -> tuple[Steps, int, tuple[float, float]]:
@@ -283,11 +322,18 @@ def table(cells: Sequence[Cell], markdown: bool) -> str:
     )
 
 
+def _measured(line: Line, name: str, repeats: int) -> Measurement:
+    if name in OPTIMIZERS:
+        return measure_optimizer(line, name, repeats)
+    return measure(line, STRUCTURES[name], repeats)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table, and writes it as JSON where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    everyone = [*STRUCTURES, *OPTIMIZERS]
     parser.add_argument("--line", nargs="+", choices=LINES, default=list(LINES))
-    parser.add_argument("--structure", nargs="+", choices=STRUCTURES, default=list(STRUCTURES))
+    parser.add_argument("--structure", nargs="+", choices=everyone, default=everyone)
     parser.add_argument("--repeats", type=int, default=MIN_REPEATS, help="timed steps of each cell")
     parser.add_argument("--markdown", action="store_true", help="a table for README.md")
     parser.add_argument("--out", type=Path, help="also write every timing to this JSON file")
@@ -298,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (line, structure)
         for line in options.line
         for structure in options.structure
-        if structure in LINES[line].targets
+        if structure in LINES[line].ratios
     ]
     if not wanted:
         parser.error(
@@ -306,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "benchmarks/problems.py has them"
         )
     cells = [
-        Cell(line, structure, measure(LINES[line], STRUCTURES[structure], options.repeats))
+        Cell(line, structure, _measured(LINES[line], structure, options.repeats))
         for line, structure in wanted
     ]
     about = environment()

@@ -44,23 +44,31 @@ from natgrad_flax.signals.gradient import Residual
 from natgrad_flax.structures import (
     EKFAC,
     KFAC,
+    KFOC,
     BlockDiagonal,
     BlockTriDiagonal,
     Diagonal,
     Exact,
+    Foof,
     IsotropyWarning,
     LayerWise,
     QuasiDiagonal,
+    Shampoo,
     SingularCouplingWarning,
     Structure,
+    UnitBlocks,
     UnitWise,
 )
+from natgrad_flax.transformations.shampoo import shampoo
+from natgrad_flax.transformations.soap import soap
+from natgrad_flax.transformations.width import scale_by_width
 from natgrad_flax.xla.compiler import avoid_faulty_fusions
 from natgrad_flax.xla.convolution import conv_general_dilated
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KFOC",
     "MLP",
     "SPRING",
     "Autoencoder",
@@ -73,6 +81,7 @@ __all__ = [
     "Diagonal",
     "Exact",
     "FisherOperator",
+    "Foof",
     "GaussNewton",
     "GaussianNegativeLogLikelihood",
     "Heads",
@@ -90,12 +99,14 @@ __all__ = [
     "RelativeDamping",
     "Residual",
     "ResidualNet",
+    "Shampoo",
     "SigmoidCrossEntropy",
     "Signals",
     "SingularCouplingWarning",
     "SmallDampingWarning",
     "SoftmaxCrossEntropy",
     "Structure",
+    "UnitBlocks",
     "UnitWise",
     "VisionTransformer",
     "conv_general_dilated",
@@ -108,6 +119,9 @@ __all__ = [
     "natural_gradient",
     "natural_gradient_descent",
     "optimal_learning_rate",
+    "scale_by_width",
+    "shampoo",
+    "soap",
 ]
 
 __version__ = version("natgrad")

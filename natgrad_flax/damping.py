@@ -189,3 +189,11 @@ def warn_of_rounding(damping: object, dtype: jnp.dtype, margin: float = 1.0) -> 
 def of_block(damping: Array | float) -> Array | float:
     """The damping of a layer's own Fisher block, where both Kronecker factors may have one each."""
     return damping if jnp.ndim(damping) == 0 else jnp.asarray(damping)[0]
+
+
+def as_pair(damping: Array | float) -> tuple[Array | float, Array | float]:
+    """What is added to both factors of a Kronecker product; a damping of shape (2,) is the pair."""
+    if jnp.ndim(damping) == 1:
+        pair = jnp.asarray(damping)
+        return pair[0], pair[1]
+    return damping, damping

@@ -7,8 +7,10 @@ import ntk_analysis._requirements  # noqa: F401 - before what needs them
 from natgrad_flax.arguments.renamed import renamed_names
 from ntk_analysis.analytic import AnalyticKernels, analytic_kernels, analytic_layer_kernels
 from ntk_analysis.coefficient import coefficient_matrix
+from ntk_analysis.coordinates import CoordinateCheck, coordinate_check
 from ntk_analysis.cost import StructureCost, structure_cost
 from ntk_analysis.displacement import parameter_displacement
+from ntk_analysis.drift import KernelDrift, kernel_drift
 from ntk_analysis.dynamics import LinearisedDynamics, predict_dynamics
 from ntk_analysis.empirical import empirical_layer_kernels
 from ntk_analysis.flow import LinearisedFlow, predict_flow
@@ -21,9 +23,11 @@ from ntk_analysis.sweep import SweepSettings, isotropy_sweep
 
 __all__ = [
     "AnalyticKernels",
+    "CoordinateCheck",
     "GradientDescent",
     "InfiniteWidthLimit",
     "IsotropyReport",
+    "KernelDrift",
     "LinearisedDynamics",
     "LinearisedFlow",
     "Prediction",
@@ -33,10 +37,12 @@ __all__ = [
     "analytic_kernels",
     "analytic_layer_kernels",
     "coefficient_matrix",
+    "coordinate_check",
     "empirical_layer_kernels",
     "infinite_width_limit",
     "isotropy",
     "isotropy_sweep",
+    "kernel_drift",
     "parameter_displacement",
     "predict",
     "predict_dynamics",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ntk_analysis.coordinates import CoordinateCheck
 from ntk_analysis.files import save_figure
 from ntk_analysis.palette import STYLES, tint
 from ntk_analysis.tables import setting_sentence
@@ -249,6 +250,44 @@ def _draw_costs(
         )
         if len(finite) < len(known):
             _footnote(figure, "Structures with a singular matrix are not shown.")
+        return _save(figure, stem)
+
+
+def draw_coordinates(check: CoordinateCheck, stem: Path, title: str) -> list[Path]:
+    """Draws how far the layers moved at the last step against the width, a line a layer.
+
+    Args:
+      check: of ``coordinate_check``.
+      stem: of the files, which end with .png and .svg.
+      title: above the figure.
+
+    Returns:
+      The files.
+    """
+    from matplotlib import colormaps
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    with _figure((6.8, 4.0)) as figure:
+        axis = figure.subplots()
+        curves = check.changes[:, -1]
+        for layer, curve in enumerate(curves.T):
+            slope = check.exponents[layer]
+            law = f": $M^{{{round(slope, 2) + 0.0:.2f}}}$" if np.isfinite(slope) else ""
+            axis.loglog(
+                check.widths, curve, "o-", label=f"layer {layer + 1}{law}", markersize=_MARKER_SIZE,
+                color=colormaps["viridis"](0.85 * layer / max(curves.shape[1] - 1, 1)), **_EDGE,
+            )  # fmt: skip
+        low, high = axis.get_ylim()
+        # a decade at least, so that noise does not look like a trend
+        spread = max(1.0, (10 * low / high) ** 0.5)
+        axis.set_ylim(low / spread, high * spread)
+        axis.xaxis.set_major_locator(FixedLocator(list(check.widths)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xlabel(_NAMES["width"])
+        axis.set_ylabel(f"RMS change of pre-activations, step {check.changes.shape[1]}")
+        axis.set_title(title, fontsize="medium")
+        figure.legend(loc="outside right center", frameon=False)
         return _save(figure, stem)
 
 

@@ -190,7 +190,7 @@ def num_outputs(model: MLP | ConvNet) -> int:
 
 
 def _affine(layer: nnx.Module, index: int) -> Affine:
-    if not isinstance(layer, Dense):
+    if not isinstance(layer, Dense) or layer.init_power is not None:
         raise ValueError(
             f"layer {index} ({type(layer).__name__}) has no infinite-width limit: it is not "
             "an ng.Dense in NTK parametrisation"
@@ -199,7 +199,7 @@ def _affine(layer: nnx.Module, index: int) -> Affine:
 
 
 def _convolution(layer: nnx.Module, index: int) -> Affine:
-    if not isinstance(layer, Conv):
+    if not isinstance(layer, Conv) or layer.init_power is not None:
         raise ValueError(
             f"layer {index} ({type(layer).__name__}) has no infinite-width limit: it is not "
             "an ng.Conv in NTK parametrisation"

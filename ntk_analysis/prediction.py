@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -292,15 +292,16 @@ def initial_outputs(model: nnx.Module, x: ArrayLike, seeds: range) -> Matrix:
 
 def _fresh(architecture: MLP | ConvNet, seed: int) -> MLP | ConvNet:
     """A network of the same architecture with parameters of its own."""
-    variances = {
+    drawn: dict[str, Any] = {
         "weight_variance": architecture.weight_variance,
         "bias_variance": architecture.bias_variance,
+        "parametrization": architecture.parametrization,
     }
     if isinstance(architecture, MLP):
         return MLP(
             architecture.widths,
             activation=architecture.activation,
-            **variances,
+            **drawn,
             rngs=nnx.Rngs(seed),
         )
     return ConvNet(
@@ -312,7 +313,7 @@ def _fresh(architecture: MLP | ConvNet, seed: int) -> MLP | ConvNet:
         padding=architecture.padding,
         pooling=architecture.pooling,
         activation=architecture.activation,
-        **variances,
+        **drawn,
         rngs=nnx.Rngs(seed),
     )
 

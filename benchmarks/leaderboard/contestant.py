@@ -135,7 +135,12 @@ class Contestant:
 
 
 _STANDARD = f"; {STANDARD_DAMPING:g} times as much in standard parametrisation"
-_FISHERS = {"exact": "true", "mc": "Monte-Carlo, 1 sample", "empirical": "empirical"}
+_FISHERS = {
+    "exact": "true",
+    "mc": "Monte-Carlo, 1 sample",
+    "empirical": "empirical",
+    "improved": "improved empirical",
+}
 
 
 def is_standard(workload: Workload) -> bool:

@@ -18,23 +18,24 @@ def check_instance(name: str, value: object, base: type[T]) -> T:
       base: the class; the message names the subclasses that this package has of it.
     """
     if isinstance(value, type) and issubclass(value, base):
-        raise TypeError(f"{name} must be an instance: write {_call(value)}")
+        raise TypeError(f"{name} must be an instance: write {call_of(value)}")
     if not isinstance(value, base):
-        names = ", ".join(f"ng.{_call(cls)}" for cls in own_subclasses(base))
+        names = ", ".join(f"ng.{call_of(cls)}" for cls in own_subclasses(base))
         raise TypeError(f"{name} must be one of {names}, got {value!r}")
     return value
 
 
 def own_subclasses(base: type[T]) -> Iterator[type[T]]:
-    """Classes of this package that stand below a class and can be made, in order of definition."""
+    """Classes below a class that stand in its package and can be made, in order of definition."""
+    package = base.__module__.rpartition(".")[0]
     for cls in base.__subclasses__():
-        if cls.__module__.startswith("natgrad_flax.") and not cls.__name__.startswith("_"):
+        if cls.__module__.startswith(f"{package}.") and not cls.__name__.startswith("_"):
             if not inspect.isabstract(cls):
                 yield cls
             yield from own_subclasses(cls)
 
 
-def _call(cls: type) -> str:
+def call_of(cls: type) -> str:
     """An instance of a class, with the arguments that it cannot do without."""
     arguments = inspect.signature(cls).parameters.values()
     needed = [arg.name for arg in arguments if arg.default is arg.empty]

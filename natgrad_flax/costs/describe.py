@@ -185,7 +185,7 @@ def describe(
         mesh of devices, what all of them hold and compute together is described.
       loss: for the number of output directions of the exact Fisher, C without it; a model of
         several heads needs theirs.
-      fisher: "exact", "mc" or "empirical".
+      fisher: "exact", "mc", "empirical" or "improved".
       mc_samples: targets drawn a sample, for "mc".
       wrt: the parameters that move.
 
@@ -210,7 +210,7 @@ def describe(
         plans.extend(plan_layers(traced, x, wrt).layers)
         outputs, backward = linearise(traced, x, wrt)
         n, *shape = outputs.shape
-        directions = {"exact": math.prod(shape), "mc": mc_samples, "empirical": 1}[fisher]
+        directions = {"exact": math.prod(shape), "mc": mc_samples}.get(fisher, 1)
         # the factor of a function of the user's has as many columns as there are outputs
         if fisher == "exact" and known is not None and not known.needs_targets:
             directions = output_terms(known, outputs, None, None).directions().shape[1]

@@ -142,17 +142,25 @@ def euclidean_step(factors: Sequence[Array], gradient: Array) -> Factors:
     )
 
 
-def split_step(factors: Sequence[Array], gradient: Array) -> Factors:
+def split_step(
+    factors: Sequence[Array], gradient: Array, *, cutoff: float | None = None
+) -> Factors:
     """The solution of B.4, A_l^+ G B_l^+ / L for each factor.
 
     Eq. 51 prints the order B^{T+} G A^+, a misprint: it is this one that solves Eq. 50. With
     invertible factors beta' = beta (I - (eta / L) beta^{-1} G)^L after a step eta, exactly. Along a
     trajectory the determinant of beta changes its sign in general, and there the inverses blow up:
-    for long runs take ``joint_step``.
+    for long runs take ``joint_step``, or a cut-off.
+
+    Args:
+      factors: W_1 ... W_L.
+      gradient: G, of the shape of their product.
+      cutoff: singular values below this fraction of the largest count as zero in the inverses, so
+        that J dW = G up to what they leave out; None means JAX's, a few units of rounding.
     """
     left, right = neighbours(factors)
-    pinv = [None if a is None else jnp.linalg.pinv(a) for a in left]
-    pinv_right = [None if b is None else jnp.linalg.pinv(b) for b in right]
+    pinv = [None if a is None else jnp.linalg.pinv(a, rtol=cutoff) for a in left]
+    pinv_right = [None if b is None else jnp.linalg.pinv(b, rtol=cutoff) for b in right]
     return tuple(
         _times(a, gradient, b) / len(factors) for a, b in zip(pinv, pinv_right, strict=True)
     )
@@ -215,7 +223,11 @@ def _sylvester(p: Any, q: Any, *, singular: bool) -> Any:
     return solve
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["target", "mask"], meta_fields=["kind"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["target", "mask"],
+    meta_fields=["kind", "cutoff"],
+)
 @dataclass(frozen=True)
 class FactorGradient:
     """A gradient with respect to the factors, as a function of them.
@@ -224,15 +236,19 @@ class FactorGradient:
       target: matrix to approximate.
       mask: 1 at observed entries, 0 elsewhere.
       kind: "euclidean", or the solution of J dW = G: "joint" or "split".
+      cutoff: of "split".
     """
 
     target: Array
     mask: Array
     kind: Kind
+    cutoff: float | None = None
 
     def __call__(self, factors: Factors) -> Factors:
         """The field at a tuple of factors."""
         rule = _RULES[self.kind]
+        if self.cutoff is not None:
+            rule = partial(split_step, cutoff=self.cutoff)
         return rule(tuple(factors), residual(factors, self.target, self.mask))
 
 
@@ -257,7 +273,12 @@ def gradient_field(target: Any, mask: Any) -> FactorGradient:
 
 
 def natural_gradient_field(
-    target: Any, mask: Any, factors: Sequence[Any], *, solution: Solution = "joint"
+    target: Any,
+    mask: Any,
+    factors: Sequence[Any],
+    *,
+    solution: Solution = "joint",
+    cutoff: float | None = None,
 ) -> FactorGradient:
     """The natural gradient as a function of the factors, checked for a start.
 
@@ -266,6 +287,7 @@ def natural_gradient_field(
       mask: boolean or 0/1, of the same shape.
       factors: where the run starts.
       solution: "joint", which is stable, or "split", that of B.4.
+      cutoff: of the inverses of "split", as ``split_step`` has it: 1e-2 keeps long runs stable.
 
     Returns:
       A field for ``descend``. Observed residuals shrink by 1 - eta a step, up to O(eta^2).
@@ -273,11 +295,18 @@ def natural_gradient_field(
     Raises:
       ValueError: bad observations or factors; a factor narrower than the product, which the
         solution cannot take ("split", and "joint" with three or more); a singular factor ("split":
-        the message says which); matrices beyond memory.
+        the message says which); a cut-off of "joint", or outside of (0, 1); matrices beyond memory.
       TypeError: not floating.
     """
     if solution not in get_args(Solution):
         raise ValueError(f'solution must be "joint" or "split", got {solution!r}')
+    if cutoff is not None:
+        cutoff = check_number("cutoff", cutoff, positive=True)
+        if solution != "split" or cutoff >= 1:
+            raise ValueError(
+                'cutoff is a fraction below 1 of the largest singular value, for solution="split" '
+                f"alone, got {cutoff} with {solution!r}"
+            )
     target, mask = check_observations(target, mask)
     checked = check_start(factors, target)
     shape = target.shape
@@ -291,7 +320,7 @@ def natural_gradient_field(
         )
     if solution == "split":
         _check_invertible(checked)
-    return FactorGradient(target, mask, solution)
+    return FactorGradient(target, mask, solution, cutoff)
 
 
 def _check_invertible(factors: Factors) -> None:

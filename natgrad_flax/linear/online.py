@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ def online_natural_gradient_descent(
     mc_samples: int = 1,
     inverse: InverseMoment | None = None,
     output_variance: float = 1.0,
+    split: Literal["plain", "pi"] = "plain",
     seed: int = 0,
     check_samples: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -61,6 +62,9 @@ def online_natural_gradient_descent(
       mc_samples: K, the sampled backward passes a step.
       inverse: how second moments are inverted; None means DirectInverse().
       output_variance: as in ``deep_linear_descent``.
+      split: "plain" adds sqrt(lambda) to both moments (Eq. 20); "pi" adds pi sqrt(lambda) to
+        Lambda_i and sqrt(lambda) / pi to Lambda~_i, with pi^2 the ratio of their mean diagonals
+        (Martens & Grosse 2015), as the paper proposes in its outlook.
       seed: of the drawn targets.
       check_samples: as in ``ng.natural_gradient``.
 
@@ -82,6 +86,11 @@ def online_natural_gradient_descent(
         )
     mc_samples, seed = check_integer("mc_samples", mc_samples, 1), check_seed(seed)
     learning_rate = check_settings(learning_rate, damping, output_variance)
+    if split not in ("plain", "pi") or (split == "pi" and output_variance != 1):
+        raise ValueError(
+            'split must be "plain" or "pi", and "pi" takes the place of an output_variance other '
+            f"than 1, got {split!r} and {output_variance}"
+        )
     if is_zero(damping):
         raise ValueError(
             "sampled second moments need a positive damping: the gradient does not lie in their "
@@ -125,6 +134,20 @@ def online_natural_gradient_descent(
         layers = cast("tuple[DenseSignals, ...]", signals.layers)
         depth, count = len(layers), signals.num_samples
         root = jnp.sqrt(rho).astype(signals.outputs.dtype)
+
+        def shifts(layer: DenseSignals) -> tuple[Array, Array]:
+            """What is added to both moments of a layer."""
+            if split == "plain":
+                return root, output_variance * root
+            inputs, errors = (
+                jnp.sum(rows**2) / (count * rows.shape[1])
+                for rows in (layer.augmented_inputs(), layer.flat_derivatives())
+            )
+            # without errors, or without inputs, no ratio says anything
+            usable = (inputs > 0) & (errors > 0)
+            pi = jnp.where(usable, jnp.sqrt(inputs / jnp.where(usable, errors, 1)), 1)
+            return pi * root, root / pi
+
         with full_products():
             down = [
                 -matrix_of(layer.local_vjp(residual.cotangent(layer, index))) / count
@@ -133,12 +156,13 @@ def online_natural_gradient_descent(
             inverses = {}
             if isinstance(inverse, DirectInverse):
                 moves = map_by_shape(
-                    lambda item: sandwich(*item, root, output_variance * root),
+                    lambda item: sandwich(*item),
                     [
                         (
                             layer.augmented_inputs().T @ layer.augmented_inputs() / count,
                             middle,
                             layer.flat_derivatives().T @ layer.flat_derivatives() / count,
+                            *shifts(layer),
                         )
                         for layer, middle in zip(layers, down, strict=True)
                     ],
@@ -149,14 +173,14 @@ def online_natural_gradient_descent(
                 first = state.steps == 0
                 for index, (layer, middle) in enumerate(zip(layers, down, strict=True)):
                     kept_in, kept_out = state.kept[_key(layer.path)]
+                    shift_in, shift_out = shifts(layer)
                     rows = layer.augmented_inputs() / count**0.5
                     half, kept_in = inverse.solve(
-                        kept_in, rows, middle, root, keys[2 * index], first
+                        kept_in, rows, middle, shift_in, keys[2 * index], first
                     )
                     rows = layer.flat_derivatives() / count**0.5
-                    shift = output_variance * root
                     move, kept_out = inverse.solve(
-                        kept_out, rows, half.T, shift, keys[2 * index + 1], first
+                        kept_out, rows, half.T, shift_out, keys[2 * index + 1], first
                     )
                     moves.append(move.T)
                     inverses[_key(layer.path)] = (kept_in, kept_out)

@@ -12,6 +12,7 @@ from jax import Array
 
 from natgrad_flax.models.activations import get_activation
 from natgrad_flax.models.layers import Conv, Dense
+from natgrad_flax.models.parametrization import init_powers
 from natgrad_flax.models.sizes import (
     PADDINGS,
     check_choice,
@@ -54,6 +55,7 @@ class ConvNet(nnx.Module):
       activation: "relu", "tanh", "erf", "gelu", "leaky_relu" or "identity".
       weight_variance: sigma_w^2 of all layers.
       bias_variance: sigma_b^2; 0 means no bias parameters.
+      parametrization: "ntk", "standard" or "mup", as in ``MLP``.
       param_dtype: dtype of the parameters.
       rngs: source of randomness; the same seed gives the same parameters.
 
@@ -75,6 +77,7 @@ class ConvNet(nnx.Module):
         activation: str = "relu",
         weight_variance: float = 2.0,
         bias_variance: float = 0.0,
+        parametrization: str = "ntk",
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -95,8 +98,10 @@ class ConvNet(nnx.Module):
         self.bias_variance = float(bias_variance)
         shape: Sequence[int] = self.input_shape[:2]
         features = self.input_shape[2]
+        self.parametrization = parametrization
+        *powers, last = init_powers(parametrization, len(self.channels) + 1)
         layers = []
-        for width, stride in zip(self.channels, self.strides, strict=True):
+        for width, stride, power in zip(self.channels, self.strides, powers, strict=True):
             layer = Conv(
                 features,
                 width,
@@ -105,6 +110,7 @@ class ConvNet(nnx.Module):
                 padding=padding,
                 weight_variance=weight_variance,
                 bias_variance=bias_variance,
+                init_power=power,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
@@ -118,6 +124,7 @@ class ConvNet(nnx.Module):
             outputs,
             weight_variance=weight_variance,
             bias_variance=bias_variance,
+            init_power=last,
             param_dtype=param_dtype,
             rngs=rngs,
         )
@@ -128,9 +135,19 @@ class ConvNet(nnx.Module):
         Raises:
           ValueError: x has another shape.
         """
+        return self.pre_activations(x)[-1]
+
+    def pre_activations(self, x: Array) -> list[Array]:
+        """What the convolutions give for images (N, H, W, C), and the outputs.
+
+        Raises:
+          ValueError: x has another shape.
+        """
         check_images(x, self.input_shape)
         phi = get_activation(self.activation).function
+        found = []
         for layer in self.convolutions:
-            x = phi(layer(x))
+            found.append(layer(x))
+            x = phi(found[-1])
         x = x.reshape(len(x), -1) if self.pooling == "flatten" else x.mean((1, 2))
-        return self.readout(x)
+        return [*found, self.readout(x)]

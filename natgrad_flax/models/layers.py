@@ -1,4 +1,4 @@
-"""Layers in NTK parametrisation."""
+"""Layers in NTK parametrisation, or with weights drawn to scale."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from natgrad_flax.models.parametrization import ScaledLayer
 from natgrad_flax.models.sizes import (
     PADDINGS,
     check_choice,
@@ -21,16 +22,13 @@ from natgrad_flax.models.sizes import (
 )
 
 
-def _along_last(bias: Array, u: Array) -> Array:
-    """A bias with as many axes as u, which ``jax_numpy_rank_promotion`` may ask for."""
-    return bias.reshape((1,) * (u.ndim - 1) + bias.shape)
-
-
-class Dense(nnx.Module):
+class Dense(ScaledLayer):
     """An affine layer in NTK parametrisation (Karakida & Osawa 2020, Eq. 1).
 
     u = sqrt(weight_variance / in_features) x W + sqrt(bias_variance) b, with every entry of W and
     b drawn from N(0, 1). A zero ``bias_variance`` means that there is no bias parameter.
+    With ``init_power=b`` it is u = x W + b instead, W drawn from
+    N(0, weight_variance in_features^{-2b}) and the bias from N(0, bias_variance).
 
     Attributes:
       kernel: W, shape (in_features, out_features).
@@ -41,6 +39,7 @@ class Dense(nnx.Module):
       out_features: number of units, M_l.
       weight_variance: sigma_w^2 > 0.
       bias_variance: sigma_b^2 >= 0.
+      init_power: None for NTK parametrisation; 1/2 is the standard one.
       param_dtype: dtype of the parameters.
       rngs: source of randomness; the stream ``params`` is used.
 
@@ -55,6 +54,7 @@ class Dense(nnx.Module):
         *,
         weight_variance: float = 1.0,
         bias_variance: float = 0.0,
+        init_power: float | None = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -67,39 +67,26 @@ class Dense(nnx.Module):
         self.out_features = int(out_features)
         self.weight_variance = float(weight_variance)
         self.bias_variance = float(bias_variance)
-        key = rngs.params()
-        self.kernel = nnx.Param(jax.random.normal(key, (in_features, out_features), param_dtype))
-        self.bias: nnx.Param[Array] | None = nnx.data(None)
-        if bias_variance > 0:
-            key = rngs.params()
-            self.bias = nnx.Param(jax.random.normal(key, (out_features,), param_dtype))
+        self._draw((in_features, out_features), init_power, param_dtype, rngs)
 
     @property
-    def weight_scale(self) -> float:
-        """The factor sigma_w / sqrt(M_{l-1}) in front of the weights."""
-        return math.sqrt(self.weight_variance / self.in_features)
-
-    @property
-    def bias_scale(self) -> float | None:
-        """The factor sigma_b in front of the bias, None without a bias."""
-        return None if self.bias is None else math.sqrt(self.bias_variance)
+    def fan_in(self) -> int:
+        """The number of inputs of a unit, M_{l-1}."""
+        return self.in_features
 
     def __call__(self, x: Array) -> Array:
         """Maps inputs of shape (..., in_features) to pre-activations (..., out_features)."""
-        u = (self.weight_scale * x) @ self.kernel[...]
-        if self.bias is not None:
-            u = u + _along_last(math.sqrt(self.bias_variance) * self.bias[...], u)
-        return u
+        return self._with_bias((self.weight_scale * x) @ self.kernel[...])
 
 
-class Conv(nnx.Module):
+class Conv(ScaledLayer):
     """A convolution in NTK parametrisation, channels last, in 1 to 3 spatial dimensions.
 
     u = sqrt(weight_variance / fan_in) conv(x, W) + sqrt(bias_variance) b with
     fan_in = prod(kernel_size) in_features / feature_group_count and every entry of W and b drawn
     from N(0, 1) (Karakida & Osawa 2020, Eq. 1, for shared weights; Novak et al. 2020,
     arXiv:1912.02803, ``stax.Conv`` with parameterization="ntk"). A zero ``bias_variance`` means
-    that there is no bias parameter.
+    that there is no bias parameter. ``init_power`` is that of ``Dense``.
 
     "SAME" and "CIRCULAR" give ceil(size / stride) positions in each dimension, "VALID" those at
     which the kernel lies inside the image. "CIRCULAR" pads as much as "SAME" does, with the other
@@ -121,6 +108,7 @@ class Conv(nnx.Module):
       feature_group_count: number of groups G; output channels of a group see its inputs only.
       weight_variance: sigma_w^2 > 0.
       bias_variance: sigma_b^2 >= 0.
+      init_power: None for NTK parametrisation; 1/2 is the standard one.
       conv_general_dilated: JAX's, or ``ng.conv_general_dilated`` for training inside of loops.
       param_dtype: dtype of the parameters.
       rngs: source of randomness; the stream ``params`` is used.
@@ -142,6 +130,7 @@ class Conv(nnx.Module):
         feature_group_count: int = 1,
         weight_variance: float = 1.0,
         bias_variance: float = 0.0,
+        init_power: float | None = None,
         conv_general_dilated: Callable[..., Array] = jax.lax.conv_general_dilated,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -177,25 +166,12 @@ class Conv(nnx.Module):
         self.bias_variance = float(bias_variance)
         self.conv_general_dilated = conv_general_dilated
         shape = (*self.kernel_size, in_features // feature_group_count, out_features)
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, param_dtype))
-        self.bias: nnx.Param[Array] | None = nnx.data(None)
-        if bias_variance > 0:
-            self.bias = nnx.Param(jax.random.normal(rngs.params(), (out_features,), param_dtype))
+        self._draw(shape, init_power, param_dtype, rngs)
 
     @property
     def fan_in(self) -> int:
         """The number of inputs of a unit: prod(kernel_size) in_features / feature_group_count."""
         return math.prod(self.kernel_size) * self.in_features // self.feature_group_count
-
-    @property
-    def weight_scale(self) -> float:
-        """The factor sigma_w / sqrt(fan_in) in front of the weights."""
-        return math.sqrt(self.weight_variance / self.fan_in)
-
-    @property
-    def bias_scale(self) -> float | None:
-        """The factor sigma_b in front of the bias, None without a bias."""
-        return None if self.bias is None else math.sqrt(self.bias_variance)
 
     def border(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """Positions that are put before and after the image in each spatial dimension.
@@ -258,9 +234,7 @@ class Conv(nnx.Module):
             dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
             feature_group_count=self.feature_group_count,
         )
-        if self.bias is not None:
-            u = u + _along_last(math.sqrt(self.bias_variance) * self.bias[...], u)
-        return u
+        return self._with_bias(u)
 
     @property
     def _extent(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Fully connected networks of layers in NTK parametrisation."""
+"""Fully connected networks of layers in NTK parametrisation, or another one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax import Array
 
 from natgrad_flax.models.activations import get_activation
 from natgrad_flax.models.layers import Dense
+from natgrad_flax.models.parametrization import init_powers
 from natgrad_flax.models.sizes import check_variances, size_tuple
 
 
@@ -25,12 +26,15 @@ class MLP(nnx.Module):
       activation: "relu", "tanh", "erf", "gelu", "leaky_relu" or "identity".
       weight_variance: sigma_w^2.
       bias_variance: sigma_b^2; 0 means no bias parameters.
+      parametrization: "ntk"; "standard", weights drawn from N(0, sigma_w^2 / fan_in) and no factor
+        in front; or "mup", in which the last are drawn from N(0, sigma_w^2 / fan_in^2) (Ishikawa &
+        Karakida 2024); rates that go with it are those of ``ng.scale_by_width``.
       param_dtype: dtype of the parameters.
       rngs: source of randomness; the same seed gives the same parameters.
 
     Raises:
-      ValueError: fewer than two widths, a width below 1, an unknown activation or a variance out
-        of range.
+      ValueError: fewer than two widths, a width below 1, an unknown activation or
+        parametrisation, or a variance out of range.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class MLP(nnx.Module):
         activation: str = "relu",
         weight_variance: float = 2.0,
         bias_variance: float = 0.0,
+        parametrization: str = "ntk",
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -50,16 +55,21 @@ class MLP(nnx.Module):
         self.activation = activation
         self.weight_variance = float(weight_variance)
         self.bias_variance = float(bias_variance)
+        self.parametrization = parametrization
+        sizes = list(itertools.pairwise(self.widths))
         self.layers = nnx.List(
             Dense(
                 fan_in,
                 fan_out,
                 weight_variance=weight_variance,
                 bias_variance=bias_variance,
+                init_power=power,
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
-            for fan_in, fan_out in itertools.pairwise(self.widths)
+            for (fan_in, fan_out), power in zip(
+                sizes, init_powers(parametrization, len(sizes)), strict=True
+            )
         )
 
     @property
@@ -69,7 +79,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps inputs of shape (..., M_0) to outputs (..., M_L)."""
+        return self.pre_activations(x)[-1]
+
+    def pre_activations(self, x: Array) -> list[Array]:
+        """u_1, ..., u_L of inputs (..., M_0), each of shape (..., M_l)."""
         phi = get_activation(self.activation).function
-        for layer in self.layers[:-1]:
-            x = phi(layer(x))
-        return self.layers[-1](x)
+        found = [self.layers[0](x)]
+        for layer in self.layers[1:]:
+            found.append(layer(phi(found[-1])))
+        return found

@@ -26,7 +26,7 @@ from natgrad_flax.operators.base import (
     noise,
 )
 from natgrad_flax.operators.entries import divide
-from natgrad_flax.operators.units import UnitBlocks, solve_block
+from natgrad_flax.operators.units import WholeUnits, solve_block
 from natgrad_flax.signals.base import LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals
 from natgrad_flax.signals.gradient import Gradient, Residual
@@ -60,8 +60,8 @@ class LayersOfUnits(Blocks):
 
 
 @dataclass(frozen=True)
-class DenseUnits(UnitBlocks):
-    """As ``UnitBlocks``, of inputs that all units of a layer share."""
+class DenseUnits(WholeUnits):
+    """As ``WholeUnits``, of inputs that all units of a layer share."""
 
     layer: DenseSignals
 

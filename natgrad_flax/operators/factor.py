@@ -265,3 +265,59 @@ class DiagonalFactor:
     def eigenvalues(self) -> Array:
         """The diagonal."""
         return self.values
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=[])
+@dataclass(frozen=True)
+class IdentityFactor:
+    """The identity where a factor would stand; it answers as ``Factor`` does, and takes no damping.
+
+    Attributes:
+      rows: r of the factor in whose place it stands, shape (R, P).
+    """
+
+    rows: Any
+    in_parameters = True
+
+    @property
+    def _ones(self) -> Array:
+        return jnp.ones(self.rows.shape[1], self.rows.array().dtype)
+
+    def to_dense(self, damping: Array | float = 0.0) -> Array:
+        """I, shape (P, P)."""
+        del damping
+        return jnp.diag(self._ones)
+
+    def solve(self, target: Array, damping: Array | float = 0.0) -> Array:
+        """G itself, shape (P, k)."""
+        del damping
+        return target
+
+    matvec = root_times = solve
+
+    def solve_range(self, coefficients: Array, damping: Array | float) -> Array:
+        """r^T C for C of shape (R, k)."""
+        del damping
+        return self.rows.transposed_times(coefficients)
+
+    def cross(self, test: Rows, damping: Array | float) -> Array:
+        """r' r^T, shape (R', R)."""
+        del damping
+        return test.gram(self.rows)
+
+    def diagonal(self) -> Array:
+        """Ones, shape (P,)."""
+        return self._ones
+
+    eigenvalues = diagonal
+
+    def logdet(self, damping: Array | float) -> Array:
+        """0."""
+        del damping
+        return jnp.zeros((), self._ones.dtype)
+
+    def extremes(self, damping: Array | float) -> tuple[Array, Array]:
+        """1 and 1."""
+        del damping
+        one = jnp.ones((), self._ones.dtype)
+        return one, one

@@ -65,13 +65,13 @@ class Kronecker(OfLayer):
       layer: the signals.
       left: A, a ``Factor``; of shared weights with the rows of all groups, (G, R, fan_in); of
         one-hot inputs a ``DiagonalFactor``.
-      right: B, likewise.
+      right: B, likewise; either may be an ``IdentityFactor``.
       split: from a damping to what is added to both factors.
     """
 
     layer: AffineSignals
     left: Any
-    right: Factor
+    right: Any
     split: Callable[[Array | float], Dampings]
 
     @classmethod

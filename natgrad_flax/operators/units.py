@@ -19,8 +19,23 @@ from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.signals.gradient import Gradient
 
 
+class ExactDiagonal(OfLayer):
+    """An operator with the diagonal of the Fisher itself."""
+
+    layer: LayerSignals
+
+    def diagonal(self) -> tuple[LayerUpdate, ...]:
+        """See ``Operator.diagonal``."""
+        n = self.layer.num_samples
+        return (jax.tree.map(lambda entry: entry / n, self.layer.squares()),)
+
+    def trace(self) -> Array:
+        """See ``Operator.trace``."""
+        return jnp.sum(self.layer.gram_norms()) / self.layer.num_samples
+
+
 @dataclass(frozen=True)
-class UnitBlocks(OfLayer):
+class WholeUnits(ExactDiagonal):
     """J_i^T J_i / N of every unit i of a layer, from its per-sample Jacobians.
 
     Attributes:
@@ -47,15 +62,6 @@ class UnitBlocks(OfLayer):
         images = jnp.einsum("nskm,km->nsm", jacobian, matrix_of(vector[0]))
         moved = jnp.einsum("nskm,nsm->km", jacobian, images) / self.layer.num_samples
         return (self.layer.update(moved),)
-
-    def diagonal(self) -> tuple[LayerUpdate, ...]:
-        """See ``Operator.diagonal``."""
-        n = self.layer.num_samples
-        return (jax.tree.map(lambda entry: entry / n, self.layer.squares()),)
-
-    def trace(self) -> Array:
-        """See ``Operator.trace``."""
-        return jnp.sum(self.layer.gram_norms()) / self.layer.num_samples
 
     def eigenvalues(self) -> Array:
         """Of all units, one after the other."""

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from natgrad_flax.arguments.arrays import batch_size, shapes_of
-from natgrad_flax.arguments.instances import own_subclasses
+from natgrad_flax.arguments.instances import call_of, own_subclasses
 from natgrad_flax.arguments.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.damping import RelativeDamping, damping_as
 from natgrad_flax.linalg.dense import full_products
@@ -121,7 +121,7 @@ def check_average(average: object, structure: object, example: object) -> None:
         raise TypeError(f"average must be an ng.MovingAverage, got {average!r}")
     if not isinstance(structure, AveragedStructure):
         known = own_subclasses(AveragedStructure)  # type: ignore[type-abstract]
-        *most, last = [f"ng.{cls.__name__}()" for cls in known]
+        *most, last = [f"ng.{call_of(cls)}" for cls in known]
         raise TypeError(
             "average= needs a structure that means over samples make up: "
             f"{', '.join(most)} or {last}; {getattr(structure, 'name', structure)} solves "

@@ -298,7 +298,7 @@ def check_fisher_batch(fisher: Fisher, batch: Batch) -> Batch:
         if fisher_y is not None:
             raise ValueError(
                 f'fisher="{fisher.kind}" takes no targets from data: pass fisher_y for fisher='
-                '"empirical" only'
+                '"empirical" and "improved" only'
             )
         return batch
     if fisher_y is None:

@@ -87,7 +87,7 @@ def natural_gradient_descent(
       loss: the loss, or those of several heads (``ng.Heads``).
       damping: rho in the 1/N convention: a number, a schedule over steps, relative to the Gram
         diagonal, or adapted by Levenberg-Marquardt.
-      fisher: "exact", "mc" or "empirical".
+      fisher: "exact", "mc", "empirical" or "improved".
       mc_samples: targets drawn a sample and step, for "mc".
       seed: of the drawn targets.
       wrt: the parameters that move, the same as the ``wrt`` of ``nnx.Optimizer``.
@@ -106,8 +106,8 @@ def natural_gradient_descent(
         "incoming", the updates that come in: the gradient of any loss, of a training pass with
         dropout and batch statistics, with penalties, masks or weights. ``module`` is then the model
         that the Fisher is taken of, with dropout off and statistics held (``nnx.view``), ``loss``
-        says which Fisher, and y is looked at for fisher="empirical" only. Damp it: at 0 what of the
-        gradient lies outside of the range of G is lost.
+        says which Fisher, and y is looked at for fisher="empirical" and "improved" only. Damp it:
+        at 0 what of the gradient lies outside of the range of G is lost.
 
     Returns:
       An optax transformation with the extra arguments ``module`` (the model, or a copy of it, whose

@@ -76,13 +76,14 @@ def natural_gradient(
         a model that returns a dictionary or a tuple of outputs a dictionary or a tuple of losses,
         or ``ng.Heads`` of them; y and weights then have the same structure.
       damping: rho, added to the Fisher in the 1/N convention; 0 means the pseudo-inverse.
-      fisher: "exact" (expectation over targets), "mc" (sampled targets) or "empirical".
+      fisher: "exact" (expectation over targets), "mc" (sampled targets), "empirical" (the data's
+        residuals) or "improved" (those over their norms; Wu et al. 2024).
       key: a jax.random key, for "mc".
       mc_samples: targets drawn a sample, for "mc".
       wrt: the parameters to move, as ``nnx.Optimizer`` takes it; the Fisher is that of these.
       fisher_x: inputs (N', ...) of a batch of its own for the Fisher, so that G is that of the
         population or of more samples than the gradient's; None for the Fisher at x.
-      fisher_y: targets (N', C) of that batch, for "empirical".
+      fisher_y: targets (N', C) of that batch, for "empirical" and "improved".
       weights: w, 0 or positive, shape (N,) or one for each position, (N, ...): the loss is
         sum w l / sum w, and the Fisher that of the same mean. A mask is 0 and 1; targets of weight
         0 may be anything.

@@ -55,7 +55,7 @@ def fisher(
       y: targets, shape (N, ..., C), for ``fisher="empirical"`` and for ``ng.GaussNewton`` only.
       structure: the Fisher approximation.
       loss: the loss, which says what the outputs mean, or those of several heads.
-      fisher: "exact", "mc" or "empirical", as for ``natural_gradient``.
+      fisher: "exact", "mc", "empirical" or "improved", as for ``natural_gradient``.
       key: a jax.random key, for "mc".
       mc_samples: targets drawn a sample, for "mc".
       wrt: the parameters.
@@ -114,7 +114,9 @@ def fisher(
     if which.made_of_targets and y is None:
         raise ValueError(f'fisher="{fisher}" is made of targets: pass y')
     if y is not None and not which.made_of_targets:
-        raise ValueError(f'fisher="{fisher}" takes no targets: pass y for "empirical" only')
+        raise ValueError(
+            f'fisher="{fisher}" takes no targets: pass y for "empirical" and "improved" only'
+        )
     x, y, weights = check_needed_batch(model, x, y, weights, which.loss, which.made_of_targets)
     which = replace(which, microbatches=check_microbatches(microbatches, x))
     batch = Batch(x, y, weights, key=key)

@@ -1,8 +1,10 @@
 """Which Fisher information: exact, Monte-Carlo or empirical, as output directions of signals.
 
-All three have the form F = (1/N) sum_n sum_s (J_n^T s)(J_n^T s)^T. The output directions s are
+All have the form F = (1/N) sum_n sum_s (J_n^T s)(J_n^T s)^T. The output directions s are
 what differs: the columns of R with R R^T = H (exact), residuals of targets drawn from the model
-(mc), or the residual of the data (empirical). So a structure knows only one kind of signals.
+(mc), or the residual of the data (empirical), over its norm (improved: Wu et al. 2024, whose
+step lowers every loss alike and not most where it is largest). So a structure knows only one kind
+of signals.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ from natgrad_flax.signals.microbatches import Passes, in_microbatches
 from natgrad_flax.signals.model import Path, hashable_filter, with_heads
 from natgrad_flax.signals.shared import weigh_rows
 
-FisherKind = Literal["exact", "mc", "empirical"]
+FisherKind = Literal["exact", "mc", "empirical", "improved"]
 FISHER_KINDS: tuple[str, ...] = get_args(FisherKind)
+OF_TARGETS: tuple[str, ...] = ("empirical", "improved")
+"""Kinds whose one direction a sample is made of the data's residual."""
 
 
 def check_kind(fisher: object) -> None:
@@ -94,7 +98,8 @@ class Fisher:
 
     Attributes:
       loss: what the outputs mean.
-      kind: "exact" (S = C, or C - 1 for softmax), "mc" (S = samples) or "empirical" (S = 1).
+      kind: "exact" (S = C, or C - 1 for softmax), "mc" (S = samples), "empirical" or
+        "improved" (S = 1).
       samples: targets drawn a sample, for "mc".
       wrt: filter of the parameters.
       microbatches: how many, one after the other, the model runs a batch in.
@@ -109,12 +114,12 @@ class Fisher:
     @property
     def made_of_targets(self) -> bool:
         """Whether the Fisher itself looks at targets of data."""
-        return self.kind == "empirical" or (self.kind == "exact" and self.loss.needs_targets)
+        return self.kind in OF_TARGETS or (self.kind == "exact" and self.loss.needs_targets)
 
     @property
     def in_span(self) -> bool:
         """Whether the residual lies in the span of the output directions."""
-        return self.kind == "empirical" or (self.kind == "exact" and self.loss.in_span)
+        return self.kind in OF_TARGETS or (self.kind == "exact" and self.loss.in_span)
 
     def bound(self, model: nnx.Module, x: Any) -> tuple[nnx.Module, Fisher]:
         """The model with its outputs in one array, and the Fisher that knows the heads in it.
@@ -223,6 +228,9 @@ class Fisher:
             residual = terms.residual()
             ones = jnp.ones((outputs.shape[0], 1), outputs.dtype)
             return backward(residual[:, None]), Residual(ones, None)
+        if self.kind == "improved":
+            seeds, lengths = _normalised(terms.residual(), terms.weights)
+            return backward(seeds[:, None]), Residual(lengths[:, None], None)
         if self.in_span:
             signals = backward(terms.directions())
             return signals, None if y is None else Residual(terms.coefficients(), None)
@@ -237,6 +245,27 @@ class Fisher:
         both = backward(jnp.concatenate([directions, own[:, None]], axis=1))
         cotangents = tuple(layer.cotangent(-1) for layer in both.layers)
         return both.take_directions(directions.shape[1]), Residual(None, cotangents)
+
+
+def _normalised(residual: Array, weights: Array | None) -> tuple[Array, Array]:
+    """r_n / |r_n| with the root of the sample's mean weight, and what makes r_n of it.
+
+    A sample without a residual has no direction.
+
+    Args:
+      residual: r, weighted, shape (N, ...).
+      weights: (N, T), or None.
+    """
+    axes = tuple(range(1, residual.ndim))
+    squares = jnp.sum(residual**2, axis=axes)
+    root = jnp.ones_like(squares)
+    if weights is not None:
+        root = jnp.sqrt(jnp.mean(weights, axis=1))
+    some = (squares > 0) & (root > 0)
+    norm = jnp.sqrt(jnp.where(some, squares, 1))
+    scale = jnp.where(some, root / norm, 0)
+    lengths = jnp.where(some, norm / jnp.where(some, root, 1), 0)
+    return residual * jnp.expand_dims(scale, axes), lengths
 
 
 @partial(jax.jit, static_argnames=("fisher", "size"), inline=True)
@@ -273,8 +302,8 @@ def fisher_signals(
       x: inputs, an array (N, ...) or a tree of them.
       y: targets, shape (N, ..., C), or class numbers (N, ...) where the loss takes them.
       loss: the loss, or those of several heads.
-      fisher: "exact" (S = C, or C - 1 for softmax, a position), "mc" (S = num_samples) or
-        "empirical" (S = 1).
+      fisher: "exact" (S = C, or C - 1 for softmax, a position), "mc" (S = num_samples),
+        "empirical" or "improved" (S = 1).
       key: randomness of "mc".
       num_samples: drawn targets a sample for "mc".
       wrt: filter of the parameters.

@@ -6,14 +6,18 @@ from natgrad_flax.structures.block_diagonal import BlockDiagonal
 from natgrad_flax.structures.diagonal import Diagonal
 from natgrad_flax.structures.ekfac import EKFAC
 from natgrad_flax.structures.exact import Exact
+from natgrad_flax.structures.foof import Foof
 from natgrad_flax.structures.kfac import KFAC
+from natgrad_flax.structures.kfoc import KFOC
 from natgrad_flax.structures.layer_wise import (
     BlockTriDiagonal,
     LayerWise,
     SingularCouplingWarning,
 )
 from natgrad_flax.structures.quasi_diagonal import QuasiDiagonal
+from natgrad_flax.structures.shampoo import Shampoo
 from natgrad_flax.structures.style import Style, styled
+from natgrad_flax.structures.unit_blocks import UnitBlocks
 from natgrad_flax.structures.unit_wise import UnitWise
 
 STRUCTURES: tuple[type[Structure], ...] = (
@@ -26,6 +30,10 @@ STRUCTURES: tuple[type[Structure], ...] = (
     UnitWise,
     Diagonal,
     QuasiDiagonal,
+    Foof,
+    UnitBlocks,
+    Shampoo,
+    KFOC,
 )
 """Every approximation of the Fisher, in the order of tables; a new one is a line more here."""
 
@@ -35,6 +43,7 @@ NAMED: tuple[type[Structure], ...] = tuple(cls for cls in STRUCTURES if cls.styl
 __all__ = [
     "EKFAC",
     "KFAC",
+    "KFOC",
     "NAMED",
     "STRUCTURES",
     "AveragedStructure",
@@ -42,14 +51,17 @@ __all__ = [
     "BlockTriDiagonal",
     "Diagonal",
     "Exact",
+    "Foof",
     "Geometry",
     "IsotropyWarning",
     "LayerWise",
     "Moments",
     "QuasiDiagonal",
+    "Shampoo",
     "SingularCouplingWarning",
     "Structure",
     "Style",
+    "UnitBlocks",
     "UnitWise",
     "styled",
 ]

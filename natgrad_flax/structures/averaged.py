@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jax import Array
 
-from natgrad_flax.signals.base import LayerUpdate
+from natgrad_flax.signals.base import LayerUpdate, ravel
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.structures.base import Structure
 
@@ -98,6 +98,19 @@ class AveragedStructure(Structure):
         """The side of the largest square array among the statistics."""
         shapes = jax.tree.leaves(jax.eval_shape(self.statistics, signals))
         return max((leaf.shape[-1] for leaf in shapes if leaf.ndim == 3), default=0)
+
+
+def coefficient_by_inverse(
+    structure: AveragedStructure, test: Signals, train: Signals, damping: Array | float
+) -> Array:
+    """``Structure.coefficient`` by one inverse, which is applied to the rows of J."""
+    inverse = structure.invert(structure.moments(train), damping, train.num_samples)
+
+    def column(row: Array) -> Array:
+        return ravel(structure.apply(inverse, train.unravel(row)))
+
+    columns = jax.lax.map(column, train.to_dense())
+    return test.to_dense() @ columns.T / train.num_samples
 
 
 def update_like(gradient: LayerUpdate, matrix: Array) -> LayerUpdate:

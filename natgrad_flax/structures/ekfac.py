@@ -20,7 +20,7 @@ from natgrad_flax.linalg.execution import cubic
 from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.eigenbasis import Basis, Eigenbasis, invert_squares, solve_in_basis
 from natgrad_flax.operators.kronecker import affine, factor_rows, over_groups
-from natgrad_flax.operators.units import UnitBlocks, invert_blocks, unit_blocks
+from natgrad_flax.operators.units import WholeUnits, invert_blocks, unit_blocks
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.lookup import LookupSignals
@@ -126,7 +126,7 @@ class EKFAC(AveragedStructure):
             tuple(
                 Eigenbasis(layer, basis, rotated["squares"])  # type: ignore[arg-type]
                 if basis
-                else UnitBlocks(layer, "parameter")
+                else WholeUnits(layer, "parameter")
                 for layer, basis, rotated in zip(
                     signals.layers, moments.basis, moments.rotated, strict=True
                 )

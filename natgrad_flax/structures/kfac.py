@@ -10,11 +10,10 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.damping import is_zero, per_layer
+from natgrad_flax.damping import as_pair, is_zero
 from natgrad_flax.linalg.dense import has_full_rank
-from natgrad_flax.operators.base import Blocks, Space, check_space, in_parameters
+from natgrad_flax.operators.base import Space, check_space
 from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker, affine
-from natgrad_flax.operators.units import UnitBlocks
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
@@ -22,24 +21,20 @@ from natgrad_flax.structures.base import (
     IsotropyWarning,
     dense_layer,
     has_shared_layers,
-    triangle,
 )
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.kronecker_average import (
     KroneckerAverage,
     Scalings,
     Size,
+    factor_sides,
+    kronecker_entries,
     kronecker_words,
+    no_shared_limit,
     num_positions,
     scaled_norms,
 )
 from natgrad_flax.structures.style import styled
-
-_NO_SHARED_LIMIT = (
-    "KFAC has no infinite-width kernel of a ConvNet here: the factors of shared weights are Gram "
-    "matrices over samples and positions, which the kernels of the layers do not hold; use "
-    'kernels="empirical"'
-)
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ class KFAC(KroneckerAverage):
                 'KFAC(split="pi") compares traces of factors of infinite size; use split="plain", '
                 'or kernels="empirical"'
             )
-        return _NO_SHARED_LIMIT if shared else ""
+        return no_shared_limit("KFAC") if shared else ""
 
     def after_forster(self) -> KFAC:
         """The first layer is isotropic then, with alpha = N L."""
@@ -177,18 +172,8 @@ class KFAC(KroneckerAverage):
         ]
         return self._scalings(sizes, signals.num_samples)
 
-    def operator(self, signals: Signals) -> Blocks:
-        """(B* + rho_B) (x) (A* + rho_A) of affine layers, the blocks of the units of others."""
-        return Blocks(
-            tuple(
-                UnitBlocks(layer, self.space)
-                if isinstance(layer, ExplicitSignals)
-                else self._kronecker(signals, index)
-                for index, layer in enumerate(signals.layers)
-            )
-        )
-
     def _kronecker(self, signals: Signals, index: int) -> Kronecker:
+        """(B* + rho_B) (x) (A* + rho_A); see ``FactorAverage``."""
         n, layer = signals.num_samples, affine(signals.layers[index])
         by_a, by_b = self._scalings_on(signals)[index]
         divisors = n * num_positions(layer, self.sharing) * by_a, n * by_b
@@ -207,27 +192,12 @@ class KFAC(KroneckerAverage):
 
     def _split(self, damping: Array | float, mean_a: Array, mean_b: Array) -> Dampings:
         """See ``KroneckerAverage``; a damping of shape (2,) is the pair itself."""
-        if jnp.ndim(damping) == 1:
-            pair = jnp.asarray(damping)
-            return pair[0], pair[1]
-        if self.split == "plain" or is_zero(damping):
-            return damping, damping
+        if self.split == "plain" or is_zero(damping) or jnp.ndim(damping) == 1:
+            return as_pair(damping)
         usable = (mean_a > 0) & (mean_b > 0)
         pi = jnp.where(usable, jnp.sqrt(mean_a / jnp.where(usable, mean_b, 1)), 1)
         root = jnp.sqrt(jnp.asarray(damping, mean_a.dtype))
         return pi * root, root / pi
-
-    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
-        """sum_l (B(x',x) B^{-1}) . (A(x',x) A^{-1}), times N (Karakida & Osawa 2020, Eq. 21)."""
-        if has_shared_layers(train):
-            return super().coefficient(test, train, damping)
-        total = jnp.zeros((), train.outputs.dtype)
-        rhos = per_layer(damping, len(train.layers))
-        for index, (test_layer, rho) in enumerate(
-            zip(map(dense_layer, test.layers), rhos, strict=True)
-        ):
-            total = total + self._kronecker(train, index).cross(test_layer, rho) / train.num_samples
-        return total
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
         """N a hidden layer; leverages of samples in the first, of outputs in the last.
@@ -254,19 +224,7 @@ class KFAC(KroneckerAverage):
 
     def gram_size(self, signals: Signals) -> int:
         """The larger of the two factors, each on the side that ``space`` chooses."""
-        sides = []
-        for layer in signals.layers:
-            pairs = [(layer.num_samples, layer.fan_in), (signals.size, layer.num_units)]
-            if isinstance(layer, SharedSignals):
-                positions = layer.num_positions if self.sharing == "expand" else 1
-                pairs = [(positions * samples, params) for samples, params in pairs]
-            elif isinstance(layer, ExplicitSignals):
-                pairs = [(signals.size, layer.fan_in)]
-            if not isinstance(layer, ExplicitSignals):
-                pairs = pairs[affine(layer).has_diagonal_inputs(self.sharing) :]
-            for samples, params in pairs:
-                sides.append(params if in_parameters(self.space, samples, params) else samples)
-        return max(sides)
+        return max(max(factor_sides(layer, self.sharing, self.space)) for layer in signals.layers)
 
     def system_arrays(self, signals: Signals) -> float:
         """Both factors of the layers at work, their inverses and what is between."""
@@ -312,8 +270,7 @@ class KFAC(KroneckerAverage):
 
     def entries(self, geometry: Geometry) -> tuple[int, int]:
         """Those of the layers' blocks, of which the factors are stored."""
-        stored = sum(triangle(fan_in) + triangle(units) for fan_in, units in geometry.layers)
-        return sum(params**2 for params in geometry.params), stored
+        return kronecker_entries(geometry)
 
     def block_form(self, layer: LayerSignals) -> str:
         """See ``Structure.block_form``."""

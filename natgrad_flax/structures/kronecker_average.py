@@ -13,20 +13,24 @@ from jax import Array
 from natgrad_flax.damping import is_zero, of_block, per_layer
 from natgrad_flax.linalg.dense import add_diagonal, inverse_psd, reciprocal, symmetric_product
 from natgrad_flax.linalg.execution import by_columns, by_rows, product
+from natgrad_flax.operators.base import Blocks, Space, in_parameters
 from natgrad_flax.operators.kronecker import (
     AffineSignals,
+    Kronecker,
     affine,
     factor_rows,
     grouped,
     over_groups,
     ungrouped,
 )
-from natgrad_flax.operators.units import invert_blocks, multiply_blocks, unit_blocks
+from natgrad_flax.operators.units import WholeUnits, invert_blocks, multiply_blocks, unit_blocks
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
+from natgrad_flax.structures.base import Structure, dense_layer, has_shared_layers, triangle
+from natgrad_flax.structures.geometry import Geometry
 
 Entry = dict[str, Array]
 
@@ -37,24 +41,36 @@ Scalings = list[tuple[float, float]]
 """By how much the divisors of A* and B* of every layer are larger than those of the means."""
 
 
-class KroneckerAverage(AveragedStructure):
-    """What ``KFAC`` keeps of a batch: means of A and B, or of the blocks of units.
+class FactorAverage(AveragedStructure):
+    """What is kept of a batch where layers have factors: means of A and B, or of blocks of units.
 
     An entry of an affine layer holds B as "units", and A as "inputs", as "shared" where positions
     share the weights, by the "rows" a / sqrt(N) that make it, or by its diagonal as "counts".
     """
 
     sharing: Sharing
+    space: Space
 
     @abc.abstractmethod
-    def _scalings(self, sizes: list[Size], num_samples: int) -> Scalings:
-        """Of all layers, 1 where a layer is not affine."""
+    def _kronecker(self, signals: Signals, index: int) -> Kronecker:
+        """G of an affine layer."""
 
-    @abc.abstractmethod
-    def _split(
-        self, damping: Array | float, mean_a: Array, mean_b: Array
-    ) -> tuple[Array | float, Array | float]:
-        """What is added to A* and to B*, from their mean diagonals."""
+    def operator(self, signals: Signals) -> Blocks:
+        """Kronecker products of affine layers, the blocks of the units of others."""
+        return Blocks(
+            tuple(
+                WholeUnits(layer, self.space)
+                if isinstance(layer, ExplicitSignals)
+                else self._kronecker(signals, index)
+                for index, layer in enumerate(signals.layers)
+            )
+        )
+
+    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
+        """sum_l (B(x',x) B^{-1}) . (A(x',x) A^{-1}), times N (Karakida & Osawa 2020, Eq. 21)."""
+        if has_shared_layers(train):
+            return super().coefficient(test, train, damping)
+        return crossed(self.operator(train), test, train, damping)
 
     def statistics(self, signals: Signals) -> tuple[Entry, ...]:
         """Means of the factors, or of the blocks of units, and of the diagonals of their Grams."""
@@ -106,6 +122,26 @@ class KroneckerAverage(AveragedStructure):
         # floats: products of sizes outgrow the integers of XLA
         return jnp.stack([sum_a / (rows * positions), sum_b / (rows * layer.num_directions)])
 
+    def apply(
+        self, inverse: tuple[Entry, ...], gradient: tuple[LayerUpdate, ...]
+    ) -> tuple[LayerUpdate, ...]:
+        """A^{-1} G B^{-1}, group by group."""
+        return apply_entries(inverse, gradient, solve_affine)
+
+
+class KroneckerAverage(FactorAverage):
+    """The product of both factors, as ``KFAC`` has it."""
+
+    @abc.abstractmethod
+    def _scalings(self, sizes: list[Size], num_samples: int) -> Scalings:
+        """Of all layers, 1 where a layer is not affine."""
+
+    @abc.abstractmethod
+    def _split(
+        self, damping: Array | float, mean_a: Array, mean_b: Array
+    ) -> tuple[Array | float, Array | float]:
+        """What is added to A* and to B*, from their mean diagonals."""
+
     def invert(
         self, moments: Moments, damping: Array | float, num_samples: int
     ) -> tuple[Entry, ...]:
@@ -120,26 +156,15 @@ class KroneckerAverage(AveragedStructure):
                 continue
             inputs, b = _inputs(entry), entry["units"] / by_b
             if "rows" in entry:
-                rows = inputs / jnp.sqrt(by_a)
-                mean_a = jnp.sum(rows**2) / float(inputs.shape[-1])
+                a = inputs / jnp.sqrt(by_a)
+                mean_a = jnp.sum(a**2) / float(inputs.shape[-1])
             else:
                 a = inputs / by_a
                 mean_a = jnp.mean(a) if "counts" in entry else _mean_diagonal(a)
             rho_a, rho_b = self._split(rho, mean_a, _mean_diagonal(b))
             units = inverse_groups(b, rho_b, shifted=shifted)
-            if "rows" in entry:
-                found.append({"units": units, **_invert_rows(rows, rho_a, shifted)})
-            elif "counts" in entry:
-                found.append({"units": units, "quotients": reciprocal(a + rho_a)[..., None]})
-            else:
-                found.append({"units": units, "inputs": inverse_groups(a, rho_a, shifted=shifted)})
+            found.append({"units": units, **invert_inputs(entry, a, rho_a, shifted=shifted)})
         return tuple(found)
-
-    def apply(
-        self, inverse: tuple[Entry, ...], gradient: tuple[LayerUpdate, ...]
-    ) -> tuple[LayerUpdate, ...]:
-        """A^{-1} G B^{-1}, group by group."""
-        return apply_entries(inverse, gradient, _solve_affine)
 
     def scale_of(self, moments: Moments, num_samples: int) -> Array:
         """``damping_scale`` from moments, (L, 2)."""
@@ -154,6 +179,36 @@ class KroneckerAverage(AveragedStructure):
             for entry in factors
         ]
         return self._scalings(sizes, num_samples)
+
+
+class OfMatrices(Structure):
+    """What structures cost whose factors are whole matrices, by their eigenvectors."""
+
+    eigensystems = True
+
+    def gram_size(self, signals: Signals) -> int:
+        """The larger of fan-in and units of a group."""
+        return max(
+            max(layer.fan_in, layer.num_units // getattr(layer, "num_groups", 1))
+            for layer in signals.layers
+        )
+
+    def system_arrays(self, signals: Signals) -> float:
+        """Both matrices of the layers at work, their eigenvectors and what is between."""
+        return 8.0
+
+    def entries(self, geometry: Geometry) -> tuple[int, int]:
+        """Those of the layers' blocks, of which the factors are stored."""
+        return kronecker_entries(geometry)
+
+
+def crossed(operator: Blocks, test: Signals, train: Signals, damping: Array | float) -> Array:
+    """sum_l J_l' G_l^{-1} J_l^T / N of dense layers by their factors; see ``coefficient``."""
+    total = jnp.zeros((), train.outputs.dtype)
+    rhos = per_layer(damping, len(train.layers))
+    for block, layer, rho in zip(operator.blocks, map(dense_layer, test.layers), rhos, strict=True):
+        total = total + cast(Kronecker, block).cross(layer, rho) / train.num_samples
+    return total
 
 
 def apply_entries(
@@ -179,26 +234,43 @@ def apply_entries(
     )
 
 
-def _solve_affine(entry: Entry, matrix: Array) -> Array:
-    """A^{-1} G B^{-1}."""
-    parts = grouped(matrix, len(entry["units"]))
+def solve_affine(entry: Entry, matrix: Array) -> Array:
+    """A^{-1} G B^{-1}; a factor that is not there is the identity."""
+    groups = next((len(entry[name]) for name in ("units", "inputs") if name in entry), 1)
+    half = grouped(matrix, groups)
     if "rows" in entry:
-        half = entry["outside"] * parts - by_columns(
+        half = entry["outside"] * half - by_columns(
             lambda parts, rows, core: rows.T @ (core @ (rows @ parts)),
-            (parts,),
+            (half,),
             (entry["rows"], entry["core"]),
         )
     elif "quotients" in entry:
-        half = entry["quotients"] * parts
-    else:
-        half = product(entry["inputs"], parts)
-    return ungrouped(product(half, entry["units"]))
+        half = entry["quotients"] * half
+    elif "inputs" in entry:
+        half = product(entry["inputs"], half)
+    return ungrouped(product(half, entry["units"]) if "units" in entry else half)
 
 
 def scaled_norms(norms: list[Array], scalings: Scalings, num_samples: int) -> Array:
     """Mean diagonals of Gram matrices, (2,) a layer, over N and the scalings of both factors."""
     means = jnp.stack(norms)
     return means / jnp.asarray(num_samples * np.asarray(scalings), means.dtype)
+
+
+def invert_inputs(entry: Entry, inputs: Array, rho: Array | float, *, shifted: bool) -> Entry:
+    """(A + rho)^{-1} as ``FactorAverage.apply`` takes it.
+
+    Args:
+      entry: statistics of a layer, which say in what form A is there.
+      inputs: A of every group, its rows or its diagonal, in that form.
+      rho: what is added; the number 0 means the pseudo-inverse.
+      shifted: whether something is added.
+    """
+    if "rows" in entry:
+        return _invert_rows(inputs, rho, shifted)
+    if "counts" in entry:
+        return {"quotients": reciprocal(inputs + rho)[..., None]}
+    return {"inputs": inverse_groups(inputs, rho, shifted=shifted)}
 
 
 def _invert_rows(rows: Array, rho: Array | float, shifted: bool) -> Entry:
@@ -209,9 +281,13 @@ def _invert_rows(rows: Array, rho: Array | float, shifted: bool) -> Entry:
     return {"rows": rows, "core": gram / rho, "outside": jnp.asarray(1 / rho, rows.dtype)}
 
 
+INPUTS = ("inputs", "shared", "rows", "counts")
+"""What A is called in statistics."""
+
+
 def _inputs(entry: Entry) -> Array:
     """A of every group, its rows or its diagonal, from statistics."""
-    return next(entry[name] for name in ("inputs", "shared", "rows", "counts") if name in entry)
+    return next(entry[name] for name in INPUTS if name in entry)
 
 
 def _mean_diagonal(factors: Array) -> Array:
@@ -255,6 +331,40 @@ def inverse_groups(factors: Array, rho: Array | float, *, shifted: bool) -> Arra
         return inverse_psd(add_diagonal(factor, rho), shifted=shifted)
 
     return over_groups(group, factors, rho)
+
+
+def factor_sides(layer: LayerSignals, sharing: Sharing, space: Space) -> tuple[int, int]:
+    """The sides of the systems of A and of B; 0 where A is a diagonal.
+
+    Of a layer that is not affine that of the blocks of its units, twice.
+    """
+    samples = layer.num_samples
+    rows = samples * layer.num_directions
+    if isinstance(layer, ExplicitSignals):
+        side = layer.fan_in if in_parameters(space, rows, layer.fan_in) else rows
+        return side, side
+    layer = affine(layer)
+    positions = num_positions(layer, sharing)
+    pairs = ((positions * samples, layer.fan_in), (positions * rows, layer.num_units))
+    left, right = (
+        params if in_parameters(space, count, params) else count for count, params in pairs
+    )
+    return 0 if layer.has_diagonal_inputs(sharing) else left, right
+
+
+def kronecker_entries(geometry: Geometry) -> tuple[int, int]:
+    """Entries of the layers' blocks, of which two factors are stored; see ``Structure.entries``."""
+    stored = sum(triangle(fan_in) + triangle(units) for fan_in, units in geometry.layers)
+    return sum(params**2 for params in geometry.params), stored
+
+
+def no_shared_limit(name: str) -> str:
+    """Why factors of shared weights have no limit, and what to do."""
+    return (
+        f"{name} has no infinite-width kernel of a ConvNet here: the factors of shared weights are "
+        "Gram matrices over samples and positions, which the kernels of the layers do not hold; "
+        'use kernels="empirical"'
+    )
 
 
 def kronecker_words(layer: LayerSignals, sharing: Sharing) -> str:

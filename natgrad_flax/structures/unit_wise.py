@@ -20,7 +20,7 @@ from natgrad_flax.operators.base import (
 )
 from natgrad_flax.operators.dense_units import DenseUnits, LayersOfUnits, unit_weights
 from natgrad_flax.operators.entries import divide
-from natgrad_flax.operators.units import UnitBlocks
+from natgrad_flax.operators.units import WholeUnits
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.structures.base import (
@@ -106,7 +106,7 @@ class UnitWise(Structure):
             tuple(
                 DenseUnits(layer, self.space)
                 if isinstance(layer, DenseSignals)
-                else UnitBlocks(layer, self.space)
+                else WholeUnits(layer, self.space)
                 for layer in signals.layers
             )
         )

@@ -6,12 +6,22 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import natgrad_flax as ng
 from benchmarks import answers, networks, programs, step
-from benchmarks.problems import LINES, STRUCTURES, Case, Entry, Line, make_problem
+from benchmarks.problems import (
+    LINES,
+    OPTIMIZERS,
+    PERIOD,
+    STRUCTURES,
+    Case,
+    Entry,
+    Line,
+    make_problem,
+)
 from natgrad_flax.optimizer.gradient import resolve_damping
 from natgrad_flax.signals.base import LayerUpdate, ravel
 from natgrad_flax.signals.dense import Signals
@@ -81,6 +91,25 @@ def test_step_applies_the_natural_gradient(line: str, structure: str) -> None:
     np.testing.assert_allclose(leaves(steps.natural()), expected, atol=1e-3 * scale, rtol=0)
     moved = before - programs.LEARNING_RATE * gradient
     np.testing.assert_allclose(leaves(steps.sgd()), moved, atol=1e-6, rtol=1e-5)
+
+
+def test_an_optimizer_is_timed_over_the_steps_between_renewals() -> None:
+    line = small(LINES["xent-1024"])
+    problem, adam = make_problem(line), OPTIMIZERS["Adam"]
+    graphdef, start = nnx.split(problem.model)
+
+    @jax.jit
+    def expected(params: nnx.State) -> nnx.State:
+        def step(carry: tuple, _: None) -> tuple:
+            params, kept = carry
+            slope = jax.grad(lambda p: line.loss(nnx.merge(graphdef, p)(problem.x), problem.y))
+            update, kept = adam.update(slope(params), kept, params)
+            return (optax.apply_updates(params, update), kept), None
+
+        return jax.lax.scan(step, (params, adam.init(params)), length=PERIOD)[0][0]
+
+    found = programs.prepare_optimizer(line, "Adam").natural()
+    np.testing.assert_allclose(leaves(found), leaves(expected(start)), rtol=1e-4, atol=1e-5)
 
 
 def test_line_decides_the_damping() -> None:
@@ -242,6 +271,7 @@ def test_command_line(
 ) -> None:
     monkeypatch.setitem(LINES, "mse-4096", small(LINES["mse-4096"]))
     out = tmp_path / "step.json"
+    monkeypatch.setitem(LINES, "xent-1024", small(LINES["xent-1024"]))
     where = ["--line", "mse-4096", "--structure", "exact", "diagonal", "--repeats", "2"]
     step.main([*where, "--markdown", "--out", str(out)])
     printed = capsys.readouterr().out
@@ -252,3 +282,7 @@ def test_command_line(
     assert all(len(cell["natural_seconds"]) == 2 for cell in found["measurements"])
     step.main(where)
     assert "mse-4096" in capsys.readouterr().out
+    step.main(["--line", *LINES, "--structure", "SOAP", "--repeats", "1", "--out", str(out)])
+    (cell,) = json.loads(out.read_text())["measurements"]
+    assert (cell["line"], cell["structure"], cell["target"]) == ("xent-1024", "SOAP", 1.5)
+    assert cell["defect"] is None

@@ -395,7 +395,7 @@ COUNTS = {
     ),
     "Fisher signals of no kind": (
         lambda: ng.fisher_signals(MODEL, X, Y, loss=MSE, fisher="foo"),
-        Refused("fisher must be one of exact, mc, empirical, got 'foo'"),
+        Refused("fisher must be one of exact, mc, empirical, improved, got 'foo'"),
     ),
     "Fisher signals of a list": (
         lambda: ng.fisher_signals(MODEL, X, Y, loss=MSE, fisher=["mc"]),

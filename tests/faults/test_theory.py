@@ -57,6 +57,7 @@ ENTRIES = {
     "coefficient": lambda m, x, y=Y: na.coefficient_matrix(ng.Exact(), m, x),
     "coefficient at": lambda m, x, y=Y: na.coefficient_matrix(ng.Exact(), m, X, x),
     "kernels": lambda m, x, y=Y: na.empirical_layer_kernels(m, x),
+    "drift": lambda m, x, y=Y: na.kernel_drift(MODEL, m, x, y),
     "isotropy": lambda m, x, y=Y: na.isotropy(ng.BlockDiagonal(), m, x).eigenvalues,
     "displacement": lambda m, x, y=Y: na.parameter_displacement(ng.Exact(), m, x, y, 0.1, 3),
     "predict": lambda m, x, y=Y: na.predict(ng.Exact(), m, x, y, MORE, kernels="empirical").mean,
@@ -75,7 +76,7 @@ ANALYTIC = {
     "analytic isotropy": lambda m, x, y=Y: na.isotropy(ng.Exact(), m, x, kernels="analytic"),
     "analytic predict": lambda m, x, y=Y: na.predict(ng.Exact(), m, x, y, MORE).mean,
 }
-WITH_TARGETS = ("displacement", "predict", "dynamics", "flow")
+WITH_TARGETS = ("drift", "displacement", "predict", "dynamics", "flow")
 
 
 def spoilt(array, value):

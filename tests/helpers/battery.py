@@ -34,18 +34,28 @@ STRUCTURES: dict[str, Callable[[int, str], ng.Structure]] = {
     "unit-wise": lambda depth, space: ng.UnitWise(space),
     "diagonal": lambda depth, space: ng.Diagonal(),
     "quasi-diagonal": lambda depth, space: ng.QuasiDiagonal(),
+    "foof": lambda depth, space: ng.Foof("inputs", space),
+    "foof-units": lambda depth, space: ng.Foof("units", space),
+    "unit-blocks": lambda depth, space: ng.UnitBlocks(3),
+    "shampoo": lambda depth, space: ng.Shampoo(0.25),
+    "kfoc": lambda depth, space: ng.KFOC(200),
 }
 """By name: from the number of layers and a space ("auto", "sample", "parameter") to the structure.
 
 Those without a space take none.
 """
 
+OF_CLASSES: dict[type[ng.Structure], str] = {}
+for _name, _make in STRUCTURES.items():
+    OF_CLASSES.setdefault(type(_make(2, "auto")), _name)
+
 ONE_OF_EACH = tuple(
-    name
-    for name in STRUCTURES
-    if name not in ("layer-wise-indefinite", "kfac-literal-pi", "kfac-reduce", "ekfac-reduce")
+    name for cls, name in OF_CLASSES.items() if cls.style.command or cls is ng.LayerWise
 )
-"""Names of structures, one of each class."""
+"""Names of structures, one of each class that has a name on command lines, and layer-wise.
+
+The other classes share their code, and are in the battery alone.
+"""
 
 
 def made(

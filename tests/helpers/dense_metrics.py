@@ -89,6 +89,12 @@ def _block(structure, layer, rho, first, last):
     fisher, eye = rows.T @ rows / len(layer.jacobian), np.eye(rows.shape[1])
     if layer.inputs is not None and isinstance(structure, ng.KFAC):
         return _kronecker(structure, layer, rho, first, last)
+    if layer.inputs is not None and isinstance(structure, ng.Foof):
+        return _one_factor(structure, layer, rho)
+    if layer.inputs is not None and isinstance(structure, ng.Shampoo):
+        return _moments(structure, layer, rho)
+    if layer.inputs is not None and isinstance(structure, ng.KFOC):
+        return _nearest(layer, rho)
     if layer.inputs is not None and isinstance(structure, ng.EKFAC):
         return _eigenbasis(structure, layer) + rho * eye
     of_block = rho if np.ndim(rho) == 0 else rho[0]
@@ -99,7 +105,14 @@ def _block(structure, layer, rho, first, last):
     same = layer.units[:, None] == layer.units
     if isinstance(structure, ng.QuasiDiagonal):
         return _quasi_diagonal(fisher + of_block * eye, layer)
-    assert isinstance(structure, ng.UnitWise | ng.KFAC | ng.EKFAC)
+    if isinstance(structure, ng.Shampoo | ng.KFOC):
+        return same * fisher + of_block * eye
+    if isinstance(structure, ng.UnitBlocks):
+        _, _, fan_in, units = layer.jacobian.shape
+        piece = np.repeat(np.arange(fan_in) // structure.size, units)
+        same = same & (piece[:, None] == piece)
+        return same * fisher + of_block * eye
+    assert isinstance(structure, ng.UnitWise | ng.KFAC | ng.EKFAC | ng.Foof)
     return same * fisher + of_block * eye
 
 
@@ -141,6 +154,48 @@ def _kronecker(structure, layer, rho, first, last):
         rho_a, rho_b = pi * np.sqrt(rho), np.sqrt(rho) / pi
     left, right = left + rho_a * np.eye(fan_in), right + rho_b * np.eye(right.shape[1])
     return _over_groups([np.kron(a, b) for a, b in zip(left, right, strict=True)], fan_in)
+
+
+def _one_factor(structure, layer, rho):
+    pair = list(factors(structure.sharing, layer))
+    kept = int(structure.side == "units")
+    pair[kept] = pair[kept] + rho * np.eye(pair[kept].shape[1])
+    pair[1 - kept] = np.broadcast_to(np.eye(pair[1 - kept].shape[1]), pair[1 - kept].shape)
+    return _over_groups([np.kron(a, b) for a, b in zip(*pair, strict=True)], layer.inputs.shape[3])
+
+
+def _by_groups(layer):
+    """The Jacobian of every group, (N S, K, M/G)."""
+    n, s, fan_in, _ = layer.jacobian.shape
+    jacobian = layer.jacobian.reshape(n * s, fan_in, layer.inputs.shape[2], -1)
+    return np.moveaxis(jacobian, 2, 0)
+
+
+def _moments(structure, layer, rho):
+    n, fan_in, blocks = len(layer.jacobian), layer.inputs.shape[3], []
+    for rows in _by_groups(layer):
+        sides = np.einsum("rkm,rjm->kj", rows, rows) / n, np.einsum("rkm,rki->mi", rows, rows) / n
+        powers = []
+        for side, own in zip(sides, np.broadcast_to(rho, (2,)), strict=True):
+            values, vectors = np.linalg.eigh(side)
+            values = np.where(values > 1e-12 * values[-1], values, 0) + own
+            powers.append((vectors * values**structure.power) @ vectors.T)
+        blocks.append(np.kron(*powers))
+    return _over_groups(blocks, fan_in)
+
+
+def _nearest(layer, rho):
+    """By the singular values of the block, rearranged (Van Loan & Pitsianis 1993)."""
+    n, fan_in, blocks = len(layer.jacobian), layer.inputs.shape[3], []
+    for rows in _by_groups(layer):
+        units = rows.shape[2]
+        block = np.einsum("rkm,rji->kjmi", rows, rows) / n
+        u, values, v = np.linalg.svd(block.reshape(fan_in**2, units**2))
+        a, b = values[0] * u[:, 0].reshape((fan_in,) * 2), v[0].reshape((units,) * 2)
+        scale = np.sign(np.trace(a)) * np.sqrt(np.trace(b) / units / (np.trace(a) / fan_in))
+        a, b = a * scale, b / scale
+        blocks.append(np.kron(a + rho**0.5 * np.eye(fan_in), b + rho**0.5 * np.eye(units)))
+    return _over_groups(blocks, fan_in)
 
 
 def _eigenbasis(structure, layer):

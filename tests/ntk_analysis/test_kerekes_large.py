@@ -46,6 +46,7 @@ MATRICES = completion.Setting(
     max_steps=20_000,
     natural_time=2.0,
     seed=0,
+    others=(1,),
 )
 
 
@@ -217,7 +218,7 @@ def test_drawing_of_the_natural_runs(naturals):
     figure, size = draw("KE-Fig5-NGD", natural_completion.describe_natural(MATRICES, naturals))
     assert size > 8_000
     left, right = figure.axes
-    assert [len(axis.lines) for axis in (left, right)] == [4, 3]
+    assert [len(axis.lines) for axis in (left, right)] == [6, 5]
     assert "does not move" in right.texts[0].get_text()
 
 

@@ -10,10 +10,14 @@ import pytest
 from natgrad_datasets.separable import planar, sparse_classification
 
 from natgrad_flax.linear import matrix_factorization as mf
-from natgrad_flax.linear.references import natural_gradient_limit
+from natgrad_flax.linear.references import (
+    gaussian_accuracy,
+    max_margin,
+    natural_gradient_limit,
+)
 from ntk_analysis.report.papers.frame import theme
 from ntk_analysis.report.papers.kerekes_small import DRAWINGS
-from ntk_analysis.reproduce.kerekes import kernel_maps, small_sparse, toy
+from ntk_analysis.reproduce.kerekes import kernel_maps, small_sparse, theory, toy
 from ntk_analysis.results import plain
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -49,11 +53,11 @@ def test_starts_have_a_product_of_zero_and_both_signs():
 
 
 def test_figure_2_from_short_runs():
-    paths = toy.euclidean_paths(X, Y, 200)
+    paths = toy.euclidean_paths(X, Y, ((120, 20), (80, 40)))
     assert [(path.method, path.depth) for path in paths] == [("EGD", 1), ("EGD", 4)]
     natural = toy.natural_path(X, Y, 2, 1, 100)
     paths += [natural, natural._replace(depth=1), natural._replace(depth=4)]
-    assert paths[0].times[-1] == pytest.approx(4)
+    assert paths[0].times == pytest.approx([0.4, 0.8, 1.2, 1.6, 2, 2.4, 3.2, 4])
     assert paths[-1].times[-1] == pytest.approx(1)
     # from zero, Newton's first direction
     newton = np.linalg.lstsq(Y[:, None] * X, np.ones(10), rcond=None)[0]
@@ -144,6 +148,18 @@ def test_figure_3():
 
 
 # ----- Fig. 6
+
+
+def test_theory_of_accuracies_against_the_programs():
+    sets = [sparse_classification(100, 1, 80, 5, seed) for seed in range(6)]
+    for solve, expected in (
+        (natural_gradient_limit, theory.natural_limit_accuracy(1.25)),
+        (lambda x, y: max_margin(x, y).coefficients, theory.max_margin_accuracy(1.25)),
+    ):
+        found = [gaussian_accuracy(solve(s.x_train, s.y_train), s.teacher) for s in sets]
+        assert np.mean(found) == pytest.approx(expected, abs=2.5 * theory.deviation(80, 6))
+    # near N = D nothing is learnt by the one, and the other does not notice
+    assert theory.natural_limit_accuracy(1.01) < 0.55 < 0.7 < theory.max_margin_accuracy(1.01)
 
 
 def test_starts_of_the_sparse_classifier():

@@ -68,8 +68,8 @@ def test_catalogue_is_in_the_order_of_the_paper():
     {
         "misprint": "KO-Eq20 BE-Eq21 KE-AppD KE-B1 KE-Eq51 VO-Ex2",
         "too general": "KO-Lem4.3 KO-Thm5.1 BE-Eq18 BE-bottleneck KE-B2",
-        "depends on solver or setting": "KO-Fig1b-left KO-Fig1b-right KE-Fig4 KE-Fig4-quick "
-        "KE-Fig5-NGD",
+        "depends on solver or setting": "KO-Fig1b-left KO-Fig1b-right KO-Fig2-left "
+        "KO-Fig2-left-small KE-Fig4 KE-Fig4-quick KE-Fig5-NGD BE-Fig1A BE-Fig1B BE-Fig1C BE-Fig1D",
         "misread by us": "KO-Forster KE-Lem2",
     }.items(),
 )
@@ -265,7 +265,8 @@ def test_list():
     assert "KO-Thm4.1" in fast
     assert "KO-Thm5.1-training" not in fast
     drawn = natgrad("--list", "--paper", "vo", "--figures").stdout
-    assert [c.identifier for c in CHECKS if c.identifier in drawn] == ["VO-Ex1", "VO-Ex2", "VO-A3"]
+    shown = ["VO-Eq2", "VO-Thm2", "VO-Ex1", "VO-Ex2", "VO-Sec3.2", "VO-A3"]
+    assert [c.identifier for c in CHECKS if c.identifier in drawn] == shown
 
 
 def test_seconds_are_those_of_the_newest_finished_record(tmp_path, monkeypatch):

@@ -32,22 +32,29 @@ def draw_figure_1a(data: dict[str, Any]) -> Figure:
     """Loss against the step: theory as lines, networks as markers, one colour a structure."""
     figure, axes = panels(1, 1, (8.6, 4.6))
     axis = axes[0, 0]
-    curves = data["curves"]
-    sizes = np.linspace(10, 6, len(curves))
-    for curve, size in zip(curves, sizes, strict=True):
-        style = STYLES[curve["structure"]]
-        color = tint(style.color, curve["factor"] ** 0.5)
-        over = r"\lambda_{\max}" if curve["structure"] == "GradientDescent" else r"\alpha"
+    seeds: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for curve in data["curves"]:
+        seeds.setdefault((curve["structure"], curve["factor"]), []).append(curve)
+    sizes = np.linspace(10, 6, len(seeds))
+    for ((structure, factor), found), size in zip(seeds.items(), sizes, strict=True):
+        style = STYLES[structure]
+        color = tint(style.color, factor**0.5)
+        over = r"\lambda_{\max}" if structure == "GradientDescent" else r"\alpha"
         _losses(
             axis,
-            curve["network"],
-            curve["theory"],
+            found[0]["network"],
+            found[0]["theory"],
             Ink(color, style.marker, "-"),
-            label=rf"{style.label}, $\eta = {curve['factor']:g}\,/\,{over}$",
+            label=rf"{style.label}, $\eta = {factor:g}\,/\,{over}$",
             size=float(size),
         )
+        values = np.maximum([curve["network"] for curve in found], _FLOOR)
+        axis.fill_between(
+            range(values.shape[1]), values.min(axis=0), values.max(axis=0), color=color, alpha=0.3,
+            linewidth=0, zorder=1,
+        )  # fmt: skip
     _finish_losses(axis, _FLOOR)
-    axis.set_title("Lines: theory (linearised network). Markers: network of width 4096", loc="left")
+    axis.set_title("Lines: theory. Markers: network, $M = 4096$; bands: three seeds", loc="left")
     axis.annotate(
         r"lines at $1\,/\,\alpha$ coincide, but for unit-wise; cut at $10^{-10}$",
         (1, 0),
@@ -64,7 +71,7 @@ def draw_figure_1a(data: dict[str, Any]) -> Figure:
 
 
 def draw_width(data: dict[str, Any]) -> Figure:
-    """Loss after the one step that the theory needs, against the width; one marker a seed."""
+    """Loss after the one step that the theory needs, by width; one marker a network."""
     figure, axes = panels(1, 1, (6.4, 3.6))
     axis = axes[0, 0]
     widths = np.asarray(data["widths"], float)
@@ -118,8 +125,15 @@ def draw_figure_1b_right(data: dict[str, Any]) -> Figure:
     """Five layers: loss curves by damping, and the two ranges in which training explodes."""
     figure, axes = panels(1, 2, (9.2, 4.6))
     left, right = axes[0]
-    single = [c for c in data["curves"] if c["depth"] == 5 and c["precision"] == "float32"]
-    found = {c["damping"]: c for c in single if c["solver"] == "elimination"}
+    # records of before are of one width
+    width = max(curve.get("width", 512) for curve in data["curves"])
+    wide = [c for c in data["curves"] if c.get("width", 512) == width]
+    narrow = [c for c in data["curves"] if c.get("width", 512) == 512]
+    found = {
+        c["damping"]: c
+        for c in wide
+        if (c["depth"], c["precision"], c["solver"]) == (5, "float32", "elimination")
+    }
     for damping, ink in zip(_RIGHT_DAMPINGS, INKS, strict=True):
         size = 7.0 if damping else 11.0
         _losses(left, found[damping]["network"], None, ink, label=_damping(damping), size=size)
@@ -127,14 +141,14 @@ def draw_figure_1b_right(data: dict[str, Any]) -> Figure:
     left.plot(data["steps"], [start * 0.25**t for t in data["steps"]], color=GREY, linewidth=1,
               label=r"$0.25^t\,loss_0$", zorder=1)  # fmt: skip
     _finish_losses(left, 1e-9, _TOP)
-    left.set_title("$L = 5$, float32, $M = 512$ (the paper: 4096)", loc="left")
+    left.set_title(f"$L = 5$, float32, $M = {width}$", loc="left")
     left.legend(loc="upper right", frameon=True, fontsize="small", ncols=2)
 
     _radius(right, data["radii"])
     groups = {
-        "$L = 5$, float32": single,
-        "$L = 5$, float64": [c for c in data["curves"] if c["precision"] == "float64"],
-        "$L = 4$, float32": [c for c in data["curves"] if c["depth"] == 4],
+        "$L = 5$, float32": [c for c in narrow if (c["depth"], c["precision"]) == (5, "float32")],
+        "$L = 5$, float64": [c for c in narrow if c["precision"] == "float64"],
+        "$L = 4$, float32": [c for c in narrow if c["depth"] == 4],
     }
     for (label, curves), ink, size in zip(groups.items(), INKS[1:], (7, 12, 6), strict=False):
         damped = [c for c in curves if c["damping"] > 0]
@@ -150,18 +164,18 @@ def draw_figure_1b_right(data: dict[str, Any]) -> Figure:
         color=INKS[1].color, markersize=4, clip_on=False,
     )  # fmt: skip
     _finish_dampings(right)
-    right.set_title("Largest $loss_t\\,/\\,loss_0$ by damping", loc="left")
+    right.set_title("Largest $loss_t\\,/\\,loss_0$ by damping, $M = 512$", loc="left")
     right.legend(loc="upper left", bbox_to_anchor=(0, 0.9), frameon=True, fontsize="small")
     return figure
 
 
 def draw_figure_2(data: dict[str, Any]) -> Figure:
     """Test accuracy by structure: mean and standard deviation over initialisations."""
-    figure, axes = panels(1, 1, (6.6, 3.4))
+    figure, axes = panels(1, 1, (7.6, 3.4))
     axis = axes[0, 0]
     table = data["accuracy"]
     for place, (name, accuracy) in enumerate(table.items()):
-        style = _style(name)
+        style = _style(name.split(",")[0])
         mean, std = 100 * accuracy["mean"], 100 * accuracy["std"]
         axis.errorbar(
             place, mean, yerr=std, fmt=style.marker, color=style.color, capsize=5, markersize=9
@@ -170,7 +184,9 @@ def draw_figure_2(data: dict[str, Any]) -> Figure:
             f"{mean:.2f}", (place, mean), (10, 0), textcoords="offset points", va="center",
             fontsize="small",
         )  # fmt: skip
-    axis.set_xticks(range(len(table)), [_style(name).label for name in table])
+    names = [name.split(",") for name in table]
+    labels = ["\n".join([_style(name).label, *more]) for name, *more in names]
+    axis.set_xticks(range(len(table)), labels)
     axis.set_xlim(-0.5, len(table) - 0.3)
     means = [100 * accuracy["mean"] for accuracy in table.values()]
     # a scale on which one point of accuracy can be seen, however close the means are
@@ -200,6 +216,60 @@ def draw_figure_3(data: dict[str, Any]) -> Figure:
     axis.set_ylabel(r"condition number of $\bar\Theta$")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
+
+
+def draw_unit_wise(data: dict[str, Any]) -> Figure:
+    """Training beside Eq. 24, and condition numbers over the width, by damping."""
+    figure, axes = panels(1, 2, (9.2, 4.6))
+    left, right = axes[0]
+    shown = [curve for curve in data["curves"] if curve["factor"] < 1]
+    _losses(left, [], shown[0]["theory"], Ink(GREY, "", "-"), label="")
+    for curve, ink in zip(shown, INKS, strict=False):
+        name = "ReLU" if curve["activation"] == "relu" else "tanh"
+        label = rf"{name}, $\rho =$ {_typeset(curve['damping'])}"
+        _losses(left, curve["network"], None, ink._replace(dash=" "), label=label)
+    _finish_losses(left)
+    left.set_title(r"$\eta = 0.5\,/\,\alpha$, $M = 1024$. Grey: Eq. 24", loc="left")
+    left.legend(frameon=True, fontsize="small", loc="lower left")
+    widths = data["widths"]
+    for (name, values), ink in zip(
+        data["conditions"].items(), (Ink(GREY, "", "-"), *INKS), strict=False
+    ):
+        label = name if name == "tangent kernel" else rf"$\rho =$ {_typeset(name)}"
+        right.plot(
+            widths, values, ink.dash, color=ink.color, marker=ink.marker, markersize=7, label=label,
+            **({} if ink.marker else {"linewidth": 7, "alpha": 0.4}),
+        )  # fmt: skip
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.set_ylim(0.8, 3000)
+    right.set_xticks(widths, [str(width) for width in widths])
+    right.set_xlabel("width $M$")
+    right.set_ylabel(r"condition number of $\bar\Theta$")
+    right.set_title("tanh, $N = 30$", loc="left")
+    right.legend(frameon=True, fontsize="small", loc="upper left", ncols=2)
+    return figure
+
+
+def draw_margins(data: dict[str, Any]) -> Figure:
+    """Margins of some samples of a network as markers, on the lines of the law."""
+    figure, axes = panels(1, 1, (6.4, 3.6))
+    axis = axes[0, 0]
+    for curve, ink in zip(data["curves"], INKS, strict=False):
+        axis.plot(data["time"], curve["theory"], "-", color=ink.color, linewidth=1.6)
+        axis.plot(data["time"], curve["network"], ink.marker, color=ink.color, markersize=6)
+    axis.set_xlabel("time $t$")
+    axis.set_ylabel("margin $z$ of a sample")
+    axis.set_title(r"Lines: $e^z + 1 = e^t (e^{z(0)} + 1)$. Markers: network", loc="left")
+    return figure
+
+
+def _typeset(damping: str) -> str:
+    """A damping as mathematics."""
+    for plain, formula in (("M^(-1/12)", "$M^{-1/12}$"), ("1/M^2", "$1/M^2$"), ("1/M", "$1/M$")):
+        if damping.startswith(plain):
+            return damping.replace(plain, formula).replace(" of a block's diagonal", ", relative")
+    return damping.replace(" of a block's diagonal", ", relative")
 
 
 def _style(name: str) -> Style:
@@ -286,9 +356,12 @@ DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "KO-Fig1b-left": draw_figure_1b_left,
     "KO-Fig1b-right": draw_figure_1b_right,
     "KO-Fig2-left": draw_figure_2,
+    "KO-Fig2-left-small": draw_figure_2,
     "KO-Fig2-center": draw_figure_2,
     "KO-Fig2-right": draw_figure_2,
     "KO-Fig2-kfac": draw_figure_2,
+    "KO-Thm5.1-training": draw_unit_wise,
     "KO-Fig3": draw_figure_3,
+    "KO-SecD-wide": draw_margins,
 }
 """How the figure of a check is drawn, by identifier."""

@@ -142,6 +142,10 @@ def draw_completion(data: dict[str, Any]) -> Figure:
         curve = data["curves"][name]
         _line(left, data["counts"], curve["error"], ink, label=name)
         _line(middle, data["counts"], curve["rank"], ink)
+        if name in data["spread"]:
+            rows = np.array(data["spread"][name])
+            ends = rows.min(axis=0), rows.max(axis=0)
+            left.fill_between(data["counts"], *ends, color=ink.color, alpha=0.2, linewidth=0)
     middle.axhline(data["target_rank"], color=GREY, linewidth=4, alpha=0.3)
     middle.annotate(
         "the matrix itself",
@@ -184,6 +188,9 @@ def draw_natural_completion(data: dict[str, Any]) -> Figure:
         moved = np.array(curve["moved"])
         _line(left, curve["times"], curve["observed"], INKS[index], label=name)
         _line(right, curve["times"], np.where(moved > 0, moved, np.nan), INKS[index])
+    for index, (name, curve) in enumerate(data["truncated"].items(), start=3):
+        _line(left, curve["times"], curve["observed"], INKS[index], label=f"{name}, 1/L split*")
+        _line(right, curve["times"], [None, *curve["moved"][1:]], INKS[index])
     first = next(iter(data["joint"].values()))
     times, time = np.array(first["times"]), r"time $t$ = step size $\times$ steps"
     theory = first["observed"][0] * np.exp(-2 * times)
@@ -196,8 +203,9 @@ def draw_natural_completion(data: dict[str, Any]) -> Figure:
     for name, end in data["split"].items():
         if end is not None:
             remarks.append(f"{name}, 1/L split: entries above $10^6$ by t = {end:.2g}")
+    remarks.append("* small singular values left out")
     right.text(0.04, 0.96, "\n".join(remarks), transform=right.transAxes, va="top")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

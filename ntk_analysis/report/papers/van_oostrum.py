@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +55,51 @@ def draw_appendix_3(data: dict[str, Any]) -> Figure:
     return figure
 
 
+_TITLES = {
+    "theta": r"$\Theta$, coloured by $\psi = \varphi \circ f$",
+    "xi": r"$\Xi$, coloured by $\varphi$",
+    "model": r"$\mathcal{M}$ in $\mathcal{Z}$, levels of $\mathcal{L}$",
+}
+_SYMBOLS = {
+    "y_Theta": r"$y_\Theta$",
+    "y_Xi": r"$y_\Xi$",
+    "df y_Theta": r"$df\,(y_\Theta)$",
+    "gradient": r"gradient of $\mathcal{L}$",
+    "natural": "natural gradient",
+}
+
+
+def draw_spaces(data: dict[str, Any], spaces: Sequence[str], vectors: bool = False) -> Figure:
+    """Figs. 1, 2 and 6: parameters on lines in the colour of the point of the model they give.
+
+    Args:
+      data: "reach" of all axes, and for every space "point", "vectors" and what is in it.
+      spaces: which are drawn, the model last.
+      vectors: whether the vectors on the parameter spaces are, too.
+    """
+    figure, axes = panels(1, len(spaces), (3.1 * len(spaces), 3.5))
+    reach = data["reach"]
+    marks = np.linspace(-reach, reach, len(data["xi"]["place"]))
+    for axis, name in zip(axes[0], spaces, strict=True):
+        space = data[name]
+        if name == "model":
+            axis.contour(marks, marks, space["objective"], 9, colors="#c8c8c8", linewidths=0.7)
+            curve = np.asarray(space["curve"], float).T
+            axis.scatter(*curve, c=curve[0], cmap="viridis", vmin=-reach, vmax=reach, s=14)
+        else:
+            levels = np.linspace(-reach, reach, 17)
+            axis.contour(marks, marks, space["place"], levels, cmap="viridis", linewidths=1.1)
+        drawn = space["vectors"].items() if vectors or name == "model" else ()
+        for (symbol, vector), ink in zip(drawn, (INKS[1], INKS[3]), strict=False):
+            _arrow(axis, vector, ink.color, _SYMBOLS[symbol], space["point"])
+        axis.plot(*space["point"], "o", color="black", markersize=5, zorder=5)
+        axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title=_TITLES[name])
+        axis.grid(False)
+        if drawn:
+            axis.legend(loc="lower left", fontsize="small", handlelength=1.2)
+    return figure
+
+
 def _projections(
     data: dict[str, Any], curves: dict[str, str], vectors: dict[str, str], linewidth: float = 1.4
 ) -> Figure:
@@ -82,11 +128,13 @@ def _projections(
     return figure
 
 
-def _arrow(axis: Axes, vector: Sequence[float], color: str, label: str) -> None:
-    """A vector at the origin."""
+def _arrow(
+    axis: Axes, vector: Sequence[float], color: str, label: str, start: Sequence[float] = (0, 0)
+) -> None:
+    """A vector."""
     x, y = vector
     axis.quiver(
-        0, 0, x, y, angles="xy", scale_units="xy", scale=1, color=color, width=0.009, zorder=4,
+        *start, x, y, angles="xy", scale_units="xy", scale=1, color=color, width=0.009, zorder=4,
         label=label,
     )  # fmt: skip
     # arrows do not count for the limits of the axes
@@ -104,6 +152,9 @@ def _finish(axis: Axes, names: tuple[str, str]) -> None:
 
 
 DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "VO-Eq2": partial(draw_spaces, spaces=("xi", "model")),
+    "VO-Thm2": partial(draw_spaces, spaces=("theta", "xi", "model")),
+    "VO-Sec3.2": partial(draw_spaces, spaces=("theta", "xi", "model"), vectors=True),
     "VO-Ex1": draw_example_1,
     "VO-Ex2": draw_example_2,
     "VO-A3": draw_appendix_3,

@@ -1,6 +1,15 @@
 """Bernacchia, Lengyel & Hennequin 2018, Exact natural gradient in deep linear networks."""
 
-MODULES = ("identities", "inverses", "flow", "bottleneck", "damping", "teachers", "autoencoder")
+MODULES = (
+    "identities",
+    "inverses",
+    "flow",
+    "bottleneck",
+    "damping",
+    "teachers",
+    "autoencoder",
+    "costs",
+)
 """Modules of this package that register checks."""
 
 ORDER = (
@@ -22,5 +31,6 @@ ORDER = (
     "BE-Fig1B",
     "BE-Fig1C",
     "BE-Fig1D",
+    "BE-Cost",
 )
 """Identifiers, or what they begin with, in the order of the paper."""

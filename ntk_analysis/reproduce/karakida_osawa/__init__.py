@@ -5,10 +5,12 @@ MODULES = (
     "layer_wise",
     "kfac",
     "unit_wise",
+    "unit_wise_damping",
     "figure1",
     "figure1b",
     "figure3",
     "cross_entropy",
+    "classes",
     "kernels",
     "figure2",
 )

@@ -193,10 +193,8 @@ def run_cross_entropy(report: Report) -> Outcome:
             _push_through(problem, note)
             _undamped(problem, note)
     report("margins")
-    times, margins, predicted = margin_flow(problem)
-    note(
-        "margin law e^z + 1 = e^t (e^z(0) + 1)", relative_error(np.exp(margins), np.exp(predicted))
-    )
+    times, found, predicted = margin_flow(problem)
+    note("margin law e^z + 1 = e^t (e^z(0) + 1)", relative_error(np.exp(found), np.exp(predicted)))
     measurements: list[Measurement] = [
         below(f"{what}: relative error", error, 1e-8) for what, error in errors.items()
     ]
@@ -206,7 +204,7 @@ def run_cross_entropy(report: Report) -> Outcome:
             {
                 "sample": n,
                 "theory": predicted[::_DRAWN, n].tolist(),
-                "network": margins[::_DRAWN, n].tolist(),
+                "network": found[::_DRAWN, n].tolist(),
             }
             for n in range(_NUM_SAMPLES)
         ],
@@ -296,20 +294,26 @@ def margin_flow(problem: Problem) -> tuple[Matrix, Matrix, Matrix]:
 
     times = np.linspace(0, _TIME, _TIME_STEPS + 1)
     step, logits = times[1], problem.logits
-    margins = [_margins(logits, target)]
+    seen = [margins(logits, target)]
     for _ in times[1:]:
         first = velocity(logits)
         second = velocity(logits + step / 2 * first)
         third = velocity(logits + step / 2 * second)
         fourth = velocity(logits + step * third)
         logits = logits + step / 6 * (first + 2 * second + 2 * third + fourth)
-        margins.append(_margins(logits, target))
-    found = np.stack(margins)
-    predicted: Matrix = np.log(np.exp(times)[:, None] * (np.exp(found[0]) + 1) - 1)
-    return times, found, predicted
+        seen.append(margins(logits, target))
+    found = np.stack(seen)
+    return times, found, margin_law(times, found[0])
 
 
-def _margins(logits: Matrix, target: Matrix) -> Matrix:
+def margins(logits: Matrix, target: Matrix) -> Matrix:
+    """z = f_k - log sum_{c != k} exp f_c of the true class k of every sample, shape (N,)."""
     others = np.where(target > 0, -np.inf, logits)
-    margins: Matrix = np.sum(target * logits, axis=1) - logsumexp(others, axis=1)
-    return margins
+    found: Matrix = np.sum(target * logits, axis=1) - logsumexp(others, axis=1)
+    return found
+
+
+def margin_law(times: Matrix, start: Matrix) -> Matrix:
+    """z(t) by e^z + 1 = e^t (e^z(0) + 1), shape (T, N)."""
+    law: Matrix = np.log(np.exp(times)[:, None] * (np.exp(start) + 1) - 1)
+    return law

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from flax import nnx
 
-from natgrad_flax import MLP, Exact, RelativeDamping, UnitWise
+from natgrad_flax import Exact, UnitWise
 from natgrad_flax.optimizer.learning_rate import model_geometry
 from ntk_analysis.coefficient import coefficient_pair
 from ntk_analysis.cost import structure_cost
-from ntk_analysis.dynamics import squared_losses
 from ntk_analysis.empirical import Matrix
-from ntk_analysis.reproduce.images import mnist_pair
 from ntk_analysis.reproduce.karakida_osawa.common import (
     Dense,
     Problem,
@@ -21,6 +18,7 @@ from ntk_analysis.reproduce.karakida_osawa.common import (
     problem,
     theta_bar,
 )
+from ntk_analysis.reproduce.karakida_osawa.unit_wise_damping import conditions
 from ntk_analysis.reproduce.registry import (
     Measurement,
     Outcome,
@@ -32,9 +30,6 @@ from ntk_analysis.reproduce.registry import (
     close,
 )
 from ntk_analysis.reproduce.ruler import max_abs_error
-from ntk_analysis.training import Trainer
-
-_RATIO = 1e-3
 
 
 @check(
@@ -50,10 +45,14 @@ _RATIO = 1e-3
     "and at rho = 1/M^2",
     origin="ours",
     kind="too general",
-    remark="At zero damping Theta-bar is isotropic. With Eqs. 1, 2 and 23 as printed the block of "
-    "a unit is of the order 1/M, so that a damping leaves it alone only where rho = o(1/M). "
-    "rho = 1/M^eps with eps < 1/12 is larger: Theta-bar then has the condition number of the "
-    "tangent kernel. The proof may normalise in another way: the supplement was not at hand.",
+    remark="Too general, or in another normalisation: the supplement was not readable. At zero "
+    "damping Theta-bar is isotropic. With Eqs. 1, 2 and 23 as printed Theta-bar is sum_i B_i (B_i "
+    "+ rho I)^-1, where B_i = diag(delta_i) H H^T diag(delta_i) / N belongs to unit i; its trace "
+    "is of the order 1/M, as delta_i^2 is. Where rho = o(1/M) every term is the projector that "
+    "makes Theta-bar diagonal; where M rho grows, the sum is that of B_i / rho, which is Theta / "
+    "rho. rho = 1/M^eps with eps < 1/12 is the second case. Relative to the diagonal of "
+    "the blocks the same factor is of their order and changes the condition number slowly "
+    "(KO-Thm5.1-training).",
     fast=True,
 )
 def theorem_5_1(report: Report) -> Outcome:
@@ -133,11 +132,8 @@ def _damped(report: Report) -> list[Measurement]:
     for width in (64, 256):
         report(f"damped, width {width}")
         case = problem((40, width, width, 1), 30)
-        own, small = (
-            float(np.linalg.cond(case.ours(UnitWise(), rho)[0]))
-            for rho in (width ** (-1 / 12), width**-2.0)
-        )
-        over.append(own / float(np.linalg.cond(case.train.kernel)))
+        kernel, own, small = conditions(case, ("M^(-1/12)", "1/M^2"))
+        over.append(own / kernel)
         faster.append(small)
         inputs, slopes = case.train.inputs[1], case.train.derivatives[1][:, 0]
         sizes = np.einsum("nk,ni->i", inputs**2, slopes**2) / 30
@@ -180,80 +176,6 @@ def _projectors(case: Dense) -> Matrix:
             rows = slice(index * c, (index + 1) * c)
             total[rows, rows] += blocks[index]
     return total
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One network that is trained with the unit-wise Fisher."""
-
-    activation: str
-    weight_variance: float
-    width: int
-
-
-@check(
-    "KO-Thm5.1-training",
-    "Training with the damped unit-wise Fisher",
-    claim="Unit-wise natural gradient at eta = 1/(gamma M (L - 1)) converges fast, with a damping.",
-    setting="MNIST 0 and 7, N = 50 (100 undamped), L = 3, no biases, seed 0, float32; relative "
-    "damping 1e-3",
-    origin="ours",
-)
-def training(report: Report) -> Outcome:
-    """Two steps of finite networks, and what happens without a damping."""
-    data = _mnist(50)
-    runs = (_Run("relu", 2.0, 256), _Run("relu", 2.0, 1024), _Run("tanh", 1.5, 1024))
-    curves = {}
-    for run in runs:
-        report(f"{run.activation}, width {run.width}")
-        curves[run] = _train(run, *data, RelativeDamping(_RATIO), steps=3)
-    narrow, relu, tanh = (curves[run] for run in runs)
-    report("without damping")
-    bare = _train(_Run("relu", 2.0, 1024), *_mnist(100), 0.0, steps=6)
-    worst = float(np.nanmax(bare / bare[0])) if np.isfinite(bare).all() else np.inf
-    return Outcome(
-        (
-            below("ReLU, M = 1024: loss_1 / loss_0", relu[1] / relu[0], 0.1),
-            below("ReLU, M = 1024: loss_2 / loss_0", relu[2] / relu[0], 2e-3),
-            below("tanh, M = 1024: loss_1 / loss_0", tanh[1] / tanh[0], 0.1),
-            below("tanh, M = 1024: loss_2 / loss_0", tanh[2] / tanh[0], 2e-3),
-            above(
-                "ReLU: loss_1 / loss_0 at M = 256 over M = 1024",
-                narrow[1] / narrow[0] / (relu[1] / relu[0]),
-                1.0,
-            ),
-            above(
-                "ReLU, M = 1024, N = 100, no damping: largest loss_t / loss_0, t <= 6", worst, 10.0
-            ),
-        ),
-        data={f"{run.activation} {run.width}": curve for run, curve in curves.items()}
-        | {"relu 1024 undamped": bare},
-        notes=(
-            "without a damping the update divides by D_l[n,i], whose inverse has infinite variance",
-        ),
-    )
-
-
-def _mnist(num_samples: int) -> tuple[Matrix, Matrix]:
-    data = mnist_pair((0, 7), 1, num_samples)
-    return data.x_train.astype(np.float64), data.y_train.astype(np.float64)
-
-
-def _train(
-    run: _Run, x: Matrix, y: Matrix, damping: float | RelativeDamping, *, steps: int
-) -> Matrix:
-    """Losses (steps + 1,) at eta = 1/alpha."""
-    model = MLP(
-        (x.shape[1], run.width, run.width, 1),
-        activation=run.activation,
-        weight_variance=run.weight_variance,
-        rngs=nnx.Rngs(0),
-    )
-    fraction = 0.5 if run.activation == "relu" else 1.0
-    x, y = x.astype(np.float32), y.astype(np.float32)
-    trainer = Trainer(model, UnitWise(), x, y, x[:1], damping)
-    outputs = trainer.run(1 / (2 * fraction * run.width + 1), steps).outputs_train
-    return squared_losses(outputs, y)
 
 
 @check(

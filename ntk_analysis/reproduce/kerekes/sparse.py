@@ -28,6 +28,11 @@ from ntk_analysis.reproduce.kerekes.sparse_runs import (
     natural,
     population,
 )
+from ntk_analysis.reproduce.kerekes.theory import (
+    deviation,
+    max_margin_accuracy,
+    natural_limit_accuracy,
+)
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import (
     Measurement,
@@ -39,12 +44,6 @@ from ntk_analysis.reproduce.registry import (
     close,
 )
 from ntk_analysis.reproduce.ruler import relative_error
-
-PROGRAM_ACCURACY = {1.25: 0.65}
-"""Accuracy of the limit of the natural-gradient flow, by N / D: the catalogue's."""
-
-POPULATION_ACCURACY = {0.25: 0.63, 0.5: 0.68, 1.0: 0.74, 2.5: 0.85}
-"""Accuracy of the natural gradient with the population Fisher, by N / D: the catalogue's."""
 
 _NUM_TEST = 10_000
 
@@ -120,9 +119,26 @@ def judge(
     apart = np.abs(train - limit)
     # standard deviation of the accuracy of a random direction, of the mean over the seeds
     noise = 1 / (np.pi * np.sqrt(setting.dim * len(setting.seeds)))
-    found = [
+    margin = 3 * deviation(setting.dim, len(setting.seeds))
+    many = [natural_limit_accuracy(value) for value in ratio[ratio > 1]]
+    return [
         below(
             "train Fisher, N < D: accuracy from theory", float(apart[few].max()), setting.tolerance
+        ),
+        below(
+            f"{LIMIT}, N > D: accuracy from theory, largest",
+            float(np.abs(limit[ratio > 1] - many).max()),
+            margin,
+        ),
+        below(
+            "L = 1: accuracy from theory of the l_2 max margin, largest",
+            float(np.abs(flat - [max_margin_accuracy(value) for value in ratio]).max()),
+            margin,
+        ),
+        above(
+            "population Fisher: no dip: smallest rise of the accuracy with N",
+            float(np.diff(average).min()),
+            0,
         ),
         below(
             "full-rank solver, N < D: accuracy from 0.5, over its noise: largest",
@@ -157,12 +173,6 @@ def judge(
         above("sparsity: (L = 1) over (L = 2)", spread[EUCLIDEAN[1]] / spread[EUCLIDEAN[2]], 1),
         above("sparsity: train Fisher over (L = 1)", spread[TRAIN] / spread[EUCLIDEAN[1]], 1),
     ]
-    for name, table in ((LIMIT, PROGRAM_ACCURACY), (POPULATION, POPULATION_ACCURACY)):
-        for place, value in enumerate(ratio):
-            if value in table:
-                what = f"{name}, N = {setting.counts[place]}: accuracy"
-                found.append(close(what, float(accuracy[name][place]), table[value], 0.03))
-    return found
 
 
 def measure(setting: Setting, report: Report) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ NATURAL_DEPTHS = (1, 2, 4)
 DRAWS = 3
 """Random starts of natural-gradient descent at depths above 1."""
 
-_EUCLIDEAN_STEPS = 20_000
+_LEGS = ((20_000, 20), (1_980_000, 2_000))
+"""Steps of Euclidean descent, and how many of them lie between two records, one after another."""
 _NATURAL_STEPS = 6000
 _POINTS = 60
 
@@ -87,21 +88,20 @@ def start_weights(dim: int, depth: int, seed: int) -> Vector:
     return weights
 
 
-def euclidean_paths(x: Vector, y: Vector, steps: int) -> list[Path]:
+def euclidean_paths(x: Vector, y: Vector, legs: Sequence[tuple[int, int]]) -> list[Path]:
     """Loss-normalised gradient descent of both depths, in one program; step size 0.02."""
-    starts = [jnp.full((depth, 2), size) for depth, size in EUCLIDEAN_STARTS.items()]
-    run = descend(
-        dn.gradient_field(x, y, normalised=True),
-        tuple(starts),
-        step_size=0.02,
-        steps=steps,
-        record_every=20,
-    )
-    betas = [np.asarray(dn.coefficients(weights))[1:] for weights in run.recorded]
-    times = 0.02 * run.steps[1:]
+    state: Any = tuple(jnp.full((depth, 2), size) for depth, size in EUCLIDEAN_STARTS.items())
+    field, done = dn.gradient_field(x, y, normalised=True), 0
+    times, betas = [], []
+    for steps, every in legs:
+        run = descend(field, state, step_size=0.02, steps=steps, record_every=every)
+        state = run.final
+        times.append(0.02 * (done + run.steps[1:]))
+        betas.append([np.asarray(dn.coefficients(weights))[1:] for weights in run.recorded])
+        done += steps
     return [
-        Path("EGD", depth, 0, times, beta)
-        for depth, beta in zip(EUCLIDEAN_STARTS, betas, strict=True)
+        Path("EGD", depth, 0, np.concatenate(times), np.concatenate(parts))
+        for depth, parts in zip(EUCLIDEAN_STARTS, zip(*betas, strict=True), strict=True)
     ]
 
 
@@ -142,9 +142,9 @@ def document(x: Vector, y: Vector, targets: dict[str, float], paths: list[Path])
     ),
     setting=(
         "ten points in the plane (ours; the paper does not state its own), float64; EGD: L = 1 and "
-        "4, all weights 0.01 and 0.3 at the start, 20000 loss-normalised steps of 0.02; NGD: L = "
-        f"1, 2, 4 from a product of zero, {DRAWS} draws of the other weights, 6000 steps of 0.01 "
-        "(t = 60)"
+        "4, all weights 0.01 and 0.3 at the start, 2 x 10^6 loss-normalised steps of 0.02; NGD: "
+        f"L = 1, 2, 4 from a product of zero, {DRAWS} draws of the other weights, 6000 steps of "
+        "0.01 (t = 60)"
     ),
     origin="ours",
     fast=True,
@@ -169,7 +169,7 @@ def run_figure_2(report: Report) -> Outcome:
         "flow": float(angle(limit)),
     }
     report("Euclidean descent, depths 1 and 4")
-    euclidean = euclidean_paths(x, y, _EUCLIDEAN_STEPS)
+    euclidean = euclidean_paths(x, y, _LEGS)
     natural = []
     for depth in NATURAL_DEPTHS:
         report(f"natural-gradient descent, depth {depth}")
@@ -190,10 +190,10 @@ def run_figure_2(report: Report) -> Outcome:
             max(abs(targets[name] - scans[name]) for name in scans),
             2e-3,
         ),
-        below("EGD, L = 1: degrees to the l_2 max margin", abs(flat[-1] - targets["l_2"]), 1.0),
-        below("EGD, L = 4: degrees", float(deep[-1]), 12.0),
+        below("EGD, L = 1: degrees to the l_2 max margin", abs(flat[-1] - targets["l_2"]), 0.05),
+        below("EGD, L = 4: degrees to the l_1/2 max margin", abs(deep[-1] - targets["l_1/2"]), 2.0),
         below(
-            "EGD, L = 4: largest change between records 20 steps apart, second half, degrees",
+            "EGD, L = 4: largest change between records 2000 steps apart, second half, degrees",
             float(np.max(np.diff(deep[len(deep) // 2 :]))),
             -1e-6,
         ),
@@ -212,9 +212,8 @@ def run_figure_2(report: Report) -> Outcome:
     )
     notes = (
         "All directions are approached slowly: NGD is 1 degree short of its limit at t = 60, and "
-        "EGD with L = 4 is still on its way to 0 degrees. The catalogue found 9.8 degrees there; "
-        "our step is divided by the largest metric of the network as well, so the same number of "
-        "steps goes less far along the same path.",
+        "EGD with L = 4 is 11 degrees from the sparse separator after 20 000 steps, 5.3 after "
+        "200 000 and 1.3 after two million.",
         "Every start of EGD is positive, as is every coefficient of the three separators. The "
         "catalogue gives the l_1/2 objective as 1.055; it is (1 / 0.9)^(1/2) = 1.0541.",
     )

@@ -140,7 +140,7 @@ def test_seeds_and_filters():
     [
         ({"structure": ng.KFAC}, TypeError, r"write KFAC\(\)"),
         ({"loss": "mse"}, TypeError, "loss must be one of"),
-        ({"fisher": "true"}, ValueError, "exact, mc, empirical"),
+        ({"fisher": "true"}, ValueError, "exact, mc, empirical, improved"),
         ({"mc_samples": 0}, ValueError, "mc_samples"),
         ({"wrt": nnx.LoRAParam}, ValueError, "no parameters for wrt=<class 'flax.nnx.*LoRAParam'>"),
         ({"wrt": "kernel"}, ValueError, "no parameters"),

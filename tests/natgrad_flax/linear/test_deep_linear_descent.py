@@ -151,22 +151,35 @@ def test_the_rule_of_damping(ratio, factor):  # BE-Eq21
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("activation", "bias", "loss"),
-    [("identity", 0.0, MSE), ("tanh", 0.5, ng.SoftmaxCrossEntropy())],
+    ("activation", "bias", "loss", "split"),
+    [
+        ("identity", 0.0, MSE, "plain"),
+        ("identity", 0.0, MSE, "pi"),
+        ("tanh", 0.5, ng.SoftmaxCrossEntropy(), "plain"),
+    ],
 )
-def test_sampled_errors_estimate_eq_20(activation, bias, loss):
+def test_sampled_errors_estimate_eq_20(activation, bias, loss, split):
     model = linear_mlp((3, 4, 2), activation=activation, bias_variance=bias)
     x, y = batch(3, 2)
     y = y if loss is MSE else jax.nn.softmax(y)
-    tx = linear.online_natural_gradient_descent(1.0, loss=loss, damping=0.01, mc_samples=2000)
+    # inputs of another size than errors, which is what the split is for
+    x = 2 * x if split == "pi" else x
+    tx = linear.online_natural_gradient_descent(
+        1.0, loss=loss, damping=0.01, mc_samples=2000, split=split
+    )
     step, _ = one_update(tx, model, x, y)
     signals, residual = ng.fisher_signals(model, x, y, loss=loss)
     for index, layer in enumerate(signals.layers):
         a = np.asarray(layer.augmented_inputs())
         flat = np.asarray(layer.flat_derivatives())
         slope = a.T @ np.asarray(residual.cotangent(layer, index)) / len(x)
-        left = np.linalg.inv(a.T @ a / len(x) + 0.1 * np.eye(a.shape[1]))
-        right = np.linalg.inv(flat.T @ flat / len(x) + 0.1 * np.eye(flat.shape[1]))
+        inputs, errors = a.T @ a / len(x), flat.T @ flat / len(x)
+        pi = 1.0
+        if split == "pi":
+            pi = np.sqrt(np.trace(inputs) / len(inputs) / (np.trace(errors) / len(errors)))
+            assert abs(pi - 1) > 0.1
+        left = np.linalg.inv(inputs + 0.1 * pi * np.eye(len(inputs)))
+        right = np.linalg.inv(errors + 0.1 / pi * np.eye(len(errors)))
         expected = -left @ slope @ right / len(signals.layers)
         found = step["layers"][index]
         rows = [found["kernel"], *([found["bias"][None]] if bias else [])]
@@ -353,6 +366,8 @@ def test_bad_settings(make, settings, error, message):
         ({"mc_samples": 0}, ValueError, "mc_samples must be an integer of at least 1"),
         ({"inverse": "svd"}, TypeError, "inverse must be DirectInverse"),
         ({"loss": "mse"}, TypeError, "loss must be one of .*ng.MeanSquaredError"),
+        ({"split": "half"}, ValueError, 'split must be "plain" or "pi"'),
+        ({"split": "pi", "output_variance": 2.0}, ValueError, "takes the place"),
     ],
 )
 def test_bad_settings_of_the_online_algorithm(settings, error, message):

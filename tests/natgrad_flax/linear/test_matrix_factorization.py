@@ -106,6 +106,21 @@ def test_split_solves_the_system_in_the_corrected_order(depth):  # KE-Eq51
     assert np.abs(moved - gradient).max() > 0.1
 
 
+def test_cutoff_of_the_split():
+    factors = draw([4, 4, 4])
+    target = np.random.default_rng(1).normal(size=(4, 4))
+    field = mf.natural_gradient_field(
+        target, np.ones((4, 4)), factors, solution="split", cutoff=0.3
+    )
+    slope = np.asarray(mf.residual(factors, field.target, field.mask))
+    for found, (a, b) in zip(
+        field(factors), ((np.eye(4), factors[1]), (factors[0], np.eye(4))), strict=True
+    ):
+        expected = np.linalg.pinv(a, rcond=0.3) @ slope @ np.linalg.pinv(b, rcond=0.3) / 2
+        np.testing.assert_allclose(found, expected, atol=1e-10)
+    assert np.linalg.matrix_rank(field(factors)[0]) < 4
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_finite_step_of_the_split(depth):  # KE-NGD-MF exact step
     factors = draw([4] * (depth + 1))
@@ -234,6 +249,11 @@ def natural(target=TARGET, mask=MASK, factors=SQUARE, **choices):
             "one dtype, got float32 and float64",
         ),
         (lambda: natural(solution="pinv"), ValueError, '"joint" or "split"'),
+        (
+            lambda: mf.natural_gradient_field(TARGET, MASK, SQUARE, cutoff=0.1),
+            ValueError,
+            "cutoff is a fraction below 1",
+        ),
         (
             lambda: natural(factors=SINGULAR, solution="split"),
             ValueError,

@@ -43,7 +43,7 @@ CASES = {
     "unknown structure": ({"structure": "kfac"}, TypeError, r"ng.KFAC\(\)"),
     "structure class": ({"structure": ng.KFAC}, TypeError, r"write KFAC\(\)"),
     "unknown loss": ({"loss": "mse"}, TypeError, "ng.MeanSquaredError"),
-    "unknown Fisher": ({"fisher": "true"}, ValueError, "exact, mc, empirical"),
+    "unknown Fisher": ({"fisher": "true"}, ValueError, "exact, mc, empirical, improved"),
     "negative damping": ({"damping": -1e-3}, ValueError, "damping must be 0 or positive"),
     "NaN damping": ({"damping": float("nan")}, ValueError, "damping must be 0 or positive"),
     "damping of another type": ({"damping": "auto"}, TypeError, "damping must be a number"),

@@ -16,6 +16,7 @@ from natgrad_flax.arguments import memory
 from natgrad_flax.optimizer import information
 from natgrad_flax.signals.base import ravel, unravel
 from natgrad_flax.signals.gradient import ParameterGradient
+from natgrad_flax.structures import foof, kfoc, shampoo, unit_blocks
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -45,7 +46,9 @@ STRUCTURES = {
     "kfac": ng.KFAC(),
     "kfac-pi-reduce": ng.KFAC(split="pi", sharing="reduce"),
     "ekfac": ng.EKFAC(),
+    "foof": ng.Foof("inputs"),
     "unit-wise": ng.UnitWise(),
+    "unit-blocks": ng.UnitBlocks(2),
     "diagonal": ng.Diagonal(),
     "quasi-diagonal": ng.QuasiDiagonal(),
 }
@@ -253,5 +256,7 @@ def test_a_matrix_that_does_not_fit_is_refused(monkeypatch):
 def test_the_examples_run():
     with jax.enable_x64(False):
         found = doctest.testmod(information)
+        others = [doctest.testmod(module) for module in (foof, kfoc, shampoo, unit_blocks)]
     assert found.attempted > 15
-    assert not found.failed
+    assert min(other.attempted for other in others) == 5
+    assert not any(result.failed for result in (found, *others))

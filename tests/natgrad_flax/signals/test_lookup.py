@@ -26,6 +26,7 @@ STRUCTURES = [
     ng.KFAC(split="pi"),
     ng.KFAC(sharing="reduce"),
     ng.EKFAC(),
+    ng.Foof("units"),
     ng.Diagonal(),
 ]
 
@@ -95,7 +96,7 @@ def test_structures_are_those_of_one_hot_inputs(both, structure):
         ones = tuple(jax.tree.map(jnp.ones_like, update) for update in found[0])
         found += [operator.matvec(ones), operator.diagonal(), operator.logdet(0.1)]
         found += [operator.extremes(0.1), operator.trace(), operator.to_dense(0.3)]
-        if isinstance(structure, ng.KFAC | ng.EKFAC):
+        if isinstance(structure, ng.KFAC | ng.EKFAC | ng.Foof):
             inverse = structure.invert(structure.moments(signals), 0.1, N)
             found += [structure.apply(inverse, found[0]), structure.damping_scale(signals)]
         return found

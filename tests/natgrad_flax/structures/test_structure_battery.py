@@ -34,7 +34,11 @@ NETWORKS = {
     ),
 }
 COUPLED = ("block-tri-diagonal", "layer-wise", "layer-wise-indefinite")
-SPACELESS = ("ekfac", "ekfac-reduce", "diagonal", "quasi-diagonal")
+# what they do is the same for all dampings and kinds of layers
+ONE_WAY = ("unit-blocks", "kfoc", "shampoo")
+SPACELESS = ("ekfac", "ekfac-reduce", "diagonal", "quasi-diagonal", *ONE_WAY)
+# the code of half of K-FAC, by either factor
+HALVES = ("foof", "foof-units")
 WAYS = (
     ("dense", "sample", "number"),
     ("dense", "parameter", "zero"),
@@ -49,6 +53,10 @@ def differs(name, which, _, damping):
     if name.endswith("reduce"):
         # without shared weights it is "expand"
         return which == "mixed" and damping == ("each" if name in SPACELESS else "number")
+    if name in HALVES:
+        return (name == "foof-units") == (which == "mixed" and damping != "each")
+    if name in ONE_WAY:
+        return (which, damping) in (("mixed", "each"), ("dense", "zero"))
     if name == "kfac-literal-pi" and which == "mixed":
         return damping == "number"
     if damping == "each":
@@ -88,7 +96,7 @@ def scale_of(structure, layers):
         return norms.mean()
     if isinstance(structure, ng.UnitWise):
         return norms / [layer.jacobian.shape[3] for layer in layers]
-    if not isinstance(structure, ng.KFAC):
+    if not isinstance(structure, ng.KFAC | ng.Foof | ng.Shampoo):
         return np.asarray([np.mean(np.sum(layer.rows**2, axis=0)) / n for layer in layers])
     return None
 
@@ -112,7 +120,7 @@ def test_against_dense(name, which, space, damping):
     slope = random_like(rng, signals.unravel(jnp.zeros(signals.num_params)))
     rhos = {"number": DAMPING, "zero": 0.0}.get(damping)
     if damping == "each":
-        shape = (len(layers), 2) if name.startswith("kfac") else (len(layers),)
+        shape = (len(layers), 2) if name.startswith(("kfac", "shampoo")) else (len(layers),)
         rhos = DAMPING * (1 + rng.random(shape))
 
     def run(signals, outside, inside, test, slope, rho):

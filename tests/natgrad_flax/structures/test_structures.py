@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery import QUICK, STRUCTURES
+from battery import ONE_OF_EACH, QUICK, STRUCTURES
 from flax import nnx
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
@@ -113,7 +113,7 @@ def _forget_compiled_programs():
 
 
 SPACES, DAMPINGS = st.sampled_from(["auto", "sample", "parameter"]), st.sampled_from([1e-3, 0.3])
-NAMES = [name for name in STRUCTURES if "reduce" not in name]
+NAMES = [*ONE_OF_EACH, "layer-wise-indefinite", "kfac-literal-pi"]
 
 
 @pytest.mark.usefixtures("x64")

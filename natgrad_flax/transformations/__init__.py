@@ -1,0 +1,1 @@
+"""Optimizers on gradients of batches alone, as optax transformations: no model, no Fisher."""

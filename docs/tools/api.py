@@ -37,6 +37,12 @@ PAGES = {
         "natgrad_flax",
         ("structures",),
     ),
+    "api/transformations.md": Page(
+        "Transformations of gradients",
+        "Optax transformations of gradients of any tree, which know nothing of a Fisher.",
+        "natgrad_flax",
+        ("transformations",),
+    ),
     "api/losses.md": Page(
         "Losses",
         "What outputs mean, and with it which Fisher they have.",

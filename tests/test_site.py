@@ -1,6 +1,7 @@
 """The pages of the site without building it: navigation, reference, inclusions, code."""
 
 import ast
+import posixpath
 import re
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from docs.tools import api, gallery, include
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text("utf-8") for path in DOCS.rglob("*.md")}
 CONFIG = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text("utf-8"))
+EXAMPLES = {f"gallery/{script.stem}.md" for script in gallery.order()}
 BLOCK = re.compile(r"(<!-- run -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
@@ -24,9 +26,7 @@ def leaves(nav):
 
 
 def test_navigation_names_every_page_once():
-    examples = {f"gallery/{script.stem}.md" for script in gallery.order()}
-    written = leaves(CONFIG["nav"])
-    assert sorted(written) == sorted({*PAGES, *api.PAGES, *examples})
+    assert sorted(leaves(CONFIG["nav"])) == sorted({*PAGES, *api.PAGES, *EXAMPLES})
 
 
 @pytest.mark.parametrize("package", ["natgrad_flax", "ntk_analysis", "natgrad_datasets"])
@@ -52,23 +52,14 @@ def test_a_new_public_name_appears_by_itself(monkeypatch):
 
 
 def test_what_pages_include_is_there_and_its_links_lead_to_pages():
+    known = {*PAGES, *api.PAGES, *EXAMPLES, *(f"{page[:-3]}-1.png" for page in EXAMPLES)}
     for page, text in PAGES.items():
         expanded = include.expand(page, text)
         assert "<!-- include" not in expanded
-        for target in re.findall(
-            r"\]\((?!https?:)([^)#\s]+)", re.sub(r"```.*?```", "", expanded, flags=re.S)
-        ):
-            place = (Path("/") / page).parent / target
-            name = str(Path(*[p for p in _normal(place)]))
-            known = name in PAGES or name in api.PAGES or name.startswith("gallery/")
-            assert known or (DOCS / name).is_file(), f"{page} links to {target}"
-
-
-def _normal(path):
-    parts = []
-    for part in path.parts[1:]:
-        parts = parts[:-1] if part == ".." else [*parts, part]
-    return parts
+        prose = re.sub(r"```.*?```", "", expanded, flags=re.DOTALL)
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", prose):
+            place = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+            assert place in known or (DOCS / place).is_file(), f"{page} links to {target}"
 
 
 def test_a_section_that_is_gone_is_named():

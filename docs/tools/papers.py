@@ -8,9 +8,9 @@ from typing import Any
 
 from ntk_analysis.report.comparison import (
     HERE,
-    NOT_RUN,
     STALE,
     Source,
+    counted,
     merge_checks,
     read_sources,
 )
@@ -32,17 +32,17 @@ def records() -> dict[str, dict[str, Any]]:
 
 
 def table() -> str:
-    """A row a paper: how many claims are checked, how many of them hold by the stored records."""
+    """A row a paper: its claims, and what the stored records say of them."""
     found = records()
-    columns = ("paper", "claims", "hold", "of these measured by an earlier source", "not run here")
-    lines = [f"| {' | '.join(columns)} |", "|---|---:|---:|---:|---:|"]
+    columns = ("paper", "claims", "passed", "failed", "of another version", "not run")
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for name, paper in PAPERS.items():
         own = [check for check in load_checks() if paper_of(check.identifier) == name]
-        verdicts = [found.get(check.identifier, {}).get("verdict", NOT_RUN) for check in own]
-        held, absent = verdicts.count("passed"), verdicts.count(NOT_RUN)
-        evidence = [found.get(check.identifier, {}).get("evidence") for check in own]
+        stored = [found[c.identifier] for c in own if c.identifier in found]
+        counts = counted(stored)
+        numbers = (len(own), counts["passed"], counts["failed"], counts[STALE])
         title = f"[{paper.citation}]({FOLDER}/{name}.html)"
-        lines.append(f"| {title} | {len(own)} | {held} | {evidence.count(STALE)} | {absent} |")
+        lines.append(f"| {' | '.join(map(str, (title, *numbers, len(own) - len(stored))))} |")
     return "\n".join(lines)
 
 

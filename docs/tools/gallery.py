@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -90,7 +90,7 @@ def run(script: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     title, introduction, blocks = split(script.read_text(encoding="utf-8"))
     lines = [f"# {title}", "", introduction, ""]
-    scope: dict[str, object] = {"__name__": "__main__", "__file__": str(script)}
+    scope: dict[str, Any] = {"__name__": "__main__", "__file__": str(script)}
     drawn = 0
     for block in blocks:
         lines += [block.text, ""]
@@ -102,13 +102,17 @@ def run(script: Path, folder: Path) -> None:
             exec(compile(block.code, str(script), "exec"), scope)
         if said.getvalue():
             lines += ["```text", said.getvalue().rstrip(), "```", ""]
-        for number in plt.get_fignums():
+        figures = [plt.figure(number) for number in plt.get_fignums()]
+        # one that a function has made without pyplot
+        if not figures and (alone := scope.pop("figure", None)) is not None:
+            figures = [alone]
+        for figure in figures:
             drawn += 1
             name = f"{script.stem}-{drawn}.png"
-            figure = plt.figure(number)
             figure.savefig(folder / name, metadata={"Software": None})
-            lines += [f"![{figure.get_label() or title}]({name})", ""]
-            plt.close(figure)
+            lines += [f"![{title}]({name})", ""]
+        scope.pop("figure", None)
+        plt.close("all")
     lines += [f"The script: `docs/examples/{script.name}`.", ""]
     (folder / f"{script.stem}.md").write_text("\n".join(lines), encoding="utf-8")
 

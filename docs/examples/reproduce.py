@@ -35,5 +35,5 @@ with theme():
     figure = DRAWINGS["KE-Fig2"](outcome.data)
 
 # %%
-# All papers, claims and figures: [Remarks on the papers](../theory/papers.md). A claim of your own
+# All papers, claims and figures: [The papers](../theory/papers.md). A claim of your own
 # is [a function](../extending/check.md).

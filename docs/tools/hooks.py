@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mathjax
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
@@ -55,3 +56,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         if mark in text:
             text = text.replace(mark, written())
     return text
+
+
+def on_post_build(config: Any) -> None:
+    """Raises where a public name is on no page, as one without a docstring would be."""
+    for place in api.PAGES:
+        html = Path(config.site_dir, place).with_suffix(".html").read_text(encoding="utf-8")
+        for name in api.names_of(place):
+            if f'id="{name}"' not in html:
+                raise PluginError(f"{place} lacks {name}: it has no docstring")

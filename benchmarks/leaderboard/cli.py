@@ -59,7 +59,9 @@ def _say(text: str) -> None:
 
 @app.command(cls=WithLists)
 def run(
-    profile: Annotated[str, typer.Option(help="default, large or full")] = "default",
+    profile: Annotated[
+        str, typer.Option(help="default, diagnosis, large, networks or full")
+    ] = "default",
     workload: Annotated[list[str] | None, typer.Option(help="instead of the profile's")] = None,
     contestant: Annotated[list[str] | None, typer.Option(help="instead of the profile's")] = None,
     seeds: Annotated[int | None, typer.Option(help="number of evaluation seeds")] = None,
@@ -174,22 +176,25 @@ def _show(store: Store, out: Path) -> None:
     _say(f"wrote {written}")
 
 
-def _print_boards(document: dict[str, Any]) -> None:
+def _print_boards(document: dict[str, Any], clock: str = "seconds") -> None:
     from benchmarks.leaderboard import tables
 
     # a file has no width to keep to
     console = output if output.is_terminal else Console(width=WIDE)
     for device in document["devices"]:
-        console.print(tables.board_table(device, wide=console.width >= WIDE))
+        console.print(tables.board_table(device, clock, wide=console.width >= WIDE))
 
 
 @app.command()
-def score(out: OutOption = DEFAULT_OUT) -> None:
+def score(
+    out: OutOption = DEFAULT_OUT,
+    clock: Annotated[str, typer.Option(help="seconds, training or steps")] = "seconds",
+) -> None:
     """Print the ranking of the trials in a folder, for each device."""
     from benchmarks.leaderboard import board
 
     with _sentences():
-        _print_boards(board.build(_records(_existing(out))))
+        _print_boards(board.build(_records(_existing(out))), clock)
 
 
 @app.command()

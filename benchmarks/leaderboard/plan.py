@@ -27,6 +27,12 @@ _LARGE = (
     "mnist-fit", "mnist-mse", "mnist-classes", "mnist-autoencoder", "linear-teacher-long",
 )  # fmt: skip
 _NETWORKS = ("digits-conv", "cifar-conv", "cifar-residual", "cifar-transformer")
+_DIAGNOSIS = tuple(
+    f"diagnosis-{name}"
+    for name in (
+        "plain", "ill-conditioned", "units", "rank-deficient", "saddle", "reparametrised", "noise",
+    )
+)  # fmt: skip
 _BASELINES = ("first-order", "quasi-Newton")
 
 
@@ -59,6 +65,9 @@ PROFILES = {
         ("-mc-lm", "-mc-tuned", "-average", "-momentum"),
         3,
         "convolutional nets and a transformer in mini-batches; CIFAR-10 from files, hours",
+    ),
+    "diagnosis": Profile(
+        _DIAGNOSIS, ("", "-mc-lm"), 3, "one difficulty each, with known targets: who passes?"
     ),
     "full": Profile(
         (*_DIGITS, *_LARGE, *_NETWORKS),

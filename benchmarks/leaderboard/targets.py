@@ -26,7 +26,7 @@ FLOOR = 1e-6
 
 
 def target_of(workload: Workload, folder: Path = FOLDER) -> dict[str, Any]:
-    """The frozen target of a workload.
+    """The target of a workload: known beforehand, or frozen.
 
     Returns:
       What the file holds: "target", "how", "baseline" and more.
@@ -35,6 +35,9 @@ def target_of(workload: Workload, folder: Path = FOLDER) -> dict[str, Any]:
       ValueError: there is none, it is of another version of the workload, or the file or the
         workload was edited without a new version.
     """
+    if workload.known_target:
+        target, how = workload.known_target
+        return {"target": target, "how": how}
     path = folder / f"{workload.name}.json"
     freeze = f"freeze it with `python -m benchmarks.leaderboard freeze {workload.name}`"
     if not path.exists():
@@ -83,6 +86,8 @@ def write_target(
     Raises:
       ValueError: there is a target of this version or a later one, or no trial to set it by.
     """
+    if workload.known_target:
+        raise ValueError(f"the target of {workload.name} is known beforehand: nothing to freeze")
     path = folder / f"{workload.name}.json"
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8")).get("workload_version", 0)

@@ -98,6 +98,8 @@ class Workload:
       max_seconds: seconds of training after which it has.
       dataset: a name of ``natgrad_datasets`` whose files must be at hand; None where the workload
         makes its data or the data is embedded.
+      known_target: the target, and how it is known, where that is beforehand; else it is frozen by
+        what the best baseline reaches.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Workload:
     max_steps: int
     max_seconds: float
     dataset: str | None = None
+    known_target: tuple[float, str] | None = None
 
     @property
     def digest(self) -> str:
@@ -126,6 +129,7 @@ class Workload:
             "metric": self.metric,
             "max_steps": self.max_steps,
             "max_seconds": self.max_seconds,
+            **({"known_target": list(self.known_target)} if self.known_target else {}),
         }
         return content_hash([parts])
 
@@ -157,12 +161,13 @@ def _missing(dataset: str) -> str:
 
 @cache
 def workloads() -> dict[str, Workload]:
-    """All workloads by name: ``WORKLOAD`` of each module of ``workloads/``."""
+    """All workloads by name: ``WORKLOAD`` or ``WORKLOADS`` of each module of ``workloads/``."""
     package = import_module("benchmarks.leaderboard.workloads")
     found = {}
     for entry in pkgutil.iter_modules(package.__path__):
-        workload = import_module(f"{package.__name__}.{entry.name}").WORKLOAD
-        found[workload.name] = workload
+        module = import_module(f"{package.__name__}.{entry.name}")
+        for workload in getattr(module, "WORKLOADS", None) or (module.WORKLOAD,):
+            found[workload.name] = workload
     return found
 
 

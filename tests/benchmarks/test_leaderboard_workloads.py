@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,18 @@ import pytest
 from flax import nnx
 
 import natgrad_flax as ng
+from benchmarks.leaderboard import plan
 from benchmarks.leaderboard.samples import images
+from benchmarks.leaderboard.targets import target_of, write_target
+from benchmarks.leaderboard.trial import configuration, execute
 from benchmarks.leaderboard.workload import METRICS, Workload, find_workload, workloads
-from benchmarks.leaderboard.workloads import linear_teacher, matrix_completion
+from benchmarks.leaderboard.workloads import diagnosis, linear_teacher, matrix_completion
 
 NAMES = (
     "cifar-conv", "cifar-residual", "cifar-transformer",
     "digits-classes", "digits-conv", "digits-fit", "digits-mse", "linear-teacher",
     "linear-teacher-long", "matrix-completion", "mnist-autoencoder", "mnist-classes", "mnist-fit",
-    "mnist-mse", "sparse-classification",
+    "mnist-mse", "sparse-classification", *plan.PROFILES["diagnosis"].workloads,
 )  # fmt: skip
 SMALL = tuple(name for name in NAMES if not name.startswith(("mnist", "cifar")))
 IMAGES = {"digits-conv": (8, 8, 1), **{n: (32, 32, 3) for n in NAMES if n.startswith("cifar")}}
@@ -207,3 +211,59 @@ def test_metrics_by_hand() -> None:
 def test_unknown_workload_offers_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'digits-mse'"):
         find_workload("digit-mse")
+
+
+@pytest.mark.parametrize(
+    ("condition", "options", "spectrum"),
+    [
+        (1e4, {}, np.geomspace(1e-4, 1, 16)),
+        (1e4, {"rotated": False}, np.geomspace(1e-4, 1, 16)),
+        (1.0, {"rank": 8}, [0] * 8 + [1] * 8),
+    ],
+)
+def test_difficulties_are_what_they_say(
+    condition: float, options: dict[str, object], spectrum: object
+) -> None:
+    """The spectrum of the inputs, whether single inputs show it, equal parts in the targets."""
+    parts = diagnosis.linear(3, condition, **options)  # type: ignore[arg-type]
+    x = np.concatenate(parts[::2]).astype(np.float64)
+    y = np.concatenate(parts[1::2])[:, 0].astype(np.float64)
+    moments = x.T @ x / len(x)
+    values, vectors = np.linalg.eigh(moments)
+    np.testing.assert_allclose(values / 16, spectrum, rtol=1e-3, atol=1e-7)
+    off = np.abs(moments - np.diag(np.diag(moments))).max()
+    assert bool(off < 1e-4) is ("rotated" in options)
+    if condition > 1:  # else eigenvectors are any of their space
+        share = vectors.T @ x.T @ y / np.sqrt(values)
+        np.testing.assert_allclose(np.abs(share), np.abs(share[0]), rtol=1e-3)
+
+
+def test_unbalanced_weights_are_the_same_function() -> None:
+    x = diagnosis.linear(0, 1.0).x_train
+    one, other = (diagnosis._unbalanced(0, factor)(x) for factor in (1.0, 30.0))
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_target_of_the_noise_is_that_of_least_squares() -> None:
+    x, y, x_held_out, y_held_out = diagnosis.linear(0, 1.0, noise=1.0)
+    solution = np.linalg.lstsq(x.astype(np.float64), y, rcond=None)[0]
+    error = np.mean((x_held_out @ solution - y_held_out) ** 2)
+    assert pytest.approx(1.1 * error, rel=1e-3) == diagnosis.LEAST_SQUARES
+
+
+@pytest.mark.parametrize("name", ["ill-conditioned", "units", "rank-deficient"])
+def test_the_exact_natural_gradient_needs_one_step_on_a_linear_problem(name: str) -> None:
+    where = find_workload(f"diagnosis-{name}")
+    target = target_of(where)["target"]
+    config = configuration(where, "exact", 0, target=target, role="evaluation")
+    outcome = execute(config)["outcome"]
+    assert (outcome["status"], outcome["steps_to_target"]) == ("reached", 1)
+
+
+def test_a_known_target_is_not_frozen(tmp_path: Path) -> None:
+    where = find_workload("diagnosis-plain")
+    assert target_of(where, tmp_path)["how"].startswith("a millionth of the variance")
+    with pytest.raises(ValueError, match="is known beforehand: nothing to freeze"):
+        write_target(where, [], tmp_path)
+    other = dataclasses.replace(where, known_target=(1e-3, "as well"))
+    assert other.digest != where.digest

@@ -76,11 +76,13 @@ def draws(structure, number=100):
 
 
 # %%
+# K-FAC's last layer is literal here: by default it is scaled, for training at the rate of theory.
 # Dark: one standard deviation, light: two; thin lines are draws.
+KFAC = ng.KFAC(last_layer="literal", split="pi")
 figure, axes = plt.subplots(1, 3, sharey=True, figsize=(7.2, 3.2))
 mean = np.asarray(outputs(params)[:, 0])
 line = np.asarray(fine[:, 0])
-for axis, structure in zip(axes, (ng.Exact(), ng.KFAC(), ng.Diagonal()), strict=True):
+for axis, structure in zip(axes, (ng.Exact(), KFAC, ng.Diagonal()), strict=True):
     style = STYLES[type(structure).__name__]
     moved = np.asarray(draws(structure))
     deviation = moved.std(0)

@@ -101,6 +101,6 @@ for axis, structure in zip(axes, (ng.Exact(), KFAC, ng.Diagonal()), strict=True)
 plt.show()
 
 # %%
-# The exact Fisher is sure where there are samples and unsure between and beyond them. K-FAC keeps
-# the shape at a small part of the price; the diagonal forgets which parameters vary together, and
-# with it most of the shape.
+# The exact Fisher is sure where there are samples and unsure between and beyond them. K-FAC, at a
+# small part of the price, is as sure at the samples and not unsure enough elsewhere; the diagonal
+# forgets which parameters vary together, and is as unsure at the samples as between them.

@@ -11,6 +11,8 @@ that is expected and a tolerance, and controls that must fail. One command runs 
 # Kerekes, Mészáros & Huszár (2021) ask what depth does to a linear classifier of separable points:
 # gradient descent goes to other separators as the network becomes deeper, natural-gradient descent
 # to the same one whatever the depth.
+import textwrap
+
 from ntk_analysis.report.papers.frame import theme
 from ntk_analysis.report.papers.pages import DRAWINGS
 from ntk_analysis.reproduce import find_checks, load_checks
@@ -18,8 +20,8 @@ from ntk_analysis.reproduce import find_checks, load_checks
 load_checks()
 (check,) = find_checks(["KE-Fig2"])
 print(check.title)
-print("claim:  ", check.claim)
-print("setting:", check.setting)
+print(textwrap.fill(f"claim: {check.claim}"))
+print(textwrap.fill(f"setting: {check.setting}"))
 
 # %%
 # What it measures, what was expected, and whether that fits.

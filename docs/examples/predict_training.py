@@ -95,5 +95,5 @@ figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="sm
 plt.show()
 
 # %%
-# Lines are predictions, dots the network. K-FAC moves parameters furthest, and so leaves its
-# linearisation first. The narrower the network, the further apart they are: try a width of 64.
+# Lines are predictions, dots the network. K-FAC leaves its linearisation first. The narrower the
+# network, the further apart they are: try a width of 64.

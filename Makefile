@@ -147,6 +147,10 @@ peers: .venv/.run .venv-peers-jax/.ready .venv-peers-torch/.ready ## our K-FAC b
 gpu: .venv/.gpu ## on a machine with a GPU: the figures, steps and suites that compare devices, in ten minutes: results/gpu-*.json
 	$(BIN)/python -m benchmarks.gpu
 
+.PHONY: docs
+docs: .venv/.docs ## the documentation as a folder that a browser opens without a network: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 .PHONY: dist
 dist: .venv/.uv ## wheel and source distribution of this version: dist/
 	rm -rf dist
@@ -155,7 +159,7 @@ dist: .venv/.uv ## wheel and source distribution of this version: dist/
 
 .PHONY: clean
 clean: ## removes what make made; benchmark results stay
-	rm -rf .venv .venv-jax .venv-jax11 .venv-peers-jax .venv-peers-torch report build dist natgrad.egg-info .asv/env .asv/html
+	rm -rf .venv .venv-jax .venv-jax11 .venv-peers-jax .venv-peers-torch report site .docs build dist natgrad.egg-info .asv/env .asv/html
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -179,6 +183,10 @@ clean: ## removes what make made; benchmark results stay
 
 .venv/.bench: .venv/.uv pyproject.toml
 	$(UV) pip install --quiet --python $(BIN)/python -e '.[bench]'
+	@touch $@
+
+.venv/.docs: .venv/.uv pyproject.toml
+	$(UV) pip install --quiet --python $(BIN)/python -e '.[docs]'
 	@touch $@
 
 .venv/.gpu: .venv/.bench

@@ -4,7 +4,7 @@ The one idea: a forward pass and a batched backward pass give the per-layer sign
 every Fisher structure is a small formula over them. No Jacobian is ever built.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from natgrad_flax.costs.describe import describe
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping, SmallDampingWarning
@@ -124,6 +124,9 @@ __all__ = [
     "soap",
 ]
 
-__version__ = version("natgrad")
+try:
+    __version__ = version("natgrad")
+except PackageNotFoundError:  # sources that are on the path and were never installed
+    __version__ = "unknown"
 
 avoid_faulty_fusions()

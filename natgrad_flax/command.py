@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.metadata import version
 
+import natgrad_flax as ng
 from natgrad_flax.arguments.extras import MissingExtraError
 
 
 def main() -> int | None:
     """Runs the command; 2 where it is not installed as a whole."""
     if sys.argv[1:] == ["--version"]:
-        print(f"natgrad {version('natgrad')}")
+        print(f"natgrad {ng.__version__}")
         return 0
     try:
         # by name: this package stands below the one with the commands

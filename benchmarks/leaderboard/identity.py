@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks
+import natgrad_flax as ng
 from benchmarks.leaderboard.contestant import Contestant
 from benchmarks.machine import cores, processor
 from ntk_analysis.results import content_hash
@@ -78,4 +79,4 @@ def provenance() -> Mapping[str, str]:
         commit = told.stdout.strip() if told.returncode == 0 else ""
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
-    return {"commit": commit, "natgrad": version("natgrad")}
+    return {"commit": commit, "natgrad": ng.__version__}

@@ -14,6 +14,7 @@ from benchmarks.leaderboard.targets import target_of
 from benchmarks.leaderboard.trial import Config, configuration
 from benchmarks.leaderboard.versions import counts
 from benchmarks.leaderboard.workload import find_workload, workloads
+from benchmarks.leaderboard.workloads import diagnosis
 from ntk_analysis.names import find
 
 TUNING_SEED = 1000
@@ -27,12 +28,7 @@ _LARGE = (
     "mnist-fit", "mnist-mse", "mnist-classes", "mnist-autoencoder", "linear-teacher-long",
 )  # fmt: skip
 _NETWORKS = ("digits-conv", "cifar-conv", "cifar-residual", "cifar-transformer")
-_DIAGNOSIS = tuple(
-    f"diagnosis-{name}"
-    for name in (
-        "plain", "ill-conditioned", "units", "rank-deficient", "saddle", "reparametrised", "noise",
-    )
-)  # fmt: skip
+_DIAGNOSIS = tuple(workload.name for workload in diagnosis.WORKLOADS)
 _BASELINES = ("first-order", "quasi-Newton")
 
 

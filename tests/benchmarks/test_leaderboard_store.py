@@ -10,34 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from store_records import RULES, make_config, make_result, snapshot, spoil_half, write
 
 from benchmarks.leaderboard import locks, store
 from benchmarks.leaderboard.records import trial_key
 from benchmarks.leaderboard.store import MANIFEST, StorageError, Store
 from ntk_analysis.results import content_hash
 
-RULES = "1.0"
 CHECKOUT = Path(store.__file__).parents[2]
-
-
-def make_config(seed: int = 0, **more: object) -> dict:
-    return {"rules": RULES, "kind": "timed", "workload": "w", "seed": seed, "rate": 0.1, **more}
-
-
-def make_result(value: float = 0.5) -> dict:
-    return {"facts": {"title": "T"}, "outcome": {"final": value}, "command": "python -m x"}
-
-
-def write(target: Store, seed: int, value: float = 0.5) -> str:
-    return target.write(make_config(seed), make_result(value))["key"]
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture
@@ -111,10 +91,6 @@ def test_what_json_cannot_hold_is_refused(trials: Store) -> None:
         trials.write(make_config() | {"rules": "0.9"}, make_result())
     assert trials.records() == []
     assert not list(trials.folder.rglob(".*"))
-
-
-def spoil_half(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def spoil_number(path: Path) -> None:
@@ -392,84 +368,6 @@ def test_the_machine_is_shared_by_untimed_trials_only(
         assert free(shared=True)
         assert not free(shared=False)
     assert free(shared=False)
-
-
-def test_merge_copies_what_is_missing_and_keeps_ours(tmp_path: Path) -> None:
-    ours, theirs = (Store.open(tmp_path / name, RULES) for name in ("ours", "theirs"))
-    mine = write(ours, 1, 0.25)
-    both = write(ours, 2)
-    write(theirs, 2)
-    theirs.path(both).write_bytes(ours.path(both).read_bytes())
-    kept, new, bad = write(theirs, 1, 0.75), write(theirs, 3), write(theirs, 4)
-    spoil_half(theirs.path(bad))
-    before = snapshot(theirs.folder)
-    report = ours.merge(theirs.folder)
-    assert report.copied == (new,)
-    assert report.same == 1
-    assert report.kept == (kept,) == (mine,)
-    (invalid,) = report.invalid
-    assert bad in invalid.name
-    assert snapshot(theirs.folder) == before
-    assert ours.read(new) == theirs.read(new)
-    assert ours.read(mine)["outcome"]["final"] == 0.25
-    assert len(ours.records()) == 3
-    again = ours.merge(theirs.folder)
-    assert (again.copied, again.same) == ((), 2)
-
-
-def test_merge_replaces_what_is_damaged_here(tmp_path: Path) -> None:
-    ours, theirs = (Store.open(tmp_path / name, RULES) for name in ("ours", "theirs"))
-    key = write(ours, 1)
-    write(theirs, 1, 0.75)
-    spoil_half(ours.path(key))
-    assert ours.merge(theirs.folder).copied == (key,)
-    assert ours.read(key)["outcome"]["final"] == 0.75
-
-
-def test_merge_refuses_what_is_no_other_leaderboard(trials: Store, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"holds no leaderboard: it has no {MANIFEST}"):
-        trials.merge(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is the folder to merge into"):
-        trials.merge(trials.folder / ".." / "out")
-    Store.open(tmp_path / "old", "0.9")
-    with pytest.raises(ValueError, match=r"holds trials of rules '0\.9'"):
-        trials.merge(tmp_path / "old")
-
-
-@pytest.mark.parametrize("name", ["trials.jsonl", "trials.jsonl.gz"])
-def test_an_archive_brings_all_records_back(tmp_path: Path, name: str) -> None:
-    ours, theirs = (Store.open(tmp_path / part, RULES) for part in ("ours", "theirs"))
-    keys = {write(theirs, number) for number in range(3)}
-    archive = tmp_path / name
-    assert theirs.export(archive) == 3
-    first = archive.read_bytes()
-    theirs.export(archive)
-    assert archive.read_bytes() == first
-    assert set(ours.merge(archive).copied) == keys
-    assert [snapshot(store.folder / "trials") for store in (ours, theirs)].count(
-        snapshot(ours.folder / "trials")
-    ) == 2
-    assert ours.merge(archive).same == 3
-
-
-def test_a_damaged_archive_gives_what_is_whole(tmp_path: Path) -> None:
-    ours, theirs = (Store.open(tmp_path / part, RULES) for part in ("ours", "theirs"))
-    for number in range(3):
-        write(theirs, number)
-    archive = tmp_path / "trials.jsonl"
-    theirs.export(archive)
-    lines = archive.read_bytes().splitlines(keepends=True)
-    archive.write_bytes(lines[0].replace(b'"date":"2', b'"date":"3') + lines[1] + lines[2][:-40])
-    report = ours.merge(archive)
-    assert [entry.name for entry in report.invalid] == ["line 1", "line 3"]
-    assert "edited by hand" in report.invalid[0].reason
-    assert "half-written" in report.invalid[1].reason
-    assert len(report.copied) == 1
-    cut = tmp_path / "cut.jsonl.gz"
-    theirs.export(cut)
-    cut.write_bytes(cut.read_bytes()[:-20])
-    with pytest.raises(OSError, match="its compression is damaged"):
-        ours.merge(cut)
 
 
 def test_the_store_does_not_import_jax() -> None:

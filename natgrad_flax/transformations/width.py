@@ -48,13 +48,13 @@ def scale_by_width(
         model.
       TypeError: another kind of network.
     """
-    check_choice("optimizer", optimizer, list(RATE_POWERS))
-    base = check_integer("base_width", base_width, 1)
     if not isinstance(model, (MLP, ConvNet)):
         raise TypeError(
             f"model must be an ng.MLP or an ng.ConvNet, whose layers stand in a row, got a "
             f"{type(model).__name__}"
         )
+    check_choice("optimizer", optimizer, list(RATE_POWERS))
+    base = check_integer("base_width", base_width, 1)
     layers = {
         tuple(path): layer
         for path, layer in nnx.iter_modules(model)

@@ -39,6 +39,7 @@ from ntk_analysis.reproduce.natgrad import (
     frontier_weights,
     sharing,
     theorem,
+    width,
 )
 
 
@@ -328,6 +329,7 @@ FAULTS = {
         "UnitBlocks",
         lambda right: lambda size: right(size // 2),
     ),
+    "NG-Width-Kink": Fault("a step one per cent short", width, "natural_gradient", times(0.99)),
     "NG-Conv-Unit": Fault("one entry a parameter", sharing, "UnitWise", instead(Diagonal())),
 }
 """By the identifier of the check."""

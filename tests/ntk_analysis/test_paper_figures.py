@@ -218,3 +218,16 @@ def test_figures_of_the_frontier():
     assert [label.get_text() for label in axis.get_yticklabels()] == ["Exact", "KFAC", "Diagonal"]
     shown = {line.get_ydata()[0]: line.get_xdata()[-1] for line in axis.lines}
     assert shown == {0: 2, 1: 3, 2: 90}
+
+
+def test_figures_of_the_finite_width_law():
+    law = {"mean": 4.0, "spread": 8.0}
+    data = {"widths": [4, 16], "losses": {"tanh": [1.0, 0.1], "relu": [2.0, 0.5]}, "law": law}
+    (axis,) = DRAWINGS["NG-Width-Kink"](data).axes
+    assert [list(line.get_ydata()) for line in axis.lines[2:]] == [[2.0, 0.375], [1.0, 0.25]]
+    curve = {"losses": [8e-3, 5e-4], "p": 2.0, "interval": [1.9, 2.1]}
+    curves = {name: {"Exact": curve, "KFAC": curve} for name in ("tanh", "relu")}
+    smooth, kinked = DRAWINGS["NG-Width-Law"]({"widths": [4, 16], "curves": curves}).axes
+    dotted = [axis.lines[-1].get_ydata() for axis in (smooth, kinked)]
+    assert [first / last for first, last in dotted] == [16, 4]
+    assert "p from 1.90 to 2.10" in smooth.get_title()

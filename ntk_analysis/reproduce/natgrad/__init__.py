@@ -12,6 +12,7 @@ MODULES = (
     "frontier_weights",
     "frontier_map",
     "frontier_training",
+    "width",
 )
 """Modules of this package that register checks."""
 
@@ -35,5 +36,7 @@ ORDER = (
     "NG-Frontier-Batches",
     "NG-Frontier-Map",
     "NG-Frontier-Training",
+    "NG-Width-Kink",
+    "NG-Width-Law",
 )
 """Identifiers in the order of the page."""

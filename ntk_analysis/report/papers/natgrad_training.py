@@ -1,0 +1,86 @@
+"""Figures of what happens beyond the first order: after one step, and over training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ntk_analysis.palette import STYLES
+from ntk_analysis.report.papers.frame import GREY, INKS, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_ACTIVATIONS = {"tanh": "tanh", "softplus": "softplus", "relu": "ReLU"}
+_LEFT = r"loss$_1$ / loss$_0$"
+
+
+def draw_kink(data: dict[str, Any]) -> Figure:
+    """What one step leaves in one hidden layer: means of seeds, and the law of ReLU."""
+    figure, axes = panels(1, 1, (6.4, 3.6))
+    axis, widths, law = axes[0, 0], data["widths"], data["law"]
+    for (name, losses), ink in zip(data["losses"].items(), INKS, strict=False):
+        axis.plot(
+            widths,
+            losses,
+            color=ink.color,
+            marker=ink.marker,
+            linestyle="" if name == "relu" else ink.dash,
+            label=_ACTIVATIONS[name],
+        )
+    means = [law["mean"] / width for width in widths]
+    both = [mean + law["spread"] / m**1.5 for mean, m in zip(means, widths, strict=True)]
+    axis.plot(widths, both, color=GREY, linewidth=1, label=r"$c/M + d/M^{1.5}$, derived")
+    axis.plot(widths, means, color=GREY, linewidth=1, linestyle=":", label=r"$c/M$ alone")
+    _width_axis(axis, widths)
+    axis.set_ylabel(f"{_LEFT}, mean")
+    axis.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def draw_law(data: dict[str, Any]) -> Figure:
+    """What one step leaves against the width, by activation and structure, with the exponents."""
+    figure, axes = panels(1, len(data["curves"]), (9.2, 3.8), sharey=True)
+    widths = data["widths"]
+    for axis, (activation, curves) in zip(axes[0], data["curves"].items(), strict=True):
+        power = 1 if activation == "relu" else 2
+        for name, curve in curves.items():
+            style = STYLES[name]
+            axis.plot(
+                widths, curve["losses"], color=style.color, marker=style.marker, label=style.label
+            )
+        first = min(curve["losses"][0] for curve in curves.values()) / 2
+        axis.plot(
+            widths,
+            [first * (widths[0] / width) ** power for width in widths],
+            color=GREY,
+            linewidth=0.9,
+            linestyle=":",
+        )
+        lows, highs = zip(*(curve["interval"] for curve in curves.values()), strict=True)
+        axis.set_title(
+            f"{_ACTIVATIONS[activation]}, dotted: $M^{{-{power}}}$\n"
+            f"p from {min(lows):.2f} to {max(highs):.2f}",
+            fontsize="medium",
+        )
+        _width_axis(axis, widths)
+    axes[0, 0].set_ylabel(_LEFT)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
+    return figure
+
+
+def _width_axis(axis: Axes, widths: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(widths, [str(width) for width in widths])
+    axis.set_yscale("log")
+    axis.set_xlabel("width M")
+
+
+DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "NG-Width-Kink": draw_kink,
+    "NG-Width-Law": draw_law,
+}
+"""How the figure of a check is drawn, by identifier."""

@@ -231,3 +231,15 @@ def test_figures_of_the_finite_width_law():
     dotted = [axis.lines[-1].get_ydata() for axis in (smooth, kinked)]
     assert [first / last for first, last in dotted] == [16, 4]
     assert "p from 1.90 to 2.10" in smooth.get_title()
+
+
+def test_figure_of_sparse_networks():
+    values = [[[[0.4, 0.6], [0.7, 0.9]]]]
+    limit = {"accuracy": [0.5, 0.8], "alignment": [0.1, 0.2]}
+    data = {"counts": [50, 100], "dim": 100, "scales": [0.1], "methods": ["one"], "limit": limit}
+    figure = DRAWINGS["NG-Sparse-Networks"](data | {"accuracy": values, "alignment": values})
+    for axis, dotted in zip(figure.axes, limit.values(), strict=True):
+        curve, last = axis.lines[0], axis.lines[-1]
+        assert list(curve.get_xdata()) == [0.5, 1]
+        assert list(curve.get_ydata()) == pytest.approx([0.5, 0.8])
+        assert list(last.get_ydata()) == dotted

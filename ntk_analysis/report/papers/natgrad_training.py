@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ntk_analysis.palette import STYLES
 from ntk_analysis.report.papers.frame import GREY, INKS, panels
 
@@ -72,6 +74,41 @@ def draw_law(data: dict[str, Any]) -> Figure:
     return figure
 
 
+def draw_sparse(data: dict[str, Any]) -> Figure:
+    """Accuracy and alignment against N / D, mean and spread of seeds, beside the kernel's."""
+    figure, axes = panels(2, len(data["scales"]), (9.2, 6.0), sharex=True, sharey="row")
+    ratios = [count / data["dim"] for count in data["counts"]]
+    names = {"accuracy": "test accuracy", "alignment": "share of slope on support"}
+    for row, (quantity, name) in zip(axes, names.items(), strict=True):
+        of_all = np.asarray(data[quantity], float)
+        for axis, scale, found in zip(row, data["scales"], of_all, strict=True):
+            for method, values, ink in zip(data["methods"], found, INKS, strict=False):
+                axis.errorbar(
+                    ratios,
+                    values.mean(axis=1),
+                    values.std(axis=1, ddof=1),
+                    color=ink.color,
+                    marker=ink.marker,
+                    linestyle=ink.dash,
+                    capsize=2,
+                    label=method,
+                )
+            limit = data["limit"][quantity]
+            axis.plot(ratios, limit, color=GREY, linestyle=":", label="kernel of infinite width")
+            axis.set_xscale("log")
+            axis.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+            axis.minorticks_off()
+            if quantity == "accuracy":
+                axis.set_title(f"NTK weights times {scale:g}", fontsize="medium")
+            else:
+                axis.set_xlabel("N / D")
+        row[0].set_ylabel(name)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
+    return figure
+
+
 def _width_axis(axis: Axes, widths: list[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(widths, [str(width) for width in widths])
@@ -82,5 +119,6 @@ def _width_axis(axis: Axes, widths: list[int]) -> None:
 DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "NG-Width-Kink": draw_kink,
     "NG-Width-Law": draw_law,
+    "NG-Sparse-Networks": draw_sparse,
 }
 """How the figure of a check is drawn, by identifier."""

@@ -13,6 +13,7 @@ MODULES = (
     "frontier_map",
     "frontier_training",
     "width",
+    "sparse_networks",
 )
 """Modules of this package that register checks."""
 
@@ -38,5 +39,6 @@ ORDER = (
     "NG-Frontier-Training",
     "NG-Width-Kink",
     "NG-Width-Law",
+    "NG-Sparse-Networks",
 )
 """Identifiers in the order of the page."""

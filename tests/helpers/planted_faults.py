@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from ntk_analysis.reproduce.karakida_osawa import (
 from ntk_analysis.reproduce.kerekes import diagonal, invariance, matrices, stable_solve, toy
 from ntk_analysis.reproduce.kerekes import logistic as logistic_checks
 from ntk_analysis.reproduce.natgrad import (
+    drift,
     frontier,
     frontier_batches,
     frontier_blocks,
@@ -330,6 +332,14 @@ FAULTS = {
         lambda right: lambda size: right(size // 2),
     ),
     "NG-Width-Kink": Fault("a step one per cent short", width, "natural_gradient", times(0.99)),
+    "NG-Drift-Width": Fault(
+        "the root of the change",
+        drift,
+        "kernel_drift",
+        lambda right: (
+            lambda *args: replace(right(*args), relative_change=right(*args).relative_change ** 0.5)
+        ),
+    ),
     "NG-Conv-Unit": Fault("one entry a parameter", sharing, "UnitWise", instead(Diagonal())),
 }
 """By the identifier of the check."""

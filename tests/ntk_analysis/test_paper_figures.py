@@ -243,3 +243,20 @@ def test_figure_of_sparse_networks():
         assert list(curve.get_xdata()) == [0.5, 1]
         assert list(curve.get_ydata()) == pytest.approx([0.5, 0.8])
         assert list(last.get_ydata()) == dotted
+
+
+def test_figures_of_the_drift():
+    curve = {"steps": [0, 1, 2], "changes": [0.0, 0.1, 0.2], "cka": 0.9}
+    data = {"width": 8, "curves": {"tanh": {"Exact": curve}, "relu": {"KFAC": curve}}}
+    for axis in DRAWINGS["NG-Drift-Structures"](data).axes:
+        (line,) = axis.lines
+        assert list(line.get_xdata()) == [1, 2]
+        assert list(line.get_ydata()) == [0.1, 0.2]
+    runs = {
+        name: curve | {"losses": [1, 0.5, 0.3], "cka": [1, 0.9, 0.8]}
+        for name in ("full", "batches", "adam")
+    }
+    figure = DRAWINGS["NG-Drift-Batches"]({"runs": {"mnist": {"ntk": runs}}})
+    losses, cka = figure.axes
+    assert [list(line.get_ydata()) for line in losses.lines] == [[0.5, 0.3]] * 3
+    assert [list(line.get_ydata()) for line in cka.lines] == [[0.9, 0.8]] * 3

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ACTIVATIONS = {"tanh": "tanh", "softplus": "softplus", "relu": "ReLU"}
+_COURSES = {
+    "full": "Gauss-Newton, full batch",
+    "batches": "Gauss-Newton, mini-batches",
+    "adam": "Adam, mini-batches",
+}
+_IMAGES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+_KINDS = {"standard": "standard", "ntk": "NTK"}
 _LEFT = r"loss$_1$ / loss$_0$"
 
 
@@ -109,6 +116,69 @@ def draw_sparse(data: dict[str, Any]) -> Figure:
     return figure
 
 
+def draw_drift(data: dict[str, Any]) -> Figure:
+    """Change of the kernel over training, a curve a structure, a panel an activation."""
+    figure, axes = panels(1, len(data["curves"]), (9.2, 4.8), sharey=True)
+    for axis, (activation, curves) in zip(axes[0], data["curves"].items(), strict=True):
+        for name, curve in curves.items():
+            style = STYLES[name]
+            axis.plot(
+                curve["steps"][1:],
+                curve["changes"][1:],
+                color=style.color,
+                marker=style.marker,
+                markersize=4,
+                linewidth=1,
+                label=style.label,
+            )
+        axis.set_xscale("log")
+        axis.set_xticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
+        axis.minorticks_off()
+        axis.set_yscale("log")
+        axis.set_xlabel("steps, to a thousandth of the loss")
+        axis.set_title(f"{_ACTIVATIONS[activation]}, M = {data['width']}", fontsize="medium")
+    axes[0, 0].set_ylabel(r"$\|K_t - K_0\| / \|K_0\|$")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize="small",
+    )
+    return figure
+
+
+def draw_batches(data: dict[str, Any]) -> Figure:
+    """Loss and CKA over training, a column a data set and a parametrisation."""
+    columns = [(name, kind) for name, runs in data["runs"].items() for kind in runs]
+    figure, axes = panels(2, len(columns), (9.2, 5.0), sharex=True, sharey="row")
+    for column, (name, kind) in zip(axes.T, columns, strict=True):
+        for (which, label), ink in zip(_COURSES.items(), INKS, strict=False):
+            run = data["runs"][name][kind][which]
+            for axis, quantity in zip(column, ("losses", "cka"), strict=True):
+                axis.plot(
+                    run["steps"][1:],
+                    run[quantity][1:],
+                    color=ink.color,
+                    marker=ink.marker,
+                    markersize=4,
+                    linestyle=ink.dash,
+                    label=label,
+                )
+        column[0].set_title(f"{_IMAGES[name]}, {_KINDS[kind]}", fontsize="medium")
+        column[0].set_yscale("log")
+        column[1].set_xscale("log")
+        column[1].set_xticks([1, 10, 100], ["1", "10", "100"])
+        column[1].minorticks_off()
+        column[1].set_xlabel("steps")
+    axes[0, 0].set_ylabel("loss over the first")
+    axes[1, 0].set_ylabel("CKA with first kernel")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
+    return figure
+
+
 def _width_axis(axis: Axes, widths: list[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(widths, [str(width) for width in widths])
@@ -120,5 +190,7 @@ DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "NG-Width-Kink": draw_kink,
     "NG-Width-Law": draw_law,
     "NG-Sparse-Networks": draw_sparse,
+    "NG-Drift-Structures": draw_drift,
+    "NG-Drift-Batches": draw_batches,
 }
 """How the figure of a check is drawn, by identifier."""

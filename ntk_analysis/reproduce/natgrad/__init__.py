@@ -14,6 +14,7 @@ MODULES = (
     "frontier_training",
     "width",
     "sparse_networks",
+    "drift",
 )
 """Modules of this package that register checks."""
 
@@ -40,5 +41,8 @@ ORDER = (
     "NG-Width-Kink",
     "NG-Width-Law",
     "NG-Sparse-Networks",
+    "NG-Drift-Width",
+    "NG-Drift-Structures",
+    "NG-Drift-Batches",
 )
 """Identifiers in the order of the page."""

@@ -118,7 +118,7 @@ def _kernel_limit(data: SparseClassification, count: int) -> tuple[float, float]
     K^-1 y weighs inputs as a ridge regression does.
     """
     inputs = np.concatenate([data.x_train[:count], data.x_test])
-    kernel = sum(analytic_kernels(_network(1.0, 0), inputs).tangent)
+    kernel = np.sum(analytic_kernels(_network(1.0, 0), inputs).tangent, axis=0)
     weights = np.linalg.solve(kernel[:count, :count], data.y_train[:count])
     right = kernel[count:, :count] @ weights * data.y_test > 0
     linear = (data.x_train[:count].T @ weights) ** 2

@@ -56,7 +56,7 @@ def _net(activation: str, widths: tuple[int, ...], seed: int) -> MLP:
     return dense_net(widths, activation, seed, jnp.float64)
 
 
-def _left(model: MLP, structure: Structure, rate: float, x: Matrix, distance: Matrix) -> float:
+def _left(model: MLP, structure: Structure, rate: float, x: Array, distance: Array) -> float:
     """loss_1 / loss_0 of one step towards targets f_0 + distance."""
     target = model(x) + distance
     update = natural_gradient(
@@ -164,9 +164,10 @@ _SMALL = 0.25
 @in_float64
 def kink(report: Report) -> Outcome:
     """Exponents, the dependence on the distance, the constants of ReLU, and half a step."""
-    x = sphere(_SAMPLES, _FEATURES)
-    z = np.random.default_rng(5).normal(size=(_SAMPLES, 1))
-    law = kink_law(x, z)
+    inputs = sphere(_SAMPLES, _FEATURES)
+    distance = np.random.default_rng(5).normal(size=(_SAMPLES, 1))
+    law = kink_law(inputs, distance)
+    x, z = jnp.asarray(inputs), jnp.asarray(distance)
     expected = np.array([law.at(width) for width in _WIDTHS])
     found: dict[str, Matrix] = {}
     small = {}
@@ -247,8 +248,8 @@ _STRUCTURES: tuple[Structure, ...] = (Exact(), BlockDiagonal(), BlockTriDiagonal
 @in_float64
 def width_law(report: Report) -> Outcome:
     """p with its interval, by activation and structure."""
-    x = sphere(_DEEP_SAMPLES, _DEEP_FEATURES)
-    z = np.random.default_rng(5).normal(size=(_DEEP_SAMPLES, 1))
+    x = jnp.asarray(sphere(_DEEP_SAMPLES, _DEEP_FEATURES))
+    z = jnp.asarray(np.random.default_rng(5).normal(size=(_DEEP_SAMPLES, 1)))
     shape = (len(_STRUCTURES), len(_DEEP_WIDTHS), len(_DEEP_SEEDS))
     measurements: list[Measurement] = []
     data: dict[str, Any] = {"widths": _DEEP_WIDTHS, "curves": {}}

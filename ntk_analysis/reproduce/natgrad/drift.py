@@ -1,0 +1,362 @@
+"""How far training moves the tangent kernel, for every structure and on mini-batches."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import natgrad_datasets
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from natgrad_flax import (
+    MLP,
+    Exact,
+    MeanSquaredError,
+    RelativeDamping,
+    Structure,
+    natural_gradient,
+)
+from ntk_analysis.coefficient import Damping, coefficient_pair
+from ntk_analysis.drift import kernel_drift
+from ntk_analysis.empirical import Matrix, initial_signals
+from ntk_analysis.reproduce.images import images
+from ntk_analysis.reproduce.natgrad.common import dense_net, sphere
+from ntk_analysis.reproduce.natgrad.frontier_map import STRUCTURES
+from ntk_analysis.reproduce.precision import in_float64
+from ntk_analysis.reproduce.registry import (
+    Measurement,
+    Outcome,
+    Report,
+    above,
+    below,
+    between,
+    check,
+)
+
+_LOSS = MeanSquaredError()
+
+
+@partial(jax.jit, static_argnames=("graphdef", "structure", "damping"))
+def _step(
+    graphdef: Any,
+    state: nnx.State,
+    x: Array,
+    y: Array,
+    rate: float,
+    structure: Structure,
+    damping: Damping = 0.0,
+) -> nnx.State:
+    model = nnx.merge(graphdef, state)
+    update = natural_gradient(model, x, y, structure=structure, loss=_LOSS, damping=damping)
+    return jax.tree.map(lambda p, u: p - rate * u, state, update)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _loss(graphdef: Any, state: nnx.State, x: Array, y: Array) -> Array:
+    return jnp.mean(jnp.sum((nnx.merge(graphdef, state)(x) - y) ** 2, axis=1)) / 2
+
+
+# ----- against the width, after one step
+
+_SAMPLES, _FEATURES = 8, 16
+_WIDTHS, _SEEDS = (128, 2048), range(10)
+
+
+@check(
+    "NG-Drift-Width",
+    "One step moves the kernel by 1/M if smooth, by M^-1/2 with a kink",
+    claim="How far the kernel moves says when predictions from initialisation hold. It moves by "
+    "sums over units that are odd in the weights of the last layer, where the activation is "
+    "smooth, and so by 1/M (Dyer & Gur-Ari 2020). With a kink sqrt(M) of M units flip and leave or "
+    "join K = sum_i a_i^2 phi'_i phi'_i, each by 1/M. More flip one way than the other (see "
+    "NG-Width-Kink): a mean of order M^-1/2 and a spread of order M^-3/4. Half a step leaves half "
+    "of the smooth change and of the mean, and 0.71 of the spread.",
+    setting=f"one hidden layer of {', '.join(map(str, _WIDTHS))} units, tanh and ReLU, exact "
+    f"Fisher, N = {_SAMPLES} Gaussian inputs of {_FEATURES} features and norm sqrt(M_0), targets "
+    f"f_0 + z, z ~ N(0, 1), mean of {len(_SEEDS)} seeds, float64, zero damping",
+    origin="ours",
+    fast=True,
+)
+@in_float64
+def drift_width(report: Report) -> Outcome:
+    """Exponents of the relative change of the kernel, and half a step."""
+    x = jnp.asarray(sphere(_SAMPLES, _FEATURES))
+    z = np.random.default_rng(5).normal(size=(_SAMPLES, 1))
+    measurements: list[Measurement] = []
+    for activation, powers, shares in (
+        ("tanh", (0.85, 1.25), (0.4, 0.6)),
+        ("relu", (0.5, 0.8), (0.5, 0.72)),
+    ):
+        changes = np.empty((2, len(_WIDTHS), len(_SEEDS)))
+        for at, width in enumerate(_WIDTHS):
+            report(f"{activation}, width {width}")
+            for seed in _SEEDS:
+                model = dense_net((_FEATURES, width, 1), activation, seed, jnp.float64)
+                graphdef, state = nnx.split(model)
+                y = model(x) + z
+                for which, rate in enumerate((1.0, 0.5)):
+                    moved = nnx.merge(graphdef, _step(graphdef, state, x, y, rate, Exact()))
+                    changes[which, at, seed] = kernel_drift(model, moved, x).relative_change
+        whole, half = np.log(changes).mean(axis=2)
+        slope = float(whole[0] - whole[1]) / np.log(_WIDTHS[1] / _WIDTHS[0])
+        shrunk = float(np.exp(half[1] - whole[1]))
+        name = f"{activation}, M = {_WIDTHS[1]}: change of half a step over that of a whole one"
+        measurements += [
+            between(f"{activation}: p of M^-p", slope, *powers),
+            between(name, shrunk, *shares),
+        ]
+    return Outcome(tuple(measurements))
+
+
+# ----- over training, every structure
+
+_TRAIN, _NETS, _GOAL, _MOST = 32, (256, 1024), 1e-3, 300
+_NAMES = (
+    "gradient descent", "diagonal", "quasi-diagonal", "blocks of 24", "unit-wise", "A alone",
+    "K-FAC", "EKFAC", "Shampoo 1/2", "KFOC", "block-diagonal", "block-tri-diagonal", "exact",
+)  # fmt: skip
+_DAMPED = ("diagonal", "quasi-diagonal", "blocks of 24", "unit-wise")
+_ISOTROPIC = ("K-FAC", "block-diagonal", "exact")
+
+
+@check(
+    "NG-Drift-Structures",
+    "Every structure moves the kernel, and the less the wider the network",
+    claim="Whatever the structure, training to a thousandth of the loss moves the tangent kernel "
+    "of 256 units by 3 to 30 % and hardly turns it. How far has little to do with the number of "
+    "steps: gradient descent moves it less in hundreds of steps than K-FAC in two. Of what is "
+    "isotropic K-FAC moves a tanh network the most, since it inverts the kernel of the derivatives "
+    "as well. Four times the width leaves a fourth of the change if the activation is smooth, and "
+    "between a half and a third with a kink, as in NG-Drift-Width.",
+    setting=f"digits 0 and 7 of 8 x 8 pixels, standardised, of norm 8, N = {_TRAIN}, targets "
+    f"+-0.5; two hidden layers of {_NETS[0]} units ({_NETS[1]} for three structures), tanh and "
+    "ReLU, one output, no biases, one seed, float64; steps of 1/lambda_max to a thousandth of the "
+    f"loss, {_MOST} at most; no damping, but 1e-3 of the mean diagonal for the unit-wise Fisher, "
+    "its blocks and the diagonals",
+    origin="ours",
+)
+@in_float64
+def structures(report: Report) -> Outcome:
+    """Relative change of the kernel after each power of two of steps."""
+    problem = natgrad_datasets.load(
+        "digits", classes=(0, 7), num_train=_TRAIN, num_test=1, dtype="float64"
+    )
+    x, y = np.sqrt(problem.input_dim) * problem.x_train, np.asarray(problem.y_train)
+    data: dict[str, Any] = {"width": _NETS[0], "curves": {}}
+    measurements: list[Measurement] = []
+    for activation, low, high in (("tanh", 2.5, 6.0), ("relu", 1.4, 4.0)):
+        found: dict[str, list[dict[str, Any]]] = {}
+        for name in _NAMES:
+            found[name] = []
+            for width in _NETS if name in _ISOTROPIC else _NETS[:1]:
+                report(f"{activation}, {name}, width {width}")
+                model = dense_net((problem.input_dim, width, width, 1), activation, 0, jnp.float64)
+                found[name].append(_follow(model, name, x, y))
+        firsts = {name: curves[0] for name, curves in found.items()}
+        data["curves"][activation] = {
+            STRUCTURES[name].name: curve for name, curve in firsts.items()
+        }
+        changes = {name: curve["changes"][-1] for name, curve in firsts.items()}
+        measurements += [
+            below(f"{activation}: change, largest", max(changes.values()), 0.4),
+            above(f"{activation}: change, smallest", min(changes.values()), 0.02),
+            above(f"{activation}: CKA, smallest", min(c["cka"] for c in firsts.values()), 0.9),
+            above(
+                f"{activation}: steps of gradient descent",
+                firsts["gradient descent"]["steps"][-1],
+                100,
+            ),
+            above(
+                f"{activation}: change by K-FAC over that by gradient descent",
+                changes["K-FAC"] / changes["gradient descent"],
+                1,
+            ),
+            *(
+                between(
+                    f"{activation}, {name}: change at M = {_NETS[0]} over M = {_NETS[1]}",
+                    changes[name] / found[name][1]["changes"][-1],
+                    low,
+                    high,
+                )
+                for name in _ISOTROPIC
+            ),
+        ]
+    return Outcome(tuple(measurements), data)
+
+
+def _follow(model: MLP, name: str, x: Matrix, y: Matrix) -> dict[str, Any]:
+    """Steps, changes of the kernel after them, and the last CKA, of one training."""
+    structure = STRUCTURES[name]
+    damping: Damping = RelativeDamping(1e-3) if name in _DAMPED else 0.0
+    matrix, _ = coefficient_pair(structure, initial_signals(model, x), damping)
+    rate = 1 / float(np.linalg.eigvalsh(matrix)[-1])
+    graphdef, state = nnx.split(model)
+    goal = _GOAL * float(_loss(graphdef, state, x, y))
+    steps, changes, done, step = [0], [0.0], False, 0
+    while not done:
+        state = _step(graphdef, state, x, y, rate, structure, damping)
+        step += 1
+        done = step == _MOST or not float(_loss(graphdef, state, x, y)) > goal
+        if done or step & (step - 1) == 0:
+            found = kernel_drift(model, nnx.merge(graphdef, state), x)
+            steps.append(step)
+            changes.append(found.relative_change)
+    return {"steps": steps, "changes": changes, "cka": found.cka}
+
+
+# ----- Gauss-Newton on mini-batches
+
+_IMAGES, _BATCH, _UNITS, _PROBED = 256, 32, 128, 32
+_BATCH_SEEDS = (0, 1)
+_FULL_STEPS, _BATCH_STEPS, _ADAM_STEPS = 6, 60, 200
+_ADAM_RATES = {"standard": 1e-3, "ntk": 1e-2}
+_NEWTON = RelativeDamping(1e-3)
+_TURNED = {
+    "mnist, standard": (0.7, 1.5),
+    "mnist, ntk": (0.3, 0.9),
+    "cifar10, standard": (1.5, 3.0),
+    "cifar10, ntk": (0.3, 0.9),
+}
+"""What Adam loses of the CKA over what Gauss-Newton loses on batches: no theory says it."""
+
+
+class Course(NamedTuple):
+    """One training.
+
+    Attributes:
+      steps: at which the rest was measured.
+      losses: of all samples, over the first.
+      changes: of the kernel.
+      cka: of the kernel with that at the start.
+      own: loss of a batch after its step over that before, geometric mean of the steps.
+      others: the same of all other samples; 1 where there are none.
+    """
+
+    steps: list[int]
+    losses: list[float]
+    changes: list[float]
+    cka: list[float]
+    own: float
+    others: float
+
+
+@check(
+    "NG-Drift-Batches",
+    "Gauss-Newton on mini-batches: each step fits its batch and undoes the others",
+    claim="Buffelli et al. (2024) find that exact Gauss-Newton is fast on the full batch and "
+    "saturates on mini-batches, that each step overfits its own batch, and that kernel and CKA "
+    "hardly move, where they do with Adam. In each of four settings here the full batch is fitted "
+    "in six steps; a step on a batch interpolates it and raises the loss of the others, and sixty "
+    "of them leave a thousandth of the loss and more: slow, though no plateau is seen. CKA stays "
+    "above 0.85 with Gauss-Newton. Whether Adam turns the kernel more depends on the setting: "
+    "twice as much with standard weights on CIFAR-10, as much on MNIST, and less with the weights "
+    "of the NTK. Nor is Gauss-Newton lazy by itself: it moves the kernel more on batches than on "
+    "the full batch.",
+    setting=f"MNIST and CIFAR-10, ten classes, {_IMAGES} images of norm sqrt(M_0), one-hot "
+    f"targets, mean squared error; two hidden layers of {_UNITS} tanh units, no biases, NTK and "
+    "standard parametrisation; exact Gauss-Newton at rate 1 with a damping of 1e-3 of the mean "
+    f"diagonal, {_FULL_STEPS} steps of the full batch, {_BATCH_STEPS} of {_BATCH} images; Adam, "
+    f"{_ADAM_STEPS} steps of {_BATCH} images at 0.001 (standard) and 0.01 (NTK); kernel on "
+    f"{_PROBED} images; means of {len(_BATCH_SEEDS)} seeds; float32. Theirs: 1024 images, "
+    "reversible networks",
+    origin="ours",
+)
+def batches(report: Report) -> Outcome:
+    """Losses, drift and what a step does to its batch and to the others."""
+    data: dict[str, Any] = {"runs": {}}
+    measurements: list[Measurement] = []
+    for name in ("mnist", "cifar10"):
+        problem = images(name, tuple(range(10)), _IMAGES, 1)
+        x = jnp.float32(np.sqrt(problem.input_dim) * problem.x_train)
+        y = jnp.float32(problem.y_train)
+        for kind in ("standard", "ntk"):
+            found: dict[str, list[Course]] = {"full": [], "batches": [], "adam": []}
+            for seed in _BATCH_SEEDS:
+                model = MLP(
+                    (problem.input_dim, _UNITS, _UNITS, 10),
+                    activation="tanh",
+                    weight_variance=1.0,
+                    parametrization=kind,
+                    rngs=nnx.Rngs(seed),
+                )
+                for which, runs in found.items():
+                    report(f"{name}, {kind}, {which}, seed {seed}")
+                    runs.append(_course(model, which, _ADAM_RATES[kind], x, y, seed))
+            data["runs"].setdefault(name, {})[kind] = {
+                which: {
+                    key: np.mean([getattr(run, key) for run in runs], axis=0)
+                    for key in Course._fields
+                }
+                for which, runs in found.items()
+            }
+            measurements += _judge(f"{name}, {kind}", data["runs"][name][kind])
+    return Outcome(tuple(measurements), data)
+
+
+def _course(model: MLP, which: str, adam_rate: float, x: Array, y: Array, seed: int) -> Course:
+    graphdef, start = nnx.split(model)
+    count = {"full": _FULL_STEPS, "batches": _BATCH_STEPS, "adam": _ADAM_STEPS}[which]
+    size = len(x) if which == "full" else _BATCH
+    adam = optax.adam(adam_rate)
+    state, memory = start, adam.init(start)
+
+    @jax.jit
+    def adam_step(state: nnx.State, memory: Any, x: Array, y: Array) -> tuple[nnx.State, Any]:
+        gradient = jax.grad(lambda state: _loss(graphdef, state, x, y))(state)
+        update, memory = adam.update(gradient, memory, state)
+        return optax.apply_updates(state, update), memory
+
+    def loss(state: nnx.State, at: Any) -> float:
+        # a mean over no samples is none, and stays as it is
+        return float(_loss(graphdef, state, x[at], y[at])) if len(at) else 1.0
+
+    everything, rng = np.arange(len(x)), np.random.default_rng(seed)
+    first = loss(state, everything)
+    steps, losses, changes, cka = [0], [1.0], [0.0], [1.0]
+    ratios = []
+    for step in range(1, count + 1):
+        own = rng.permutation(len(x))[:size]
+        parts = [own, np.setdiff1d(everything, own)]
+        before = [loss(state, part) for part in parts]
+        if which == "adam":
+            state, memory = adam_step(state, memory, x[own], y[own])
+        else:
+            state = _step(graphdef, state, x[own], y[own], 1.0, Exact(), _NEWTON)
+        after = [loss(state, part) for part in parts]
+        ratios.append(np.log(np.divide(after, before)))
+        if step == count or step & (step - 1) == 0:
+            found = kernel_drift(model, nnx.merge(graphdef, state), x[:_PROBED])
+            steps.append(step)
+            losses.append(loss(state, everything) / first)
+            changes.append(found.relative_change)
+            cka.append(found.cka)
+    return Course(steps, losses, changes, cka, *np.exp(np.mean(ratios, axis=0)).tolist())
+
+
+def _judge(name: str, runs: dict[str, dict[str, Any]]) -> list[Measurement]:
+    full, batch, adam = runs["full"], runs["batches"], runs["adam"]
+    found = [
+        below(f"{name}: full batch, loss after {_FULL_STEPS} steps", full["losses"][-1], 1e-6),
+        above(f"{name}: batches, loss after {_BATCH_STEPS} steps", batch["losses"][-1], 1e-3),
+        below(f"{name}: batches, a step's factor on its own batch", batch["own"], 0.1),
+        above(f"{name}: batches, a step's factor on the other samples", batch["others"], 1.0),
+        above(f"{name}: Adam, a step's factor on its own batch", adam["own"], 0.8),
+        above(
+            f"{name}: change of the kernel, batches over full batch",
+            batch["changes"][-1] / full["changes"][-1],
+            1.0,
+        ),
+    ]
+    lost = [1 - run["cka"][-1] for run in (full, batch, adam)]
+    return [
+        *found,
+        below(f"{name}: CKA lost by Gauss-Newton, full batch or batches", max(lost[:2]), 0.15),
+        between(
+            f"{name}: CKA lost by Adam over that on batches", lost[2] / lost[1], *_TURNED[name]
+        ),
+    ]

@@ -12,7 +12,6 @@ quadratic model of the loss, so no rate is tried.
 import argparse
 import inspect
 
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,8 +41,8 @@ def network():
 
 
 # %%
-# Every position of a sequence is a prediction of its own. One draw of targets covers all of them, and
-# the table of bytes is looked up, never multiplied: `describe` says which formula serves what.
+# Every position of a sequence is a prediction of its own, and one draw of targets covers all of
+# them. Which formula serves what, and what it costs:
 print(ng.describe(network(), x_test[:32], structure=ng.KFAC(), loss=loss, fisher="mc"))
 
 

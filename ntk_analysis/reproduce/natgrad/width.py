@@ -205,7 +205,7 @@ def kink(report: Report) -> Outcome:
             1.6,
         ),
         *(
-            between(f"relu, M = {width}: mean loss over that of the law", mean / theory, 0.75, 1.4)
+            between(f"relu, M = {width}: mean loss over that of the law", mean / theory, 0.7, 1.4)
             for width, mean, theory in zip(_WIDTHS, means, expected, strict=True)
         ),
         below(

@@ -25,7 +25,14 @@ Representation = Callable[[Map, Array], Array]
 
 
 def euclidean(point: Array) -> Array:
-    """The metric of the ambient space itself, for a point (D,)."""
+    """The metric of the ambient space itself, for a point (D,).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> geometry.euclidean(jnp.array([3.0, 4.0])).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
     return jnp.eye(len(point), dtype=point.dtype)
 
 
@@ -37,6 +44,14 @@ def fisher_rao_gaussian(point: Array) -> Array:
 
     Returns:
       Sigma^{-1} for the mean, Sigma^{-1} (x) Sigma^{-1} / 2 for the covariance.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> mean, variance = 0.0, 2.0
+      >>> print(geometry.fisher_rao_gaussian(jnp.array([mean, variance])))  # 1 / v and 1 / (2 v^2)
+      [[0.5   0.   ]
+       [0.    0.125]]
     """
     mean_size, covariance = _gaussian(point)
     inverse = jnp.linalg.inv(covariance)
@@ -51,6 +66,14 @@ def wasserstein_gaussian(point: Array) -> Array:
 
     Args:
       point: as for ``fisher_rao_gaussian``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> mean, variance = 0.0, 2.0
+      >>> print(geometry.wasserstein_gaussian(jnp.array([mean, variance])))  # 1 and 1 / (4 v)
+      [[1.    0.   ]
+       [0.    0.125]]
     """
     mean_size, covariance = _gaussian(point)
     eye = jnp.eye(mean_size, dtype=point.dtype)
@@ -84,6 +107,15 @@ def gram_matrix(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
 
     Raises:
       ValueError: xi or phi(xi) is no vector, or the metric is not symmetric positive definite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> polar = lambda xi: xi[0] * jnp.array([jnp.cos(xi[1]), jnp.sin(xi[1])])
+      >>> r, angle = 2.0, 0.5
+      >>> found = geometry.gram_matrix(polar, jnp.array([r, angle]))
+      >>> bool(jnp.allclose(found, jnp.diag(jnp.array([1, r**2])), atol=1e-5))
+      True
     """
     jacobian, matrix = _at(phi, xi, metric)
     return jacobian.T @ matrix @ jacobian
@@ -111,6 +143,14 @@ def natural_parameter_gradient(
 
     Raises:
       ValueError: see ``gram_matrix``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> doubled = lambda xi: xi[:1] + xi[1:]  # two parameters of one number
+      >>> found = geometry.natural_parameter_gradient(doubled, lambda z: 3 * z[0], jnp.zeros(2))
+      >>> bool(jnp.allclose(found, 1.5))  # together they move the number by 3
+      True
     """
     jacobian, matrix = _at(phi, xi, metric)
     slope = jax.grad(objective)(phi(xi))
@@ -122,7 +162,16 @@ def natural_parameter_gradient(
 
 
 def push_forward(phi: Map, xi: Array, vector: Array) -> Array:
-    """d phi (vector): what a vector on the parameter space (d,) does on the model, shape (D,)."""
+    """d phi (vector): what a vector on the parameter space (d,) does on the model, shape (D,).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> polar = lambda xi: xi[0] * jnp.array([jnp.cos(xi[1]), jnp.sin(xi[1])])
+      >>> turn = jnp.array([0.0, 1.0])  # of the angle, at radius 2
+      >>> print(geometry.push_forward(polar, jnp.array([2.0, 0.0]), turn))
+      [0. 2.]
+    """
     moved: Array = jax.jvp(phi, (xi,), (vector,))[1]
     return moved
 
@@ -140,6 +189,14 @@ def span_projection(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
 
     Raises:
       ValueError: see ``gram_matrix``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> line = lambda xi: xi[0] * jnp.array([1.0, 1.0])
+      >>> print(geometry.span_projection(line, jnp.ones(1)).round(3))
+      [[0.5 0.5]
+       [0.5 0.5]]
     """
     jacobian, matrix = _at(phi, xi, metric)
     factor = jnp.linalg.cholesky(matrix)
@@ -153,6 +210,14 @@ def ambient_gradient(objective: Objective, point: Array, metric: Metric = euclid
 
     Raises:
       ValueError: the metric is not symmetric positive definite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> objective = lambda z: jnp.sum(z**2) / 2
+      >>> metric = lambda z: jnp.diag(jnp.array([1.0, 2.0]))
+      >>> print(geometry.ambient_gradient(objective, jnp.array([1.0, 4.0]), metric))
+      [1. 2.]
     """
     matrix = metric(point)
     _check_metric(matrix)
@@ -168,6 +233,14 @@ def any_generalised_inverse(matrix: Array, free: Array) -> Array:
 
     Raises:
       ValueError: the shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> A = jnp.array([[1.0, 2.0], [2.0, 4.0]])
+      >>> inverse = geometry.any_generalised_inverse(A, jnp.array([[0.0, 1.0], [3.0, 0.0]]))
+      >>> bool(jnp.allclose(A @ inverse @ A, A, atol=1e-4))
+      True
     """
     if free.shape != matrix.T.shape:
         raise ValueError(
@@ -178,7 +251,15 @@ def any_generalised_inverse(matrix: Array, free: Array) -> Array:
 
 
 def coordinate_rank(phi: Map, xi: Array) -> int:
-    """The dimension of the span of the coordinate vectors at concrete parameters (d,)."""
+    """The dimension of the span of the coordinate vectors at concrete parameters (d,).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> square = lambda xi: jnp.array([xi[0] ** 2, 2 * xi[0] ** 2])
+      >>> [geometry.coordinate_rank(square, xi) for xi in (jnp.ones(1), jnp.zeros(1))]
+      [1, 0]
+    """
     values = np.linalg.svd(np.asarray(jax.jacfwd(phi)(xi)), compute_uv=False)
     largest = values.max(initial=0.0)
     size = max(len(xi), len(phi(xi)))
@@ -198,6 +279,13 @@ def is_proper(phi: Map, xi: Array, dimension: int) -> bool:
 
     Raises:
       ValueError: the rank of the coordinate vectors is above the dimension.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> cusp = lambda xi: xi**3  # covers the line, but its derivative is 0 at 0
+      >>> geometry.is_proper(cusp, jnp.ones(1), 1), geometry.is_proper(cusp, jnp.zeros(1), 1)
+      (True, False)
     """
     rank = coordinate_rank(phi, xi)
     if rank > dimension:
@@ -222,6 +310,16 @@ def parametrisation_dependence(
 
     Raises:
       ValueError: the two points differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> objective = lambda z: jnp.sum(z)
+      >>> natural = lambda phi, xi: geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> plain = lambda phi, xi: jax.grad(lambda xi: objective(phi(xi)))(xi)
+      >>> pair = (jnp.exp, jnp.zeros(1), lambda theta: theta**2, jnp.ones(1))  # both at z = 1
+      >>> [round(float(geometry.parametrisation_dependence(o, *pair)), 3) for o in (natural, plain)]
+      [0.0, 3.0]
     """
     here, there = phi(xi), psi(theta)
     _check_same_point(here, there)
@@ -243,6 +341,15 @@ def model_violation(represent: Representation, phi: Map, change: Map, theta: Arr
 
     Raises:
       ValueError: f has a singular derivative at theta.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> objective, doubled = (lambda z: 3 * z[0]), (lambda xi: xi[:1] + xi[1:])
+      >>> natural = lambda phi, xi: geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> stretch = lambda theta: theta * jnp.array([1.0, 5.0])
+      >>> round(float(geometry.model_violation(natural, doubled, stretch, jnp.ones(2))), 3)
+      0.0
     """
     _check_diffeomorphism(change, theta)
     return parametrisation_dependence(
@@ -256,6 +363,15 @@ def parameter_violation(represent: Representation, phi: Map, change: Map, theta:
     Zero for the natural parameter gradient where phi is an immersion; in overparametrised models it
     is not, and the difference lies in the kernel of d phi (Sec. 3.2). The arguments and errors are
     those of ``model_violation``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> objective, doubled = (lambda z: 3 * z[0]), (lambda xi: xi[:1] + xi[1:])  # no immersion
+      >>> natural = lambda phi, xi: geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> stretch = lambda theta: theta * jnp.array([1.0, 5.0])
+      >>> bool(geometry.parameter_violation(natural, doubled, stretch, jnp.ones(2)) > 1)
+      True
     """
     _check_diffeomorphism(change, theta)
     moved = push_forward(change, theta, represent(lambda here: phi(change(here)), theta))
@@ -269,6 +385,16 @@ def finite_step_gap(
 
     Of the order rate^2 for a representation that is invariant on the model (Sec. 4): only the flow
     does not see f. The other arguments and errors are those of ``model_violation``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> objective, identity = (lambda z: jnp.sum(z)), (lambda xi: xi)
+      >>> natural = lambda phi, xi: geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> arguments = (natural, identity, jnp.exp, jnp.zeros(1))
+      >>> gap = lambda rate: geometry.finite_step_gap(*arguments, rate)
+      >>> 3.5 < float(gap(0.2) / gap(0.1)) < 4.5  # of the order rate^2
+      True
     """
     _check_diffeomorphism(change, theta)
     xi = change(theta)

@@ -62,6 +62,14 @@ def coefficient_matrix(
     Raises:
       ValueError, TypeError: bad inputs or damping, a structure that does not suit the network or
         has no infinite-width limit, or a matrix that cannot fit in memory.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na, numpy as np
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> theta = na.coefficient_matrix(ng.BlockDiagonal(), model, x)
+      >>> bool(np.allclose(theta, 2 * np.eye(4)))  # alpha I, alpha = L
+      True
     """
     check_theory_arguments(structure, damping, kernels)
     if kernels == "analytic":

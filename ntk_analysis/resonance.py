@@ -31,7 +31,21 @@ LARGEST_CHECK = 3000
 
 
 class ResonanceWarning(UserWarning):
-    """The damping lies among the resonances of an indefinite coupling."""
+    """The damping lies among the resonances of an indefinite coupling.
+
+    Example:
+      >>> import warnings, jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x, y = ng.MLP((4, 8, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> structure = ng.BlockTriDiagonal()
+      >>> low, high = na.resonance_window(structure, model, x)
+      >>> settings = {"learning_rate": 0.1, "steps": 1, "damping": (low + high) / 2}
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always", na.ResonanceWarning)
+      ...     found = na.predict_dynamics(structure, model, x, y, **settings)
+      >>> caught[0].category.__name__
+      'ResonanceWarning'
+    """
 
 
 def resonances(structure: Structure, model: nnx.Module, x: ArrayLike) -> Matrix:
@@ -52,6 +66,15 @@ def resonances(structure: Structure, model: nnx.Module, x: ArrayLike) -> Matrix:
     Raises:
       ValueError, TypeError: bad inputs, a Sigma for another depth, or a matrix (L N C, L N C) that
         cannot fit in memory.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> na.resonances(ng.BlockTriDiagonal(), model, x).shape  # N C for one negative eigenvalue
+      (4,)
+      >>> na.resonances(ng.BlockDiagonal(), model, x).shape
+      (0,)
     """
     check_structure(structure)
     return signal_resonances(structure, initial_signals(model, x).train)
@@ -69,6 +92,16 @@ def resonance_window(
 
     Raises:
       ValueError, TypeError: as for ``resonances``.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> low, high = na.resonance_window(ng.BlockTriDiagonal(), model, x)
+      >>> 0 < low < high
+      True
+      >>> na.resonance_window(ng.Exact(), model, x) is None
+      True
     """
     return window_of(resonances(structure, model, x))
 
@@ -97,6 +130,14 @@ def spectral_radius(
 
     Raises:
       ValueError, TypeError: bad arguments, or a structure that does not suit the network.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> radii = na.spectral_radius(ng.Exact(), model, x, learning_rate=0.7, dampings=[0.0, 1e-2])
+      >>> print(radii.round(3)[0], radii[1] > radii[0])  # |1 - eta alpha| undamped
+      0.3 True
     """
     check_structure(structure)
     learning_rate = check_learning_rate(learning_rate)

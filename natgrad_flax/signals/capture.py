@@ -155,6 +155,16 @@ def jacobian_signals(
 
     Raises:
       ValueError, TypeError: as in ``linearise``; outputs that depend on other samples.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 2), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> signals = ng.jacobian_signals(model, x)
+      >>> [(layer.inputs.shape, layer.derivatives.shape) for layer in signals.layers]
+      [((4, 4), (4, 2, 8)), ((4, 8), (4, 2, 2))]
+      >>> signals.outputs.shape
+      (4, 2)
     """
     outputs, backward = linearise(model, x, wrt)
     if check_samples:

@@ -50,6 +50,17 @@ class DenseSignals(AffineLayerSignals):
       bias_form: layout of the bias, None where it is called bias and is (M,).
       row_weights: how much the inputs of a sample count in a Kronecker factor, (N,) of mean 1 over
         the whole batch; None where all count the same.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> signals = ng.jacobian_signals(ng.MLP((4, 8, 2), rngs=nnx.Rngs(0)), jnp.eye(4))
+      >>> a, D = signals.layers[1].inputs, signals.layers[1].derivatives
+      >>> a.shape, D.shape
+      ((4, 8), (4, 2, 2))
+      >>> K = jnp.einsum("nk,mk->nm", a, a)[:, None, :, None] * jnp.einsum("nsi,mti->nsmt", D, D)
+      >>> bool(jnp.allclose(signals.layers[1].gram(), K.reshape(8, 8), atol=1e-5))
+      True
     """
 
     inputs: Array
@@ -159,6 +170,14 @@ class Signals:
     Attributes:
       layers: one entry a layer.
       outputs: f, shape (N, ..., C).
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> signals = ng.jacobian_signals(ng.MLP((4, 8, 2), rngs=nnx.Rngs(0)), jnp.eye(4))
+      >>> ntk = sum(layer.gram() for layer in signals.layers)  # J J^T, samples first
+      >>> ntk.shape, signals.num_params
+      ((8, 8), 48)
     """
 
     layers: tuple[LayerSignals, ...]

@@ -25,6 +25,15 @@ class BlockDiagonal(LayerWise):
 
     Args:
       space: "sample", "parameter", or "auto".
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3}
+      >>> step = ng.natural_gradient(model, x, y, structure=ng.BlockDiagonal(), **options)
+      >>> ng.optimal_learning_rate(ng.BlockDiagonal(), model, 4)  # 1 / L
+      0.5
     """
 
     style = styled("Block-diagonal", "#D55E00", "D", short="block-diag")

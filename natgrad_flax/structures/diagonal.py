@@ -28,6 +28,15 @@ class Diagonal(AveragedStructure):
     """G_ij = (F_ii + rho) delta_ij (LeCun et al. 1998).
 
     Not isotropic at any width (Karakida & Osawa 2020, Fig. 3), so it has no alpha.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, x, loss = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), ng.MeanSquaredError()
+      >>> kept = ng.fisher(model, x, structure=ng.Diagonal(), loss=loss)
+      >>> F = ng.fisher(model, x, structure=ng.Exact(), loss=loss)
+      >>> bool(jnp.allclose(kept.to_dense(), jnp.diag(jnp.diag(F.to_dense()))))
+      True
     """
 
     style = styled("Diagonal", "#56B4E9", "X")

@@ -61,6 +61,15 @@ class KFAC(KroneckerAverage):
         N / fan-in, so that alpha = N L holds after a Forster transform; or "literal".
       space: "sample", "parameter" or "auto", for both factors.
       sharing: "expand" or "reduce", for weights that several positions share.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3}
+      >>> step = ng.natural_gradient(model, x, y, structure=ng.KFAC(), **options)
+      >>> ng.optimal_learning_rate(ng.KFAC(), model, 4)  # 1 / (N L)
+      0.125
     """
 
     last_layer: Literal["scaled", "literal"] = "scaled"

@@ -25,7 +25,17 @@ from natgrad_flax.structures.style import styled
 
 
 class SingularCouplingWarning(UserWarning):
-    """The block tri-diagonal coupling of this depth is singular; says what is done instead."""
+    """The block tri-diagonal coupling of this depth is singular; says what is done instead.
+
+    Example:
+      >>> import warnings, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {"structure": ng.BlockTriDiagonal(), "loss": ng.MeanSquaredError()}
+      >>> with warnings.catch_warnings():  # two layers, 3s + 2 with s = 0: known, and accepted
+      ...     warnings.simplefilter("ignore", ng.SingularCouplingWarning)
+      ...     step = ng.natural_gradient(model, x, y, **options)
+    """
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,15 @@ class LayerWise(Structure):
     Raises:
       ValueError: sigma is not a finite, symmetric, nonsingular square matrix.
       TypeError: it is complex, or holds something other than numbers.
+
+    Example:
+      >>> import numpy as np, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> sigma = np.array([[1.0, 0.5], [0.5, 1.0]])
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> rate = ng.optimal_learning_rate(ng.LayerWise(sigma), model, 4)
+      >>> bool(np.isclose(1 / rate, np.linalg.inv(sigma).sum()))
+      True
     """
 
     sigma: tuple[tuple[float, ...], ...]
@@ -211,6 +230,14 @@ class BlockTriDiagonal(LayerWise):
 
     Args:
       space: "sample", "parameter", or "auto".
+
+    Example:
+      >>> import natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 8, 8, 1), rngs=nnx.Rngs(0))
+      >>> rate = ng.optimal_learning_rate(ng.BlockTriDiagonal(), model, 4)
+      >>> round(rate, 6)  # L = 4 = 3 s + 1: alpha = 2
+      0.5
     """
 
     _solver = staticmethod(solve_tridiagonal)

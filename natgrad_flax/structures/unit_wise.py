@@ -56,6 +56,18 @@ class UnitWise(Structure):
     Args:
       space: "sample" (N x N), "parameter" (fan-in x fan-in), or "auto": parameter space where the
         fan-in is below half of N.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), activation="tanh", rngs=nnx.Rngs(0))
+      >>> x, loss = jax.random.normal(jax.random.key(0), (4, 4)), ng.MeanSquaredError()
+      >>> options = {"structure": ng.UnitWise(), "loss": loss}
+      >>> damping = ng.RelativeDamping(1e-3)
+      >>> step = ng.natural_gradient(model, x, jnp.ones((4, 1)), damping=damping, **options)
+      >>> F = ng.fisher(model, x, **options).to_dense()
+      >>> int(jnp.count_nonzero(F)), F.size  # 8 blocks of 4 x 4 and one of 8 x 8
+      (192, 1600)
     """
 
     space: Space = "auto"

@@ -24,7 +24,10 @@ TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class SmallDampingWarning(UserWarning):
-    """A damping is lost in the rounding of the Fisher.
+    """A damping is so small that rounding may decide the step.
+
+    Beside an eigenvalue lambda of the Fisher, eps lambda / damping of a step may be rounding; the
+    message names a damping that is large enough in this precision.
 
     Example:
       >>> import warnings, jax.numpy as jnp, natgrad_flax as ng

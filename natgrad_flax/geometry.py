@@ -25,7 +25,7 @@ Representation = Callable[[Map, Array], Array]
 
 
 def euclidean(point: Array) -> Array:
-    """The metric of the ambient space itself, for a point (D,).
+    """The Euclidean metric: the identity (D, D), at every point (D,).
 
     Example:
       >>> import jax.numpy as jnp

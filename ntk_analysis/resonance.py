@@ -33,6 +33,9 @@ LARGEST_CHECK = 3000
 class ResonanceWarning(UserWarning):
     """The damping lies among the resonances of an indefinite coupling.
 
+    There the damped structure is singular or nearly so, and steps are large in some directions;
+    take one outside of ``resonance_window``.
+
     Example:
       >>> import warnings, jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx

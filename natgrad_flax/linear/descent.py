@@ -19,7 +19,7 @@ Integrator = Literal["euler", "rk4"]
 
 
 class Descent(NamedTuple):
-    """What a descent leaves behind.
+    """The parameters at the end of ``descend``, and at the steps that it recorded.
 
     Attributes:
       final: parameters after the last step.

@@ -22,6 +22,8 @@ from natgrad_flax.linalg.dense import add_diagonal, solve_psd
 class InverseMoment(abc.ABC):
     """How the inverse second moments of inputs and errors are applied to a gradient.
 
+    A setting of ``online_natural_gradient_descent``, which calls ``init`` and ``solve``.
+
     Example:
       >>> from natgrad_flax import linear
       >>> isinstance(linear.DirectInverse(), linear.InverseMoment)

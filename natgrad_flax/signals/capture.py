@@ -145,7 +145,9 @@ def plain_directions(outputs: Array) -> Array:
 def jacobian_signals(
     model: nnx.Module, x: Any, wrt: Any = nnx.Param, *, check_samples: bool = True
 ) -> Signals:
-    """Signals of the plain outputs: J = df/dtheta, S = C, or T C for outputs with T positions.
+    """Signals of the plain outputs, from which the Jacobian J = df/dtheta follows; none is formed.
+
+    One backward pass an output: S = C directions a sample, or T C for outputs with T positions.
 
     Args:
       model: any module; the output of a sample must not depend on the other samples.

@@ -167,6 +167,9 @@ class DenseSignals(AffineLayerSignals):
 class Signals:
     """Signals of every layer of a network on one batch, in forward order.
 
+    Those of a dense layer are its scaled inputs a (N, K) and the derivatives D (N, S, M) of S
+    output directions by its M pre-activations; its Jacobian is a[n, k] D[n, s, m].
+
     Attributes:
       layers: one entry a layer.
       outputs: f, shape (N, ..., C).

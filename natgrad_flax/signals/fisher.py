@@ -297,6 +297,8 @@ def fisher_signals(
 ) -> tuple[Signals, Residual]:
     """Signals of the output directions of a Fisher, and the loss residual.
 
+    Of these two a structure makes its step: ``structure.solve(signals, residual, damping)``.
+
     Args:
       model: any module; the output of a sample must not depend on the other samples.
       x: inputs, an array (N, ...) or a tree of them.

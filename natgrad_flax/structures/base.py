@@ -22,7 +22,10 @@ from natgrad_flax.structures.style import Style, style_of_class
 
 
 class IsotropyWarning(UserWarning):
-    """A learning rate rests on a preparation of the data that sizes cannot show.
+    """A learning rate 1 / alpha is right only for inputs that were prepared as the theory asks.
+
+    Sizes do not show whether they were: K-FAC with fewer inputs than samples wants them after a
+    Forster transform (``natgrad_datasets.forster_transform``).
 
     Example:
       >>> import warnings, natgrad_flax as ng
@@ -38,7 +41,7 @@ class IsotropyWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Structure(abc.ABC):
-    """A Fisher approximation G; everything it does is a function of signals.
+    """The base class of all Fisher approximations G: what they answer, from the signals of a batch.
 
     The output directions of the signals are a factor of the Fisher (``signals.fisher``), so
     F = J^T J / N with their Jacobian J, whatever the loss. A damping is added to F in this 1/N

@@ -25,7 +25,7 @@ from natgrad_flax.structures.style import styled
 
 @dataclass(frozen=True)
 class Diagonal(AveragedStructure):
-    """G_ij = (F_ii + rho) delta_ij (LeCun et al. 1998).
+    """The diagonal of the Fisher alone, G_ij = (F_ii + rho) delta_ij (LeCun et al. 1998).
 
     Not isotropic at any width (Karakida & Osawa 2020, Fig. 3), so it has no alpha.
 

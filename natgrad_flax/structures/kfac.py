@@ -39,7 +39,10 @@ from natgrad_flax.structures.style import styled
 
 @dataclass(frozen=True)
 class KFAC(KroneckerAverage):
-    """Blocks (B* + rho I) (x) (A* + rho I), A* = a^T a / N, B* = D^T D / N (Eq. 20).
+    """One Kronecker product a layer, (B* + rho I) (x) (A* + rho I) (Martens & Grosse 2015).
+
+    A* = a^T a / N is the second moment of the inputs of a layer, B* = D^T D / N that of the
+    derivatives of its units (Karakida & Osawa 2020, Eq. 20).
 
     Taken literally, Eq. 20 gives the isotropy constant alpha = N (L - 1) + 1, because B* of the
     last layer is 1 and not 1/N. Eq. 21 and alpha = N L need B* / N there. With fewer inputs than

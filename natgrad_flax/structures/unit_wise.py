@@ -42,9 +42,9 @@ _NO_SHARED_LIMIT = (
 
 @dataclass(frozen=True)
 class UnitWise(Structure):
-    """G = blockdiag over units of F + rho I (Karakida & Osawa 2020, Eq. 23).
+    """One Fisher block a unit: F + rho I between its weights and bias (Karakida & Osawa 2020).
 
-    The block of unit i is a^T S_i a / N + rho I with S_i = diag_n(sum_s D[n,s,i]^2), so each unit
+    The block of unit i is a^T S_i a / N + rho I with S_i = diag_n(sum_s D[n,s,i]^2) (Eq. 23): it
     costs one N x N solve (or one of its fan-in), whatever the width and the number of outputs.
     Units are handled in chunks.
 

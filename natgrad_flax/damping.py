@@ -32,7 +32,8 @@ class SmallDampingWarning(UserWarning):
     Example:
       >>> import warnings, jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> options = {"structure": ng.Exact(), "loss": ng.MeanSquaredError()}
       >>> with warnings.catch_warnings(record=True) as caught:
       ...     warnings.simplefilter("always", ng.SmallDampingWarning)
@@ -68,7 +69,8 @@ class RelativeDamping:
       >>> step = ng.natural_gradient(model, jnp.eye(4), y, damping=damping, **options)
       >>> F = ng.fisher(model, jnp.eye(4), **options)
       >>> rho = F.to_dense(damping)[0, 0] - F.to_dense()[0, 0]
-      >>> bool(jnp.isclose(4 * rho, 1e-3 * F.trace(), rtol=1e-2))  # N rho; tr(K) / N = tr(F)
+      >>> # N rho; tr(K) / N = tr(F)
+      >>> bool(jnp.isclose(4 * rho, 1e-3 * F.trace(), rtol=1e-2))
       True
     """
 
@@ -106,12 +108,15 @@ class LevenbergMarquardt:
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> options = {"structure": ng.Exact(), "loss": ng.MeanSquaredError()}
       >>> damping = ng.LevenbergMarquardt(initial=0.3)
       >>> tx = ng.natural_gradient_descent(1.0, damping=damping, **options)
       >>> params = nnx.state(model, nnx.Param)
-      >>> updates, state = tx.update(params, tx.init(params), params, module=model, x=x, y=y)
+      >>> updates, state = tx.update(
+      ...     params, tx.init(params), params, module=model, x=x, y=y
+      ... )
       >>> round(float(state.damping), 3)  # the loss fell as predicted
       0.2
     """

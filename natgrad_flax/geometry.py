@@ -49,7 +49,8 @@ def fisher_rao_gaussian(point: Array) -> Array:
       >>> import jax.numpy as jnp
       >>> from natgrad_flax import geometry
       >>> mean, variance = 0.0, 2.0
-      >>> print(geometry.fisher_rao_gaussian(jnp.array([mean, variance])))  # 1 / v and 1 / (2 v^2)
+      >>> # 1 / v and 1 / (2 v^2)
+      >>> print(geometry.fisher_rao_gaussian(jnp.array([mean, variance])))
       [[0.5   0.   ]
        [0.    0.125]]
     """
@@ -71,7 +72,8 @@ def wasserstein_gaussian(point: Array) -> Array:
       >>> import jax.numpy as jnp
       >>> from natgrad_flax import geometry
       >>> mean, variance = 0.0, 2.0
-      >>> print(geometry.wasserstein_gaussian(jnp.array([mean, variance])))  # 1 and 1 / (4 v)
+      >>> # 1 and 1 / (4 v)
+      >>> print(geometry.wasserstein_gaussian(jnp.array([mean, variance])))
       [[1.    0.   ]
        [0.    0.125]]
     """
@@ -148,7 +150,9 @@ def natural_parameter_gradient(
       >>> import jax.numpy as jnp
       >>> from natgrad_flax import geometry
       >>> doubled = lambda xi: xi[:1] + xi[1:]  # two parameters of one number
-      >>> found = geometry.natural_parameter_gradient(doubled, lambda z: 3 * z[0], jnp.zeros(2))
+      >>> found = geometry.natural_parameter_gradient(
+      ...     doubled, lambda z: 3 * z[0], jnp.zeros(2)
+      ... )
       >>> bool(jnp.allclose(found, 1.5))  # together they move the number by 3
       True
     """
@@ -238,7 +242,9 @@ def any_generalised_inverse(matrix: Array, free: Array) -> Array:
       >>> import jax.numpy as jnp
       >>> from natgrad_flax import geometry
       >>> A = jnp.array([[1.0, 2.0], [2.0, 4.0]])
-      >>> inverse = geometry.any_generalised_inverse(A, jnp.array([[0.0, 1.0], [3.0, 0.0]]))
+      >>> inverse = geometry.any_generalised_inverse(
+      ...     A, jnp.array([[0.0, 1.0], [3.0, 0.0]])
+      ... )
       >>> bool(jnp.allclose(A @ inverse @ A, A, atol=1e-4))
       True
     """
@@ -284,8 +290,8 @@ def is_proper(phi: Map, xi: Array, dimension: int) -> bool:
       >>> import jax.numpy as jnp
       >>> from natgrad_flax import geometry
       >>> cusp = lambda xi: xi**3  # covers the line, but its derivative is 0 at 0
-      >>> geometry.is_proper(cusp, jnp.ones(1), 1), geometry.is_proper(cusp, jnp.zeros(1), 1)
-      (True, False)
+      >>> [geometry.is_proper(cusp, xi, 1) for xi in (jnp.ones(1), jnp.zeros(1))]
+      [True, False]
     """
     rank = coordinate_rank(phi, xi)
     if rank > dimension:
@@ -315,10 +321,13 @@ def parametrisation_dependence(
       >>> import jax, jax.numpy as jnp
       >>> from natgrad_flax import geometry
       >>> objective = lambda z: jnp.sum(z)
-      >>> natural = lambda phi, xi: geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> def natural(phi, xi):
+      ...     return geometry.natural_parameter_gradient(phi, objective, xi)
       >>> plain = lambda phi, xi: jax.grad(lambda xi: objective(phi(xi)))(xi)
-      >>> pair = (jnp.exp, jnp.zeros(1), lambda theta: theta**2, jnp.ones(1))  # both at z = 1
-      >>> [round(float(geometry.parametrisation_dependence(o, *pair)), 3) for o in (natural, plain)]
+      >>> # both at z = 1
+      >>> pair = (jnp.exp, jnp.zeros(1), lambda theta: theta**2, jnp.ones(1))
+      >>> dependence = geometry.parametrisation_dependence
+      >>> [round(float(dependence(o, *pair)), 3) for o in (natural, plain)]
       [0.0, 3.0]
     """
     here, there = phi(xi), psi(theta)
@@ -346,9 +355,11 @@ def model_violation(represent: Representation, phi: Map, change: Map, theta: Arr
       >>> import jax.numpy as jnp
       >>> from natgrad_flax import geometry
       >>> objective, doubled = (lambda z: 3 * z[0]), (lambda xi: xi[:1] + xi[1:])
-      >>> natural = lambda phi, xi: geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> def natural(phi, xi):
+      ...     return geometry.natural_parameter_gradient(phi, objective, xi)
       >>> stretch = lambda theta: theta * jnp.array([1.0, 5.0])
-      >>> round(float(geometry.model_violation(natural, doubled, stretch, jnp.ones(2))), 3)
+      >>> found = geometry.model_violation(natural, doubled, stretch, jnp.ones(2))
+      >>> round(float(found), 3)
       0.0
     """
     _check_diffeomorphism(change, theta)
@@ -367,8 +378,10 @@ def parameter_violation(represent: Representation, phi: Map, change: Map, theta:
     Example:
       >>> import jax.numpy as jnp
       >>> from natgrad_flax import geometry
-      >>> objective, doubled = (lambda z: 3 * z[0]), (lambda xi: xi[:1] + xi[1:])  # no immersion
-      >>> natural = lambda phi, xi: geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> # no immersion
+      >>> objective, doubled = (lambda z: 3 * z[0]), (lambda xi: xi[:1] + xi[1:])
+      >>> def natural(phi, xi):
+      ...     return geometry.natural_parameter_gradient(phi, objective, xi)
       >>> stretch = lambda theta: theta * jnp.array([1.0, 5.0])
       >>> bool(geometry.parameter_violation(natural, doubled, stretch, jnp.ones(2)) > 1)
       True
@@ -390,7 +403,8 @@ def finite_step_gap(
       >>> import jax.numpy as jnp
       >>> from natgrad_flax import geometry
       >>> objective, identity = (lambda z: jnp.sum(z)), (lambda xi: xi)
-      >>> natural = lambda phi, xi: geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> def natural(phi, xi):
+      ...     return geometry.natural_parameter_gradient(phi, objective, xi)
       >>> arguments = (natural, identity, jnp.exp, jnp.zeros(1))
       >>> gap = lambda rate: geometry.finite_step_gap(*arguments, rate)
       >>> 3.5 < float(gap(0.2) / gap(0.1)) < 4.5  # of the order rate^2

@@ -65,7 +65,8 @@ class AnalyticKernels:
       limit: what they are kernels of.
 
     Example:
-      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na, numpy as np
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
       >>> model = ng.MLP((4, 8, 1), bias_variance=0.1, rngs=nnx.Rngs(0))
       >>> kernels = na.analytic_kernels(model, jnp.eye(4))
@@ -157,7 +158,9 @@ def analytic_layer_kernels(
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
-      >>> layers = na.analytic_layer_kernels(ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4))
+      >>> layers = na.analytic_layer_kernels(
+      ...     ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      ... )
       >>> [layer.shape for layer in layers], layers[0].dtype
       ([(4, 4), (4, 4)], dtype('float64'))
     """
@@ -210,7 +213,8 @@ def analytic_kernels(
       ImportError: the engine is not installed.
 
     Example:
-      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na, numpy as np
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
       >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
       >>> x, x_test = jnp.eye(4), jnp.ones((2, 4))

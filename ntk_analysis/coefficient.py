@@ -64,7 +64,8 @@ def coefficient_matrix(
         has no infinite-width limit, or a matrix that cannot fit in memory.
 
     Example:
-      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na, numpy as np
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
       >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
       >>> theta = na.coefficient_matrix(ng.BlockDiagonal(), model, x)

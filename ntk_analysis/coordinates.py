@@ -42,7 +42,8 @@ class CoordinateCheck:
     Example:
       >>> import ntk_analysis as na, numpy as np
       >>> changes = np.ones((3, 1, 2)) * np.array([1.0, 0.5, 0.25])[:, None, None]
-      >>> na.CoordinateCheck((16, 64, 256), changes).exponents  # features move as M^{-1/2}: lazy
+      >>> # features move as M^{-1/2}: lazy
+      >>> na.CoordinateCheck((16, 64, 256), changes).exponents
       array([-0.5, -0.5])
     """
 

@@ -72,9 +72,12 @@ def kernel_drift(
       >>> from flax import nnx
       >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
       >>> trained = nnx.clone(model)
-      >>> nnx.update(trained, jax.tree.map(lambda p: 1.1 * p, nnx.state(model, nnx.Param)))
+      >>> nnx.update(
+      ...     trained, jax.tree.map(lambda p: 1.1 * p, nnx.state(model, nnx.Param))
+      ... )
       >>> drift = na.kernel_drift(model, trained, x)
-      >>> round(drift.relative_change, 3), round(drift.cka, 3)  # 1.1^2 times the kernel
+      >>> # 1.1^2 times the kernel
+      >>> round(drift.relative_change, 3), round(drift.cka, 3)
       (0.21, 1.0)
     """
     before = initial_signals(model_0, x)

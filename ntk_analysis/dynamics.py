@@ -35,7 +35,8 @@ class LinearisedDynamics:
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> settings = {"learning_rate": 0.5, "steps": 3, "x_test": jnp.ones((2, 4))}
       >>> found = na.predict_dynamics(ng.Exact(), model, x, y, **settings)
       >>> found.outputs_train.shape, found.outputs_test.shape
@@ -109,9 +110,13 @@ def predict_dynamics(
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
-      >>> found = na.predict_dynamics(ng.Exact(), model, x, y, learning_rate=0.5, steps=3)
-      >>> print((found.train_losses / found.train_losses[0]).round(4))  # (1 - eta)^2 a step
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> found = na.predict_dynamics(
+      ...     ng.Exact(), model, x, y, learning_rate=0.5, steps=3
+      ... )
+      >>> # (1 - eta)^2 a step
+      >>> print((found.train_losses / found.train_losses[0]).round(4))
       [1.     0.25   0.0625 0.0156]
     """
     if loss is not None and not isinstance(loss, MeanSquaredError):

@@ -158,7 +158,8 @@ def empirical_layer_kernels(
       >>> from flax import nnx
       >>> model, x = ng.MLP((4, 8, 2), rngs=nnx.Rngs(0)), jnp.eye(4)
       >>> layers = na.empirical_layer_kernels(model, x)
-      >>> len(layers), sum(layers).shape  # the empirical neural tangent kernel, (N C, N C)
+      >>> # the empirical neural tangent kernel, (N C, N C)
+      >>> len(layers), sum(layers).shape
       (2, (8, 8))
     """
     signals = initial_signals(model, x1, x2)

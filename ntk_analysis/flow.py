@@ -43,8 +43,11 @@ class LinearisedFlow:
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
-      >>> found = na.predict_flow(ng.Exact(), model, x, y, [0.0, 1.0], loss=ng.MeanSquaredError())
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> found = na.predict_flow(
+      ...     ng.Exact(), model, x, y, [0.0, 1.0], loss=ng.MeanSquaredError()
+      ... )
       >>> found.times.tolist(), found.outputs_train.shape
       ([0.0, 1.0], (2, 4, 1))
     """
@@ -123,10 +126,14 @@ def predict_flow(
       RuntimeError: the solver failed, or reached its limit of steps.
 
     Example:
-      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na, numpy as np
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
-      >>> found = na.predict_flow(ng.Exact(), model, x, y, [0.0, 1.0], loss=ng.MeanSquaredError())
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> found = na.predict_flow(
+      ...     ng.Exact(), model, x, y, [0.0, 1.0], loss=ng.MeanSquaredError()
+      ... )
       >>> losses = found.train_losses
       >>> bool(np.isclose(losses[1] / losses[0], np.exp(-2), rtol=1e-5))
       True

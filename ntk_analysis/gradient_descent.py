@@ -25,7 +25,8 @@ class GradientDescent(Structure):
     constant learning rate of the linearised network is 1 / lambda_max(Theta).
 
     Example:
-      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na, numpy as np
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
       >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
       >>> theta = na.coefficient_matrix(na.GradientDescent(), model, x)

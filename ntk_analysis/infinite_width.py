@@ -155,7 +155,9 @@ def infinite_width_limit(model: nnx.Module, engine: Engine = "auto") -> Limit:
     Example:
       >>> import natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
-      >>> limit = na.infinite_width_limit(ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), engine="natgrad")
+      >>> limit = na.infinite_width_limit(
+      ...     ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), engine="natgrad"
+      ... )
       >>> limit.description["activation"]
       'relu'
     """

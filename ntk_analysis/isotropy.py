@@ -55,7 +55,11 @@ class IsotropyReport:
       >>> from flax import nnx
       >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
       >>> report = na.isotropy(ng.Exact(), model, x)
-      >>> print(report.eigenvalues.round(3), report.theoretical_alpha, report.learning_rate)
+      >>> print(
+      ...     report.eigenvalues.round(3),
+      ...     report.theoretical_alpha,
+      ...     report.learning_rate,
+      ... )
       [1. 1. 1. 1.] 1.0 1.0
     """
 

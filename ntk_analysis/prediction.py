@@ -50,7 +50,8 @@ class Prediction:
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> found = na.predict(ng.Exact(), model, x, y, x, kernels="empirical")
       >>> found.mean.round(3).ravel().tolist(), found.variance
       ([1.0, 1.0, 1.0, 1.0], None)
@@ -160,9 +161,11 @@ def predict(
         that cannot fit in memory.
 
     Example:
-      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na, numpy as np
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> x_test = jnp.concatenate([x, jnp.ones((1, 4))])
       >>> found = na.predict(ng.Exact(), model, x, y, x_test, covariance="variance")
       >>> found.mean.shape, bool(np.allclose(found.mean[:4], y))

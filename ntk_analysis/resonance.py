@@ -39,7 +39,8 @@ class ResonanceWarning(UserWarning):
     Example:
       >>> import warnings, jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> model = ng.MLP((4, 8, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> structure = ng.BlockTriDiagonal()
       >>> low, high = na.resonance_window(structure, model, x)
       >>> settings = {"learning_rate": 0.1, "steps": 1, "damping": (low + high) / 2}
@@ -74,7 +75,8 @@ def resonances(structure: Structure, model: nnx.Module, x: ArrayLike) -> Matrix:
       >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
       >>> model, x = ng.MLP((4, 8, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
-      >>> na.resonances(ng.BlockTriDiagonal(), model, x).shape  # N C for one negative eigenvalue
+      >>> # N C for one negative eigenvalue
+      >>> na.resonances(ng.BlockTriDiagonal(), model, x).shape
       (4,)
       >>> na.resonances(ng.BlockDiagonal(), model, x).shape
       (0,)
@@ -138,7 +140,9 @@ def spectral_radius(
       >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
       >>> from flax import nnx
       >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
-      >>> radii = na.spectral_radius(ng.Exact(), model, x, learning_rate=0.7, dampings=[0.0, 1e-2])
+      >>> radii = na.spectral_radius(
+      ...     ng.Exact(), model, x, learning_rate=0.7, dampings=[0.0, 1e-2]
+      ... )
       >>> print(radii.round(3)[0], radii[1] > radii[0])  # |1 - eta alpha| undamped
       0.3 True
     """

@@ -112,7 +112,9 @@ def linear_teacher(
 
     Example:
         >>> import natgrad_datasets, numpy as np
-        >>> data = natgrad_datasets.linear_teacher((4, 6, 2), 100, 10, seed=0, noise_variance=0.0)
+        >>> data = natgrad_datasets.linear_teacher(
+        ...     (4, 6, 2), 100, 10, seed=0, noise_variance=0.0
+        ... )
         >>> data.x_train.shape, data.y_train.shape, data.weights.shape
         ((100, 4), (100, 2), (4, 2))
         >>> bool(np.allclose(data.y_train, data.x_train @ data.weights))

@@ -189,7 +189,9 @@ def load(
 
     Example:
         >>> import natgrad_datasets
-        >>> data = natgrad_datasets.load("digits", classes=(0, 1), num_train=50, num_test=20)
+        >>> data = natgrad_datasets.load(
+        ...     "digits", classes=(0, 1), num_train=50, num_test=20
+        ... )
         >>> data.x_train.shape, data.y_train.shape  # two classes: one column of +-0.5
         ((50, 64), (50, 1))
         >>> images = natgrad_datasets.load("digits", layout="image", prepare=False)

@@ -63,7 +63,9 @@ def observed_mask(shape: tuple[int, int], num_observed: int, seed: int) -> NDArr
 
     Example:
         >>> import natgrad_datasets
-        >>> few, many = (natgrad_datasets.observed_mask((10, 10), n, seed=0) for n in (20, 50))
+        >>> few, many = (
+        ...     natgrad_datasets.observed_mask((10, 10), n, seed=0) for n in (20, 50)
+        ... )
         >>> int(few.sum()), bool((few <= many).all())  # one random order
         (20, True)
     """

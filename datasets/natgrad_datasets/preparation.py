@@ -68,7 +68,8 @@ def standardise(x: ArrayLike) -> NDArray[np.float64]:
 
     Example:
         >>> import natgrad_datasets
-        >>> natgrad_datasets.standardise([[1.0, 1.0], [3.0, 3.0]]).tolist()  # one mean for all
+        >>> # one mean for all
+        >>> natgrad_datasets.standardise([[1.0, 1.0], [3.0, 3.0]]).tolist()
         [[-1.0, -1.0], [1.0, 1.0]]
     """
     samples = finite_samples(x)

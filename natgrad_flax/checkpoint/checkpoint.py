@@ -167,8 +167,12 @@ def restore(
       >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
       >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = checkpoint.save(folder, model, optimizer, structure=ng.KFAC(), step=3)
-      ...     optimizer, step = checkpoint.restore(folder, model, optimizer, structure=ng.KFAC())
+      ...     path = checkpoint.save(
+      ...         folder, model, optimizer, structure=ng.KFAC(), step=3
+      ...     )
+      ...     optimizer, step = checkpoint.restore(
+      ...         folder, model, optimizer, structure=ng.KFAC()
+      ...     )
       >>> step
       3
     """

@@ -51,7 +51,11 @@ class UnsolvedError(RuntimeError):
       >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
       >>> model, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.ones((4, 1))
       >>> x = jnp.ones((4, 4))  # the same sample four times, and no damping
-      >>> options = {"structure": ng.Exact(), "loss": ng.MeanSquaredError(), "solver": "cholesky"}
+      >>> options = {
+      ...     "structure": ng.Exact(),
+      ...     "loss": ng.MeanSquaredError(),
+      ...     "solver": "cholesky",
+      ... }
       >>> try:
       ...     step = sharded_natural_gradient(model, x, y, mesh=mesh, **options)
       ... except UnsolvedError as error:
@@ -131,9 +135,15 @@ def sharded_natural_gradient(
       >>> import jax, jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
       >>> from natgrad_flax.devices import sharded_natural_gradient
-      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])  # or more of them
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
-      >>> options = {"structure": ng.KFAC(), "loss": ng.MeanSquaredError(), "damping": 1e-3}
+      >>> # or more of them
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {
+      ...     "structure": ng.KFAC(),
+      ...     "loss": ng.MeanSquaredError(),
+      ...     "damping": 1e-3,
+      ... }
       >>> step = sharded_natural_gradient(model, x, y, mesh=mesh, **options)
       >>> step["layers"][0]["kernel"].shape
       (4, 8)

@@ -73,7 +73,8 @@ def deep_linear_descent(
       ...     optimizer.update(model, grads, module=model, x=x, y=y)
       ...     return value
       >>> values = [train_step(model, optimizer) for _ in range(51)]
-      >>> round(float(values[50] / values[0]), 2)  # the flow has exp(-2 t), at t = 50 x 0.02
+      >>> # the flow has exp(-2 t), at t = 50 x 0.02
+      >>> round(float(values[50] / values[0]), 2)
       0.13
     """
 

@@ -31,7 +31,9 @@ class Descent(NamedTuple):
       >>> from natgrad_flax import linear
       >>> x, y = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([1.0, -1.0])
       >>> field = linear.logistic.gradient_field(x, y)
-      >>> found = linear.descend(field, jnp.zeros(2), step_size=0.1, steps=20, record_every=10)
+      >>> found = linear.descend(
+      ...     field, jnp.zeros(2), step_size=0.1, steps=20, record_every=10
+      ... )
       >>> found.final.shape, found.recorded.shape, found.steps.tolist()
       ((2,), (3, 2), [0, 10, 20])
     """
@@ -75,8 +77,11 @@ def descend(
       >>> from natgrad_flax import linear
       >>> x, y = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([1.0, -1.0])
       >>> field = linear.logistic.natural_gradient_field(x, y)
-      >>> found = linear.descend(field, jnp.zeros(2), step_size=0.1, steps=20, integrator="rk4")
-      >>> margins = linear.logistic.train_margins(jnp.zeros(2), 2.0)  # of the flow at time 2
+      >>> found = linear.descend(
+      ...     field, jnp.zeros(2), step_size=0.1, steps=20, integrator="rk4"
+      ... )
+      >>> # of the flow at time 2
+      >>> margins = linear.logistic.train_margins(jnp.zeros(2), 2.0)
       >>> bool(jnp.allclose(y * (x @ found.final), margins, rtol=1e-4))
       True
     """

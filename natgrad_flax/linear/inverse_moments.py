@@ -57,7 +57,8 @@ class DirectInverse(InverseMoment):
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from natgrad_flax import linear
-      >>> inverse, rows = linear.DirectInverse(), jnp.eye(3) / 3**0.5  # three samples over sqrt(N)
+      >>> # three samples over sqrt(N)
+      >>> inverse, rows = linear.DirectInverse(), jnp.eye(3) / 3**0.5
       >>> state, right = inverse.init(3, jnp.float32), jnp.ones((3, 1))
       >>> solved, _ = inverse.solve(state, rows, right, 1.0, jax.random.key(0), True)
       >>> bool(jnp.allclose(solved, 1 / (1 / 3 + 1)))

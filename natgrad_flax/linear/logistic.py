@@ -8,7 +8,8 @@ Example:
   >>> import jax.numpy as jnp
   >>> from natgrad_flax.linear import logistic
   >>> x, y = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([1.0, -1.0])
-  >>> print(logistic.natural_gradient(x, y, jnp.zeros(2)))  # moves each margin by 1 + exp(-u) = 2
+  >>> # moves each margin by 1 + exp(-u) = 2
+  >>> print(logistic.natural_gradient(x, y, jnp.zeros(2)))
   [-1.  2.]
   >>> print(logistic.gradient_field(x, y)(jnp.zeros(2)))
   [-1.   0.5]

@@ -8,11 +8,15 @@ J dW = sum_l A_l dW_l B_l, and a natural gradient is a solution of J dW = G.
 Example:
   >>> import jax.numpy as jnp
   >>> from natgrad_flax.linear import matrix_factorization
-  >>> target, mask = jnp.array([[2.0, 9.0], [9.0, 9.0]]), jnp.array([[1, 0], [0, 0]])
-  >>> factors = (jnp.array([[1.0, 0.5], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.5, 1.0]]))
+  >>> target = jnp.array([[2.0, 9.0], [9.0, 9.0]])
+  >>> mask = jnp.array([[1, 0], [0, 0]])
+  >>> upper = jnp.array([[1.0, 0.5], [0.0, 1.0]])
+  >>> factors = (upper, upper.T)
   >>> step = matrix_factorization.natural_gradient(target, mask, factors)
-  >>> moved = matrix_factorization.push_forward(factors, step)  # of beta, to first order
-  >>> residual = mask * (factors[0] @ factors[1] - target)  # 1.25 - 2 where it is observed
+  >>> # of beta, to first order
+  >>> moved = matrix_factorization.push_forward(factors, step)
+  >>> # 1.25 - 2 where it is observed
+  >>> residual = mask * (factors[0] @ factors[1] - target)
   >>> bool(jnp.allclose(moved, residual, atol=1e-5))
   True
 """

@@ -9,7 +9,8 @@ Example:
   >>> x, y = np.array([[2.0, 0.0, 1.0], [0.0, 1.0, 1.0]]), np.array([1.0, -1.0])
   >>> references.separation(x, y).separable
   True
-  >>> print(references.max_margin(x, y, depth=2).coefficients)  # of least l_1 norm
+  >>> # of least l_1 norm
+  >>> print(references.max_margin(x, y, depth=2).coefficients)
   [ 0.5 -1.   0. ]
   >>> print(references.natural_gradient_limit(x, y))  # of least l_2 norm
   [ 0.66666667 -0.66666667 -0.33333333]

@@ -29,10 +29,12 @@ class Loss(abc.ABC):
 
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng
-      >>> loss, f, y = ng.MeanSquaredError(), jnp.array([[1.0], [2.0], [9.0]]), jnp.zeros((3, 1))
+      >>> loss = ng.MeanSquaredError()
+      >>> f, y = jnp.array([[1.0], [2.0], [9.0]]), jnp.zeros((3, 1))
       >>> isinstance(loss, ng.Loss)
       True
-      >>> float(loss(f, y, weights=jnp.array([1.0, 1.0, 0.0])))  # a mask: (1 + 4) / (2 * 2)
+      >>> # a mask: (1 + 4) / (2 * 2)
+      >>> float(loss(f, y, weights=jnp.array([1.0, 1.0, 0.0])))
       1.25
     """
 

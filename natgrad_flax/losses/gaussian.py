@@ -24,7 +24,8 @@ class GaussianNegativeLogLikelihood(DiagonalLoss):
       >>> import jax.numpy as jnp, natgrad_flax as ng
       >>> loss = ng.GaussianNegativeLogLikelihood()
       >>> means, variances = jnp.array([[0.0], [1.0]]), jnp.array([[4.0], [4.0]])
-      >>> f, y = jnp.concatenate([means, jnp.log(variances)], axis=1), jnp.array([[2.0], [3.0]])
+      >>> f = jnp.concatenate([means, jnp.log(variances)], axis=1)
+      >>> y = jnp.array([[2.0], [3.0]])
       >>> bool(jnp.isclose(loss(f, y), (jnp.log(4.0) + 1) / 2))
       True
       >>> print(loss.fisher(f)[0].round(3))  # diag(1 / v, 1 / 2)

@@ -35,7 +35,8 @@ class SoftmaxCrossEntropy(Loss):
 
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng
-      >>> loss, f, labels = ng.SoftmaxCrossEntropy(), jnp.zeros((2, 4)), jnp.array([3, 1])
+      >>> loss = ng.SoftmaxCrossEntropy()
+      >>> f, labels = jnp.zeros((2, 4)), jnp.array([3, 1])
       >>> bool(jnp.isclose(loss(f, labels), jnp.log(4)))
       True
       >>> print(loss.residual(f, labels).round(2))  # p - y

@@ -49,7 +49,9 @@ class Dense(ScaledLayer):
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
-      >>> layer = ng.Dense(3, 8, weight_variance=2.0, bias_variance=0.1, rngs=nnx.Rngs(0))
+      >>> layer = ng.Dense(
+      ...     3, 8, weight_variance=2.0, bias_variance=0.1, rngs=nnx.Rngs(0)
+      ... )
       >>> x = jnp.ones((5, 3))
       >>> u = (2.0 / 3) ** 0.5 * x @ layer.kernel + 0.1**0.5 * layer.bias
       >>> bool(jnp.allclose(layer(x), u))

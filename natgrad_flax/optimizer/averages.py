@@ -60,7 +60,9 @@ class MovingAverage:
       >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> average = ng.MovingAverage(decay=0.95, every=1, inverse_every=5)
       >>> options = {"structure": ng.KFAC(), "loss": loss, "damping": 0.1}
-      >>> tx = ng.natural_gradient_descent(0.1, average=average, example=(model, x), **options)
+      >>> tx = ng.natural_gradient_descent(
+      ...     0.1, average=average, example=(model, x), **options
+      ... )
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> @nnx.jit
       ... def train_step(model, optimizer, x, y):

@@ -124,7 +124,9 @@ def natural_gradient_descent(
       >>> import jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
       >>> model, loss = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), ng.MeanSquaredError()
-      >>> tx = ng.natural_gradient_descent(0.1, structure=ng.KFAC(), loss=loss, damping=0.01)
+      >>> tx = ng.natural_gradient_descent(
+      ...     0.1, structure=ng.KFAC(), loss=loss, damping=0.01
+      ... )
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> @nnx.jit
       ... def train_step(model, optimizer, x, y):

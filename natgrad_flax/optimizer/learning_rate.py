@@ -84,9 +84,11 @@ def optimal_learning_rate(
       >>> import jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
       >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
-      >>> ng.optimal_learning_rate(ng.BlockDiagonal(), model, 4)  # by theory: 1 / alpha = 1 / L
+      >>> # by theory: 1 / alpha = 1 / L
+      >>> ng.optimal_learning_rate(ng.BlockDiagonal(), model, 4)
       0.5
-      >>> round(ng.optimal_learning_rate(ng.BlockDiagonal(), model, x=jnp.eye(4)), 3)  # measured
+      >>> # measured
+      >>> round(ng.optimal_learning_rate(ng.BlockDiagonal(), model, x=jnp.eye(4)), 3)
       0.5
     """
     check_structure(structure)

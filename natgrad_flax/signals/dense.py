@@ -58,7 +58,8 @@ class DenseSignals(AffineLayerSignals):
       >>> a, D = signals.layers[1].inputs, signals.layers[1].derivatives
       >>> a.shape, D.shape
       ((4, 8), (4, 2, 2))
-      >>> K = jnp.einsum("nk,mk->nm", a, a)[:, None, :, None] * jnp.einsum("nsi,mti->nsmt", D, D)
+      >>> A, B = jnp.einsum("nk,mk->nm", a, a), jnp.einsum("nsi,mti->nsmt", D, D)
+      >>> K = A[:, None, :, None] * B
       >>> bool(jnp.allclose(signals.layers[1].gram(), K.reshape(8, 8), atol=1e-5))
       True
     """
@@ -178,7 +179,8 @@ class Signals:
       >>> import jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
       >>> signals = ng.jacobian_signals(ng.MLP((4, 8, 2), rngs=nnx.Rngs(0)), jnp.eye(4))
-      >>> ntk = sum(layer.gram() for layer in signals.layers)  # J J^T, samples first
+      >>> # J J^T, samples first
+      >>> ntk = sum(layer.gram() for layer in signals.layers)
       >>> ntk.shape, signals.num_params
       ((8, 8), 48)
     """

@@ -111,11 +111,13 @@ class Residual(Gradient):
     Example:
       >>> import jax, jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> signals, residual = ng.fisher_signals(model, x, y, loss=ng.MeanSquaredError())
       >>> residual.coefficients.shape
       (4, 1)
-      >>> bool(jnp.allclose(residual.coefficients, model(x) - y))  # R = I for this loss
+      >>> # R = I for this loss
+      >>> bool(jnp.allclose(residual.coefficients, model(x) - y))
       True
     """
 

@@ -51,7 +51,8 @@ class Structure(abc.ABC):
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> signals, residual = ng.fisher_signals(model, x, y, loss=ng.MeanSquaredError())
       >>> structure = ng.Diagonal()
       >>> updates = structure.solve(signals, residual, 1e-3)  # one a layer

@@ -32,7 +32,8 @@ class Diagonal(AveragedStructure):
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
-      >>> model, x, loss = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), ng.MeanSquaredError()
+      >>> model, loss = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), ng.MeanSquaredError()
+      >>> x = jnp.eye(4)
       >>> kept = ng.fisher(model, x, structure=ng.Diagonal(), loss=loss)
       >>> F = ng.fisher(model, x, structure=ng.Exact(), loss=loss)
       >>> bool(jnp.allclose(kept.to_dense(), jnp.diag(jnp.diag(F.to_dense()))))

@@ -31,8 +31,11 @@ class Exact(Structure):
     Example:
       >>> import jax, jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
-      >>> step = ng.natural_gradient(model, x, y, structure=ng.Exact(), loss=ng.MeanSquaredError())
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> step = ng.natural_gradient(
+      ...     model, x, y, structure=ng.Exact(), loss=ng.MeanSquaredError()
+      ... )
 
       One step of rate 1 fits the samples, as far as the network is linear in its parameters:
 

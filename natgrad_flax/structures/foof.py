@@ -65,9 +65,16 @@ class Foof(FactorAverage):
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
-      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3, "fisher": "empirical"}
-      >>> step = ng.natural_gradient(model, x, y, structure=ng.Foof("inputs"), **options)
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {
+      ...     "loss": ng.MeanSquaredError(),
+      ...     "damping": 1e-3,
+      ...     "fisher": "empirical",
+      ... }
+      >>> step = ng.natural_gradient(
+      ...     model, x, y, structure=ng.Foof("inputs"), **options
+      ... )
     """
 
     side: Side

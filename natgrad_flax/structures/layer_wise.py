@@ -32,9 +32,10 @@ class SingularCouplingWarning(UserWarning):
     Example:
       >>> import warnings, jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> options = {"structure": ng.BlockTriDiagonal(), "loss": ng.MeanSquaredError()}
-      >>> with warnings.catch_warnings():  # two layers, 3s + 2 with s = 0: known, and accepted
+      >>> with warnings.catch_warnings():  # L = 2 = 3s + 2: known, and accepted
       ...     warnings.simplefilter("ignore", ng.SingularCouplingWarning)
       ...     step = ng.natural_gradient(model, x, y, **options)
     """
@@ -60,9 +61,12 @@ class LayerWise(Structure):
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng, numpy as np
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> structure = ng.LayerWise([[1.0, 0.5], [0.5, 1.0]])
-      >>> step = ng.natural_gradient(model, x, y, structure=structure, loss=ng.MeanSquaredError())
+      >>> step = ng.natural_gradient(
+      ...     model, x, y, structure=structure, loss=ng.MeanSquaredError()
+      ... )
       >>> rate = ng.optimal_learning_rate(structure, model, 4)
       >>> bool(np.isclose(1 / rate, np.linalg.inv(structure.sigma).sum()))
       True

@@ -49,7 +49,9 @@ class QuasiDiagonal(AveragedStructure):
       >>> model = ng.MLP((4, 8, 1), bias_variance=0.1, rngs=nnx.Rngs(0))
       >>> x, y = jnp.eye(4), jnp.ones((4, 1))
       >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3}
-      >>> step = ng.natural_gradient(model, x, y, structure=ng.QuasiDiagonal(), **options)
+      >>> step = ng.natural_gradient(
+      ...     model, x, y, structure=ng.QuasiDiagonal(), **options
+      ... )
       >>> {name: array.shape for name, array in step["layers"][0].items()}
       {'bias': (8,), 'kernel': (4, 8)}
     """

@@ -64,7 +64,9 @@ class UnitWise(Structure):
       >>> x, loss = jax.random.normal(jax.random.key(0), (4, 4)), ng.MeanSquaredError()
       >>> options = {"structure": ng.UnitWise(), "loss": loss}
       >>> damping = ng.RelativeDamping(1e-3)
-      >>> step = ng.natural_gradient(model, x, jnp.ones((4, 1)), damping=damping, **options)
+      >>> step = ng.natural_gradient(
+      ...     model, x, jnp.ones((4, 1)), damping=damping, **options
+      ... )
       >>> F = ng.fisher(model, x, **options).to_dense()
       >>> int(jnp.count_nonzero(F)), F.size  # 8 blocks of 4 x 4 and one of 8 x 8
       (192, 1600)

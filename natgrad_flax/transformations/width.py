@@ -56,7 +56,8 @@ def scale_by_width(
       >>> params = nnx.state(model, nnx.Param)
       >>> ones = jax.tree.map(jnp.ones_like, params)
       >>> updates, _ = tx.update(ones, tx.init(params), params)
-      >>> [float(layer["kernel"][...][0, 0]) for _, layer in sorted(updates["layers"].items())]
+      >>> layers = [updates["layers"][l]["kernel"][...] for l in range(3)]
+      >>> [float(layer[0, 0]) for layer in layers]
       [-8.0, -1.0, -0.125]
     """
     if not isinstance(model, (MLP, ConvNet)):

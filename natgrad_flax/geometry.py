@@ -5,14 +5,19 @@ g. Its coordinate vectors are the columns of J = d phi, its Gram matrix is G = J
 natural parameter gradient of an objective L(z) is G^- J^T dL (van Oostrum, Mueller & Ay 2022).
 """
 
+# ruff: noqa: F722, F821, UP037 - shapes in signatures, which the tests hold examples to
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Map = Callable[[Array], Array]
 """A differentiable map between vectors."""
@@ -24,7 +29,7 @@ Representation = Callable[[Map, Array], Array]
 """From a parametrisation and parameters (d,) to a vector on the parameter space (d,)."""
 
 
-def euclidean(point: Array) -> Array:
+def euclidean(point: Float[Array, "D"]) -> Float[Array, "D D"]:
     """The Euclidean metric: the identity (D, D), at every point (D,).
 
     Example:
@@ -36,7 +41,7 @@ def euclidean(point: Array) -> Array:
     return jnp.eye(len(point), dtype=point.dtype)
 
 
-def fisher_rao_gaussian(point: Array) -> Array:
+def fisher_rao_gaussian(point: Float[Array, "D"]) -> Float[Array, "D D"]:
     """The Fisher-Rao metric of normal distributions.
 
     Args:
@@ -59,7 +64,7 @@ def fisher_rao_gaussian(point: Array) -> Array:
     return _block_diagonal(mean_size, inverse, jnp.kron(inverse, inverse) / 2)
 
 
-def wasserstein_gaussian(point: Array) -> Array:
+def wasserstein_gaussian(point: Float[Array, "D"]) -> Float[Array, "D D"]:
     """The metric of the L2-Wasserstein distance between normal distributions.
 
     Half the inverse of X -> Sigma X + X Sigma for the covariance, the identity for the mean
@@ -99,7 +104,7 @@ def _block_diagonal(mean_size: int, mean: Array, covariance: Array) -> Array:
     return matrix.at[mean_size:, mean_size:].set(covariance)
 
 
-def gram_matrix(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
+def gram_matrix(phi: Map, xi: Float[Array, "d"], metric: Metric = euclidean) -> Float[Array, "d d"]:
     """G = J^T g J, shape (d, d).
 
     Args:
@@ -126,10 +131,10 @@ def gram_matrix(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
 def natural_parameter_gradient(
     phi: Map,
     objective: Objective,
-    xi: Array,
+    xi: Float[Array, "d"],
     metric: Metric = euclidean,
     generalised_inverse: Map | None = None,
-) -> Array:
+) -> Float[Array, "d"]:
     """G^- grad_xi L, shape (d,) (van Oostrum et al. 2022, Eq. 5).
 
     Without ``generalised_inverse`` G^- is the Moore-Penrose inverse, taken from the singular values
@@ -165,7 +170,7 @@ def natural_parameter_gradient(
     return _pseudo_inverse(factor.T @ jacobian) @ right
 
 
-def push_forward(phi: Map, xi: Array, vector: Array) -> Array:
+def push_forward(phi: Map, xi: Float[Array, "d"], vector: Float[Array, "d"]) -> Float[Array, "D"]:
     """d phi (vector): what a vector on the parameter space (d,) does on the model, shape (D,).
 
     Example:
@@ -180,7 +185,9 @@ def push_forward(phi: Map, xi: Array, vector: Array) -> Array:
     return moved
 
 
-def span_projection(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
+def span_projection(
+    phi: Map, xi: Float[Array, "d"], metric: Metric = euclidean
+) -> Float[Array, "D D"]:
     """Pi = J G^+ J^T g, the g-orthogonal projection on the coordinate vectors, shape (D, D).
 
     The push-forward of the natural parameter gradient is Pi applied to the gradient of the ambient
@@ -209,7 +216,9 @@ def span_projection(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
     return jax.scipy.linalg.solve_triangular(factor.T, projected, lower=False)
 
 
-def ambient_gradient(objective: Objective, point: Array, metric: Metric = euclidean) -> Array:
+def ambient_gradient(
+    objective: Objective, point: Float[Array, "D"], metric: Metric = euclidean
+) -> Float[Array, "D"]:
     """g^{-1} dL: the gradient of the ambient space at a point, shape (D,).
 
     Raises:
@@ -228,7 +237,9 @@ def ambient_gradient(objective: Objective, point: Array, metric: Metric = euclid
     return jnp.linalg.solve(matrix, jax.grad(objective)(point))
 
 
-def any_generalised_inverse(matrix: Array, free: Array) -> Array:
+def any_generalised_inverse(
+    matrix: Float[Array, "n m"], free: Float[Array, "m n"]
+) -> Float[Array, "m n"]:
     """A^+ + Z - A^+ A Z A A^+: with Z every A^- with A A^- A = A, symmetric or not.
 
     Args:
@@ -256,7 +267,7 @@ def any_generalised_inverse(matrix: Array, free: Array) -> Array:
     return inverse + free - inverse @ matrix @ free @ matrix @ inverse
 
 
-def coordinate_rank(phi: Map, xi: Array) -> int:
+def coordinate_rank(phi: Map, xi: Float[Array, "d"]) -> int:
     """The dimension of the span of the coordinate vectors at concrete parameters (d,).
 
     Example:
@@ -272,7 +283,7 @@ def coordinate_rank(phi: Map, xi: Array) -> int:
     return int(np.sum(values > size * np.finfo(values.dtype).eps * largest)) if largest else 0
 
 
-def is_proper(phi: Map, xi: Array, dimension: int) -> bool:
+def is_proper(phi: Map, xi: Float[Array, "d"], dimension: int) -> bool:
     """Whether the coordinate vectors span the tangent space (van Oostrum et al. 2022, Sec. 2).
 
     There the push-forward of the natural parameter gradient is the natural gradient of the model,
@@ -303,8 +314,12 @@ def is_proper(phi: Map, xi: Array, dimension: int) -> bool:
 
 
 def parametrisation_dependence(
-    represent: Representation, phi: Map, xi: Array, psi: Map, theta: Array
-) -> Array:
+    represent: Representation,
+    phi: Map,
+    xi: Float[Array, "d"],
+    psi: Map,
+    theta: Float[Array, "c"],
+) -> Float[Array, ""]:
     """|d psi O(psi, theta) - d phi O(phi, xi)|: zero for all pairs only if O is (Definition 4).
 
     Args:
@@ -312,7 +327,7 @@ def parametrisation_dependence(
       phi: a parametrisation.
       xi: its parameters (d,).
       psi: another parametrisation of the model.
-      theta: its parameters (d',), with psi(theta) = phi(xi).
+      theta: its parameters (c,), with psi(theta) = phi(xi).
 
     Raises:
       ValueError: the two points differ.
@@ -337,7 +352,9 @@ def parametrisation_dependence(
     )
 
 
-def model_violation(represent: Representation, phi: Map, change: Map, theta: Array) -> Array:
+def model_violation(
+    represent: Representation, phi: Map, change: Map, theta: Float[Array, "d"]
+) -> Float[Array, ""]:
     """|d psi O(psi, theta) - d phi O(phi, f(theta))| for psi = phi o f (Definition 5).
 
     Zero for the natural parameter gradient with every generalised inverse (Theorem 2).
@@ -368,7 +385,9 @@ def model_violation(represent: Representation, phi: Map, change: Map, theta: Arr
     )
 
 
-def parameter_violation(represent: Representation, phi: Map, change: Map, theta: Array) -> Array:
+def parameter_violation(
+    represent: Representation, phi: Map, change: Map, theta: Float[Array, "d"]
+) -> Float[Array, ""]:
     """|df O(psi, theta) - O(phi, f(theta))| for psi = phi o f (Definition 6).
 
     Zero for the natural parameter gradient where phi is an immersion; in overparametrised models it
@@ -392,8 +411,8 @@ def parameter_violation(represent: Representation, phi: Map, change: Map, theta:
 
 
 def finite_step_gap(
-    represent: Representation, phi: Map, change: Map, theta: Array, rate: float
-) -> Array:
+    represent: Representation, phi: Map, change: Map, theta: Float[Array, "d"], rate: float
+) -> Float[Array, ""]:
     """How far apart one step of size ``rate`` ends on the model with phi and with phi o f.
 
     Of the order rate^2 for a representation that is invariant on the model (Sec. 4): only the flow

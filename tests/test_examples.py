@@ -2,11 +2,13 @@
 
 import doctest
 import inspect
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
 
+import jaxtyping
 import pytest
+from jax import Array
 
 from docs.tools import api
 
@@ -57,6 +59,24 @@ def public():
                 yield name, thing
 
 
+def held_to_shapes(function):
+    """A function whose arguments and result must have the shapes that its signature says."""
+    names = {"Float": jaxtyping.Float, "Array": Array}
+    said = {k: eval(v, names) for k, v in function.__annotations__.items() if "Float[" in v}
+
+    @wraps(function)
+    def held(*args, **kwargs):
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        with jaxtyping.jaxtyped("context"):  # a letter stands for one number in it
+            for name in said.keys() & given:
+                assert isinstance(given[name], said[name]), f"{name}: no {said[name]}"
+            result = function(*args, **kwargs)
+            assert isinstance(result, said.get("return", object)), f"no {said['return']}"
+        return result
+
+    return held if said else function
+
+
 def test_every_public_name_has_an_example():
     named = dict(public())
     assert len(named) > 100
@@ -71,6 +91,9 @@ def test_examples_run(room, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     runner, said = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False), []
     for module in ROOMS[room]:
+        for name, function in inspect.getmembers(import_module(module), inspect.isfunction):
+            if function.__module__ == module:
+                monkeypatch.setattr(f"{module}.{name}", held_to_shapes(function))
         for test in examples_of(module).values():
             test.globs = {"__name__": "__main__"}
             runner.run(test, out=said.append)

@@ -74,7 +74,7 @@ def held_to_shapes(function):
             assert isinstance(result, said.get("return", object)), f"no {said['return']}"
         return result
 
-    return held if said else function
+    return held
 
 
 def test_every_public_name_has_an_example():
@@ -91,9 +91,10 @@ def test_examples_run(room, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     runner, said = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False), []
     for module in ROOMS[room]:
-        for name, function in inspect.getmembers(import_module(module), inspect.isfunction):
-            if function.__module__ == module:
-                monkeypatch.setattr(f"{module}.{name}", held_to_shapes(function))
+        found = import_module(module)
+        for name, function in inspect.getmembers(found, inspect.isfunction):
+            if function.__module__ == module and "Float[" in str(function.__annotations__):
+                monkeypatch.setattr(found, name, held_to_shapes(function))
         for test in examples_of(module).values():
             test.globs = {"__name__": "__main__"}
             runner.run(test, out=said.append)

@@ -40,9 +40,10 @@ def coefficient_matrix(
     damping: Damping = 0.0,
     kernels: Kernels = "empirical",
 ) -> Matrix:
-    """Theta-bar(x', x) = J(x') (G + rho)^{-1} J(x)^T / N (Karakida & Osawa 2020, Eq. 11).
+    """What carries a step from training residuals to outputs (Karakida & Osawa 2020, Eq. 11).
 
-    A step of the linearised network moves its outputs by -eta Theta-bar(x', x) (f(x) - y). With
+    It is Theta-bar(x', x) = J(x') (G + rho)^{-1} J(x)^T / N with the Jacobian J of the outputs: a
+    step of the linearised network moves its outputs by -eta Theta-bar(x', x) (f(x) - y). With
     ``GradientDescent()`` it is the neural tangent kernel Theta(x', x) = K(x', x) / N.
 
     Args:

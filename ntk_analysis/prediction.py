@@ -38,7 +38,7 @@ _QUADRATURE = 64
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """f_infinity on test inputs; everything float64.
+    """The outputs f_infinity on test inputs to which training converges; everything float64.
 
     Attributes:
       mean: shape (N', C). With analytic kernels the mean over random initialisations, otherwise

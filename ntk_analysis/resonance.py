@@ -88,7 +88,9 @@ def resonances(structure: Structure, model: nnx.Module, x: ArrayLike) -> Matrix:
 def resonance_window(
     structure: Structure, model: nnx.Module, x: ArrayLike
 ) -> tuple[float, float] | None:
-    """The smallest and the largest of ``resonances``, None where there are none.
+    """Between which dampings a structure can be singular: smallest and largest of ``resonances``.
+
+    None where there are none.
 
     Args:
       structure: any Fisher approximation.

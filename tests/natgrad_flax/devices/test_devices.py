@@ -35,7 +35,7 @@ def test_every_structure_gives_the_step_of_one_device(eight):
 
 
 def test_every_kind_of_layer_is_solved_as_by_one_device(eight):
-    assert len(eight["solves"]) == 10
+    assert len(eight["solves"]) == 14
     assert max(eight["solves"].values()) < 1e-9, eight["solves"]
 
 

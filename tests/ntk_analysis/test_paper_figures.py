@@ -256,7 +256,7 @@ def test_figures_of_the_drift():
         name: curve | {"losses": [1, 0.5, 0.3], "cka": [1, 0.9, 0.8]}
         for name in ("full", "batches", "adam")
     }
-    figure = DRAWINGS["NG-Drift-Batches"]({"runs": {"mnist": {"ntk": runs}}})
+    figure = DRAWINGS["NG-Drift-Batches"]({"runs": {"ntk": runs}})
     losses, cka = figure.axes
     assert [list(line.get_ydata()) for line in losses.lines] == [[0.5, 0.3]] * 3
     assert [list(line.get_ydata()) for line in cka.lines] == [[0.9, 0.8]] * 3

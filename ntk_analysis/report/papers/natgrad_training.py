@@ -20,8 +20,7 @@ _COURSES = {
     "batches": "Gauss-Newton, mini-batches",
     "adam": "Adam, mini-batches",
 }
-_IMAGES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
-_KINDS = {"standard": "standard", "ntk": "NTK"}
+_KINDS = {"standard": "standard weights", "ntk": "weights of the NTK"}
 _LEFT = r"loss$_1$ / loss$_0$"
 
 
@@ -149,12 +148,11 @@ def draw_drift(data: dict[str, Any]) -> Figure:
 
 
 def draw_batches(data: dict[str, Any]) -> Figure:
-    """Loss and CKA over training, a column a data set and a parametrisation."""
-    columns = [(name, kind) for name, runs in data["runs"].items() for kind in runs]
-    figure, axes = panels(2, len(columns), (9.2, 5.0), sharex=True, sharey="row")
-    for column, (name, kind) in zip(axes.T, columns, strict=True):
+    """Loss and CKA over training, a column a parametrisation."""
+    figure, axes = panels(2, len(data["runs"]), (6.4, 5.0), sharex=True, sharey="row")
+    for column, (kind, runs) in zip(axes.T, data["runs"].items(), strict=True):
         for (which, label), ink in zip(_COURSES.items(), INKS, strict=False):
-            run = data["runs"][name][kind][which]
+            run = runs[which]
             for axis, quantity in zip(column, ("losses", "cka"), strict=True):
                 axis.plot(
                     run["steps"][1:],
@@ -165,7 +163,7 @@ def draw_batches(data: dict[str, Any]) -> Figure:
                     linestyle=ink.dash,
                     label=label,
                 )
-        column[0].set_title(f"{_IMAGES[name]}, {_KINDS[kind]}", fontsize="medium")
+        column[0].set_title(_KINDS[kind], fontsize="medium")
         column[0].set_yscale("log")
         column[1].set_xscale("log")
         column[1].set_xticks([1, 10, 100], ["1", "10", "100"])
@@ -192,5 +190,6 @@ DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "NG-Sparse-Networks": draw_sparse,
     "NG-Drift-Structures": draw_drift,
     "NG-Drift-Batches": draw_batches,
+    "NG-Drift-Batches-Digits": draw_batches,
 }
 """How the figure of a check is drawn, by identifier."""

@@ -15,6 +15,7 @@ MODULES = (
     "width",
     "sparse_networks",
     "drift",
+    "drift_batches",
 )
 """Modules of this package that register checks."""
 

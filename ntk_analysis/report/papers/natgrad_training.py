@@ -149,7 +149,7 @@ def draw_drift(data: dict[str, Any]) -> Figure:
 
 def draw_batches(data: dict[str, Any]) -> Figure:
     """Loss and CKA over training, a column a parametrisation."""
-    figure, axes = panels(2, len(data["runs"]), (6.4, 5.0), sharex=True, sharey="row")
+    figure, axes = panels(2, len(data["runs"]), (7.4, 5.0), sharex=True, sharey="row")
     for column, (kind, runs) in zip(axes.T, data["runs"].items(), strict=True):
         for (which, label), ink in zip(_COURSES.items(), INKS, strict=False):
             run = runs[which]
@@ -172,7 +172,11 @@ def draw_batches(data: dict[str, Any]) -> Figure:
     axes[0, 0].set_ylabel("loss over the first")
     axes[1, 0].set_ylabel("CKA with first kernel")
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize="small",
     )
     return figure
 

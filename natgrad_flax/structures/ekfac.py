@@ -25,6 +25,7 @@ from natgrad_flax.signals.base import LayerSignals, LayerUpdate
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
+from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.geometry import Geometry
@@ -33,6 +34,7 @@ from natgrad_flax.structures.kronecker_average import (
     factor_means,
     kronecker_words,
     products_of_rows,
+    together,
 )
 from natgrad_flax.structures.style import styled
 
@@ -86,7 +88,7 @@ class EKFAC(AveragedStructure):
                 for name in ("inputs", "units")
                 if name in entry
             }
-            for entry in factors
+            for entry in map(together, factors)
         )
 
     def rotated(
@@ -245,6 +247,9 @@ def _mean_squares(layer: LayerSignals, basis: Basis) -> Array:
     """
     layer, right = affine(layer), basis["units"]
     n = layer.num_samples
+    if isinstance(layer, TiedSignals):
+        left = basis["inputs"][0] if "inputs" in basis else None
+        return layer.in_basis(left, right[0]).squares()["kernel"][None] / n
     if "inputs" not in basis:
         rotated = dataclasses.replace(layer, derivatives=layer.derivatives @ right[0])
         return rotated.squares()["kernel"][None] / n

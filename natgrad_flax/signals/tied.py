@@ -26,11 +26,11 @@ from natgrad_flax.signals.shared import SharedSignals, Sharing
 class TiedSignals(SharedSignals):
     """Signals of weights W (K, M) of two uses, u_t = a_t W at T positions and v_t = h_t W^T at T'.
 
-    J[(n,s), (k,i)] = sum_t a[n,t,k] D[n,s,t,i] + sum_t E[n,s,t,k] h[n,t,i]. Of a tied embedding a is
-    one-hot, h what is read out and E the derivative with respect to the logits. Gram matrices come
-    from pairs of positions of one use and of both, sum_tt' (a_t . E'_t') (D_t . h'_t'), where a
-    one-hot a takes an entry; nothing here has the size N S K M but the Jacobian itself and, of one
-    sample at a time, what ``squares`` adds up.
+    J[(n,s), (k,i)] = sum_t a[n,t,k] D[n,s,t,i] + sum_t E[n,s,t,k] h[n,t,i]. Of a tied embedding a
+    is one-hot, h what is read out and E the derivative with respect to the logits. Gram matrices
+    come from pairs of positions of one use and of both, sum_tt' (a_t . E'_t') (D_t . h'_t'), where
+    a one-hot a takes an entry; with them nothing has the size N S K M. ``squares`` forms one sample
+    at a time.
 
     A cotangent is (N, T M + T' K): D of all positions, and E of all.
 

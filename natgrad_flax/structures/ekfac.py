@@ -50,6 +50,8 @@ class EKFAC(AveragedStructure):
     true Jacobian of the sample, summed over positions. Groups of units have a basis each.
     Parameters without Kronecker factors keep their exact Fisher block a unit. The basis of the
     rows of a table that are looked up (embeddings), whose A is a diagonal, is the standard one.
+    Weights of two uses (tied embeddings) have the eigenvectors of the pair that ``KFAC`` makes of
+    both, and J_ns is the sum over both.
 
     Where eigenvalues of a factor coincide its eigenvectors, and with them G, are not unique. The
     null space of a factor does no harm with "expand": there S* = 0 in every basis.
@@ -63,6 +65,7 @@ class EKFAC(AveragedStructure):
     style = styled("EKFAC", "#661100", "*", short="EKFAC")
     eigensystems = True
     cheap_inverse = True
+    shared_weights = "squares"
     damping_margin = 1.0  # no system is solved
     has_basis = True
 
@@ -171,7 +174,9 @@ class EKFAC(AveragedStructure):
             if isinstance(layer, SharedSignals):
                 groups = layer.num_groups
                 samples = samples * layer.num_positions
-            pairs = [(samples, layer.fan_in), (samples * directions, layer.num_units // groups)]
+            by_directions = samples * directions
+            left = by_directions if isinstance(layer, TiedSignals) else samples
+            pairs = [(left, layer.fan_in), (by_directions, layer.num_units // groups)]
             pairs = pairs[affine(layer).has_diagonal_inputs(self.sharing) :]
             whole = isinstance(layer, SharedSignals) and self.sharing == "reduce"
             sides.extend(params if whole else min(rows, params) for rows, params in pairs)

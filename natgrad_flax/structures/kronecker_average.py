@@ -386,7 +386,9 @@ def factor_sides(layer: LayerSignals, sharing: Sharing, space: Space) -> tuple[i
         return side, side
     layer = affine(layer)
     positions = num_positions(layer, sharing)
-    pairs = ((positions * samples, layer.fan_in), (positions * rows, layer.num_units))
+    # of the transposed use the rows of A are derivatives
+    inputs = rows if isinstance(layer, TiedSignals) else samples
+    pairs = ((positions * inputs, layer.fan_in), (positions * rows, layer.num_units))
     left, right = (
         params if in_parameters(space, count, params) else count for count, params in pairs
     )

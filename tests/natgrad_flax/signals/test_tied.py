@@ -18,6 +18,7 @@ from natgrad_flax.signals.lookup import OneHot
 from natgrad_flax.signals.shared import weigh_rows
 from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures import Moments
+from natgrad_flax.structures.memory import sample_jacobian_entries
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -122,6 +123,7 @@ def test_what_the_signals_answer():
         for name, value in found.items():
             np.testing.assert_allclose(value, expected[name], atol=1e-10, err_msg=name)
         # both ways to a Gram matrix are met
+        assert sample_jacobian_entries(ng.Diagonal(), layer) == S * layer.num_params
         assert layer.pairs_are_cheaper() == isinstance(layer.inputs, OneHot)
 
 

@@ -53,8 +53,8 @@ class Foof(FactorAverage):
     fewest directions, "empirical", costs least (1.07 of a step of gradient descent by processor
     time where 128 samples pass layers of 1024 units; with C = 10 directions 2.8).
 
-    Parameters without Kronecker factors, and weights that are also used transposed, keep their exact
-    Fisher block a unit.
+    Parameters without Kronecker factors, and weights that are also used transposed, keep their
+    exact Fisher block a unit.
 
     Args:
       side: the factor that is kept, "inputs" or "units".

@@ -8,8 +8,10 @@ H_n = E_y[r_n r_n^T] = R_n R_n^T over targets drawn from the model.
 from __future__ import annotations
 
 import abc
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +155,15 @@ class DiagonalLoss(Loss):
         """Outputs whose entry of H is above eps times the largest."""
         h = self.curvature(outputs)
         return h > jnp.finfo(h.dtype).eps * jnp.max(h)
+
+
+def drawn(draw: Callable[..., Array], key: Array, shape: tuple[int, ...], *settings: Any) -> Array:
+    """The numbers of ``draw(key, shape, ...)``, drawn along one axis.
+
+    XLA's CPU compiler unrolls a short last axis, such as that of 10 classes, with the random
+    generator in it: half a second for every program that draws.
+    """
+    return draw(key, (math.prod(shape),), *settings).reshape(shape)
 
 
 def diagonal_matrices(diagonal: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.losses.base import DiagonalLoss, IntegerTargets
+from natgrad_flax.losses.base import DiagonalLoss, IntegerTargets, drawn
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class SigmoidCrossEntropy(DiagonalLoss):
         """p - y over sqrt(num_samples) with y drawn from p, shape (N, C, num_samples)."""
         shape = (*outputs.shape, num_samples)
         p = jax.nn.sigmoid(outputs)[:, :, None]
-        drawn = jax.random.bernoulli(key, p, shape).astype(outputs.dtype)
-        return self.residual(outputs[:, :, None], drawn) / num_samples**0.5
+        targets = drawn(jax.random.uniform, key, shape, outputs.dtype) < p  # Bernoulli
+        return self.residual(outputs[:, :, None], targets.astype(p.dtype)) / num_samples**0.5
 
     def check_targets(self, targets: np.ndarray) -> None:
         """Raises ValueError on targets outside of [0, 1]."""

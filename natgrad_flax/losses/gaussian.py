@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.losses.base import DiagonalLoss
+from natgrad_flax.losses.base import DiagonalLoss, drawn
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class GaussianNegativeLogLikelihood(DiagonalLoss):
     def sample(self, key: Array, outputs: Array, num_samples: int) -> Array:
         """Residuals of drawn targets over sqrt(num_samples), shape (N, 2 D, num_samples)."""
         _, log_variance = jnp.split(outputs, 2, axis=1)
-        z = jax.random.normal(key, (*log_variance.shape, num_samples), outputs.dtype)
+        z = drawn(jax.random.normal, key, (*log_variance.shape, num_samples), outputs.dtype)
         return _residual(z, log_variance[:, :, None]) / num_samples**0.5
 
     def check_targets(self, targets: np.ndarray) -> None:

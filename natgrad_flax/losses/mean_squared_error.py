@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.losses.base import Loss
+from natgrad_flax.losses.base import Loss, drawn
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,17 @@ class MeanSquaredError(Loss):
         """The identity for every sample, shape (N, C, C)."""
         return self.fisher(outputs)
 
+    def fisher_product(self, outputs: Array, vectors: Array, targets: Array | None = None) -> Array:
+        """The vectors themselves."""
+        return vectors
+
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """f - y, shape (N, C)."""
         return self.residual(outputs, targets)
 
     def sample(self, key: Array, outputs: Array, num_samples: int) -> Array:
         """Standard normal draws over sqrt(num_samples), shape (N, C, num_samples)."""
-        noise = jax.random.normal(key, (*outputs.shape, num_samples), outputs.dtype)
+        noise = drawn(jax.random.normal, key, (*outputs.shape, num_samples), outputs.dtype)
         return noise / num_samples**0.5
 
     def check_targets(self, targets: np.ndarray) -> None:

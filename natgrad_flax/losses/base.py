@@ -28,6 +28,16 @@ class Loss(abc.ABC):
 
     Methods take outputs (N, C), and targets (N, C) unless a loss says otherwise; calling it takes
     outputs (N, ..., C) with positions and weights, too.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss = ng.MeanSquaredError()
+      >>> f, y = jnp.array([[1.0], [2.0], [9.0]]), jnp.zeros((3, 1))
+      >>> isinstance(loss, ng.Loss)
+      True
+      >>> # a mask: (1 + 4) / (2 * 2)
+      >>> float(loss(f, y, weights=jnp.array([1.0, 1.0, 0.0])))
+      1.25
     """
 
     integer_targets: ClassVar[IntegerTargets] = "refused"

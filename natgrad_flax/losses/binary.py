@@ -19,6 +19,15 @@ class SigmoidCrossEntropy(DiagonalLoss):
 
     It is the likelihood of y_c ~ Bernoulli(p_c), p = sigmoid(f): r = p - y and
     H = diag(p (1 - p)). Targets have the shape (N, C) of the outputs, of any dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss, f = ng.SigmoidCrossEntropy(), jnp.zeros((2, 3))
+      >>> y = jnp.array([[1, 0, 1], [0, 0, 1]])
+      >>> bool(jnp.isclose(loss(f, y), 3 * jnp.log(2)))
+      True
+      >>> loss.residual(f, y).tolist()
+      [[-0.5, 0.5, -0.5], [0.5, 0.5, -0.5]]
     """
 
     integer_targets: ClassVar[IntegerTargets] = "values"

@@ -19,6 +19,18 @@ class GaussianNegativeLogLikelihood(DiagonalLoss):
     The 2 D outputs are the D means m, then the D logarithms s of the variances v = exp(s); targets
     have the shape (N, D). With z = (y - m) / sqrt(v): r = (-z / sqrt(v), (1 - z^2) / 2) and
     H = diag(1 / v, 1/2), the Fisher information of the normal distribution in (m, log v).
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss = ng.GaussianNegativeLogLikelihood()
+      >>> means, variances = jnp.array([[0.0], [1.0]]), jnp.array([[4.0], [4.0]])
+      >>> f = jnp.concatenate([means, jnp.log(variances)], axis=1)
+      >>> y = jnp.array([[2.0], [3.0]])
+      >>> bool(jnp.isclose(loss(f, y), (jnp.log(4.0) + 1) / 2))
+      True
+      >>> print(loss.fisher(f)[0].round(3))  # diag(1 / v, 1 / 2)
+      [[0.25 0.  ]
+       [0.   0.5 ]]
     """
 
     def values(self, outputs: Array, targets: Array) -> Array:

@@ -30,6 +30,14 @@ class Huber(DiagonalLoss):
 
     Raises:
       ValueError: delta is not positive and finite.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss, f = ng.Huber(delta=1.0), jnp.array([[0.5], [100.0]])
+      >>> loss.values(f, jnp.zeros((2, 1))).tolist()
+      [0.125, 99.5]
+      >>> loss.residual(f, jnp.zeros((2, 1))).tolist()
+      [[0.5], [1.0]]
     """
 
     delta: float = 1.0

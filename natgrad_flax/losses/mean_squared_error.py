@@ -17,6 +17,15 @@ class MeanSquaredError(Loss):
     """The mean squared error 1/(2N) sum_n |y_n - f_n|^2 (Karakida & Osawa 2020, Eq. 3).
 
     It is the likelihood of y ~ N(f, I), so H = I.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss = ng.MeanSquaredError()
+      >>> f, y = jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.zeros((2, 2))
+      >>> float(loss(f, y))  # (1 + 4) / (2 N)
+      1.25
+      >>> loss.residual(f, y).tolist()
+      [[1.0, 2.0], [0.0, 0.0]]
     """
 
     def values(self, outputs: Array, targets: Array) -> Array:

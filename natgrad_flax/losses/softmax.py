@@ -32,6 +32,18 @@ class SoftmaxCrossEntropy(Loss):
 
     Raises:
       ValueError: output_damping is negative or not finite, or label_smoothing not in [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss = ng.SoftmaxCrossEntropy()
+      >>> f, labels = jnp.zeros((2, 4)), jnp.array([3, 1])
+      >>> bool(jnp.isclose(loss(f, labels), jnp.log(4)))
+      True
+      >>> print(loss.residual(f, labels).round(2))  # p - y
+      [[ 0.25  0.25  0.25 -0.75]
+       [ 0.25 -0.75  0.25  0.25]]
+      >>> loss.factor(f).shape  # C - 1 directions a sample
+      (2, 4, 3)
     """
 
     output_damping: float = 0.0

@@ -317,4 +317,4 @@ def weigh_rows(signals: Signals, weights: Array) -> Signals:
         masked = jnp.where(used, everywhere, 0)
         return dataclasses.replace(layer, row_weights=jnp.where(weights > 0, weights, masked))
 
-    return Signals(tuple(map(weighed, signals.layers)), signals.outputs)
+    return Signals(tuple(layer.each(weighed) for layer in signals.layers), signals.outputs)

@@ -59,6 +59,7 @@ class EKFAC(AveragedStructure):
 
     sharing: Sharing = "expand"
     style = styled("EKFAC", "#661100", "*", short="EKFAC")
+    stacking = "all"
     eigensystems = True
     cheap_inverse = True
     damping_margin = 1.0  # no system is solved

@@ -102,7 +102,7 @@ def _cast(array: Array, dtype: Any) -> Array:
 
 
 def _families(layers: list[LayerPlan]) -> list[list[int]]:
-    """The places of the layers that hold parts of the same parameters, in the order of the first."""
+    """The places of layers that hold parts of the same parameters, in the order of the first."""
     found: dict[Any, list[int]] = {}
     for place, layer in enumerate(layers):
         found.setdefault((layer.path, layer.kernel.name), []).append(place)

@@ -243,8 +243,11 @@ def arranged(
     places = places_of(signals.layers)
     ends: set[int] = set()
     if stacking == "inner":
+        kinds = [getattr(layer, "layer", layer) for layer in signals.layers]
         affine = [
-            own[-1] for layer, own in zip(signals.layers, places, strict=True) if _is_affine(layer)
+            own[-1]
+            for kind, own in zip(kinds, places, strict=True)
+            if not isinstance(kind, ExplicitSignals)
         ]
         ends = {0, max(affine, default=0)}
     found: list[tuple[int, LayerSignals, Any]] = []
@@ -269,9 +272,3 @@ def arranged(
     if cotangents is not None:
         residual = Residual(None, parts)
     return Signals(layers, signals.outputs), residual
-
-
-def _is_affine(layer: LayerSignals) -> bool:
-    return not isinstance(
-        layer.layer if isinstance(layer, StackedSignals) else layer, ExplicitSignals
-    )

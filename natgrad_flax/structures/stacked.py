@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -104,23 +103,20 @@ class Stacked:
           damping: a number, or an array of one entry a layer.
           along: runs a function of one layer for all of a stack.
         """
-        one_for_all = jnp.ndim(damping) == 0
         found: dict[int, Any] = {}
         for group in self.groups:
             own = [tuple(sequence[entry] for entry in group.entries) for sequence in sequences]
-            rhos = damping if one_for_all else jnp.asarray(damping)[group.places]
-            values: Sequence[Any]
-            if not group.is_stacked:
-                values = function(self.structure, *own, rhos if one_for_all else rhos[0])
-            elif one_for_all:
-                values = along(
-                    lambda own: tuple(function(self.structure.inner, *own, damping)), own
-                )
+            rhos = jnp.asarray(damping)[group.places] if jnp.ndim(damping) else None
+            structure = self.structure.inner if group.is_stacked else self.structure
+
+            def run(both: Any, structure: Any = structure) -> tuple[Any, ...]:
+                own, rho = both
+                return tuple(function(structure, *own, damping if rho is None else rho))
+
+            if group.is_stacked:
+                values = along(run, (own, rhos))
             else:
-                inner = partial(function, self.structure.inner)
-                values = along(
-                    lambda both, inner=inner: tuple(inner(*both[0], both[1])), (own, rhos)
-                )
+                values = run((own, None if rhos is None else rhos[0]))
             found.update(zip(group.entries, values, strict=True))
         return tuple(found[entry] for entry in range(len(found)))
 

@@ -191,6 +191,20 @@ def of_block(damping: Array | float) -> Array | float:
     return damping if jnp.ndim(damping) == 0 else jnp.asarray(damping)[0]
 
 
+def by_traces(damping: Array | float, mean_a: Array, mean_b: Array) -> tuple[Array, Array]:
+    """(pi sqrt(rho), sqrt(rho) / pi) for both factors (Martens & Grosse 2015, Section 6.3).
+
+    Args:
+      damping: rho.
+      mean_a: the mean diagonal of A, with pi^2 = mean_a / mean_b; pi is 1 where one of them is 0.
+      mean_b: that of B.
+    """
+    usable = (mean_a > 0) & (mean_b > 0)
+    pi = jnp.where(usable, jnp.sqrt(mean_a / jnp.where(usable, mean_b, 1)), 1)
+    root = jnp.sqrt(jnp.asarray(damping, mean_a.dtype))
+    return pi * root, root / pi
+
+
 def as_pair(damping: Array | float) -> tuple[Array | float, Array | float]:
     """What is added to both factors of a Kronecker product; a damping of shape (2,) is the pair."""
     if jnp.ndim(damping) == 1:

@@ -12,7 +12,7 @@ from jax import Array
 
 from natgrad_flax.arguments.arrays import solve_dtype
 from natgrad_flax.arguments.scalars import check_integer, check_seed
-from natgrad_flax.damping import LevenbergMarquardt, is_zero
+from natgrad_flax.damping import LevenbergMarquardt, by_traces, is_zero
 from natgrad_flax.linalg.dense import full_products
 from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
 from natgrad_flax.linear.deep_linear_optimizer import check_settings
@@ -143,10 +143,7 @@ def online_natural_gradient_descent(
                 jnp.sum(rows**2) / (count * rows.shape[1])
                 for rows in (layer.augmented_inputs(), layer.flat_derivatives())
             )
-            # without errors, or without inputs, no ratio says anything
-            usable = (inputs > 0) & (errors > 0)
-            pi = jnp.where(usable, jnp.sqrt(inputs / jnp.where(usable, errors, 1)), 1)
-            return pi * root, root / pi
+            return by_traces(rho, inputs, errors)
 
         with full_products():
             down = [

@@ -81,6 +81,12 @@ class Loss(abc.ABC):
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """w with R w = r, shape (N, S)."""
 
+    def fisher_product(self, outputs: Array, vectors: Array, targets: Array | None = None) -> Array:
+        """H v of every sample for its v, shape (N, C)."""
+        given = (outputs, targets) if self.needs_targets else (outputs,)
+        factor = self.factor(*given)
+        return jnp.einsum("ncs,ns->nc", factor, jnp.einsum("ncs,nc->ns", factor, vectors))
+
     def columns_in_range(self, outputs: Array) -> Array | None:
         """Which columns of R are not zero to rounding beside the largest of the batch, (N, S).
 
@@ -134,6 +140,10 @@ class DiagonalLoss(Loss):
     def factor(self, outputs: Array) -> Array:
         """R, shape (N, C, C)."""
         return diagonal_matrices(self.root(outputs))
+
+    def fisher_product(self, outputs: Array, vectors: Array, targets: Array | None = None) -> Array:
+        """H v, shape (N, C)."""
+        return self.curvature(outputs) * vectors
 
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """r over the root, shape (N, C)."""

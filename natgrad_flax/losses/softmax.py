@@ -106,6 +106,12 @@ class SoftmaxCrossEntropy(Loss):
         columns = _of_others(_root(outputs), winner)
         return columns[:, None, :] * (chosen - mean[:, :, None])
 
+    def fisher_product(self, outputs: Array, vectors: Array, targets: Array | None = None) -> Array:
+        """p (v - p . v), no matrix of classes, with output_damping v; shape (N, C)."""
+        p = _probabilities(outputs)
+        centred = vectors - jnp.sum(p * vectors, axis=1, keepdims=True)
+        return p * centred + self.output_damping * vectors
+
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """w with R w = r: Q^T (r / sqrt p), shape (N, C - 1) or (N, C)."""
         targets = self._targets(targets, outputs)

@@ -10,7 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.damping import as_pair, is_zero
+from natgrad_flax.damping import as_pair, by_traces, is_zero
 from natgrad_flax.linalg.dense import has_full_rank
 from natgrad_flax.operators.base import Space, check_space
 from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker, affine
@@ -200,10 +200,7 @@ class KFAC(KroneckerAverage):
         """See ``KroneckerAverage``; a damping of shape (2,) is the pair itself."""
         if self.split == "plain" or is_zero(damping) or jnp.ndim(damping) == 1:
             return as_pair(damping)
-        usable = (mean_a > 0) & (mean_b > 0)
-        pi = jnp.where(usable, jnp.sqrt(mean_a / jnp.where(usable, mean_b, 1)), 1)
-        root = jnp.sqrt(jnp.asarray(damping, mean_a.dtype))
-        return pi * root, root / pi
+        return by_traces(damping, mean_a, mean_b)
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
         """N a hidden layer; leverages of samples in the first, of outputs in the last.

@@ -32,7 +32,7 @@ from natgrad_flax.signals.gradient import ParameterGradient
 from natgrad_flax.signals.microbatches import in_microbatches
 from natgrad_flax.signals.stacked import arranged
 from natgrad_flax.structures import AveragedStructure, Moments
-from natgrad_flax.structures.stacked import Stacked, stacked, stacking_of
+from natgrad_flax.structures.stacked import stacked, stacking_of
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class AveragedStep:
     """
 
     average: MovingAverage
-    structure: AveragedStructure | Stacked
+    structure: AveragedStructure
     fisher: Fisher
 
     def empty(self, model: nnx.Module, x: Any) -> Callable[[Any], Averages]:
@@ -176,8 +176,8 @@ class AveragedStep:
 
         def moments(wrt: Any, state: Any, x: Any) -> tuple[Moments, Any]:
             outputs, backward = linearise(nnx.merge(graphdef, state), x, wrt)
-            found = backward(plain_directions(outputs))
-            signals, _ = arranged(found, None, stacking_of(self.structure))
+            plain = backward(plain_directions(outputs))
+            signals, _ = arranged(plain, None, stacking_of(self.structure))
             structure = stacked(self.structure, signals)
             found = Moments(self._means(structure, signals))
             if structure.has_basis:
@@ -199,11 +199,10 @@ class AveragedStep:
 
         return empty
 
-    def _means(self, structure: Any, signals: Signals) -> tuple[Any, ...]:
+    def _means(self, structure: AveragedStructure, signals: Signals) -> tuple[Any, ...]:
         """The statistics of a batch, or of a microbatch."""
         alone = self.average.decay == 0 and self.fisher.microbatches == 1
-        found: tuple[Any, ...] = (structure.latest if alone else structure.statistics)(signals)
-        return found
+        return structure.latest(signals) if alone else structure.statistics(signals)
 
     def __call__(
         self,

@@ -172,7 +172,7 @@ def natural_gradient_descent(
         batch = check_fisher_batch(settings, batch)
         module, which = replace(settings, wrt=wrt).bound(module, x)
         check_microbatches(which.microbatches, x, batch.fisher_x)
-        size = structure.factor_size if averaged else None
+        size = averaged.structure.factor_size if averaged else None
         preflight(structure, module, which, batch, rho, size)
         if check_samples:
             check_samples_alone(module, x)

@@ -188,8 +188,10 @@ class Fisher:
         """
         graphdef, state = nnx.split(model)
         plain = Fisher(self.loss, self.kind, self.samples, self.wrt)
-        found = _traced(state, arrays, first, key, graphdef=graphdef, fisher=plain, size=batch_size)
-        return arranged(*found, self.stacking)
+        signals, residual = _traced(
+            state, arrays, first, key, graphdef=graphdef, fisher=plain, size=batch_size
+        )
+        return arranged(signals, residual, self.stacking)
 
     def in_range(
         self, signals: Signals, residual: Residual | None, damping: Any

@@ -74,6 +74,24 @@ def online_natural_gradient_descent(
     Raises:
       ValueError, TypeError: bad settings here, a bad batch or a layer without signals in
         ``update``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> from natgrad_flax import linear
+      >>> model = ng.MLP((3, 3, 3), activation="tanh", rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> y, loss = jnp.sin(x), ng.MeanSquaredError()
+      >>> tx = linear.online_natural_gradient_descent(0.5)
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def train_step(model, optimizer):
+      ...     value, grads = nnx.value_and_grad(lambda model: loss(model(x), y))(model)
+      ...     optimizer.update(model, grads, module=model, x=x, y=y)
+      ...     return value
+      >>> values = [train_step(model, optimizer) for _ in range(30)]
+      >>> bool(values[-1] < values[0] / 10)
+      True
     """
     loss = MeanSquaredError() if loss is None else loss
     damping = LevenbergMarquardt() if damping is None else damping

@@ -8,8 +8,10 @@ H_n = E_y[r_n r_n^T] = R_n R_n^T over targets drawn from the model.
 from __future__ import annotations
 
 import abc
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,16 @@ class Loss(abc.ABC):
 
     Methods take outputs (N, C), and targets (N, C) unless a loss says otherwise; calling it takes
     outputs (N, ..., C) with positions and weights, too.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss = ng.MeanSquaredError()
+      >>> f, y = jnp.array([[1.0], [2.0], [9.0]]), jnp.zeros((3, 1))
+      >>> isinstance(loss, ng.Loss)
+      True
+      >>> # a mask: (1 + 4) / (2 * 2)
+      >>> float(loss(f, y, weights=jnp.array([1.0, 1.0, 0.0])))
+      1.25
     """
 
     integer_targets: ClassVar[IntegerTargets] = "refused"
@@ -153,6 +165,15 @@ class DiagonalLoss(Loss):
         """Outputs whose entry of H is above eps times the largest."""
         h = self.curvature(outputs)
         return h > jnp.finfo(h.dtype).eps * jnp.max(h)
+
+
+def drawn(draw: Callable[..., Array], key: Array, shape: tuple[int, ...], *settings: Any) -> Array:
+    """The numbers of ``draw(key, shape, ...)``, drawn along one axis.
+
+    XLA's CPU compiler unrolls a short last axis, such as that of 10 classes, with the random
+    generator in it: half a second for every program that draws.
+    """
+    return draw(key, (math.prod(shape),), *settings).reshape(shape)
 
 
 def diagonal_matrices(diagonal: Array) -> Array:

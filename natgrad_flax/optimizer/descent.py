@@ -129,6 +129,24 @@ def natural_gradient_descent(
 
     Raises:
       ValueError, TypeError: bad settings here, a bad batch in ``update``.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, loss = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), ng.MeanSquaredError()
+      >>> tx = ng.natural_gradient_descent(
+      ...     0.1, structure=ng.KFAC(), loss=loss, damping=0.01
+      ... )
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def train_step(model, optimizer, x, y):
+      ...     value, grads = nnx.value_and_grad(lambda model: loss(model(x), y))(model)
+      ...     optimizer.update(model, grads, module=model, x=x, y=y)
+      ...     return value
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> values = [train_step(model, optimizer, x, y) for _ in range(20)]
+      >>> bool(values[-1] < values[0] / 100)
+      True
     """
     if damping is None:
         # slowly down: a batch predicts itself better than the next one

@@ -105,7 +105,8 @@ def _families(layers: list[LayerPlan]) -> list[list[int]]:
     """The places of layers that hold parts of the same parameters, in the order of the first."""
     found: dict[Any, list[int]] = {}
     for place, layer in enumerate(layers):
-        found.setdefault((layer.path, layer.kernel.name), []).append(place)
+        whole = layer.kernel.part is None
+        found.setdefault(place if whole else (layer.path, layer.kernel.name), []).append(place)
     return list(found.values())
 
 

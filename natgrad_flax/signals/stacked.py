@@ -38,7 +38,7 @@ class StackedSignals(LayerSignals):
     Attributes:
       layer: of one of them, with a second axis of n in every array.
       places: among all layers, in ascending order.
-      part: first and last but one of the steps of the parameters that they are; None for all.
+      part: from which step of the parameters to which, not included; None where it is all.
     """
 
     layer: LayerSignals

@@ -19,7 +19,7 @@ from natgrad_flax.optimizer.momentum import SPRING
 from natgrad_flax.optimizer.trees import by_path, leaf_names
 from natgrad_flax.signals.fisher import Batch, Fisher
 from natgrad_flax.signals.microbatches import Passes
-from natgrad_flax.signals.model import outputs_of
+from natgrad_flax.signals.model import DoesNotRunError, outputs_of
 
 Terms: TypeAlias = tuple[Array, Array]
 """Of k directions d: d_i^T F d_j, shape (k, k), and the products with the gradient, (k,)."""
@@ -76,7 +76,7 @@ class QuadraticModel:
         """
         directions = [direction, before] if self.momentum else [direction]
         curvature, slopes = model(directions)
-        if as_number(damping) is not None or isinstance(damping, Array):
+        if as_number(damping) is not None or (isinstance(damping, Array) and not damping.ndim):
             rho = jnp.asarray(damping, curvature.dtype)
             curvature = curvature + rho * _inner_products(directions, curvature.dtype)
         factors = _minimiser(curvature, slopes)
@@ -113,11 +113,21 @@ def quadratic_terms(
         del first
 
         def forward(state: Any) -> Array:
-            return outputs_of(nnx.merge(graphdef, state, rest), x)
+            # a merge without a copy keeps the Variables of rest, which belong to another trace
+            return outputs_of(nnx.merge(graphdef, state, rest, copy=True), x)
 
-        computed, images = jax.vmap(
+        along = jax.vmap(
             lambda tangent: jax.jvp(forward, (chosen,), (tangent,)), out_axes=(None, 0)
-        )(tangents)
+        )
+        try:
+            computed, images = along(tangents)
+        except DoesNotRunError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise ValueError(
+                f"ng.QuadraticModel needs derivatives of {type(model).__name__} by forward mode, "
+                "which a jax.custom_vjp has not: give a learning rate, or define a jax.custom_jvp"
+            ) from error
         dtype = solve_dtype(computed.dtype, *(leaf.dtype for leaf in jax.tree.leaves(chosen)))
         terms = output_terms(fisher.loss, computed.astype(dtype), y, weights)
         images = images.astype(dtype)

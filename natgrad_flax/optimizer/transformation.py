@@ -162,7 +162,9 @@ def transformation(
                 step = jax.tree.map(lambda leaf: jnp.where(taken, leaf, 0), step)
         elif callable(damping):
             following = jnp.asarray(rho, jnp.float32)
-        before = step if quadratic and quadratic.momentum else ()
+        before = state.before
+        if quadratic and quadratic.momentum:
+            before = jax.tree.map(lambda new, old: new.astype(old.dtype), step, before)
         return step, NaturalGradientState(state.steps + 1, following, key, found.kept, before)
 
     return optax.GradientTransformationExtraArgs(init, update)

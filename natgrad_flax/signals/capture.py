@@ -132,7 +132,11 @@ def _stacked(
     arrays.append({path: blocks[path] for path in one.parameters} if one.is_explicit else {})
     axes = [{number: lead + depth for number, depth in depths.items()} for lead in (1, 2)]
     along = jax.vmap(partial(_signals, one), in_axes=(*axes, 2), out_axes=1)
-    return StackedSignals(along(*arrays), tuple(places))
+
+    def step_of(place: int) -> int:
+        return layers[place].kernel.part or 0
+
+    return StackedSignals(along(*arrays), tuple(sorted(places, key=step_of)))
 
 
 def _signals(

@@ -224,7 +224,8 @@ def _layers(uses: Mapping[Path, Uses], shapes: Mapping[Path, Shape]) -> list[Lay
 def _place_in_order(use: Uses, plan: LayerPlan) -> tuple[int, int, int]:
     """By the first use; of the layers of a loop all of one step before those of the next."""
     start = use.first if use.loop is None else use.loop
-    return start, plan.kernel.part or 0, use.first
+    part = plan.kernel.part or 0
+    return start, -part if use.backwards else part, use.first
 
 
 def _weights(

@@ -75,6 +75,7 @@ class Uses:
     Attributes:
       first: number of the equation that uses it first.
       loop: number of the loop that takes another part of it at each step, where there is one.
+      backwards: whether that loop starts with the last part.
       places: where it acts as weights.
       biases: where it is added to the results of places.
       others: names of the primitives that use it in any other way.
@@ -83,6 +84,7 @@ class Uses:
 
     first: int
     loop: int | None = None
+    backwards: bool = False
     places: list[Place] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     others: list[str] = field(default_factory=list)

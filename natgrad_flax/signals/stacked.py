@@ -37,7 +37,7 @@ class StackedSignals(LayerSignals):
 
     Attributes:
       layer: of one of them, with a second axis of n in every array.
-      places: among all layers, in ascending order.
+      places: of each among all layers; they rise, or fall where the loop starts with the last.
       part: from which step of the parameters to which, not included; None where it is all.
     """
 
@@ -245,7 +245,7 @@ def arranged(
     if stacking == "inner":
         kinds = [getattr(layer, "layer", layer) for layer in signals.layers]
         affine = [
-            own[-1]
+            max(own)
             for kind, own in zip(kinds, places, strict=True)
             if not isinstance(kind, ExplicitSignals)
         ]

@@ -44,11 +44,11 @@ class _Survey:
 
     def __init__(self) -> None:
         self.uses: dict[Path, Uses] = {}
-        self.loops: dict[Path, int] = {}
+        self.loops: dict[Path, tuple[int, bool]] = {}
         self.places = self.equations = 0
 
     def uses_of(self, view: Any) -> Uses:
-        new = Uses(self.equations, self.loops.get(view.source))
+        new = Uses(self.equations, *self.loops.get(view.source, ()))
         uses = self.uses.setdefault(view.source, new)
         uses.steps.add(view.step)
         return uses
@@ -152,7 +152,7 @@ class _Survey:
                     inside = view
                 elif position >= consts + carried:
                     inside = view.first_of_steps(len(loops))
-                    self.loops[view.source] = start
+                    self.loops[view.source] = start, equation.params["reverse"]
                 if inside is None:
                     self.uses_of(view).others.append("scan")
             tags.append(inside)

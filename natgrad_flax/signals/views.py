@@ -122,9 +122,9 @@ class View(NamedTuple):
 
     def first_of_steps(self, depth: int) -> View | None:
         """What one step of a loop over the first axis sees; None where this is no plain axis."""
-        if self.step is not None or len(self.axes[0]) != 1:
+        if self.step is not None or len(self.axes[0]) > 1:
             return None
-        ((steps, stride),) = self.axes[0]
+        ((steps, stride),) = self.axes[0] or ((1, math.prod(self.shape[1:])),)
         return self._replace(axes=self.axes[1:], step=(depth, steps, stride))
 
     def form(self, name: Any, shape: tuple[int, ...], order: Sequence[int]) -> ParameterForm | None:

@@ -170,3 +170,55 @@ def test_settings_that_do_not_fit():
         )
     with pytest.raises(TypeError, match="incoming"):
         ng.natural_gradient_descent(structure=ng.Exact(), loss=MSE, gradient="incoming")
+
+
+def test_frozen_parameters_beside_a_loop_and_gradients_of_another_dtype():
+    class Looped(nnx.Module):
+        def __init__(self):
+            one = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+            graphdef, state = nnx.split(one)
+            self.layers = nnx.merge(
+                graphdef, jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), state)
+            )
+
+        def __call__(self, x):
+            return nnx.scan(
+                lambda h, layer: jnp.tanh(layer(h)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+            )(x, self.layers)
+
+    def only(path, value):
+        return isinstance(value, nnx.Param) and path[-1] == "kernel"
+
+    model, x = Looped(), jnp.eye(3)
+    tx = ng.natural_gradient_descent(structure=ng.Exact(), loss=MSE, wrt=only)
+    params = nnx.state(model, only)
+    before = tx.init(params)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    step, after = tx.update(half, before, module=model, x=x, y=jnp.ones((3, 3)))
+    assert float(jnp.abs(jax.tree.leaves(step)[0]).max()) > 0
+    # so that lax.scan can carry it
+    shapes = [jax.tree.map(lambda leaf: leaf.dtype, state.before) for state in (before, after)]
+    assert shapes[0] == shapes[1]
+
+
+def test_one_damping_a_layer_counts_as_none_in_the_model():
+    inner = jnp.diag(jnp.array([2.0, 3.0])), jnp.array([-1.0, -1.0])
+    ones = {"w": jnp.ones(3)}
+    steps = [
+        ng.QuadraticModel().step(lambda directions: inner, ones, ones, rho)[0]["w"]
+        for rho in (0.0, jnp.array([1.0, 5.0]))
+    ]
+    np.testing.assert_array_equal(*steps)
+
+
+def test_a_derivative_by_reverse_mode_alone():
+    @jax.custom_vjp
+    def act(h):
+        return jnp.tanh(h)
+
+    act.defvjp(lambda h: (jnp.tanh(h), h), lambda h, g: (g * (1 - jnp.tanh(h) ** 2),))
+    model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), act)
+    tx = ng.natural_gradient_descent(structure=ng.Exact(), loss=MSE)
+    params = nnx.state(model)
+    with pytest.raises(ValueError, match="by forward mode"):
+        tx.update(params, tx.init(params), module=model, x=jnp.eye(3), y=jnp.ones((3, 2)))

@@ -101,6 +101,36 @@ def test_a_loop_takes_the_steps_of_its_layers(structure, damping):
     assert_same(*updates)
 
 
+@pytest.mark.parametrize(("steps", "backwards"), [(1, False), (3, True)])
+def test_a_loop_of_one_step_and_one_from_the_last_layer_on(steps, backwards):
+    class Turned(Deep):
+        def __call__(self, h):
+            if not self.looped:
+                for layer in list(self.layers)[::-1]:
+                    h = layer(h)
+                return jnp.mean(h, axis=1)
+            graphdef, params = nnx.split(self.layers)
+
+            def one(h, own):
+                return nnx.merge(graphdef, own)(h), None
+
+            return jnp.mean(jax.lax.scan(one, h, params, reverse=backwards)[0], axis=1)
+
+    # the last affine layer is scaled, and there is one damping a layer
+    updates = [
+        ng.natural_gradient(
+            Turned(steps, looped, ends=False),
+            X,
+            Y,
+            structure=ng.KFAC(),
+            loss=SOFTMAX,
+            damping=np.linspace(0.01, 0.1, 2 * steps),
+        )
+        for looped in (True, False)
+    ]
+    assert_same(*updates)
+
+
 def descended(model, structure, average, steps=3):
     """Parameters after some steps, and the program of one."""
     tx = ng.natural_gradient_descent(

@@ -150,7 +150,7 @@ def transformation(
                 norm = jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in entries))
                 rate = jnp.minimum(rate, max_norm / norm)
             step = jax.tree.map(lambda leaf: (rate * leaf).astype(leaf.dtype), direction)
-        following = state.damping
+        following, kept = state.damping, found.kept
         if adaptive:
             if predicted is None:
                 predicted = (-rate + rate**2 / 2) * found.slope()
@@ -159,15 +159,21 @@ def transformation(
             if quadratic is not None:
                 # known before it is taken: a step that raises the loss of its own batch is not
                 taken = change <= 0
-                step = jax.tree.map(lambda leaf: jnp.where(taken, leaf, 0), step)
+                kept = _where(jnp.isfinite(predicted), kept, state.kept)
+                step = _where(taken, step, jax.tree.map(jnp.zeros_like, step))
         elif callable(damping):
             following = jnp.asarray(rho, jnp.float32)
         before = state.before
         if quadratic and quadratic.momentum:
             before = jax.tree.map(lambda new, old: new.astype(old.dtype), step, before)
-        return step, NaturalGradientState(state.steps + 1, following, key, found.kept, before)
+        return step, NaturalGradientState(state.steps + 1, following, key, kept, before)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _where(condition: Array, one: Any, other: Any) -> Any:
+    """One tree or another, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
 def change_of_loss(

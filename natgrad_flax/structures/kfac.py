@@ -59,7 +59,8 @@ class KFAC(KroneckerAverage):
     bias of normalisations, parameters without a formula) keep their exact Fisher block a unit.
 
     Args:
-      last_layer: "scaled" (B* / N in the last layer: Eq. 21) or "literal" (Eq. 20).
+      last_layer: "scaled" (B* / N in the last layer: Eq. 21) or "literal" (Eq. 20). N counts
+        samples of weight 0, too, so only the literal one takes a mask for a smaller batch.
       split: "plain" adds rho to both factors (Eq. 20); "pi" adds pi sqrt(rho) to A* and
         sqrt(rho) / pi to B*, with pi^2 the ratio of their mean diagonals (Martens & Grosse 2015).
       first_layer: "scaled" multiplies the update of a first layer with fan-in below N by

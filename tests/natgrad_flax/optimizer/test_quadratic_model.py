@@ -158,6 +158,25 @@ def test_a_step_that_would_break_the_network_is_left_out():
     assert np.isfinite(final)
 
 
+def test_a_batch_of_nan_leaves_the_averages_as_they_are():
+    x = jax.random.normal(jax.random.key(3), (12, 3))
+    y = jnp.sin(x[:, :1])
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    tx = ng.natural_gradient_descent(
+        structure=ng.KFAC(), loss=MSE, average=ng.MovingAverage(0.9), example=(model, x)
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x, y):
+        value, grads = nnx.value_and_grad(lambda m: MSE(m(x), y))(model)
+        optimizer.update(model, grads, module=model, x=x, y=y)
+        return value
+
+    losses = [step(model, optimizer, rows, y) for rows in (x, jnp.nan * x, x, x, x)]
+    assert losses[2] > losses[3] > losses[4]
+
+
 def test_settings_that_do_not_fit():
     settings = {"structure": ng.Exact(), "loss": MSE, "damping": 0.1}
     with pytest.raises(TypeError, match="momentum must be True or False"):

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import optax
 from jax import Array
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from natgrad_flax.signals.fisher import FisherKind
 
 Family = Literal["first-order", "quasi-Newton", "natural-gradient", "peer"]
-RateRule = Literal["theoretical", "theoretical: 1", "tuned", "line search"]
+RateRule = Literal["theoretical", "theoretical: 1", "tuned", "line search", "fixed"]
 Damping = float | RelativeDamping | LevenbergMarquardt
 Optimizer = Callable[[Workload, Array | float, int], optax.GradientTransformation]
 
@@ -59,6 +59,8 @@ class Contestant:
       rates: learning rates to try, TUNING_TRIALS of them, where the rule is "tuned".
       standard_rates: the same for networks in standard parametrisation, if their good ones are
         elsewhere; see ``grid``.
+      judged: from the optimizer's state and the parameters that it moves to those that are judged,
+        where these are others, as an average over steps is.
       structure: the Fisher approximation, for natural gradients.
       fisher: "exact" (true), "mc" or "empirical".
       damping: in the convention of natgrad_flax (added to the Fisher with its 1/N).
@@ -76,6 +78,7 @@ class Contestant:
     optimizer: Optimizer | None = None
     rates: tuple[float, ...] = ()
     standard_rates: tuple[float, ...] = ()
+    judged: Callable[[Any, Any], Any] | None = None
     structure: Structure | None = None
     fisher: FisherKind | None = None
     damping: Damping | None = None

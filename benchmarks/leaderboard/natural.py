@@ -126,13 +126,7 @@ def averaged(
     def optimizer(
         workload: Workload, rate: Array | float, seed: int
     ) -> optax.GradientTransformation:
-        data = workload.data()
-        shape = (workload.batch_size or len(data.x_train), *data.x_train.shape[1:])
-        example = (
-            nnx.eval_shape(lambda: workload.model(0)),
-            jax.ShapeDtypeStruct(shape, data.x_train.dtype),
-        )
-        further = {"average": AVERAGE, "example": example}
+        further = {"average": AVERAGE, "example": example_of(workload)}
         return optax.chain(
             _optimizer(structure, "mc", damping, workload, rate, seed, **further),
             optax.trace(MOMENTUM),
@@ -148,8 +142,17 @@ def averaged(
         structure=structure,
         fisher="mc",
         damping=damping,
-        unsuitable=partial(_unsuitable_average, structure),
+        unsuitable=lambda workload: (
+            _full_batch(workload) or unsuitable_average(structure, workload)
+        ),
     )
+
+
+def example_of(workload: Workload) -> tuple[nnx.Module, jax.ShapeDtypeStruct]:
+    """The model and a batch of a workload, as shapes alone."""
+    x = workload.data().x_train
+    shape = (workload.batch_size or len(x), *x.shape[1:])
+    return nnx.eval_shape(lambda: workload.model(0)), jax.ShapeDtypeStruct(shape, x.dtype)
 
 
 def projected_momentum(
@@ -218,8 +221,7 @@ def unsuitable(
     layers = signals.layers
     if structure.without_biases and all(a.bias_scale is None for a in layers):
         return f"without biases it is the {structure.without_biases}"
-    full_batch = workload.batch_size is None and isinstance(workload.loss, ng.MeanSquaredError)
-    if is_zero(damping) and not full_batch:
+    if is_zero(damping) and not is_fit(workload):
         return (
             "without damping each batch would be fitted to its end: for squared error, full batch"
         )
@@ -241,14 +243,17 @@ def unsuitable(
     return ""
 
 
-def _unsuitable_average(structure: AveragedStructure, workload: Workload) -> str:
-    """Why averages over batches have no place on a workload, or ""."""
-    if reason := _full_batch(workload):
-        return reason
+def unsuitable_average(structure: AveragedStructure, workload: Workload) -> str:
+    """Why matrices that are kept from batch to batch have no place on a workload, or ""."""
     side = structure.factor_size(signal_shapes(workload, "mc"))
     if side > LARGEST_SYSTEM:
         return f"averages are kept as matrices, here of side {side}, which do not fit the budget"
     return ""
+
+
+def is_fit(workload: Workload) -> bool:
+    """Whether it is squared error on a full batch, of which nothing is drawn."""
+    return workload.batch_size is None and isinstance(workload.loss, ng.MeanSquaredError)
 
 
 def _full_batch(workload: Workload) -> str:

@@ -38,7 +38,8 @@ class Profile:
 
     Attributes:
       workloads: their names.
-      variants: endings of the natural-gradient contestants that take part; "" is the plain one.
+      variants: endings of the contestants that take part; "" is the plain one of a structure.
+        Those of others always do.
       seeds: number of evaluation seeds.
       description: for whom it is.
     """
@@ -58,7 +59,7 @@ PROFILES = {
     ),
     "networks": Profile(
         _NETWORKS,
-        ("-mc-lm", "-mc-tuned", "-average", "-momentum"),
+        ("-mc-lm", "-mc-tuned", "-average", "-momentum", "-cosine", "-spring"),
         3,
         "convolutional nets and a transformer in mini-batches; CIFAR-10 from files, hours",
     ),
@@ -67,7 +68,19 @@ PROFILES = {
     ),
     "full": Profile(
         (*_DIGITS, *_LARGE, *_NETWORKS),
-        ("", "-lm", "-tuned", "-mc", "-mc-lm", "-mc-tuned", "-average", "-momentum"),
+        (
+            "",
+            "-lm",
+            "-tuned",
+            "-mc",
+            "-mc-lm",
+            "-mc-tuned",
+            "-average",
+            "-momentum",
+            "-cosine",
+            "-spring",
+            "-fixed",
+        ),
         5,
         "every workload and every contestant",
     ),
@@ -196,14 +209,12 @@ def extended(records: Iterable[Record], members: Sequence[str]) -> Plan:
 
 
 def _takes_part(contestant: Contestant, profile: Profile) -> bool:
-    if contestant.structure is None:
-        return True
-    plain_name = plain(contestant.name)
-    return contestant.name[len(plain_name) :] in profile.variants
+    ending = contestant.name[len(plain(contestant.name)) :]
+    return ending in profile.variants or (contestant.structure is None and not ending)
 
 
 def plain(name: str) -> str:
-    """The name of a natural-gradient contestant without the ending of its variant."""
+    """The name of a contestant without the ending of its variant."""
     endings = sorted(PROFILES["full"].variants, key=len, reverse=True)
     return next(name.removesuffix(end) for end in endings if name.endswith(end))
 

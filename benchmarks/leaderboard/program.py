@@ -59,6 +59,7 @@ class OptaxProgram:
     def __init__(self, contestant: Contestant, workload: Workload) -> None:
         assert contestant.optimizer is not None
         self._make, self._workload = contestant.optimizer, workload
+        self._judged = jax.jit(contestant.judged) if contestant.judged else None
         data = workload.data()
         self._x, self._y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
         size = workload.batch_size
@@ -134,8 +135,12 @@ class OptaxProgram:
         jax.block_until_ready(state[0])
 
     def parameters(self, state: tuple[nnx.State, Any, Array]) -> nnx.State:
-        """The first of the three."""
-        return state[0]
+        """Those that are judged; as a rule the first of the three."""
+        parameters, memory, _ = state
+        if self._judged is None:
+            return parameters
+        judged: nnx.State = self._judged(memory, parameters)
+        return judged
 
 
 def _copied(state: tuple[nnx.State, Any, Array]) -> tuple[nnx.State, Any, Array]:

@@ -2,6 +2,7 @@
 
 import natgrad_flax as ng
 from benchmarks.leaderboard.natural import projected_momentum, variants
+from benchmarks.leaderboard.recipes import spring
 
 CONTESTANTS = (
     *variants(
@@ -10,6 +11,11 @@ CONTESTANTS = (
         rates=(0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
     ),
     projected_momentum(
+        ng.Exact(),
+        damping=1e-2,
+        rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    ),
+    spring(
         ng.Exact(),
         damping=1e-2,
         rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),

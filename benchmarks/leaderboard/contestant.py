@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pkgutil
 import re
 import sys
@@ -29,11 +30,15 @@ if TYPE_CHECKING:
 
 Family = Literal["first-order", "quasi-Newton", "natural-gradient", "peer"]
 RateRule = Literal["theoretical", "theoretical: 1", "tuned", "line search", "fixed"]
+Ruleset = Literal["tuned", "self-tuning"]
 Damping = float | RelativeDamping | LevenbergMarquardt
 Optimizer = Callable[[Workload, Array | float, int], optax.GradientTransformation]
 
 TUNING_TRIALS = 6
 """Learning rates that every tuned contestant tries on a workload, no more and no less."""
+
+SELF_TUNING = 1.5
+"""How many times the budget of a workload a contestant has that nothing is tuned for."""
 
 
 # the Fisher of cross-entropy vanishes as the classes are told apart; damping that followed it down
@@ -110,6 +115,20 @@ class Contestant:
                 )
 
     @property
+    def ruleset(self) -> Ruleset:
+        """By which rules it runs: tuned on every workload, or by itself with a larger budget."""
+        return "tuned" if self.rate_rule == "tuned" else "self-tuning"
+
+    def budgeted(self, workload: Workload) -> Workload:
+        """A workload with the budget of the contestant's ruleset."""
+        if self.ruleset == "tuned":
+            return workload
+        steps, seconds = workload.max_steps, workload.max_seconds
+        return replace(
+            workload, max_steps=math.ceil(SELF_TUNING * steps), max_seconds=SELF_TUNING * seconds
+        )
+
+    @property
     def is_entry(self) -> bool:
         """Whether it was enlisted from a file of somebody else."""
         return self.name in _enlisted
@@ -134,6 +153,7 @@ class Contestant:
             "fisher": _FISHERS[self.fisher] if self.fisher else "",
             "damping": self.damping_words if self.damping is None else in_words(self.damping),
             "rate_rule": rule,
+            "ruleset": self.ruleset,
         }
 
 

@@ -85,7 +85,7 @@ def variants(
             structure=chosen,
             fisher=fisher,
             damping=rho,
-            unsuitable=partial(unsuitable, chosen, fisher, rho),
+            unsuitable=partial(_unsuitable_variant, chosen, fisher, rho, rule),
         )
         for suffix, words, fisher, rho, rule in table
         for chosen in (damped if damped and suffix else structure,)
@@ -241,6 +241,18 @@ def unsuitable(
     if side > LARGEST_SYSTEM:
         return f"a dense system of side {side} at every step does not fit the budget"
     return ""
+
+
+def _unsuitable_variant(
+    structure: ng.Structure,
+    fisher: FisherKind,
+    damping: Damping,
+    rule: RateRule,
+    workload: Workload,
+) -> str:
+    if rule == "theoretical" and workload.data().y_train.dtype.kind in "iu":
+        return "its learning rate is that of a coefficient matrix of samples, and these are tokens"
+    return unsuitable(structure, fisher, damping, workload)
 
 
 def unsuitable_average(structure: AveragedStructure, workload: Workload) -> str:

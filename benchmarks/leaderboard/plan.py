@@ -11,14 +11,11 @@ from benchmarks.leaderboard.contestant import Contestant, contestants, find_cont
 from benchmarks.leaderboard.identity import identity, sources
 from benchmarks.leaderboard.records import Record
 from benchmarks.leaderboard.targets import target_of
-from benchmarks.leaderboard.trial import Config, configuration
+from benchmarks.leaderboard.trial import TUNING_SEED, Config, configuration
 from benchmarks.leaderboard.versions import counts
 from benchmarks.leaderboard.workload import find_workload, workloads
 from benchmarks.leaderboard.workloads import diagnosis
 from ntk_analysis.names import find
-
-TUNING_SEED = 1000
-"""Initial parameters and batches of tuning, which no evaluation uses."""
 
 _DIGITS = (
     "digits-fit", "digits-mse", "digits-classes", "linear-teacher", "sparse-classification",
@@ -28,6 +25,10 @@ _LARGE = (
     "mnist-fit", "mnist-mse", "mnist-classes", "mnist-autoencoder", "linear-teacher-long",
 )  # fmt: skip
 _NETWORKS = ("digits-conv", "cifar-conv", "cifar-residual", "cifar-transformer")
+_TRAINING = (
+    "poisson-2d", "heat", "poisson-5d", "language-bytes", "digits-rows", "mnist-classes",
+    "cifar-conv", "linear-teacher-long",
+)  # fmt: skip
 _DIAGNOSIS = tuple(workload.name for workload in diagnosis.WORKLOADS)
 _BASELINES = ("first-order", "quasi-Newton")
 
@@ -63,11 +64,17 @@ PROFILES = {
         3,
         "convolutional nets and a transformer in mini-batches; CIFAR-10 from files, hours",
     ),
+    "training": Profile(
+        _TRAINING,
+        ("-mc-lm", "-cosine", "-spring", "-fixed"),
+        3,
+        "networks and equations on which a first-order run takes 20 s: where curvature should win",
+    ),
     "diagnosis": Profile(
         _DIAGNOSIS, ("", "-mc-lm"), 3, "one difficulty each, with known targets: who passes?"
     ),
     "full": Profile(
-        (*_DIGITS, *_LARGE, *_NETWORKS),
+        tuple(dict.fromkeys((*_DIGITS, *_LARGE, *_NETWORKS, *_TRAINING))),
         (
             "",
             "-lm",
@@ -173,11 +180,8 @@ def make_plan(
         without a valid target.
     """
     base = PROFILES[find("profile", profile, PROFILES)]
-    if seeds is not None and not 1 <= seeds <= TUNING_SEED:
-        raise ValueError(
-            f"seeds must be at least 1, and at most {TUNING_SEED}, from which tuning has its own, "
-            f"got {seeds}"
-        )
+    if seeds is not None:
+        check_seeds(seeds)
     names = [find("workload", name, workloads()) for name in chosen_workloads or base.workloads]
     if chosen_contestants:
         members = [find("contestant", name, contestants()) for name in chosen_contestants]
@@ -186,6 +190,15 @@ def make_plan(
     for name in names:
         _target(name)
     return Plan(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(members)), seeds or base.seeds)
+
+
+def check_seeds(seeds: int) -> None:
+    """Raises ValueError on a number of seeds that is none, or that would reach that of tuning."""
+    if not 1 <= seeds <= TUNING_SEED:
+        raise ValueError(
+            f"seeds must be at least 1, and at most {TUNING_SEED}, from which tuning has its own, "
+            f"got {seeds}"
+        )
 
 
 def extended(records: Iterable[Record], members: Sequence[str]) -> Plan:
@@ -291,26 +304,42 @@ def _is_of(config: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
     return all(config[name] == value for name, value in machine.items())
 
 
-def baselines() -> list[Contestant]:
-    """The contestants by which targets are set."""
-    return [entry for entry in contestants().values() if entry.family in _BASELINES]
+def baselines(chosen: Sequence[str] | None = None) -> list[Contestant]:
+    """The contestants by which targets are set, at their best learning rates.
+
+    Args:
+      chosen: names of some of them; None for all.
+
+    Raises:
+      ValueError: a name of no baseline.
+    """
+    known = [
+        entry for entry in contestants().values()
+        if entry.family in _BASELINES and entry.rate_rule != "fixed"
+    ]  # fmt: skip
+    if not chosen:
+        return known
+    by_name = {entry.name: entry for entry in known}
+    return [by_name[find("baseline", name, by_name)] for name in chosen]
 
 
 def best_baseline(
-    workload: str, records: Iterable[Mapping[str, Any]]
+    workload: str, records: Iterable[Mapping[str, Any]], tried: Iterable[Contestant]
 ) -> tuple[Contestant, float | None]:
     """The baseline with the best held-out metric at the end of its budget, and its learning rate.
 
     Args:
       workload: its name.
+      tried: baselines to choose from.
       records: of the store, with "freezing" trials without a target on the tuning seed.
 
     Raises:
       ValueError: none of them came to the end of its budget.
     """
     best: tuple[float, str, float | None] | None = None
+    names = {entry.name for entry in tried}
     for (where, name), trials in _by_pair(records, "freezing").items():
-        if where != workload or name not in contestants():
+        if where != workload or name not in names:
             continue
         here = {**identity(), "sources": sources(find_contestant(name)), "seed": TUNING_SEED}
         for trial in trials:

@@ -154,13 +154,19 @@ def _objective(graphdef: Any, workload: Workload, x: Array, y: Array, parameters
 
 
 class Evaluation:
-    """Training loss and metric of parameters, compiled once; never on the clock."""
+    """Training loss and metric of parameters, compiled once; never on the clock.
 
-    def __init__(self, workload: Workload) -> None:
+    Args:
+      workload: with its held-out samples.
+      validation: whether the metric is that of the samples that choose learning rates.
+    """
+
+    def __init__(self, workload: Workload, *, validation: bool = False) -> None:
         data = workload.data()
         rows = workload.settings.get("num_measured", MEASURED_SAMPLES)
         self._train = tuple(jnp.asarray(a[:rows]) for a in data[:2])
-        self._held_out = tuple(jnp.asarray(a) for a in data[2:])
+        held_out = workload.judged(validation=validation)
+        self._held_out = tuple(jnp.asarray(a) for a in held_out)
         graphdef = nnx.graphdef(workload.model(0))
         metric = METRICS[workload.metric].function
 

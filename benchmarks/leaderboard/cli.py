@@ -65,6 +65,9 @@ def run(
     workload: Annotated[list[str] | None, typer.Option(help="instead of the profile's")] = None,
     contestant: Annotated[list[str] | None, typer.Option(help="instead of the profile's")] = None,
     seeds: Annotated[int | None, typer.Option(help="number of evaluation seeds")] = None,
+    ruleset: Annotated[
+        str | None, typer.Option(help="tuned or self-tuning, instead of both")
+    ] = None,
     out: OutOption = DEFAULT_OUT,
     jobs: Annotated[int, typer.Option(help="processes for trials without a clock")] = 1,
     scheduler: Annotated[
@@ -84,7 +87,7 @@ def run(
     from benchmarks.leaderboard.trial import execute
 
     with _sentences():
-        plan = make_plan(profile, workload, contestant, seeds)
+        plan = make_plan(profile, workload, contestant, seeds, ruleset)
         if scheduler is not None and scheduler != LOCAL:
             _warn(filter(None, [exposure(scheduler)]))
             plan = replace(plan, machine=common_identity(scheduler, identity))

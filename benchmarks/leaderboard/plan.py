@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from benchmarks.leaderboard.contestant import Contestant, contestants, find_contestant
+from benchmarks.leaderboard.contestant import Contestant, Ruleset, contestants, find_contestant
 from benchmarks.leaderboard.identity import identity, sources
 from benchmarks.leaderboard.records import Record
 from benchmarks.leaderboard.targets import target_of
@@ -166,6 +166,7 @@ def make_plan(
     chosen_workloads: Sequence[str] | None = None,
     chosen_contestants: Sequence[str] | None = None,
     seeds: int | None = None,
+    ruleset: str | None = None,
 ) -> Plan:
     """A plan by the name of a profile, with changes.
 
@@ -174,6 +175,7 @@ def make_plan(
       chosen_workloads: instead of those of the profile.
       chosen_contestants: instead of those of the profile.
       seeds: instead of their number in the profile.
+      ruleset: "tuned" or "self-tuning", of which alone contestants take part; None for both.
 
     Raises:
       ValueError: an unknown name (the nearest is offered), less than one seed, or a workload
@@ -187,6 +189,9 @@ def make_plan(
         members = [find("contestant", name, contestants()) for name in chosen_contestants]
     else:
         members = [name for name, entry in contestants().items() if _takes_part(entry, base)]
+    if ruleset is not None:
+        wanted = find("ruleset", ruleset, get_args(Ruleset))
+        members = [name for name in members if find_contestant(name).ruleset == wanted]
     for name in names:
         _target(name)
     return Plan(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(members)), seeds or base.seeds)

@@ -146,6 +146,16 @@ def test_plans_by_name(frozen):
             plan.make_plan(*arguments)
 
 
+def test_a_plan_of_one_ruleset(frozen):
+    def members(ruleset):
+        return plan.make_plan("default", ruleset=ruleset).contestants
+
+    assert members("tuned") == ("sgd",)
+    assert members("self-tuning") == ("lbfgs", "exact")
+    with pytest.raises(ValueError, match="did you mean 'tuned'"):
+        members("tune")
+
+
 def test_variants_and_their_plain_names():
     assert plan.plain("kfac-mc-lm") == "kfac"
     assert plan.plain("block-tri-diagonal") == "block-tri-diagonal"

@@ -1,7 +1,7 @@
 """What one short session on a GPU should leave behind: ``make gpu``.
 
 The figures of Karakida & Osawa (2020) that the report compares between devices, networks at the
-paper's width and at four times it, the step ratios of README.md, and a part of asv's large profile:
+paper's width and at four times it, the ratios of steps, and a part of asv's large profile:
 each in a process of its own, all within ten minutes. What a stage wrote before its time ran out is
 kept. The documents go to ``results/``, named by device and date.
 """

@@ -289,7 +289,7 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes = SIZES) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--repeats", type=int, default=REPEATS, help="timed calls of each")
-    parser.add_argument("--markdown", action="store_true", help="a table for README.md")
+    parser.add_argument("--markdown", action="store_true", help="a table for the pages of docs")
     parser.add_argument("--out", type=Path, help="also write every median to this JSON file")
     options = parser.parse_args(arguments)
     if options.repeats < 1:

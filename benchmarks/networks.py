@@ -1,7 +1,7 @@
 """What a natural-gradient step of networks with shared weights costs, beside an SGD step.
 
 A ConvNet and a small vision transformer at the sizes of CIFAR-10, with a Monte-Carlo Fisher. Their
-lines of the table in README.md come from ``python -m benchmarks.step --line conv-mc``.
+lines of the table in docs/structures.md come from ``python -m benchmarks.step --line conv-mc``.
 """
 
 from __future__ import annotations

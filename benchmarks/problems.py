@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Line:
-    """A network, a batch size, a loss and a kind of Fisher: a line of the table in README.md.
+    """A network, a batch size, a loss and a kind of Fisher: a line of docs/structures.md.
 
     Attributes:
       title: what the table calls it.
@@ -159,7 +159,7 @@ RATIOS: dict[str, tuple[float, float, float]] = {
     "quasi-diag": (2.5, 8, 4),
     "unit-wise": (3, 15, 10),
 }
-"""Ratios to reach on the three fully connected lines of README.md, in the order of its columns."""
+"""Ratios to reach on the fully connected lines of docs/structures.md, column by column."""
 
 # relative to a mean over all parameters, of which a batch reaches few
 _DAMPINGS: dict[type[ng.Structure], float] = {ng.EKFAC: 1.0}

@@ -3,7 +3,7 @@
 Both steps are jitted functions from parameters to parameters, on the same model and batch, timed
 alternately in one process. Adam, Shampoo and SOAP stand beside them, as means over the steps from
 one renewal to the next. The asv suite tracks the ratio and what the compiler knows for certain;
-``python -m benchmarks.step`` prints the table of README.md.
+``python -m benchmarks.step`` prints the table of docs/structures.md.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Cell:
-    """A measurement with its place in the table of README.md.
+    """A measurement with its place in the table of docs/structures.md.
 
     Attributes:
       line: key of the line.
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--line", nargs="+", choices=LINES, default=list(LINES))
     parser.add_argument("--structure", nargs="+", choices=everyone, default=everyone)
     parser.add_argument("--repeats", type=int, default=MIN_REPEATS, help="timed steps of each cell")
-    parser.add_argument("--markdown", action="store_true", help="a table for README.md")
+    parser.add_argument("--markdown", action="store_true", help="a table for the pages of docs")
     parser.add_argument("--out", type=Path, help="also write every timing to this JSON file")
     options = parser.parse_args(arguments)
     if options.repeats < 1:

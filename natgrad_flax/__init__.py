@@ -37,6 +37,7 @@ from natgrad_flax.optimizer.gradient import natural_gradient
 from natgrad_flax.optimizer.information import fisher
 from natgrad_flax.optimizer.learning_rate import optimal_learning_rate
 from natgrad_flax.optimizer.momentum import SPRING
+from natgrad_flax.optimizer.quadratic_model import QuadraticModel
 from natgrad_flax.signals.capture import jacobian_signals
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.fisher import fisher_signals
@@ -95,6 +96,7 @@ __all__ = [
     "MeanSquaredError",
     "MovingAverage",
     "Poisson",
+    "QuadraticModel",
     "QuasiDiagonal",
     "RelativeDamping",
     "Residual",

@@ -5,14 +5,19 @@ g. Its coordinate vectors are the columns of J = d phi, its Gram matrix is G = J
 natural parameter gradient of an objective L(z) is G^- J^T dL (van Oostrum, Mueller & Ay 2022).
 """
 
+# ruff: noqa: F722, F821, UP037 - shapes in signatures, which the tests hold examples to
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Map = Callable[[Array], Array]
 """A differentiable map between vectors."""
@@ -24,12 +29,19 @@ Representation = Callable[[Map, Array], Array]
 """From a parametrisation and parameters (d,) to a vector on the parameter space (d,)."""
 
 
-def euclidean(point: Array) -> Array:
-    """The metric of the ambient space itself, for a point (D,)."""
+def euclidean(point: Float[Array, "D"]) -> Float[Array, "D D"]:
+    """The Euclidean metric: the identity (D, D), at every point (D,).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> geometry.euclidean(jnp.array([3.0, 4.0])).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
     return jnp.eye(len(point), dtype=point.dtype)
 
 
-def fisher_rao_gaussian(point: Array) -> Array:
+def fisher_rao_gaussian(point: Float[Array, "D"]) -> Float[Array, "D D"]:
     """The Fisher-Rao metric of normal distributions.
 
     Args:
@@ -37,13 +49,22 @@ def fisher_rao_gaussian(point: Array) -> Array:
 
     Returns:
       Sigma^{-1} for the mean, Sigma^{-1} (x) Sigma^{-1} / 2 for the covariance.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> mean, variance = 0.0, 2.0
+      >>> # 1 / v and 1 / (2 v^2)
+      >>> print(geometry.fisher_rao_gaussian(jnp.array([mean, variance])))
+      [[0.5   0.   ]
+       [0.    0.125]]
     """
     mean_size, covariance = _gaussian(point)
     inverse = jnp.linalg.inv(covariance)
     return _block_diagonal(mean_size, inverse, jnp.kron(inverse, inverse) / 2)
 
 
-def wasserstein_gaussian(point: Array) -> Array:
+def wasserstein_gaussian(point: Float[Array, "D"]) -> Float[Array, "D D"]:
     """The metric of the L2-Wasserstein distance between normal distributions.
 
     Half the inverse of X -> Sigma X + X Sigma for the covariance, the identity for the mean
@@ -51,6 +72,15 @@ def wasserstein_gaussian(point: Array) -> Array:
 
     Args:
       point: as for ``fisher_rao_gaussian``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> mean, variance = 0.0, 2.0
+      >>> # 1 and 1 / (4 v)
+      >>> print(geometry.wasserstein_gaussian(jnp.array([mean, variance])))
+      [[1.    0.   ]
+       [0.    0.125]]
     """
     mean_size, covariance = _gaussian(point)
     eye = jnp.eye(mean_size, dtype=point.dtype)
@@ -74,7 +104,7 @@ def _block_diagonal(mean_size: int, mean: Array, covariance: Array) -> Array:
     return matrix.at[mean_size:, mean_size:].set(covariance)
 
 
-def gram_matrix(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
+def gram_matrix(phi: Map, xi: Float[Array, "d"], metric: Metric = euclidean) -> Float[Array, "d d"]:
     """G = J^T g J, shape (d, d).
 
     Args:
@@ -84,6 +114,15 @@ def gram_matrix(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
 
     Raises:
       ValueError: xi or phi(xi) is no vector, or the metric is not symmetric positive definite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> polar = lambda xi: xi[0] * jnp.array([jnp.cos(xi[1]), jnp.sin(xi[1])])
+      >>> r, angle = 2.0, 0.5
+      >>> found = geometry.gram_matrix(polar, jnp.array([r, angle]))
+      >>> bool(jnp.allclose(found, jnp.diag(jnp.array([1, r**2])), atol=1e-5))
+      True
     """
     jacobian, matrix = _at(phi, xi, metric)
     return jacobian.T @ matrix @ jacobian
@@ -92,10 +131,10 @@ def gram_matrix(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
 def natural_parameter_gradient(
     phi: Map,
     objective: Objective,
-    xi: Array,
+    xi: Float[Array, "d"],
     metric: Metric = euclidean,
     generalised_inverse: Map | None = None,
-) -> Array:
+) -> Float[Array, "d"]:
     """G^- grad_xi L, shape (d,) (van Oostrum et al. 2022, Eq. 5).
 
     Without ``generalised_inverse`` G^- is the Moore-Penrose inverse, taken from the singular values
@@ -111,6 +150,16 @@ def natural_parameter_gradient(
 
     Raises:
       ValueError: see ``gram_matrix``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> doubled = lambda xi: xi[:1] + xi[1:]  # two parameters of one number
+      >>> found = geometry.natural_parameter_gradient(
+      ...     doubled, lambda z: 3 * z[0], jnp.zeros(2)
+      ... )
+      >>> bool(jnp.allclose(found, 1.5))  # together they move the number by 3
+      True
     """
     jacobian, matrix = _at(phi, xi, metric)
     slope = jax.grad(objective)(phi(xi))
@@ -121,13 +170,24 @@ def natural_parameter_gradient(
     return _pseudo_inverse(factor.T @ jacobian) @ right
 
 
-def push_forward(phi: Map, xi: Array, vector: Array) -> Array:
-    """d phi (vector): what a vector on the parameter space (d,) does on the model, shape (D,)."""
+def push_forward(phi: Map, xi: Float[Array, "d"], vector: Float[Array, "d"]) -> Float[Array, "D"]:
+    """d phi (vector): what a vector on the parameter space (d,) does on the model, shape (D,).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> polar = lambda xi: xi[0] * jnp.array([jnp.cos(xi[1]), jnp.sin(xi[1])])
+      >>> turn = jnp.array([0.0, 1.0])  # of the angle, at radius 2
+      >>> print(geometry.push_forward(polar, jnp.array([2.0, 0.0]), turn))
+      [0. 2.]
+    """
     moved: Array = jax.jvp(phi, (xi,), (vector,))[1]
     return moved
 
 
-def span_projection(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
+def span_projection(
+    phi: Map, xi: Float[Array, "d"], metric: Metric = euclidean
+) -> Float[Array, "D D"]:
     """Pi = J G^+ J^T g, the g-orthogonal projection on the coordinate vectors, shape (D, D).
 
     The push-forward of the natural parameter gradient is Pi applied to the gradient of the ambient
@@ -140,6 +200,14 @@ def span_projection(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
 
     Raises:
       ValueError: see ``gram_matrix``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> line = lambda xi: xi[0] * jnp.array([1.0, 1.0])
+      >>> print(geometry.span_projection(line, jnp.ones(1)).round(3))
+      [[0.5 0.5]
+       [0.5 0.5]]
     """
     jacobian, matrix = _at(phi, xi, metric)
     factor = jnp.linalg.cholesky(matrix)
@@ -148,18 +216,30 @@ def span_projection(phi: Map, xi: Array, metric: Metric = euclidean) -> Array:
     return jax.scipy.linalg.solve_triangular(factor.T, projected, lower=False)
 
 
-def ambient_gradient(objective: Objective, point: Array, metric: Metric = euclidean) -> Array:
+def ambient_gradient(
+    objective: Objective, point: Float[Array, "D"], metric: Metric = euclidean
+) -> Float[Array, "D"]:
     """g^{-1} dL: the gradient of the ambient space at a point, shape (D,).
 
     Raises:
       ValueError: the metric is not symmetric positive definite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> objective = lambda z: jnp.sum(z**2) / 2
+      >>> metric = lambda z: jnp.diag(jnp.array([1.0, 2.0]))
+      >>> print(geometry.ambient_gradient(objective, jnp.array([1.0, 4.0]), metric))
+      [1. 2.]
     """
     matrix = metric(point)
     _check_metric(matrix)
     return jnp.linalg.solve(matrix, jax.grad(objective)(point))
 
 
-def any_generalised_inverse(matrix: Array, free: Array) -> Array:
+def any_generalised_inverse(
+    matrix: Float[Array, "n m"], free: Float[Array, "m n"]
+) -> Float[Array, "m n"]:
     """A^+ + Z - A^+ A Z A A^+: with Z every A^- with A A^- A = A, symmetric or not.
 
     Args:
@@ -168,6 +248,16 @@ def any_generalised_inverse(matrix: Array, free: Array) -> Array:
 
     Raises:
       ValueError: the shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> A = jnp.array([[1.0, 2.0], [2.0, 4.0]])
+      >>> inverse = geometry.any_generalised_inverse(
+      ...     A, jnp.array([[0.0, 1.0], [3.0, 0.0]])
+      ... )
+      >>> bool(jnp.allclose(A @ inverse @ A, A, atol=1e-4))
+      True
     """
     if free.shape != matrix.T.shape:
         raise ValueError(
@@ -177,15 +267,23 @@ def any_generalised_inverse(matrix: Array, free: Array) -> Array:
     return inverse + free - inverse @ matrix @ free @ matrix @ inverse
 
 
-def coordinate_rank(phi: Map, xi: Array) -> int:
-    """The dimension of the span of the coordinate vectors at concrete parameters (d,)."""
+def coordinate_rank(phi: Map, xi: Float[Array, "d"]) -> int:
+    """The dimension of the span of the coordinate vectors at concrete parameters (d,).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> square = lambda xi: jnp.array([xi[0] ** 2, 2 * xi[0] ** 2])
+      >>> [geometry.coordinate_rank(square, xi) for xi in (jnp.ones(1), jnp.zeros(1))]
+      [1, 0]
+    """
     values = np.linalg.svd(np.asarray(jax.jacfwd(phi)(xi)), compute_uv=False)
     largest = values.max(initial=0.0)
     size = max(len(xi), len(phi(xi)))
     return int(np.sum(values > size * np.finfo(values.dtype).eps * largest)) if largest else 0
 
 
-def is_proper(phi: Map, xi: Array, dimension: int) -> bool:
+def is_proper(phi: Map, xi: Float[Array, "d"], dimension: int) -> bool:
     """Whether the coordinate vectors span the tangent space (van Oostrum et al. 2022, Sec. 2).
 
     There the push-forward of the natural parameter gradient is the natural gradient of the model,
@@ -198,6 +296,13 @@ def is_proper(phi: Map, xi: Array, dimension: int) -> bool:
 
     Raises:
       ValueError: the rank of the coordinate vectors is above the dimension.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> cusp = lambda xi: xi**3  # covers the line, but its derivative is 0 at 0
+      >>> [geometry.is_proper(cusp, xi, 1) for xi in (jnp.ones(1), jnp.zeros(1))]
+      [True, False]
     """
     rank = coordinate_rank(phi, xi)
     if rank > dimension:
@@ -209,8 +314,12 @@ def is_proper(phi: Map, xi: Array, dimension: int) -> bool:
 
 
 def parametrisation_dependence(
-    represent: Representation, phi: Map, xi: Array, psi: Map, theta: Array
-) -> Array:
+    represent: Representation,
+    phi: Map,
+    xi: Float[Array, "d"],
+    psi: Map,
+    theta: Float[Array, "c"],
+) -> Float[Array, ""]:
     """|d psi O(psi, theta) - d phi O(phi, xi)|: zero for all pairs only if O is (Definition 4).
 
     Args:
@@ -218,10 +327,23 @@ def parametrisation_dependence(
       phi: a parametrisation.
       xi: its parameters (d,).
       psi: another parametrisation of the model.
-      theta: its parameters (d',), with psi(theta) = phi(xi).
+      theta: its parameters (c,), with psi(theta) = phi(xi).
 
     Raises:
       ValueError: the two points differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> objective = lambda z: jnp.sum(z)
+      >>> def natural(phi, xi):
+      ...     return geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> plain = lambda phi, xi: jax.grad(lambda xi: objective(phi(xi)))(xi)
+      >>> # both at z = 1
+      >>> pair = (jnp.exp, jnp.zeros(1), lambda theta: theta**2, jnp.ones(1))
+      >>> dependence = geometry.parametrisation_dependence
+      >>> [round(float(dependence(o, *pair)), 3) for o in (natural, plain)]
+      [0.0, 3.0]
     """
     here, there = phi(xi), psi(theta)
     _check_same_point(here, there)
@@ -230,7 +352,9 @@ def parametrisation_dependence(
     )
 
 
-def model_violation(represent: Representation, phi: Map, change: Map, theta: Array) -> Array:
+def model_violation(
+    represent: Representation, phi: Map, change: Map, theta: Float[Array, "d"]
+) -> Float[Array, ""]:
     """|d psi O(psi, theta) - d phi O(phi, f(theta))| for psi = phi o f (Definition 5).
 
     Zero for the natural parameter gradient with every generalised inverse (Theorem 2).
@@ -243,6 +367,17 @@ def model_violation(represent: Representation, phi: Map, change: Map, theta: Arr
 
     Raises:
       ValueError: f has a singular derivative at theta.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> objective, doubled = (lambda z: 3 * z[0]), (lambda xi: xi[:1] + xi[1:])
+      >>> def natural(phi, xi):
+      ...     return geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> stretch = lambda theta: theta * jnp.array([1.0, 5.0])
+      >>> found = geometry.model_violation(natural, doubled, stretch, jnp.ones(2))
+      >>> round(float(found), 3)
+      0.0
     """
     _check_diffeomorphism(change, theta)
     return parametrisation_dependence(
@@ -250,12 +385,25 @@ def model_violation(represent: Representation, phi: Map, change: Map, theta: Arr
     )
 
 
-def parameter_violation(represent: Representation, phi: Map, change: Map, theta: Array) -> Array:
+def parameter_violation(
+    represent: Representation, phi: Map, change: Map, theta: Float[Array, "d"]
+) -> Float[Array, ""]:
     """|df O(psi, theta) - O(phi, f(theta))| for psi = phi o f (Definition 6).
 
     Zero for the natural parameter gradient where phi is an immersion; in overparametrised models it
     is not, and the difference lies in the kernel of d phi (Sec. 3.2). The arguments and errors are
     those of ``model_violation``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> # no immersion
+      >>> objective, doubled = (lambda z: 3 * z[0]), (lambda xi: xi[:1] + xi[1:])
+      >>> def natural(phi, xi):
+      ...     return geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> stretch = lambda theta: theta * jnp.array([1.0, 5.0])
+      >>> bool(geometry.parameter_violation(natural, doubled, stretch, jnp.ones(2)) > 1)
+      True
     """
     _check_diffeomorphism(change, theta)
     moved = push_forward(change, theta, represent(lambda here: phi(change(here)), theta))
@@ -263,12 +411,23 @@ def parameter_violation(represent: Representation, phi: Map, change: Map, theta:
 
 
 def finite_step_gap(
-    represent: Representation, phi: Map, change: Map, theta: Array, rate: float
-) -> Array:
+    represent: Representation, phi: Map, change: Map, theta: Float[Array, "d"], rate: float
+) -> Float[Array, ""]:
     """How far apart one step of size ``rate`` ends on the model with phi and with phi o f.
 
     Of the order rate^2 for a representation that is invariant on the model (Sec. 4): only the flow
     does not see f. The other arguments and errors are those of ``model_violation``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import geometry
+      >>> objective, identity = (lambda z: jnp.sum(z)), (lambda xi: xi)
+      >>> def natural(phi, xi):
+      ...     return geometry.natural_parameter_gradient(phi, objective, xi)
+      >>> arguments = (natural, identity, jnp.exp, jnp.zeros(1))
+      >>> gap = lambda rate: geometry.finite_step_gap(*arguments, rate)
+      >>> 3.5 < float(gap(0.2) / gap(0.1)) < 4.5  # of the order rate^2
+      True
     """
     _check_diffeomorphism(change, theta)
     xi = change(theta)

@@ -13,7 +13,19 @@ _SIGNS = ("gloo", "nccl", "connection closed by peer", "connection reset", "coor
 
 
 class LostPeerError(RuntimeError):
-    """Another process of the run has ended, or cannot be reached."""
+    """Another process of the run has ended, or cannot be reached.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from natgrad_flax.devices import LostPeerError, lost_peers
+      >>> try:
+      ...     with lost_peers():
+      ...         total = jax.block_until_ready(jnp.ones(3).sum())  # a step of the run
+      ... except LostPeerError:
+      ...     print("start all processes anew: they go on from the last checkpoint")
+      >>> issubclass(LostPeerError, RuntimeError)
+      True
+    """
 
 
 def connect(
@@ -43,6 +55,16 @@ def connect(
     Raises:
       ValueError: an address without a port, a number out of range.
       RuntimeError: this process has joined a run before, or JAX was used before.
+
+    Example:
+      >>> import jax
+      >>> from natgrad_flax.devices import connect
+
+      It waits for the other process, so this is not run:
+
+      >>> connect("host0:9911", num_processes=2, process_id=0)  # doctest: +SKIP
+      >>> jax.process_count()  # doctest: +SKIP
+      2
     """
     host, colon, port = str(coordinator).rpartition(":")
     if not (host and colon and port.isdecimal()):
@@ -76,6 +98,14 @@ def lost_peers() -> Iterator[None]:
 
     Raises:
       LostPeerError: a collective inside failed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from natgrad_flax.devices import lost_peers
+      >>> with lost_peers():
+      ...     total = jax.block_until_ready(jnp.ones(3).sum())  # a step of the run
+      >>> float(total)
+      3.0
     """
     try:
         yield

@@ -63,6 +63,17 @@ class AnalyticKernels:
     Attributes:
       arrays: by name, "tangent.1" to "ntk"; the properties name them.
       limit: what they are kernels of.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), bias_variance=0.1, rngs=nnx.Rngs(0))
+      >>> kernels = na.analytic_kernels(model, jnp.eye(4))
+      >>> kernels.nngp.shape, len(kernels.tangent)
+      ((4, 4), 2)
+      >>> bool(np.allclose(sum(kernels.tangent), kernels.ntk))
+      True
     """
 
     arrays: KernelArrays
@@ -143,6 +154,15 @@ def analytic_layer_kernels(
 
     Raises:
       ValueError, TypeError: as ``analytic_kernels``.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> layers = na.analytic_layer_kernels(
+      ...     ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      ... )
+      >>> [layer.shape for layer in layers], layers[0].dtype
+      ([(4, 4), (4, 4)], dtype('float64'))
     """
     return analytic_kernels(
         model, x1, x2, parts=("tangent",), store=store, progress=progress, devices=devices,
@@ -191,6 +211,16 @@ def analytic_kernels(
         devices, or processes that make different calls.
       TypeError: the model is neither of those, inputs are not floating, or these are no devices.
       ImportError: the engine is not installed.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, x_test = jnp.eye(4), jnp.ones((2, 4))
+      >>> kernels = na.analytic_kernels(model, x_test, x, parts=["nngp", "ntk"])
+      >>> kernels.ntk.shape, bool((kernels.ntk > kernels.nngp).all())
+      ((2, 4), True)
     """
     check_devices(devices)
     limit = infinite_width_limit(model, engine)

@@ -40,9 +40,10 @@ def coefficient_matrix(
     damping: Damping = 0.0,
     kernels: Kernels = "empirical",
 ) -> Matrix:
-    """Theta-bar(x', x) = J(x') (G + rho)^{-1} J(x)^T / N (Karakida & Osawa 2020, Eq. 11).
+    """What carries a step from training residuals to outputs (Karakida & Osawa 2020, Eq. 11).
 
-    A step of the linearised network moves its outputs by -eta Theta-bar(x', x) (f(x) - y). With
+    It is Theta-bar(x', x) = J(x') (G + rho)^{-1} J(x)^T / N with the Jacobian J of the outputs: a
+    step of the linearised network moves its outputs by -eta Theta-bar(x', x) (f(x) - y). With
     ``GradientDescent()`` it is the neural tangent kernel Theta(x', x) = K(x', x) / N.
 
     Args:
@@ -62,6 +63,15 @@ def coefficient_matrix(
     Raises:
       ValueError, TypeError: bad inputs or damping, a structure that does not suit the network or
         has no infinite-width limit, or a matrix that cannot fit in memory.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> theta = na.coefficient_matrix(ng.BlockDiagonal(), model, x)
+      >>> bool(np.allclose(theta, 2 * np.eye(4)))  # alpha I, alpha = L
+      True
     """
     check_theory_arguments(structure, damping, kernels)
     if kernels == "analytic":

@@ -38,6 +38,13 @@ class CoordinateCheck:
       widths: M, ascending.
       changes: the root mean square of u_l(t) - u_l(0) over samples, units and seeds, for each
         width, step t = 1, ..., T and layer, shape (widths, T, L).
+
+    Example:
+      >>> import ntk_analysis as na, numpy as np
+      >>> changes = np.ones((3, 1, 2)) * np.array([1.0, 0.5, 0.25])[:, None, None]
+      >>> # features move as M^{-1/2}: lazy
+      >>> na.CoordinateCheck((16, 64, 256), changes).exponents
+      array([-0.5, -0.5])
     """
 
     widths: tuple[int, ...]
@@ -93,6 +100,18 @@ def coordinate_check(
     Raises:
       ValueError, TypeError: bad sizes, inputs or targets; widths that do not ascend; a network
         without ``pre_activations``.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na, optax
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> def make(width, rngs):
+      ...     return ng.MLP((4, width, width, 1), parametrization="mup", rngs=rngs)
+      >>> def optimizer(model):
+      ...     return optax.chain(optax.sgd(0.1), ng.scale_by_width(model, "SGD"))
+      >>> settings = {"optimizer": optimizer, "loss": ng.MeanSquaredError(), "steps": 2}
+      >>> found = na.coordinate_check(make, [8, 64], x, y, **settings)
+      >>> found.changes.shape  # widths, steps, layers
+      (2, 2, 3)
     """
     what = "positive integers in ascending order"
     sizes = size_tuple("widths", tuple(widths), what)

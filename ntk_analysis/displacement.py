@@ -51,6 +51,22 @@ def parameter_displacement(
     Raises:
       ValueError, TypeError: bad arguments, a structure that does not suit the network, or
         steps = ``math.inf`` where the spectral radius of I - eta Theta-bar is not below 1.
+
+    Example:
+      >>> import math, jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> moved = na.parameter_displacement(
+      ...     ng.Exact(), model, x, y, 0.1, steps=math.inf
+      ... )
+      >>> step = ng.natural_gradient(
+      ...     model, x, y, structure=ng.Exact(), loss=ng.MeanSquaredError()
+      ... )
+      >>> u, v = (tree["layers"][0]["kernel"] for tree in (moved, step))
+      >>> bool(np.allclose(u, -v, atol=1e-4))
+      True
     """
     check_theory_arguments(structure, damping, "empirical")
     learning_rate = check_learning_rate(learning_rate)

@@ -27,6 +27,14 @@ class KernelDrift:
         (Cortes et al. 2012; Kornblith et al. 2019).
       alignment_0: the centred alignment of K_0 with y y^T, in [0, 1]; None without targets.
       alignment_t: that of K_t.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> drift = na.kernel_drift(model, model, x)  # nothing was trained
+      >>> drift.relative_change, drift.layer_changes, round(drift.cka, 6)
+      (0.0, (0.0, 0.0), 1.0)
     """
 
     relative_change: float
@@ -58,6 +66,19 @@ def kernel_drift(
       ValueError, TypeError: what ``empirical_layer_kernels`` raises; models with other layers or
         outputs; targets of another shape, or the same for all samples; kernels that are 0 or the
         same for all samples.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> trained = nnx.clone(model)
+      >>> nnx.update(
+      ...     trained, jax.tree.map(lambda p: 1.1 * p, nnx.state(model, nnx.Param))
+      ... )
+      >>> drift = na.kernel_drift(model, trained, x)
+      >>> # 1.1^2 times the kernel
+      >>> round(drift.relative_change, 3), round(drift.cka, 3)
+      (0.21, 1.0)
     """
     before = initial_signals(model_0, x)
     targets = None

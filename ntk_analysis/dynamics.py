@@ -31,6 +31,16 @@ class LinearisedDynamics:
       outputs_train: f_t(x), shape (steps + 1, N, C); the first entry is the network's own output.
       outputs_test: f_t(x'), shape (steps + 1, N', C), or None without test inputs.
       targets_train: y, shape (N, C).
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> settings = {"learning_rate": 0.5, "steps": 3, "x_test": jnp.ones((2, 4))}
+      >>> found = na.predict_dynamics(ng.Exact(), model, x, y, **settings)
+      >>> found.outputs_train.shape, found.outputs_test.shape
+      ((4, 4, 1), (4, 2, 1))
     """
 
     outputs_train: Matrix
@@ -96,6 +106,18 @@ def predict_dynamics(
     Warns:
       ResonanceWarning: a positive damping lies among the resonances of an indefinite coupling
         (``resonance_window``); not looked for where L N C exceeds 3000.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> found = na.predict_dynamics(
+      ...     ng.Exact(), model, x, y, learning_rate=0.5, steps=3
+      ... )
+      >>> # (1 - eta)^2 a step
+      >>> print((found.train_losses / found.train_losses[0]).round(4))
+      [1.     0.25   0.0625 0.0156]
     """
     if loss is not None and not isinstance(loss, MeanSquaredError):
         raise ValueError(

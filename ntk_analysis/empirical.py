@@ -152,6 +152,15 @@ def empirical_layer_kernels(
     Raises:
       ValueError, TypeError: bad inputs, a layer without signals, or kernels that cannot fit in
         memory.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 2), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> layers = na.empirical_layer_kernels(model, x)
+      >>> # the empirical neural tangent kernel, (N C, N C)
+      >>> len(layers), sum(layers).shape
+      (2, (8, 8))
     """
     signals = initial_signals(model, x1, x2)
     size = signals.everything.size

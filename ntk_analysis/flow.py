@@ -39,6 +39,17 @@ class LinearisedFlow:
       outputs_test: f_t(x'), shape (T, N', C), or None without test inputs.
       targets_train: y, shape (N, C).
       loss: the loss that is descended.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> found = na.predict_flow(
+      ...     ng.Exact(), model, x, y, [0.0, 1.0], loss=ng.MeanSquaredError()
+      ... )
+      >>> found.times.tolist(), found.outputs_train.shape
+      ([0.0, 1.0], (2, 4, 1))
     """
 
     times: Matrix
@@ -113,6 +124,19 @@ def predict_flow(
     Raises:
       ValueError, TypeError: bad arguments, or a structure that does not suit the network.
       RuntimeError: the solver failed, or reached its limit of steps.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> found = na.predict_flow(
+      ...     ng.Exact(), model, x, y, [0.0, 1.0], loss=ng.MeanSquaredError()
+      ... )
+      >>> losses = found.train_losses
+      >>> bool(np.isclose(losses[1] / losses[0], np.exp(-2), rtol=1e-5))
+      True
     """
     loss = SoftmaxCrossEntropy() if loss is None else loss
     check_loss(loss)

@@ -23,6 +23,15 @@ class GradientDescent(Structure):
 
     Theta(x', x) = J(x') J(x)^T / N (Karakida & Osawa 2020, Eq. 4). It is not isotropic; the best
     constant learning rate of the linearised network is 1 / lambda_max(Theta).
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> theta = na.coefficient_matrix(na.GradientDescent(), model, x)
+      >>> bool(np.allclose(theta, sum(na.empirical_layer_kernels(model, x)) / 4))
+      True
     """
 
     style = styled("Gradient descent", "#4d4d4d", "o", command="gd")

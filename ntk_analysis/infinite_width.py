@@ -35,6 +35,14 @@ class InfiniteWidthLimit:
       activation: what acts on covariances at every hidden layer.
       negative_slope: phi(u) / u below 0 of an activation that is u above, else None.
       description: all that decides the kernels, in a form that JSON can hold; widths do not.
+
+    Example:
+      >>> import natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), activation="leaky_relu", rngs=nnx.Rngs(0))
+      >>> limit = na.infinite_width_limit(model)
+      >>> limit.widths, limit.negative_slope
+      ((8, 1), 0.01)
     """
 
     widths: tuple[int, ...]
@@ -143,6 +151,15 @@ def infinite_width_limit(model: nnx.Module, engine: Engine = "auto") -> Limit:
       ValueError: a layer of it was changed so that it has no limit; the message names the layer. Or
         an unknown engine.
       ImportError: the engine is not installed.
+
+    Example:
+      >>> import natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> limit = na.infinite_width_limit(
+      ...     ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), engine="natgrad"
+      ... )
+      >>> limit.description["activation"]
+      'relu'
     """
     chosen = chosen_engine(engine)
     network = require_limit(model)

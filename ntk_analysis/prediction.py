@@ -38,7 +38,7 @@ _QUADRATURE = 64
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """f_infinity on test inputs; everything float64.
+    """The outputs f_infinity on test inputs to which training converges; everything float64.
 
     Attributes:
       mean: shape (N', C). With analytic kernels the mean over random initialisations, otherwise
@@ -46,6 +46,15 @@ class Prediction:
       variance: of each test output over initialisations, the same for all C, shape (N',), or None.
       covariance: between test inputs, the same for all C, shape (N', N'), or None.
       samples: f_infinity for each drawn initialisation, shape (S, N', C), or None.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> found = na.predict(ng.Exact(), model, x, y, x, kernels="empirical")
+      >>> found.mean.round(3).ravel().tolist(), found.variance
+      ([1.0, 1.0, 1.0, 1.0], None)
     """
 
     mean: Matrix
@@ -150,6 +159,19 @@ def predict(
     Raises:
       ValueError, TypeError: bad arguments, a structure without a limit at test inputs, or arrays
         that cannot fit in memory.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> import natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> x_test = jnp.concatenate([x, jnp.ones((1, 4))])
+      >>> found = na.predict(ng.Exact(), model, x, y, x_test, covariance="variance")
+      >>> found.mean.shape, bool(np.allclose(found.mean[:4], y))
+      ((5, 1), True)
+      >>> bool(found.variance[:4].max() < 1e-6), bool(found.variance[4] > 0.1)
+      (True, True)
     """
     check_theory_arguments(structure, damping, kernels)
     ridge = check_number("ridge", ridge, positive=False)

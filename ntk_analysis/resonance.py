@@ -31,7 +31,25 @@ LARGEST_CHECK = 3000
 
 
 class ResonanceWarning(UserWarning):
-    """The damping lies among the resonances of an indefinite coupling."""
+    """The damping lies among the resonances of an indefinite coupling.
+
+    There the damped structure is singular or nearly so, and steps are large in some directions;
+    take one outside of ``resonance_window``.
+
+    Example:
+      >>> import warnings, jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> structure = ng.BlockTriDiagonal()
+      >>> low, high = na.resonance_window(structure, model, x)
+      >>> settings = {"learning_rate": 0.1, "steps": 1, "damping": (low + high) / 2}
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always", na.ResonanceWarning)
+      ...     found = na.predict_dynamics(structure, model, x, y, **settings)
+      >>> caught[0].category.__name__
+      'ResonanceWarning'
+    """
 
 
 def resonances(structure: Structure, model: nnx.Module, x: ArrayLike) -> Matrix:
@@ -52,6 +70,16 @@ def resonances(structure: Structure, model: nnx.Module, x: ArrayLike) -> Matrix:
     Raises:
       ValueError, TypeError: bad inputs, a Sigma for another depth, or a matrix (L N C, L N C) that
         cannot fit in memory.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> # N C for one negative eigenvalue
+      >>> na.resonances(ng.BlockTriDiagonal(), model, x).shape
+      (4,)
+      >>> na.resonances(ng.BlockDiagonal(), model, x).shape
+      (0,)
     """
     check_structure(structure)
     return signal_resonances(structure, initial_signals(model, x).train)
@@ -60,7 +88,9 @@ def resonances(structure: Structure, model: nnx.Module, x: ArrayLike) -> Matrix:
 def resonance_window(
     structure: Structure, model: nnx.Module, x: ArrayLike
 ) -> tuple[float, float] | None:
-    """The smallest and the largest of ``resonances``, None where there are none.
+    """Between which dampings a structure can be singular: smallest and largest of ``resonances``.
+
+    None where there are none.
 
     Args:
       structure: any Fisher approximation.
@@ -69,6 +99,16 @@ def resonance_window(
 
     Raises:
       ValueError, TypeError: as for ``resonances``.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> low, high = na.resonance_window(ng.BlockTriDiagonal(), model, x)
+      >>> 0 < low < high
+      True
+      >>> na.resonance_window(ng.Exact(), model, x) is None
+      True
     """
     return window_of(resonances(structure, model, x))
 
@@ -97,6 +137,16 @@ def spectral_radius(
 
     Raises:
       ValueError, TypeError: bad arguments, or a structure that does not suit the network.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, ntk_analysis as na
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> radii = na.spectral_radius(
+      ...     ng.Exact(), model, x, learning_rate=0.7, dampings=[0.0, 1e-2]
+      ... )
+      >>> print(radii.round(3)[0], radii[1] > radii[0])  # |1 - eta alpha| undamped
+      0.3 True
     """
     check_structure(structure)
     learning_rate = check_learning_rate(learning_rate)

@@ -20,8 +20,11 @@ Packages = tuple[tuple[str, Path], ...]
 def package(module: object) -> tuple[str, Path]:
     """The name and the folder of an imported package, an entry of ``Packages``.
 
-    >>> package(natgrad_flax)[0]
-    'natgrad_flax'
+    Example:
+      >>> import natgrad_flax
+      >>> from ntk_analysis.sources import package
+      >>> package(natgrad_flax)[0]
+      'natgrad_flax'
     """
     return str(vars(module)["__name__"]), Path(vars(module)["__file__"]).parent
 

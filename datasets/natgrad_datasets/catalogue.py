@@ -263,5 +263,11 @@ CATALOGUE: dict[str, Entry] = {
 
 
 def names() -> tuple[str, ...]:
-    """Names of all data sets, the default one first."""
+    """Names of all data sets, the default one first.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> natgrad_datasets.names()
+        ('digits', 'mnist', 'fashion_mnist', 'cifar10', 'gaussian')
+    """
     return tuple(CATALOGUE)

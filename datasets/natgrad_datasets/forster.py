@@ -29,6 +29,14 @@ class ForsterTransform:
         matrix: The map T, shape (M0, r): a point x becomes xT / ||xT||.
         iterations: Number of iterations until convergence.
         rank: The rank r of the training points.
+
+    Example:
+        >>> import natgrad_datasets, numpy as np
+        >>> x, x_test = np.random.default_rng(0).standard_normal((2, 9, 3))
+        >>> found = natgrad_datasets.forster_transform(x, x_test)
+        >>> z = x_test @ found.matrix
+        >>> bool(np.allclose(found.x_test, z / np.linalg.norm(z, axis=1, keepdims=True)))
+        True
     """
 
     x_train: NDArray[np.float64]
@@ -171,6 +179,13 @@ def forster_transform(
         DatasetError: Points of the wrong shape, zero or not finite; a test point orthogonal to
             all training points; parameters out of range; no convergence, because the points are
             not in general position.
+
+    Example:
+        >>> import natgrad_datasets, numpy as np
+        >>> x = np.random.default_rng(0).standard_normal((9, 3))
+        >>> z = natgrad_datasets.forster_transform(x).x_train
+        >>> bool(np.allclose(z.T @ z, 9 / 3 * np.eye(3)))
+        True
     """
     if not 0.0 < check_number(tolerance, "tolerance") < 1.0:
         raise DatasetError(f"tolerance must be between 0 and 1, got {tolerance}")

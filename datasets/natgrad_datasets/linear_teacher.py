@@ -109,6 +109,16 @@ def linear_teacher(
         DatasetError: Widths or numbers of samples that are not positive integers, fewer than two
             widths, a seed, variance or decay that is negative or no number, or samples that would
             not fit into memory.
+
+    Example:
+        >>> import natgrad_datasets, numpy as np
+        >>> data = natgrad_datasets.linear_teacher(
+        ...     (4, 6, 2), 100, 10, seed=0, noise_variance=0.0
+        ... )
+        >>> data.x_train.shape, data.y_train.shape, data.weights.shape
+        ((100, 4), (100, 2), (4, 2))
+        >>> bool(np.allclose(data.y_train, data.x_train @ data.weights))
+        True
     """
     samples = check_integer(num_train, "num_train", 1) + check_integer(num_test, "num_test", 1)
     noise_variance = check_number(noise_variance, "noise_variance")
@@ -162,6 +172,11 @@ def random_linear_network(widths: Sequence[int], seed: int) -> list[NDArray[np.f
     Raises:
         DatasetError: Fewer than two widths, one that is no positive integer, a seed that is none,
             or weights that would not fit into memory.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> [w.shape for w in natgrad_datasets.random_linear_network((4, 6, 2), seed=1)]
+        [(4, 6), (6, 2)]
     """
     pairs = list(itertools.pairwise(_checked(widths)))
     check_fits(sum(a * b for a, b in pairs), f"the weights of {len(pairs)} layers")

@@ -38,6 +38,14 @@ class Dataset:
         class_names: Names of the chosen classes.
         source: Folder of the files, "embedded" or "synthetic".
         notes: What a reader of results should know, such as a split that is not official.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> data = natgrad_datasets.load("digits", num_train=100)
+        >>> data.x_train.shape, data.y_train.shape, data.classes
+        ((100, 64), (100, 10), (0, 1, 2, 3, 4, 5, 6, 7, 8, 9))
+        >>> data.source
+        'embedded'
     """
 
     name: str
@@ -178,6 +186,22 @@ def load(
     Raises:
         DatasetError: Bad argument; more samples asked for than there are; data that cannot be
             prepared. `DataFileError`, `DownloadError`: its files are damaged or not to be had.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> data = natgrad_datasets.load(
+        ...     "digits", classes=(0, 1), num_train=50, num_test=20
+        ... )
+        >>> data.x_train.shape, data.y_train.shape  # two classes: one column of +-0.5
+        ((50, 64), (50, 1))
+        >>> images = natgrad_datasets.load("digits", layout="image", prepare=False)
+        >>> images.x_train.shape, float(images.x_train.max())
+        ((1437, 8, 8, 1), 1.0)
+
+        Those with files need them, or a network:
+
+        >>> natgrad_datasets.load("mnist", num_train=1000).x_train.shape  # doctest: +SKIP
+        (1000, 784)
     """
     entry = find_entry(name)
     float_type = check_dtype(dtype)

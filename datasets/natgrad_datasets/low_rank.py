@@ -26,6 +26,12 @@ def low_rank_matrix(size: int, rank: int, seed: int) -> NDArray[np.float64]:
 
     Raises:
         DatasetError: A number is out of range, or the matrix would not fit into memory.
+
+    Example:
+        >>> import natgrad_datasets, numpy as np
+        >>> matrix = natgrad_datasets.low_rank_matrix(10, 2, seed=0)
+        >>> int(np.linalg.matrix_rank(matrix)), round(float(np.linalg.norm(matrix)), 6)
+        (2, 10.0)
     """
     size, rank = check_integer(size, "size", 1), check_integer(rank, "rank", 1)
     if rank > size:
@@ -54,6 +60,14 @@ def observed_mask(shape: tuple[int, int], num_observed: int, seed: int) -> NDArr
     Raises:
         DatasetError: A number is out of range, there are not so many entries, or they would not
             fit into memory.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> few, many = (
+        ...     natgrad_datasets.observed_mask((10, 10), n, seed=0) for n in (20, 50)
+        ... )
+        >>> int(few.sum()), bool((few <= many).all())  # one random order
+        (20, True)
     """
     if not is_sequence(shape) or len(shape) != 2:
         raise DatasetError(f"shape must be (rows, columns), got {shape!r}")

@@ -65,6 +65,12 @@ def standardise(x: ArrayLike) -> NDArray[np.float64]:
 
     Raises:
         DatasetError: The data is constant, not finite, or not an array of samples.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> # one mean for all
+        >>> natgrad_datasets.standardise([[1.0, 1.0], [3.0, 3.0]]).tolist()
+        [[-1.0, -1.0], [1.0, 1.0]]
     """
     samples = finite_samples(x)
     if samples.min() == samples.max():
@@ -103,6 +109,11 @@ def unit_norm(x: ArrayLike) -> NDArray[np.float64]:
 
     Raises:
         DatasetError: A sample has norm zero, or the data is not finite or not an array of samples.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> natgrad_datasets.unit_norm([[3.0, 4.0], [0.0, -2.0]]).tolist()
+        [[0.6, 0.8], [0.0, -1.0]]
     """
     samples = finite_samples(x)
     rows = samples.reshape(len(samples), -1)
@@ -131,6 +142,12 @@ def prepare(x: ArrayLike) -> NDArray[np.float64]:
 
     Raises:
         DatasetError: As `standardise` and `unit_norm`.
+
+    Example:
+        >>> import natgrad_datasets, numpy as np
+        >>> x = natgrad_datasets.prepare([[1.0, 2.0], [3.0, 6.0]])
+        >>> np.linalg.norm(x, axis=1).round(6).tolist()
+        [1.0, 1.0]
     """
     return unit_norm(standardise(x))
 
@@ -148,6 +165,13 @@ def encode_labels(labels: ArrayLike, num_classes: int) -> NDArray[np.float64]:
 
     Raises:
         DatasetError: Fewer than two classes, or labels that are not a vector of such indices.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> natgrad_datasets.encode_labels([0, 1], 2).tolist()
+        [[0.5], [-0.5]]
+        >>> natgrad_datasets.encode_labels([2, 0], 3).tolist()
+        [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
     num_classes = check_integer(num_classes, "num_classes", 2)
     try:

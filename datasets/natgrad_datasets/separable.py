@@ -59,6 +59,12 @@ def planar(seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
     Raises:
         DatasetError: The seed is not an integer of at least 0.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> x, y = natgrad_datasets.planar(seed=0)
+        >>> x.shape, int((y == 1).sum()), int((y == -1).sum())
+        ((10, 2), 5, 5)
     """
     generator = np.random.default_rng(check_integer(seed, "seed", 0))
     labels = generator.permutation(np.repeat([-1.0, 1.0], len(_PLANAR) // 2))
@@ -86,6 +92,14 @@ def sparse_classification(
 
     Raises:
         DatasetError: A number is out of range, or the samples would not fit into memory.
+
+    Example:
+        >>> import natgrad_datasets, numpy as np
+        >>> data = natgrad_datasets.sparse_classification(20, 10, 50, 5, seed=0)
+        >>> data.x_train.shape, int(data.teacher.sum())
+        ((20, 50), 5)
+        >>> bool((np.sign(data.x_train @ data.teacher) == data.y_train).all())
+        True
     """
     num_train = check_integer(num_train, "num_train", 1)
     num_test = check_integer(num_test, "num_test", 1)

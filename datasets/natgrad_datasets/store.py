@@ -32,6 +32,12 @@ class DatasetStatus:
         licence: Licence or terms.
         checksum: "ok", "not there", "partly there: ...", "corrupt: ..." or "not needed".
         usable: Whether `load` can give it without a download.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> row = natgrad_datasets.status()[0]
+        >>> row.name, row.num_train, row.shape, row.found, row.usable
+        ('digits', 1437, (8, 8, 1), 'embedded', True)
     """
 
     name: str
@@ -173,6 +179,12 @@ def status() -> list[DatasetStatus]:
 
     Returns:
         One row per data set, in the order of `names`.
+
+    Example:
+        >>> import natgrad_datasets
+        >>> rows = natgrad_datasets.status()
+        >>> [row.name for row in rows if row.found in ("embedded", "synthetic")]
+        ['digits', 'gaussian']
     """
     rows = []
     for entry in CATALOGUE.values():
@@ -201,5 +213,10 @@ def best_available() -> str:
 
     Returns:
         "mnist" if all its files are on this machine and intact, otherwise "digits".
+
+    Example:
+        >>> import natgrad_datasets
+        >>> natgrad_datasets.best_available() in ("mnist", "digits")
+        True
     """
     return "mnist" if _file_state(CATALOGUE["mnist"])[1] == "ok" else "digits"

@@ -5,7 +5,7 @@ theory, tables and figures) follows from a few methods. Here is a metric with on
 raced against what the library has.
 """
 
-# gallery: 9
+# gallery: 10
 
 # %%
 # `statistics` is what a batch tells, `invert` and `apply` make a step of it, and `operator` is the

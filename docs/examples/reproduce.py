@@ -5,7 +5,7 @@ that is expected and a tolerance, and controls that must fail. One command runs 
 `natgrad reproduce KE-Fig2`; here the same by hand.
 """
 
-# gallery: 8
+# gallery: 9
 
 # %%
 # Kerekes, Mészáros & Huszár (2021) ask what depth does to a linear classifier of separable points:

@@ -17,10 +17,12 @@ def require_extra(extra: str, what: str, *modules: str) -> None:
       what: needs them, for the message.
       modules: their top-level names.
 
-    >>> require_extra("report", "the command natgrad", "no_such_module")
-    Traceback (most recent call last):
+    Example:
+      >>> from natgrad_flax.arguments.extras import require_extra
+      >>> require_extra("report", "the command natgrad", "no_such_module")
+      Traceback (most recent call last):
         ...
-    natgrad_flax.arguments.extras.MissingExtraError: the command natgrad needs no_such_module, ...
+      natgrad_flax.arguments.extras.MissingExtraError: the command natgrad needs no_such_module...
     """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:

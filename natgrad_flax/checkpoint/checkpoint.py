@@ -78,6 +78,17 @@ def save(
         is written in another way by every process.
       ValueError: step or keep is out of range, or the folder has a checkpoint of this step.
       OSError: the checkpoint cannot be written; those before it are kept.
+
+    Example:
+      >>> import tempfile, natgrad_flax as ng, optax
+      >>> from flax import nnx
+      >>> from natgrad_flax import checkpoint
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+      >>> run = {"structure": ng.KFAC(), "settings": {"damping": 0.1}}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     checkpoint.save(folder, model, optimizer, step=3, **run).name
+      '3'
     """
     step, keep = check_integer("step", step, 0), check_integer("keep", keep, 1)
     place = _path(folder).absolute() / str(step)
@@ -148,6 +159,22 @@ def restore(
         optimizer, or another version of this form; or not one of natgrad, or damaged, as are all
         before it.
       TypeError: the structure or the model is none.
+
+    Example:
+      >>> import tempfile, natgrad_flax as ng, optax
+      >>> from flax import nnx
+      >>> from natgrad_flax import checkpoint
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = checkpoint.save(
+      ...         folder, model, optimizer, structure=ng.KFAC(), step=3
+      ...     )
+      ...     optimizer, step = checkpoint.restore(
+      ...         folder, model, optimizer, structure=ng.KFAC()
+      ...     )
+      >>> step
+      3
     """
     wanted = _describe(structure, settings)
     leaves = _leaves(model, optimizer)

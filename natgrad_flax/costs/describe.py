@@ -191,6 +191,19 @@ def describe(
 
     Raises:
       ValueError, TypeError: a model or a batch that natgrad cannot serve, with the reason.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> batch = jax.ShapeDtypeStruct((5, 4), jnp.float32)
+      >>> found = ng.describe(
+      ...     model, batch, structure=ng.KFAC(), loss=ng.MeanSquaredError()
+      ... )
+      >>> [(layer.path, layer.formula, layer.num_params) for layer in found.layers]
+      [('layers.0', 'dense (a, D)', 32), ('layers.1', 'dense (a, D)', 8)]
+      >>> print(str(found).splitlines()[0])  # print(found) shows the whole table
+       layer      parameters      formula        sizes      signals    KFAC
     """
     if structure is not None:
         check_structure(structure)

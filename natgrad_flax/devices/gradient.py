@@ -42,7 +42,26 @@ from natgrad_flax.structures import Structure
 
 
 class UnsolvedError(RuntimeError):
-    """A system with sharded rows was not solved: not definite, or the tolerance not reached."""
+    """A system with sharded rows was not solved: not definite, or the tolerance not reached.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> from natgrad_flax.devices import UnsolvedError, sharded_natural_gradient
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.ones((4, 1))
+      >>> x = jnp.ones((4, 4))  # the same sample four times, and no damping
+      >>> options = {
+      ...     "structure": ng.Exact(),
+      ...     "loss": ng.MeanSquaredError(),
+      ...     "solver": "cholesky",
+      ... }
+      >>> try:
+      ...     step = sharded_natural_gradient(model, x, y, mesh=mesh, **options)
+      ... except UnsolvedError as error:
+      ...     print(str(error).split(",")[0])
+      a Gram matrix is not positive definite in this precision
+    """
 
 
 @own_promotion()
@@ -111,6 +130,23 @@ def sharded_natural_gradient(
         cannot be dealt out, or a structure that this solver does not serve.
       UnsolvedError: a system with sharded rows is not positive definite, or conjugate gradients end
         above the tolerance. Inside ``jax.jit`` the update is NaN instead.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> from natgrad_flax.devices import sharded_natural_gradient
+      >>> # or more of them
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {
+      ...     "structure": ng.KFAC(),
+      ...     "loss": ng.MeanSquaredError(),
+      ...     "damping": 1e-3,
+      ... }
+      >>> step = sharded_natural_gradient(model, x, y, mesh=mesh, **options)
+      >>> step["layers"][0]["kernel"].shape
+      (4, 8)
     """
     sharded = Sharded(structure, mesh, axis, solver, tolerance, max_iterations)
     placement = sharded.placement

@@ -111,6 +111,14 @@ def shard_batch(mesh: Mesh, *arrays: Any, axis: str = "data") -> tuple[Any, ...]
     Raises:
       TypeError, ValueError: no mesh, no such axis, or a number of samples that cannot be dealt
         out.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from natgrad_flax.devices import shard_batch
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> x, y = shard_batch(mesh, jnp.eye(4), jnp.ones((4, 1)))
+      >>> x.shape, x.sharding.spec[0]
+      ((4, 4), 'data')
     """
     placement = place(mesh, axis)
     return tuple(jax.tree.map(partial(_deal_out, placement), array) for array in arrays)
@@ -136,6 +144,16 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     Raises:
       TypeError: no mesh.
       ValueError: the processes gave different values.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from natgrad_flax.devices import replicate
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+      >>> nnx.update(model, replicate(mesh, nnx.state(model)))
+      >>> model.kernel[...].sharding.is_fully_replicated
+      True
     """
     sharding = NamedSharding(automatic_mesh(mesh), PartitionSpec())
     if jax.process_count() > 1:

@@ -68,6 +68,22 @@ class Sharded(Structure):
     Raises:
       TypeError, ValueError: no structure, no mesh, a mesh without this axis, an unknown solver, a
         tolerance or a number out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> from natgrad_flax.devices import Sharded
+      >>> # or more of them
+      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> structure = Sharded(ng.KFAC(), mesh)
+      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3}
+      >>> step = ng.natural_gradient(model, x, y, structure=structure, **options)
+      >>> same = ng.natural_gradient(model, x, y, structure=ng.KFAC(), **options)
+      >>> u, v = (tree["layers"][0]["kernel"] for tree in (step, same))
+      >>> bool(jnp.allclose(u, v, rtol=1e-3))
+      True
     """
 
     structure: Structure

@@ -1,4 +1,20 @@
-"""Matrix completion by deep factorisation as Arora et al. (2019) run it, the setting of Fig. 5."""
+"""Matrix completion by deep factorisation as Arora et al. (2019) run it, the setting of Fig. 5.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from natgrad_flax.linear import completion
+  >>> # of rank 1; the diagonal is not observed
+  >>> target, mask = jnp.ones((4, 4)), 1 - jnp.eye(4)
+  >>> factors = completion.initial_factors(4, 3, 1e-2, jax.random.key(0))
+  >>> found = completion.complete(
+  ...     target, mask, factors, learning_rate=1e-2, max_steps=2000
+  ... )
+  >>> beta = found.factors[0] @ found.factors[1] @ found.factors[2]
+  >>> bool(jnp.allclose(jnp.diag(beta), 1, atol=0.1))
+  True
+  >>> round(completion.effective_rank(beta), 1)
+  1.0
+"""
 
 from __future__ import annotations
 

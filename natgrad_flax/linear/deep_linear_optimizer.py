@@ -57,6 +57,25 @@ def deep_linear_descent(
     Raises:
       ValueError, TypeError: bad settings here; in ``update`` a bad batch, or a module that is not
         a chain of linear layers without biases.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> from natgrad_flax import linear
+      >>> model = ng.MLP((3, 3, 3), activation="identity", rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> y = x @ jnp.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+      >>> tx, loss = linear.deep_linear_descent(0.02), ng.MeanSquaredError()
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def train_step(model, optimizer):
+      ...     value, grads = nnx.value_and_grad(lambda model: loss(model(x), y))(model)
+      ...     optimizer.update(model, grads, module=model, x=x, y=y)
+      ...     return value
+      >>> values = [train_step(model, optimizer) for _ in range(51)]
+      >>> # the flow has exp(-2 t), at t = 50 x 0.02
+      >>> round(float(values[50] / values[0]), 2)
+      0.13
     """
 
     @full_products()

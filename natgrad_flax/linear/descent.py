@@ -19,12 +19,23 @@ Integrator = Literal["euler", "rk4"]
 
 
 class Descent(NamedTuple):
-    """What a descent leaves behind.
+    """The parameters at the end of ``descend``, and at the steps that it recorded.
 
     Attributes:
       final: parameters after the last step.
       recorded: parameters at the recorded steps, with a leading axis of that length.
       steps: the recorded steps, from 0 to the last one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import linear
+      >>> x, y = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([1.0, -1.0])
+      >>> field = linear.logistic.gradient_field(x, y)
+      >>> found = linear.descend(
+      ...     field, jnp.zeros(2), step_size=0.1, steps=20, record_every=10
+      ... )
+      >>> found.final.shape, found.recorded.shape, found.steps.tolist()
+      ((2,), (3, 2), [0, 10, 20])
     """
 
     final: Any
@@ -60,6 +71,19 @@ def descend(
 
     Raises:
       ValueError: a setting is out of range, or the record would not fit into memory.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from natgrad_flax import linear
+      >>> x, y = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([1.0, -1.0])
+      >>> field = linear.logistic.natural_gradient_field(x, y)
+      >>> found = linear.descend(
+      ...     field, jnp.zeros(2), step_size=0.1, steps=20, integrator="rk4"
+      ... )
+      >>> # of the flow at time 2
+      >>> margins = linear.logistic.train_margins(jnp.zeros(2), 2.0)
+      >>> bool(jnp.allclose(y * (x @ found.final), margins, rtol=1e-4))
+      True
     """
     steps = check_steps(steps, minimum=1)
     record_every = check_integer("record_every", steps if record_every is None else record_every, 1)

@@ -7,6 +7,19 @@ q_l = prod_{k != l} w_k, J is (diag(q_1), ..., diag(q_L)) and J J^T = diag(m), m
 
 For N < D the margins of the natural-gradient flow do not depend on the depth, but beta does:
 F is singular, and J decides which of its solutions is taken.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from natgrad_flax.linear import diagonal_network
+  >>> x, y = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([1.0, -1.0])
+  >>> # L = 3 layers
+  >>> weights = diagonal_network.initial_weights(2, 3, 1.0, jax.random.key(0))
+  >>> step = diagonal_network.natural_gradient(x, y, weights)
+  >>> # of beta
+  >>> moved = jnp.sum(diagonal_network.other_products(weights) * step, axis=0)
+  >>> u = y * (x @ diagonal_network.coefficients(weights))
+  >>> bool(jnp.allclose(y * (x @ moved), -(1 + jnp.exp(-u)), rtol=1e-4))
+  True
 """
 
 from __future__ import annotations

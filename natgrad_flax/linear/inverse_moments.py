@@ -20,7 +20,15 @@ from natgrad_flax.linalg.dense import add_diagonal, solve_psd
 
 @dataclass(frozen=True)
 class InverseMoment(abc.ABC):
-    """How the inverse second moments of inputs and errors are applied to a gradient."""
+    """How the inverse second moments of inputs and errors are applied to a gradient.
+
+    A setting of ``online_natural_gradient_descent``, which calls ``init`` and ``solve``.
+
+    Example:
+      >>> from natgrad_flax import linear
+      >>> isinstance(linear.DirectInverse(), linear.InverseMoment)
+      True
+    """
 
     @abc.abstractmethod
     def init(self, size: int, dtype: jnp.dtype) -> Array:
@@ -44,7 +52,18 @@ class InverseMoment(abc.ABC):
 
 @dataclass(frozen=True)
 class DirectInverse(InverseMoment):
-    """The second moment of the batch, inverted by Cholesky: n^3 flops."""
+    """The second moment of the batch, inverted by Cholesky: n^3 flops.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from natgrad_flax import linear
+      >>> # three samples over sqrt(N)
+      >>> inverse, rows = linear.DirectInverse(), jnp.eye(3) / 3**0.5
+      >>> state, right = inverse.init(3, jnp.float32), jnp.ones((3, 1))
+      >>> solved, _ = inverse.solve(state, rows, right, 1.0, jax.random.key(0), True)
+      >>> bool(jnp.allclose(solved, 1 / (1 / 3 + 1)))
+      True
+    """
 
     def init(self, size: int, dtype: jnp.dtype) -> Array:
         """Nothing."""
@@ -72,6 +91,13 @@ class RandomisedSVD(InverseMoment):
 
     Raises:
       ValueError: a number out of range.
+
+    Example:
+      >>> from natgrad_flax import linear
+      >>> inverse = linear.RandomisedSVD(rank=2)
+      >>> tx = linear.online_natural_gradient_descent(0.5, inverse=inverse)
+      >>> inverse
+      RandomisedSVD(rank=2, oversampling=10, power_iterations=2)
     """
 
     rank: int
@@ -136,6 +162,13 @@ class MovingInverse(InverseMoment):
 
     Raises:
       ValueError: a number out of range.
+
+    Example:
+      >>> from natgrad_flax import linear
+      >>> inverse = linear.MovingInverse(decay=0.9, rows=8)
+      >>> tx = linear.online_natural_gradient_descent(0.5, inverse=inverse)
+      >>> inverse.init(3, "float32").shape
+      (3, 3)
     """
 
     decay: float = 0.95

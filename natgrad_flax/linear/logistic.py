@@ -3,6 +3,16 @@
 Labels are y = +-1, u = y * (X beta), the loss and the Fisher are sums over the samples:
 L = sum_n log(1 + exp(-u_n)), F = X^T diag(phi(s) phi(-s)) X with s = X beta. With a mean in place
 of one of the sums, the time of every natural-gradient flow is multiplied or divided by N.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from natgrad_flax.linear import logistic
+  >>> x, y = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([1.0, -1.0])
+  >>> # moves each margin by 1 + exp(-u) = 2
+  >>> print(logistic.natural_gradient(x, y, jnp.zeros(2)))
+  [-1.  2.]
+  >>> print(logistic.gradient_field(x, y)(jnp.zeros(2)))
+  [-1.   0.5]
 """
 
 from __future__ import annotations

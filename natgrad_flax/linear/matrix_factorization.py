@@ -4,6 +4,21 @@ beta = W_1 W_2 ... W_L, loss = 1/2 sum over observed entries of (beta - target)^
 with respect to beta is G = mask * (beta - target) and the Fisher of beta with unit noise is I. With
 A_l = W_1 ... W_{l-1} and B_l = W_{l+1} ... W_L, a change of the factors moves beta by
 J dW = sum_l A_l dW_l B_l, and a natural gradient is a solution of J dW = G.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from natgrad_flax.linear import matrix_factorization
+  >>> target = jnp.array([[2.0, 9.0], [9.0, 9.0]])
+  >>> mask = jnp.array([[1, 0], [0, 0]])
+  >>> upper = jnp.array([[1.0, 0.5], [0.0, 1.0]])
+  >>> factors = (upper, upper.T)
+  >>> step = matrix_factorization.natural_gradient(target, mask, factors)
+  >>> # of beta, to first order
+  >>> moved = matrix_factorization.push_forward(factors, step)
+  >>> # 1.25 - 2 where it is observed
+  >>> residual = mask * (factors[0] @ factors[1] - target)
+  >>> bool(jnp.allclose(moved, residual, atol=1e-5))
+  True
 """
 
 from __future__ import annotations

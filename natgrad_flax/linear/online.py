@@ -12,7 +12,7 @@ from jax import Array
 
 from natgrad_flax.arguments.arrays import solve_dtype
 from natgrad_flax.arguments.scalars import check_integer, check_seed
-from natgrad_flax.damping import LevenbergMarquardt, is_zero
+from natgrad_flax.damping import LevenbergMarquardt, by_traces, is_zero
 from natgrad_flax.linalg.dense import full_products
 from natgrad_flax.linear.deep_linear_forms import map_by_shape, sandwich
 from natgrad_flax.linear.deep_linear_optimizer import check_settings
@@ -74,6 +74,24 @@ def online_natural_gradient_descent(
     Raises:
       ValueError, TypeError: bad settings here, a bad batch or a layer without signals in
         ``update``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> from natgrad_flax import linear
+      >>> model = ng.MLP((3, 3, 3), activation="tanh", rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> y, loss = jnp.sin(x), ng.MeanSquaredError()
+      >>> tx = linear.online_natural_gradient_descent(0.5)
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def train_step(model, optimizer):
+      ...     value, grads = nnx.value_and_grad(lambda model: loss(model(x), y))(model)
+      ...     optimizer.update(model, grads, module=model, x=x, y=y)
+      ...     return value
+      >>> values = [train_step(model, optimizer) for _ in range(30)]
+      >>> bool(values[-1] < values[0] / 10)
+      True
     """
     loss = MeanSquaredError() if loss is None else loss
     damping = LevenbergMarquardt() if damping is None else damping
@@ -143,10 +161,7 @@ def online_natural_gradient_descent(
                 jnp.sum(rows**2) / (count * rows.shape[1])
                 for rows in (layer.augmented_inputs(), layer.flat_derivatives())
             )
-            # without errors, or without inputs, no ratio says anything
-            usable = (inputs > 0) & (errors > 0)
-            pi = jnp.where(usable, jnp.sqrt(inputs / jnp.where(usable, errors, 1)), 1)
-            return pi * root, root / pi
+            return by_traces(rho, inputs, errors)
 
         with full_products():
             down = [

@@ -2,6 +2,18 @@
 
 Linear programs go to SciPy's HiGHS, quadratic ones to its active-set solver of non-negative least
 squares. Every result is checked before it is returned: feasibility, or the gap to the dual.
+
+Example:
+  >>> import numpy as np
+  >>> from natgrad_flax.linear import references
+  >>> x, y = np.array([[2.0, 0.0, 1.0], [0.0, 1.0, 1.0]]), np.array([1.0, -1.0])
+  >>> references.separation(x, y).separable
+  True
+  >>> # of least l_1 norm
+  >>> print(references.max_margin(x, y, depth=2).coefficients)
+  [ 0.5 -1.   0. ]
+  >>> print(references.natural_gradient_limit(x, y))  # of least l_2 norm
+  [ 0.66666667 -0.66666667 -0.33333333]
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ H_n = E_y[r_n r_n^T] = R_n R_n^T over targets drawn from the model.
 from __future__ import annotations
 
 import abc
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,16 @@ class Loss(abc.ABC):
 
     Methods take outputs (N, C), and targets (N, C) unless a loss says otherwise; calling it takes
     outputs (N, ..., C) with positions and weights, too.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss = ng.MeanSquaredError()
+      >>> f, y = jnp.array([[1.0], [2.0], [9.0]]), jnp.zeros((3, 1))
+      >>> isinstance(loss, ng.Loss)
+      True
+      >>> # a mask: (1 + 4) / (2 * 2)
+      >>> float(loss(f, y, weights=jnp.array([1.0, 1.0, 0.0])))
+      1.25
     """
 
     integer_targets: ClassVar[IntegerTargets] = "refused"
@@ -81,6 +93,12 @@ class Loss(abc.ABC):
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """w with R w = r, shape (N, S)."""
 
+    def fisher_product(self, outputs: Array, vectors: Array, targets: Array | None = None) -> Array:
+        """H v of every sample for its v, shape (N, C)."""
+        given = (outputs, targets) if self.needs_targets else (outputs,)
+        factor = self.factor(*given)
+        return jnp.einsum("ncs,ns->nc", factor, jnp.einsum("ncs,nc->ns", factor, vectors))
+
     def columns_in_range(self, outputs: Array) -> Array | None:
         """Which columns of R are not zero to rounding beside the largest of the batch, (N, S).
 
@@ -135,6 +153,10 @@ class DiagonalLoss(Loss):
         """R, shape (N, C, C)."""
         return diagonal_matrices(self.root(outputs))
 
+    def fisher_product(self, outputs: Array, vectors: Array, targets: Array | None = None) -> Array:
+        """H v, shape (N, C)."""
+        return self.curvature(outputs) * vectors
+
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """r over the root, shape (N, C)."""
         return self.residual(outputs, targets) / self.root(outputs)
@@ -143,6 +165,15 @@ class DiagonalLoss(Loss):
         """Outputs whose entry of H is above eps times the largest."""
         h = self.curvature(outputs)
         return h > jnp.finfo(h.dtype).eps * jnp.max(h)
+
+
+def drawn(draw: Callable[..., Array], key: Array, shape: tuple[int, ...], *settings: Any) -> Array:
+    """The numbers of ``draw(key, shape, ...)``, drawn along one axis.
+
+    XLA's CPU compiler unrolls a short last axis, such as that of 10 classes, with the random
+    generator in it: half a second for every program that draws.
+    """
+    return draw(key, (math.prod(shape),), *settings).reshape(shape)
 
 
 def diagonal_matrices(diagonal: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.losses.base import DiagonalLoss, IntegerTargets
+from natgrad_flax.losses.base import DiagonalLoss, IntegerTargets, drawn
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,15 @@ class SigmoidCrossEntropy(DiagonalLoss):
 
     It is the likelihood of y_c ~ Bernoulli(p_c), p = sigmoid(f): r = p - y and
     H = diag(p (1 - p)). Targets have the shape (N, C) of the outputs, of any dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss, f = ng.SigmoidCrossEntropy(), jnp.zeros((2, 3))
+      >>> y = jnp.array([[1, 0, 1], [0, 0, 1]])
+      >>> bool(jnp.isclose(loss(f, y), 3 * jnp.log(2)))
+      True
+      >>> loss.residual(f, y).tolist()
+      [[-0.5, 0.5, -0.5], [0.5, 0.5, -0.5]]
     """
 
     integer_targets: ClassVar[IntegerTargets] = "values"
@@ -42,8 +51,8 @@ class SigmoidCrossEntropy(DiagonalLoss):
         """p - y over sqrt(num_samples) with y drawn from p, shape (N, C, num_samples)."""
         shape = (*outputs.shape, num_samples)
         p = jax.nn.sigmoid(outputs)[:, :, None]
-        drawn = jax.random.bernoulli(key, p, shape).astype(outputs.dtype)
-        return self.residual(outputs[:, :, None], drawn) / num_samples**0.5
+        targets = drawn(jax.random.uniform, key, shape, outputs.dtype) < p  # Bernoulli
+        return self.residual(outputs[:, :, None], targets.astype(p.dtype)) / num_samples**0.5
 
     def check_targets(self, targets: np.ndarray) -> None:
         """Raises ValueError on targets outside of [0, 1]."""

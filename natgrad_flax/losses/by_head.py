@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from natgrad_flax.losses.base import Loss
@@ -99,6 +100,16 @@ class HeadTerms:
         parts = zip(self.scales, self.terms, strict=True)
         return jnp.concatenate([c**0.5 * terms.coefficients() for c, terms in parts], axis=1)
 
+    def slope(self, vectors: Array) -> Array:
+        """The mean over samples of the residual's products with vectors (N, C)."""
+        parts = zip(self.scales, self.terms, self._split(vectors), strict=True)
+        return sum((c * terms.slope(part) for c, terms, part in parts), start=jnp.zeros(()))
+
+    def curvature(self, left: Array, right: Array) -> Array:
+        """The mean over samples of v^T H u for vectors (N, C)."""
+        parts = zip(self.scales, self.terms, self._split(left), self._split(right), strict=True)
+        return sum((c * terms.curvature(v, u) for c, terms, v, u in parts), start=jnp.zeros(()))
+
     def drawn(self, key: Array, draws: int, first: Array | int, size: int) -> Array:
         """Residuals of drawn targets, those of all heads in one direction, shape (N, draws, C)."""
         keys = jax.random.split(key, len(self.terms))
@@ -111,6 +122,14 @@ class HeadTerms:
         """Raises ValueError where H of a head is not positive semi-definite."""
         for terms in self.terms:
             terms.check_curvature()
+
+    def _split(self, vectors: Array) -> list[Array]:
+        """Vectors (N, C) by head, in the shapes of the outputs."""
+        ends = np.cumsum([terms.outputs[0].size for terms in self.terms])
+        parts = jnp.split(vectors, ends[:-1], axis=1)
+        return [
+            part.reshape(terms.outputs.shape) for part, terms in zip(parts, self.terms, strict=True)
+        ]
 
     @staticmethod
     def _side_by_side(parts: list[Array]) -> Array:

@@ -137,6 +137,16 @@ class Likelihood(GaussNewton):
 
     Raises:
       TypeError: what is given cannot be called.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> def nll(f, y):  # of an exponential distribution whose rate is exp(f)
+      ...     return jnp.sum(jnp.exp(f) * y - f)
+      >>> def draw(key, f):
+      ...     return jax.random.exponential(key, f.shape) / jnp.exp(f)
+      >>> loss = ng.Likelihood(nll, draw)
+      >>> float(loss(jnp.zeros((2, 1)), jnp.array([[1.0], [3.0]])))
+      2.0
     """
 
     sampler: Callable[[Array, Array], Any] | None = None

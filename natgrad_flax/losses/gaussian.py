@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.losses.base import DiagonalLoss
+from natgrad_flax.losses.base import DiagonalLoss, drawn
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,18 @@ class GaussianNegativeLogLikelihood(DiagonalLoss):
     The 2 D outputs are the D means m, then the D logarithms s of the variances v = exp(s); targets
     have the shape (N, D). With z = (y - m) / sqrt(v): r = (-z / sqrt(v), (1 - z^2) / 2) and
     H = diag(1 / v, 1/2), the Fisher information of the normal distribution in (m, log v).
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss = ng.GaussianNegativeLogLikelihood()
+      >>> means, variances = jnp.array([[0.0], [1.0]]), jnp.array([[4.0], [4.0]])
+      >>> f = jnp.concatenate([means, jnp.log(variances)], axis=1)
+      >>> y = jnp.array([[2.0], [3.0]])
+      >>> bool(jnp.isclose(loss(f, y), (jnp.log(4.0) + 1) / 2))
+      True
+      >>> print(loss.fisher(f)[0].round(3))  # diag(1 / v, 1 / 2)
+      [[0.25 0.  ]
+       [0.   0.5 ]]
     """
 
     def values(self, outputs: Array, targets: Array) -> Array:
@@ -38,7 +50,7 @@ class GaussianNegativeLogLikelihood(DiagonalLoss):
     def sample(self, key: Array, outputs: Array, num_samples: int) -> Array:
         """Residuals of drawn targets over sqrt(num_samples), shape (N, 2 D, num_samples)."""
         _, log_variance = jnp.split(outputs, 2, axis=1)
-        z = jax.random.normal(key, (*log_variance.shape, num_samples), outputs.dtype)
+        z = drawn(jax.random.normal, key, (*log_variance.shape, num_samples), outputs.dtype)
         return _residual(z, log_variance[:, :, None]) / num_samples**0.5
 
     def check_targets(self, targets: np.ndarray) -> None:

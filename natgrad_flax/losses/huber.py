@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.arguments.scalars import check_number, keep_plain
-from natgrad_flax.losses.base import DiagonalLoss
+from natgrad_flax.losses.base import DiagonalLoss, drawn
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Huber(DiagonalLoss):
 
     Raises:
       ValueError: delta is not positive and finite.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss, f = ng.Huber(delta=1.0), jnp.array([[0.5], [100.0]])
+      >>> loss.values(f, jnp.zeros((2, 1))).tolist()
+      [0.125, 99.5]
+      >>> loss.residual(f, jnp.zeros((2, 1))).tolist()
+      [[0.5], [1.0]]
     """
 
     delta: float = 1.0
@@ -65,9 +74,10 @@ class Huber(DiagonalLoss):
         """Clipped draws of e over sqrt(num_samples), shape (N, C, num_samples)."""
         shape = (*outputs.shape, num_samples)
         where, inside, side = jax.random.split(key, 3)
-        normal = jax.random.truncated_normal(inside, -self.delta, self.delta, shape, outputs.dtype)
-        tail = self.delta * jax.random.rademacher(side, shape, outputs.dtype)
-        middle = jax.random.bernoulli(where, self.information, shape)
+        between = partial(jax.random.truncated_normal, lower=-self.delta, upper=self.delta)
+        normal = drawn(lambda k, n: between(k, shape=n, dtype=outputs.dtype), inside, shape)
+        tail = self.delta * drawn(jax.random.rademacher, side, shape, outputs.dtype)
+        middle = drawn(jax.random.uniform, where, shape) < self.information
         return jnp.where(middle, normal, tail) / num_samples**0.5
 
     def check_targets(self, targets: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_flax.losses.base import Loss
+from natgrad_flax.losses.base import Loss, drawn
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,15 @@ class MeanSquaredError(Loss):
     """The mean squared error 1/(2N) sum_n |y_n - f_n|^2 (Karakida & Osawa 2020, Eq. 3).
 
     It is the likelihood of y ~ N(f, I), so H = I.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss = ng.MeanSquaredError()
+      >>> f, y = jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.zeros((2, 2))
+      >>> float(loss(f, y))  # (1 + 4) / (2 N)
+      1.25
+      >>> loss.residual(f, y).tolist()
+      [[1.0, 2.0], [0.0, 0.0]]
     """
 
     def values(self, outputs: Array, targets: Array) -> Array:
@@ -40,13 +49,17 @@ class MeanSquaredError(Loss):
         """The identity for every sample, shape (N, C, C)."""
         return self.fisher(outputs)
 
+    def fisher_product(self, outputs: Array, vectors: Array, targets: Array | None = None) -> Array:
+        """The vectors themselves."""
+        return vectors
+
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """f - y, shape (N, C)."""
         return self.residual(outputs, targets)
 
     def sample(self, key: Array, outputs: Array, num_samples: int) -> Array:
         """Standard normal draws over sqrt(num_samples), shape (N, C, num_samples)."""
-        noise = jax.random.normal(key, (*outputs.shape, num_samples), outputs.dtype)
+        noise = drawn(jax.random.normal, key, (*outputs.shape, num_samples), outputs.dtype)
         return noise / num_samples**0.5
 
     def check_targets(self, targets: np.ndarray) -> None:

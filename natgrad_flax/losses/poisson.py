@@ -20,6 +20,13 @@ class Poisson(DiagonalLoss):
 
     It is the likelihood of y_c ~ Poisson(exp f_c): r = exp(f) - y and H = diag(exp f). Targets have
     the shape (N, C) of the outputs, of any dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss, counts = ng.Poisson(), jnp.array([[0.0], [1.0], [4.0]])
+      >>> rates = jnp.full((3, 1), 2.0)
+      >>> loss.residual(jnp.log(rates), counts).round(3).tolist()
+      [[2.0], [1.0], [-2.0]]
     """
 
     integer_targets: ClassVar[IntegerTargets] = "values"

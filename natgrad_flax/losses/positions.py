@@ -99,6 +99,21 @@ class OutputTerms:
         found = self.loss.coefficients(rows, targets)
         return self._times(found, self._root()).reshape(len(self.outputs), -1)
 
+    def slope(self, vectors: Array) -> Array:
+        """The mean over samples of (N w / W) r . v for vectors v (N, ..., C), a scalar."""
+        rows, targets = self._rows()
+        assert targets is not None
+        return self._mean(self.loss.residual(rows, targets) * vectors.reshape(rows.shape))
+
+    def curvature(self, left: Array, right: Array) -> Array:
+        """The mean over samples of (N w / W) v^T H u for vectors (N, ..., C), a scalar."""
+        rows, targets = self._rows()
+        product = self.loss.fisher_product(rows, right.reshape(rows.shape), targets)
+        return self._mean(left.reshape(rows.shape) * product)
+
+    def _mean(self, rows: Array) -> Array:
+        return jnp.sum(self._times(rows, self._scale())) / len(self.outputs)
+
     def drawn(self, key: Array, draws: int, first: Array | int, size: int) -> Array:
         """Residuals of drawn targets as output directions, shape (N, draws, ..., C).
 

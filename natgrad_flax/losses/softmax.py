@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_flax.arguments.scalars import check_number, keep_plain
-from natgrad_flax.losses.base import IntegerTargets, Loss
+from natgrad_flax.losses.base import IntegerTargets, Loss, drawn
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,18 @@ class SoftmaxCrossEntropy(Loss):
 
     Raises:
       ValueError: output_damping is negative or not finite, or label_smoothing not in [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> loss = ng.SoftmaxCrossEntropy()
+      >>> f, labels = jnp.zeros((2, 4)), jnp.array([3, 1])
+      >>> bool(jnp.isclose(loss(f, labels), jnp.log(4)))
+      True
+      >>> print(loss.residual(f, labels).round(2))  # p - y
+      [[ 0.25  0.25  0.25 -0.75]
+       [ 0.25 -0.75  0.25  0.25]]
+      >>> loss.factor(f).shape  # C - 1 directions a sample
+      (2, 4, 3)
     """
 
     output_damping: float = 0.0
@@ -106,6 +118,12 @@ class SoftmaxCrossEntropy(Loss):
         columns = _of_others(_root(outputs), winner)
         return columns[:, None, :] * (chosen - mean[:, :, None])
 
+    def fisher_product(self, outputs: Array, vectors: Array, targets: Array | None = None) -> Array:
+        """p (v - p . v), no matrix of classes, with output_damping v; shape (N, C)."""
+        p = _probabilities(outputs)
+        centred = vectors - jnp.sum(p * vectors, axis=1, keepdims=True)
+        return p * centred + self.output_damping * vectors
+
     def coefficients(self, outputs: Array, targets: Array) -> Array:
         """w with R w = r: Q^T (r / sqrt p), shape (N, C - 1) or (N, C)."""
         targets = self._targets(targets, outputs)
@@ -149,10 +167,11 @@ class SoftmaxCrossEntropy(Loss):
     def sample(self, key: Array, outputs: Array, num_samples: int) -> Array:
         """(p - e_k) / sqrt(num_samples) with classes k drawn from p, shape (N, C, num_samples)."""
         n, c = outputs.shape
-        classes = jax.random.categorical(key, outputs[:, None, :], shape=(n, num_samples))
-        drawn = jax.nn.one_hot(classes, c, dtype=outputs.dtype)
+        noise = drawn(jax.random.gumbel, key, (n, num_samples, c), outputs.dtype)
+        classes = jnp.argmax(noise + outputs[:, None, :], axis=2)  # jax.random.categorical
+        targets = jax.nn.one_hot(classes, c, dtype=outputs.dtype)
         p, winner = _probabilities(outputs), _winner(outputs)
-        residual = _residual(p[:, None, :], winner[:, None, :], drawn)
+        residual = _residual(p[:, None, :], winner[:, None, :], targets)
         return residual.swapaxes(1, 2) / num_samples**0.5
 
     def check_targets(self, targets: np.ndarray) -> None:

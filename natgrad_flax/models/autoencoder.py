@@ -40,6 +40,14 @@ class Autoencoder(nnx.Module):
       ValueError: widths that are not symmetric around a code or not positive, an unknown
         activation or a variance out of range.
       TypeError: ``linear_code`` is not a bool.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.Autoencoder((8, 4, 2, 4, 8), rngs=nnx.Rngs(0))
+      >>> x = jnp.ones((5, 8))
+      >>> model.encoder(x).shape, model(x).shape
+      ((5, 2), (5, 8))
     """
 
     def __init__(

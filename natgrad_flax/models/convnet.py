@@ -62,6 +62,14 @@ class ConvNet(nnx.Module):
     Raises:
       ValueError: a size or a variance is out of range, an unknown padding, pooling or activation,
         as many strides as there are not convolutions, or images that a kernel does not fit into.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> options = {"strides": (1, 2), "pooling": "average"}
+      >>> model = ng.ConvNet((6, 6, 1), (4, 4), 2, **options, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((5, 6, 6, 1))).shape
+      (5, 2)
     """
 
     def __init__(

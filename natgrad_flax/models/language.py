@@ -46,6 +46,19 @@ class LanguageModel(nnx.Module):
 
     Raises:
       ValueError: a size out of range, heads that do not divide the width.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> sizes = {"width": 8, "depth": 1, "heads": 2, "mlp": 16}
+      >>> model = ng.LanguageModel(vocabulary=16, context=6, **sizes, rngs=nnx.Rngs(0))
+      >>> tokens = jnp.arange(12).reshape(2, 6)
+      >>> logits = model(tokens)
+      >>> logits.shape  # (N, T, V); those at t are of the token at t + 1
+      (2, 6, 16)
+      >>> later = model(tokens.at[:, 3:].set(0))
+      >>> bool(jnp.allclose(logits[:, :3], later[:, :3], atol=1e-5))
+      True
     """
 
     def __init__(

@@ -45,6 +45,17 @@ class Dense(ScaledLayer):
 
     Raises:
       ValueError: a size or a variance is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> layer = ng.Dense(
+      ...     3, 8, weight_variance=2.0, bias_variance=0.1, rngs=nnx.Rngs(0)
+      ... )
+      >>> x = jnp.ones((5, 3))
+      >>> u = (2.0 / 3) ** 0.5 * x @ layer.kernel + 0.1**0.5 * layer.bias
+      >>> bool(jnp.allclose(layer(x), u))
+      True
     """
 
     def __init__(
@@ -116,6 +127,13 @@ class Conv(ScaledLayer):
     Raises:
       ValueError: a size or a variance is out of range, groups that do not divide the channels, an
         unknown padding, or other than 1 to 3 spatial dimensions.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> layer = ng.Conv(1, 4, (3, 3), strides=2, padding="CIRCULAR", rngs=nnx.Rngs(0))
+      >>> layer.kernel.shape, layer(jnp.ones((5, 6, 6, 1))).shape
+      ((3, 3, 1, 4), (5, 3, 3, 4))
     """
 
     def __init__(

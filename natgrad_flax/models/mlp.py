@@ -35,6 +35,17 @@ class MLP(nnx.Module):
     Raises:
       ValueError: fewer than two widths, a width below 1, an unknown activation or
         parametrisation, or a variance out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP(
+      ...     (4, 8, 8, 1), activation="tanh", bias_variance=0.1, rngs=nnx.Rngs(0)
+      ... )
+      >>> model(jnp.ones((5, 4))).shape
+      (5, 1)
+      >>> [layer.kernel.shape for layer in model.layers]
+      [(4, 8), (8, 8), (8, 1)]
     """
 
     def __init__(

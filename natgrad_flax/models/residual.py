@@ -101,6 +101,14 @@ class ResidualNet(nnx.Module):
     Raises:
       ValueError: a size out of range, an unknown normalisation, groups that do not divide the
         channels.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> sizes = {"channels": (4, 4), "blocks": 1, "outputs": 2, "groups": 2}
+      >>> model = ng.ResidualNet((6, 6, 1), **sizes, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((5, 6, 6, 1))).shape
+      (5, 2)
     """
 
     def __init__(

@@ -120,6 +120,16 @@ class VisionTransformer(nnx.Module):
     Raises:
       ValueError: a size out of range, patches that do not tile the image, heads that do not divide
         the width.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> sizes = {"width": 8, "depth": 1, "heads": 2, "mlp": 16}
+      >>> model = ng.VisionTransformer(
+      ...     (6, 6, 1), patch=3, outputs=2, **sizes, rngs=nnx.Rngs(0)
+      ... )
+      >>> model(jnp.ones((5, 6, 6, 1))).shape, model.position.shape
+      ((5, 2), (4, 8))
     """
 
     def __init__(

@@ -52,6 +52,26 @@ class MovingAverage:
 
     Raises:
       ValueError: a number is out of range, or ``inverse_every`` no multiple of ``every``.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, loss = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), ng.MeanSquaredError()
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> average = ng.MovingAverage(decay=0.95, every=1, inverse_every=5)
+      >>> options = {"structure": ng.KFAC(), "loss": loss, "damping": 0.1}
+      >>> tx = ng.natural_gradient_descent(
+      ...     0.1, average=average, example=(model, x), **options
+      ... )
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def train_step(model, optimizer, x, y):
+      ...     value, grads = nnx.value_and_grad(lambda model: loss(model(x), y))(model)
+      ...     optimizer.update(model, grads, module=model, x=x, y=y)
+      ...     return value
+      >>> values = [train_step(model, optimizer, x, y) for _ in range(20)]
+      >>> bool(values[-1] < values[0] / 100)
+      True
     """
 
     decay: float = 0.95

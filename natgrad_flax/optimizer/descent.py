@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -30,6 +31,11 @@ from natgrad_flax.optimizer.checks import (
 from natgrad_flax.optimizer.gradient import compute
 from natgrad_flax.optimizer.momentum import SPRING, Momentum
 from natgrad_flax.optimizer.preflight import preflight
+from natgrad_flax.optimizer.quadratic_model import (
+    QuadraticModel,
+    check_one_momentum,
+    quadratic_terms,
+)
 from natgrad_flax.optimizer.transformation import (
     Damping,
     NaturalGradientState,
@@ -48,11 +54,11 @@ GradientSource = Literal["batch", "incoming"]
 
 
 def natural_gradient_descent(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | QuadraticModel | None = None,
     *,
     structure: Structure,
     loss: LossLike,
-    damping: Damping = 0.0,
+    damping: Damping | None = None,
     fisher: FisherKind = "exact",
     mc_samples: int = 1,
     seed: int = 0,
@@ -81,12 +87,16 @@ def natural_gradient_descent(
     as a schedule, the loss as well, so let it see numbers alone:
     ``optax.inject_hyperparams(lambda rate: ng.natural_gradient_descent(rate, ...))(rate=0.1)``.
 
+    Without a learning rate nothing has to be chosen: see ``ng.QuadraticModel``.
+
     Args:
-      learning_rate: eta, a number or a schedule over steps.
+      learning_rate: eta, a number or a schedule over steps, or ``ng.QuadraticModel()``, which
+        chooses it (and a momentum) at every step; None for that.
       structure: the Fisher approximation.
       loss: the loss, or those of several heads (``ng.Heads``).
       damping: rho in the 1/N convention: a number, a schedule over steps, relative to the Gram
-        diagonal, or adapted by Levenberg-Marquardt.
+        diagonal, or adapted by Levenberg-Marquardt. None is 0 beside a learning rate, and
+        ``ng.LevenbergMarquardt(decrease=0.95)`` without one.
       fisher: "exact", "mc", "empirical" or "improved".
       mc_samples: targets drawn a sample and step, for "mc".
       seed: of the drawn targets.
@@ -119,11 +129,36 @@ def natural_gradient_descent(
 
     Raises:
       ValueError, TypeError: bad settings here, a bad batch in ``update``.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, loss = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), ng.MeanSquaredError()
+      >>> tx = ng.natural_gradient_descent(
+      ...     0.1, structure=ng.KFAC(), loss=loss, damping=0.01
+      ... )
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def train_step(model, optimizer, x, y):
+      ...     value, grads = nnx.value_and_grad(lambda model: loss(model(x), y))(model)
+      ...     optimizer.update(model, grads, module=model, x=x, y=y)
+      ...     return value
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> values = [train_step(model, optimizer, x, y) for _ in range(20)]
+      >>> bool(values[-1] < values[0] / 100)
+      True
     """
+    if damping is None:
+        # slowly down: a batch predicts itself better than the next one
+        damping = LevenbergMarquardt(decrease=0.95) if learning_rate is None else 0.0
+    learning_rate = QuadraticModel() if learning_rate is None else learning_rate
     settings = check_settings(structure, loss, fisher, damping, mc_samples, wrt)
-    learning_rate, seed = check_learning_rate(learning_rate, schedule=True), check_seed(seed)
+    if not isinstance(learning_rate, QuadraticModel):
+        learning_rate = check_learning_rate(learning_rate, schedule=True)
+    seed = check_seed(seed)
     check_average(average, structure, example)
     spring = check_momentum(momentum, structure, damping)
+    check_one_momentum(learning_rate, spring)
     settings = replace(settings, microbatches=check_integer("microbatches", microbatches, 1))
     _check_gradient(gradient, damping)
     averaged: AveragedStep | None = None
@@ -180,6 +215,7 @@ def natural_gradient_descent(
             found.inner,
             change_of_loss(which.loss, module, x, y, found.outputs, weights),
             kept,
+            partial(quadratic_terms, module, batch, which, structure.passes),
         )
 
     def init_kept(params: Any) -> Any:

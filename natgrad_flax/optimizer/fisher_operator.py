@@ -57,6 +57,20 @@ class FisherOperator:
     to both factors, ``ng.QuasiDiagonal`` to the matrix whose entries it keeps. Vectors are trees
     like ``nnx.state(model, wrt)``; raveled, P numbers in the order of
     ``jax.flatten_util.ravel_pytree``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> F = ng.fisher(model, x, structure=ng.Exact(), loss=ng.MeanSquaredError())
+      >>> F
+      FisherOperator(Exact(space='auto'), N=4, P=40)
+      >>> v = nnx.state(model, nnx.Param)
+      >>> u = F.solve(v, damping=0.1)
+      >>> bool(jnp.isclose(F.quadratic_form(u) + 0.1 * F.inner(u, u), F.inner(u, v)))
+      True
+      >>> F.to_dense().shape, F.conditioning().rank
+      ((40, 40), 4)
     """
 
     def __init__(self, structure: Structure, signals: Signals, params: Any, wrt: Any) -> None:

@@ -104,6 +104,19 @@ def natural_gradient(
 
     Raises:
       ValueError, TypeError: bad settings or a bad batch, before any work.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, loss = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), ng.MeanSquaredError()
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> step = ng.natural_gradient(
+      ...     model, x, y, structure=ng.KFAC(), loss=loss, damping=0.01
+      ... )
+      >>> before, params = loss(model(x), y), nnx.state(model, nnx.Param)
+      >>> nnx.update(model, jax.tree.map(lambda p, d: p - 0.1 * d, params, step))
+      >>> bool(loss(model(x), y) < before)
+      True
     """
     which = check_settings(structure, loss, fisher, damping, mc_samples, wrt)
     check_one_damping(damping)

@@ -74,7 +74,8 @@ def fisher(
       >>> from flax import nnx
       >>> model = ng.MLP((4, 16, 3), rngs=nnx.Rngs(0))
       >>> x = jax.random.normal(jax.random.key(1), (20, 4))
-      >>> kfac = ng.KFAC(last_layer="literal")  # without the scaling that theory asks of steps
+      >>> # without the scaling that theory asks of steps
+      >>> kfac = ng.KFAC(last_layer="literal")
       >>> F = ng.fisher(model, x, structure=kfac, loss=ng.SoftmaxCrossEntropy())
       >>> params = nnx.state(model, nnx.Param)
 

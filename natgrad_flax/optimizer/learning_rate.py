@@ -79,6 +79,17 @@ def optimal_learning_rate(
       ValueError: the sizes violate the conditions of the theory (which one, and where), the
         structure has no alpha, or no step moves the outputs (all inputs 0, dead units).
       TypeError: layers that are not fully connected, and no shape of the inputs.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> # by theory: 1 / alpha = 1 / L
+      >>> ng.optimal_learning_rate(ng.BlockDiagonal(), model, 4)
+      0.5
+      >>> # measured
+      >>> round(ng.optimal_learning_rate(ng.BlockDiagonal(), model, x=jnp.eye(4)), 3)
+      0.5
     """
     check_structure(structure)
     check_one_damping(damping)

@@ -45,6 +45,27 @@ class SPRING:
     Raises:
       ValueError: a number is out of range.
       TypeError: ``bias_correction`` is no bool.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> from jax.flatten_util import ravel_pytree
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {
+      ...     "structure": ng.Exact(),
+      ...     "loss": ng.MeanSquaredError(),
+      ...     "damping": 0.01,
+      ... }
+      >>> momentum = ng.SPRING(0.9, max_norm=0.1)
+      >>> tx = ng.natural_gradient_descent(1.0, momentum=momentum, **options)
+      >>> params = nnx.state(model, nnx.Param)
+      >>> update = jax.jit(
+      ...     lambda p, state: tx.update(p, state, p, module=model, x=x, y=y)
+      ... )
+      >>> updates, state = update(params, tx.init(params))
+      >>> round(float(jnp.linalg.norm(ravel_pytree(updates)[0])), 4)  # the bound
+      0.1
     """
 
     decay: float

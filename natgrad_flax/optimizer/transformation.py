@@ -17,6 +17,7 @@ from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from natgrad_flax.losses import AnyLoss
 from natgrad_flax.losses.by_head import fitted_to
 from natgrad_flax.optimizer.checks import check_needed_batch
+from natgrad_flax.optimizer.quadratic_model import QuadraticModel, Terms
 from natgrad_flax.optimizer.trees import as_state, by_path, leaf_names, moved_by
 from natgrad_flax.optimizer.variables import whole_model
 from natgrad_flax.signals.model import DoesNotRunError, Path, outputs_of
@@ -31,6 +32,7 @@ class NaturalGradientState(NamedTuple):
     damping: Array  # shape=(), dtype=float32; the damping of the next step, adaptive or not
     key: Array  # a jax.random key; draws the targets of a Monte-Carlo Fisher
     kept: Any = ()  # what a method keeps from step to step
+    before: Any = ()  # the last step, for the momentum of ng.QuadraticModel
 
 
 class Step(NamedTuple):
@@ -40,6 +42,7 @@ class Step(NamedTuple):
     slope: Callable[[], Array]  # the sum of its inner products with minus the gradients
     change: Callable[[Array | float, Any], Array]  # L_new - L_old on this batch, by rate and step
     kept: Any = ()
+    model: Callable[[Sequence[Any]], Terms] | None = None  # the quadratic one, along directions
 
 
 Compute = Callable[..., Step]
@@ -48,7 +51,7 @@ Compute = Callable[..., Step]
 
 def transformation(
     name: str,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | QuadraticModel,
     damping: Damping,
     loss: AnyLoss,
     seed: int,
@@ -67,7 +70,7 @@ def transformation(
 
     Args:
       name: of the public function, for errors.
-      learning_rate: a number or a schedule over steps.
+      learning_rate: a number or a schedule over steps, or chosen by ``Step.model``.
       damping: a number, a schedule, adaptive, or what ``compute`` resolves itself.
       loss: targets are checked against it.
       seed: of the keys that ``compute`` gets.
@@ -82,6 +85,7 @@ def transformation(
         adaptive damping.
     """
     adaptive = damping if isinstance(damping, LevenbergMarquardt) else None
+    quadratic = learning_rate if isinstance(learning_rate, QuadraticModel) else None
 
     @own_promotion()
     def init(params: optax.Params) -> NaturalGradientState:
@@ -92,6 +96,7 @@ def transformation(
             jnp.asarray(start, jnp.float32),
             jax.random.key(seed),
             init_kept(params),
+            jax.tree.map(jnp.zeros_like, params) if quadratic and quadratic.momentum else (),
         )
 
     @own_promotion()
@@ -119,7 +124,6 @@ def transformation(
             raise ValueError(f"{name} takes no weights: its samples all count the same")
         x, y, weights = check_needed_batch(module, x, y, extra.get("weights"), loss, needs_targets)
         rho: Any = state.damping if adaptive else at_step(damping, state.steps, "damping")
-        rate = at_step(learning_rate, state.steps, "learning_rate")
         key, draw = jax.random.split(state.key)
         given = {**extra, "weights": weights, "wrt": chosen, "incoming": leaves}
         further = {name: given[name] for name in accepts if name in given}
@@ -134,20 +138,32 @@ def transformation(
                 f"{name} moves all parameters of the model together, and some are not in the tree "
                 "of updates: let it see all of them, outside of optax.masked and optax.partition"
             )
-        if max_norm is not None:
-            entries = (leaf for layer in found.direction.values() for leaf in layer.values())
-            norm = jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in entries))
-            rate = jnp.minimum(rate, max_norm / norm)
-        step = jax.tree.map(
-            lambda leaf: (rate * leaf).astype(leaf.dtype), as_state(updates, found.direction)
-        )
+        direction, predicted = as_state(updates, found.direction), None
+        if quadratic is not None:
+            assert found.model is not None
+            rate: Any = 1.0
+            step, predicted = quadratic.step(found.model, direction, state.before, rho)
+        else:
+            rate = at_step(learning_rate, state.steps, "learning_rate")
+            if max_norm is not None:
+                entries = (leaf for layer in found.direction.values() for leaf in layer.values())
+                norm = jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in entries))
+                rate = jnp.minimum(rate, max_norm / norm)
+            step = jax.tree.map(lambda leaf: (rate * leaf).astype(leaf.dtype), direction)
         following = state.damping
         if adaptive:
-            predicted = (-rate + rate**2 / 2) * found.slope()
-            following = adaptive.adapt(state.damping, found.change(rate, step), predicted)
+            if predicted is None:
+                predicted = (-rate + rate**2 / 2) * found.slope()
+            change = found.change(rate, step)
+            following = adaptive.adapt(state.damping, change, predicted)
+            if quadratic is not None:
+                # known before it is taken: a step that raises the loss of its own batch is not
+                taken = change <= 0
+                step = jax.tree.map(lambda leaf: jnp.where(taken, leaf, 0), step)
         elif callable(damping):
             following = jnp.asarray(rho, jnp.float32)
-        return step, NaturalGradientState(state.steps + 1, following, key, found.kept)
+        before = step if quadratic and quadratic.momentum else ()
+        return step, NaturalGradientState(state.steps + 1, following, key, found.kept, before)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -145,7 +145,9 @@ def plain_directions(outputs: Array) -> Array:
 def jacobian_signals(
     model: nnx.Module, x: Any, wrt: Any = nnx.Param, *, check_samples: bool = True
 ) -> Signals:
-    """Signals of the plain outputs: J = df/dtheta, S = C, or T C for outputs with T positions.
+    """Signals of the plain outputs, from which the Jacobian J = df/dtheta follows; none is formed.
+
+    One backward pass an output: S = C directions a sample, or T C for outputs with T positions.
 
     Args:
       model: any module; the output of a sample must not depend on the other samples.
@@ -155,6 +157,16 @@ def jacobian_signals(
 
     Raises:
       ValueError, TypeError: as in ``linearise``; outputs that depend on other samples.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, x = ng.MLP((4, 8, 2), rngs=nnx.Rngs(0)), jnp.eye(4)
+      >>> signals = ng.jacobian_signals(model, x)
+      >>> [(layer.inputs.shape, layer.derivatives.shape) for layer in signals.layers]
+      [((4, 4), (4, 2, 8)), ((4, 8), (4, 2, 2))]
+      >>> signals.outputs.shape
+      (4, 2)
     """
     outputs, backward = linearise(model, x, wrt)
     if check_samples:

@@ -50,6 +50,18 @@ class DenseSignals(AffineLayerSignals):
       bias_form: layout of the bias, None where it is called bias and is (M,).
       row_weights: how much the inputs of a sample count in a Kronecker factor, (N,) of mean 1 over
         the whole batch; None where all count the same.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> signals = ng.jacobian_signals(ng.MLP((4, 8, 2), rngs=nnx.Rngs(0)), jnp.eye(4))
+      >>> a, D = signals.layers[1].inputs, signals.layers[1].derivatives
+      >>> a.shape, D.shape
+      ((4, 8), (4, 2, 2))
+      >>> A, B = jnp.einsum("nk,mk->nm", a, a), jnp.einsum("nsi,mti->nsmt", D, D)
+      >>> K = A[:, None, :, None] * B
+      >>> bool(jnp.allclose(signals.layers[1].gram(), K.reshape(8, 8), atol=1e-5))
+      True
     """
 
     inputs: Array
@@ -156,9 +168,21 @@ class DenseSignals(AffineLayerSignals):
 class Signals:
     """Signals of every layer of a network on one batch, in forward order.
 
+    Those of a dense layer are its scaled inputs a (N, K) and the derivatives D (N, S, M) of S
+    output directions by its M pre-activations; its Jacobian is a[n, k] D[n, s, m].
+
     Attributes:
       layers: one entry a layer.
       outputs: f, shape (N, ..., C).
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> signals = ng.jacobian_signals(ng.MLP((4, 8, 2), rngs=nnx.Rngs(0)), jnp.eye(4))
+      >>> # J J^T, samples first
+      >>> ntk = sum(layer.gram() for layer in signals.layers)
+      >>> ntk.shape, signals.num_params
+      ((8, 8), 48)
     """
 
     layers: tuple[LayerSignals, ...]

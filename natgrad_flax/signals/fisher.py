@@ -297,6 +297,8 @@ def fisher_signals(
 ) -> tuple[Signals, Residual]:
     """Signals of the output directions of a Fisher, and the loss residual.
 
+    Of these two a structure makes its step: ``structure.solve(signals, residual, damping)``.
+
     Args:
       model: any module; the output of a sample must not depend on the other samples.
       x: inputs, an array (N, ...) or a tree of them.
@@ -316,6 +318,19 @@ def fisher_signals(
     Raises:
       TypeError, ValueError: as in ``linearise``; outputs that do not have the shape of y; an
         unknown Fisher, or "mc" without a key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, loss = ng.MLP((4, 8, 3), rngs=nnx.Rngs(0)), ng.SoftmaxCrossEntropy()
+      >>> x, labels = jnp.eye(4), jnp.array([0, 1, 2, 0])
+      >>> signals, residual = ng.fisher_signals(model, x, labels, loss=loss)
+      >>> signals.layers[0].derivatives.shape  # C - 1 = 2 directions of softmax
+      (4, 2, 8)
+      >>> drawn = {"fisher": "mc", "key": jax.random.key(0)}
+      >>> sampled, _ = ng.fisher_signals(model, x, labels, loss=loss, **drawn)
+      >>> sampled.layers[0].derivatives.shape
+      (4, 1, 8)
     """
     check_kind(fisher)
     check_key(fisher, key)

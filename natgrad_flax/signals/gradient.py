@@ -107,6 +107,18 @@ class Residual(Gradient):
     Attributes:
       coefficients: w, shape (N, S), or None.
       cotangents: for each layer the cotangent of r, shape (N, M_l) for dense signals, or None.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> signals, residual = ng.fisher_signals(model, x, y, loss=ng.MeanSquaredError())
+      >>> residual.coefficients.shape
+      (4, 1)
+      >>> # R = I for this loss
+      >>> bool(jnp.allclose(residual.coefficients, model(x) - y))
+      True
     """
 
     coefficients: Array | None

@@ -22,17 +22,42 @@ from natgrad_flax.structures.style import Style, style_of_class
 
 
 class IsotropyWarning(UserWarning):
-    """A learning rate rests on a preparation of the data that sizes cannot show."""
+    """A learning rate 1 / alpha is right only for inputs that were prepared as the theory asks.
+
+    Sizes do not show whether they were: K-FAC with fewer inputs than samples wants them after a
+    Forster transform (``natgrad_datasets.forster_transform``).
+
+    Example:
+      >>> import warnings, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 64, 64, 1), rngs=nnx.Rngs(0))
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always", ng.IsotropyWarning)
+      ...     rate = ng.optimal_learning_rate(ng.KFAC(first_layer="scaled"), model, 16)
+      >>> str(caught[0].message).split(";")[0]
+      'KFAC: layer 1 has 4 inputs for 16 samples'
+    """
 
 
 @dataclass(frozen=True)
 class Structure(abc.ABC):
-    """A Fisher approximation G; everything it does is a function of signals.
+    """The base class of all Fisher approximations G: what they answer, from the signals of a batch.
 
     The output directions of the signals are a factor of the Fisher (``signals.fisher``), so
     F = J^T J / N with their Jacobian J, whatever the loss. A damping is added to F in this 1/N
     convention. It is a number, or an array of the shape that ``damping_scale`` has; the number 0
     stands for the pseudo-inverse.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> signals, residual = ng.fisher_signals(model, x, y, loss=ng.MeanSquaredError())
+      >>> structure = ng.Diagonal()
+      >>> updates = structure.solve(signals, residual, 1e-3)  # one a layer
+      >>> [update["kernel"].shape for update in updates]
+      [(4, 8), (8, 1)]
     """
 
     style: ClassVar[Style]

@@ -18,13 +18,26 @@ from natgrad_flax.structures.style import styled
 
 
 class BlockDiagonal(LayerWise):
-    """Sigma = I: one Fisher block a layer (Karakida & Osawa 2020, Section 4.1); alpha = L.
+    """One Fisher block a layer, without what couples layers; alpha = L.
 
-    Each layer is solved in the smaller of sample and parameter space, and may have a damping of
-    its own.
+    It is ``LayerWise`` with Sigma = I (Karakida & Osawa 2020, Section 4.1). Each layer may have a
+    damping of its own.
 
     Args:
-      space: "sample", "parameter", or "auto".
+      space: in which systems are solved: "sample" (N S x N S), "parameter" (P_l x P_l), or "auto"
+        for the smaller of the two.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3}
+      >>> step = ng.natural_gradient(
+      ...     model, x, y, structure=ng.BlockDiagonal(), **options
+      ... )
+      >>> ng.optimal_learning_rate(ng.BlockDiagonal(), model, 4)  # 1 / L
+      0.5
     """
 
     style = styled("Block-diagonal", "#D55E00", "D", short="block-diag")

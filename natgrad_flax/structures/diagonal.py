@@ -25,9 +25,19 @@ from natgrad_flax.structures.style import styled
 
 @dataclass(frozen=True)
 class Diagonal(AveragedStructure):
-    """G_ij = (F_ii + rho) delta_ij (LeCun et al. 1998).
+    """The diagonal of the Fisher alone, G_ij = (F_ii + rho) delta_ij (LeCun et al. 1998).
 
     Not isotropic at any width (Karakida & Osawa 2020, Fig. 3), so it has no alpha.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model, loss = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), ng.MeanSquaredError()
+      >>> x = jnp.eye(4)
+      >>> kept = ng.fisher(model, x, structure=ng.Diagonal(), loss=loss)
+      >>> F = ng.fisher(model, x, structure=ng.Exact(), loss=loss)
+      >>> bool(jnp.allclose(kept.to_dense(), jnp.diag(jnp.diag(F.to_dense()))))
+      True
     """
 
     style = styled("Diagonal", "#56B4E9", "X")

@@ -65,9 +65,15 @@ class Foof(FactorAverage):
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng
       >>> from flax import nnx
-      >>> model, x, y = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0)), jnp.eye(4), jnp.ones((4, 1))
-      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3, "fisher": "empirical"}
-      >>> step = ng.natural_gradient(model, x, y, structure=ng.Foof("inputs"), **options)
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> loss, structure = ng.MeanSquaredError(), ng.Foof("inputs")
+      >>> options = {"structure": structure, "loss": loss, "damping": 1e-3}
+      >>> step = ng.natural_gradient(model, x, y, fisher="empirical", **options)
+      >>> same = ng.natural_gradient(model, x, y, fisher="exact", **options)
+      >>> u, v = (tree["layers"][0]["kernel"] for tree in (step, same))
+      >>> bool(jnp.allclose(u, v, rtol=1e-3))
+      True
     """
 
     side: Side

@@ -10,7 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.damping import as_pair, is_zero
+from natgrad_flax.damping import as_pair, by_traces, is_zero
 from natgrad_flax.linalg.dense import has_full_rank
 from natgrad_flax.operators.base import Space, check_space
 from natgrad_flax.operators.kronecker import AffineSignals, Dampings, Kronecker, affine
@@ -39,7 +39,10 @@ from natgrad_flax.structures.style import styled
 
 @dataclass(frozen=True)
 class KFAC(KroneckerAverage):
-    """Blocks (B* + rho I) (x) (A* + rho I), A* = a^T a / N, B* = D^T D / N (Eq. 20).
+    """One Kronecker product a layer, (B* + rho I) (x) (A* + rho I) (Martens & Grosse 2015).
+
+    A* = a^T a / N is the second moment of the inputs of a layer, B* = D^T D / N that of the
+    derivatives of its units (Karakida & Osawa 2020, Eq. 20).
 
     Taken literally, Eq. 20 gives the isotropy constant alpha = N (L - 1) + 1, because B* of the
     last layer is 1 and not 1/N. Eq. 21 and alpha = N L need B* / N there. With fewer inputs than
@@ -61,6 +64,16 @@ class KFAC(KroneckerAverage):
         N / fan-in, so that alpha = N L holds after a Forster transform; or "literal".
       space: "sample", "parameter" or "auto", for both factors.
       sharing: "expand" or "reduce", for weights that several positions share.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3}
+      >>> step = ng.natural_gradient(model, x, y, structure=ng.KFAC(), **options)
+      >>> ng.optimal_learning_rate(ng.KFAC(), model, 4)  # 1 / (N L)
+      0.125
     """
 
     last_layer: Literal["scaled", "literal"] = "scaled"
@@ -194,10 +207,7 @@ class KFAC(KroneckerAverage):
         """See ``KroneckerAverage``; a damping of shape (2,) is the pair itself."""
         if self.split == "plain" or is_zero(damping) or jnp.ndim(damping) == 1:
             return as_pair(damping)
-        usable = (mean_a > 0) & (mean_b > 0)
-        pi = jnp.where(usable, jnp.sqrt(mean_a / jnp.where(usable, mean_b, 1)), 1)
-        root = jnp.sqrt(jnp.asarray(damping, mean_a.dtype))
-        return pi * root, root / pi
+        return by_traces(damping, mean_a, mean_b)
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
         """N a hidden layer; leverages of samples in the first, of outputs in the last.

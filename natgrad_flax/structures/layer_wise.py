@@ -25,13 +25,27 @@ from natgrad_flax.structures.style import styled
 
 
 class SingularCouplingWarning(UserWarning):
-    """The block tri-diagonal coupling of this depth is singular; says what is done instead."""
+    """The coupling of ``BlockTriDiagonal`` has no inverse at this depth, L = 3s + 2 layers.
+
+    Undamped, the pseudo-inverse of G is taken; the message says what follows of it.
+
+    Example:
+      >>> import warnings, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {"structure": ng.BlockTriDiagonal(), "loss": ng.MeanSquaredError()}
+      >>> with warnings.catch_warnings():  # L = 2 = 3s + 2: known, and accepted
+      ...     warnings.simplefilter("ignore", ng.SingularCouplingWarning)
+      ...     step = ng.natural_gradient(model, x, y, **options)
+    """
 
 
 @dataclass(frozen=True)
 class LayerWise(Structure):
-    """G = S^T (Sigma (x) I) S / N + rho I, S = blockdiag(J_1, ..., J_L) (Eq. 15).
+    """The Fisher block between layers i and j times a number Sigma_ij (Karakida & Osawa 2020).
 
+    G = S^T (Sigma (x) I) S / N + rho I with S = blockdiag(J_1, ..., J_L) (Eq. 15).
     For any nonsingular symmetric Sigma (positive definite or not) and Jacobians J_l of full row
     rank, zero damping gives Theta-bar(x', x) = sum_l (Sigma^{-1} 1)_l Theta_l(x', x) Theta_l^{-1}
     and alpha = 1^T Sigma^{-1} 1 (Karakida & Osawa 2020, Theorem 4.1).
@@ -43,6 +57,19 @@ class LayerWise(Structure):
     Raises:
       ValueError: sigma is not a finite, symmetric, nonsingular square matrix.
       TypeError: it is complex, or holds something other than numbers.
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng, numpy as np
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> structure = ng.LayerWise([[1.0, 0.5], [0.5, 1.0]])
+      >>> step = ng.natural_gradient(
+      ...     model, x, y, structure=structure, loss=ng.MeanSquaredError()
+      ... )
+      >>> rate = ng.optimal_learning_rate(structure, model, 4)
+      >>> bool(np.isclose(1 / rate, np.linalg.inv(structure.sigma).sum()))
+      True
     """
 
     sigma: tuple[tuple[float, ...], ...]
@@ -202,8 +229,9 @@ class LayerWise(Structure):
 
 
 class BlockTriDiagonal(LayerWise):
-    """Sigma_ij = 1 for |i - j| <= 1: neighbouring layers are coupled (Eq. 19).
+    """The Fisher within a layer and between neighbouring ones (Karakida & Osawa 2020, Eq. 19).
 
+    All other blocks are 0: ``LayerWise`` with Sigma_ij = 1 for |i - j| <= 1.
     Lemma 4.3: alpha = s for L = 3s and s + 1 for L = 3s + 1. Sigma is indefinite for every L >= 3
     (the paper's "positive definite" is an error) and singular for L = 3s + 2. There 1 still lies
     in its range, so the pseudo-inverse of G gives Theta-bar = (s + 1) I at zero damping; this is
@@ -211,6 +239,14 @@ class BlockTriDiagonal(LayerWise):
 
     Args:
       space: "sample", "parameter", or "auto".
+
+    Example:
+      >>> import natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 8, 8, 1), rngs=nnx.Rngs(0))
+      >>> rate = ng.optimal_learning_rate(ng.BlockTriDiagonal(), model, 4)
+      >>> round(rate, 6)  # L = 4 = 3 s + 1: alpha = 2
+      0.5
     """
 
     _solver = staticmethod(solve_tridiagonal)

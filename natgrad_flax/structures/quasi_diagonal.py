@@ -42,6 +42,18 @@ class QuasiDiagonal(AveragedStructure):
     M_0 M_0^T / M_00 + diag(0, M_jj - M_0j^2 / M_00). It keeps M_00, M_0j and M_jj, and amounts to a
     diagonal metric for inputs centred with weights D^2. Layers without a bias fall back to the
     diagonal. Not isotropic (Karakida & Osawa 2020, Fig. 3).
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), bias_variance=0.1, rngs=nnx.Rngs(0))
+      >>> x, y = jnp.eye(4), jnp.ones((4, 1))
+      >>> options = {"loss": ng.MeanSquaredError(), "damping": 1e-3}
+      >>> step = ng.natural_gradient(
+      ...     model, x, y, structure=ng.QuasiDiagonal(), **options
+      ... )
+      >>> {name: array.shape for name, array in step["layers"][0].items()}
+      {'bias': (8,), 'kernel': (4, 8)}
     """
 
     style = styled("Quasi-diagonal", "#8C6D1F", "p", short="quasi-diag")

@@ -42,9 +42,9 @@ _NO_SHARED_LIMIT = (
 
 @dataclass(frozen=True)
 class UnitWise(Structure):
-    """G = blockdiag over units of F + rho I (Karakida & Osawa 2020, Eq. 23).
+    """One Fisher block a unit: F + rho I between its weights and bias (Karakida & Osawa 2020).
 
-    The block of unit i is a^T S_i a / N + rho I with S_i = diag_n(sum_s D[n,s,i]^2), so each unit
+    The block of unit i is a^T S_i a / N + rho I with S_i = diag_n(sum_s D[n,s,i]^2) (Eq. 23): it
     costs one N x N solve (or one of its fan-in), whatever the width and the number of outputs.
     Units are handled in chunks.
 
@@ -56,6 +56,20 @@ class UnitWise(Structure):
     Args:
       space: "sample" (N x N), "parameter" (fan-in x fan-in), or "auto": parameter space where the
         fan-in is below half of N.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 1), activation="tanh", rngs=nnx.Rngs(0))
+      >>> x, loss = jax.random.normal(jax.random.key(0), (4, 4)), ng.MeanSquaredError()
+      >>> options = {"structure": ng.UnitWise(), "loss": loss}
+      >>> damping = ng.RelativeDamping(1e-3)
+      >>> step = ng.natural_gradient(
+      ...     model, x, jnp.ones((4, 1)), damping=damping, **options
+      ... )
+      >>> F = ng.fisher(model, x, **options).to_dense()
+      >>> int(jnp.count_nonzero(F)), F.size  # 8 blocks of 4 x 4 and one of 8 x 8
+      (192, 1600)
     """
 
     space: Space = "auto"

@@ -118,6 +118,16 @@ def shampoo(
     Raises:
       ValueError: a setting is out of range; in ``update`` a state of other parameters.
       TypeError: in ``init`` and ``update``, leaves that are no real floating-point arrays.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng
+      >>> params = {"w": jnp.zeros((4, 3))}
+      >>> grads = {"w": jax.random.normal(jax.random.key(0), (4, 3))}
+      >>> tx = ng.shampoo(0.1)
+      >>> updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+      >>> lengths = jnp.linalg.svd(updates["w"], compute_uv=False)
+      >>> print(lengths.round(3))  # the first step of G = U S V^T is -0.1 U V^T
+      [0.1 0.1 0.1]
     """
     blocking = Blocking(block_size, merge_dims, max_dim, vectors)
     if decay != 1:

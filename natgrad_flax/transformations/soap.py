@@ -91,6 +91,21 @@ def soap(
     Raises:
       ValueError: a setting is out of range; in ``update`` a state of other parameters.
       TypeError: in ``init`` and ``update``, leaves that are no real floating-point arrays.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng, optax
+      >>> target = jax.random.normal(jax.random.key(0), (4, 3))
+      >>> params, tx = {"w": jnp.zeros((4, 3))}, ng.soap(0.1)
+      >>> loss = lambda params: jnp.sum((params["w"] - target) ** 2)
+      >>> @jax.jit
+      ... def train_step(params, state):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> before, state = loss(params), tx.init(params)
+      >>> for _ in range(30):
+      ...     params, state = train_step(params, state)
+      >>> bool(loss(params) < before / 10)
+      True
     """
     blocking = Blocking(block_size, merge_dims, max_dim, vectors)
     rule = _Rule(

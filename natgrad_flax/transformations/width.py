@@ -47,6 +47,18 @@ def scale_by_width(
       ValueError: an unknown optimizer, a base width below 1; in ``update``, updates of another
         model.
       TypeError: another kind of network.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgrad_flax as ng, optax
+      >>> from flax import nnx
+      >>> model = ng.MLP((4, 8, 8, 1), parametrization="mup", rngs=nnx.Rngs(0))
+      >>> tx = optax.chain(optax.sgd(1.0), ng.scale_by_width(model, "SGD"))
+      >>> params = nnx.state(model, nnx.Param)
+      >>> ones = jax.tree.map(jnp.ones_like, params)
+      >>> updates, _ = tx.update(ones, tx.init(params), params)
+      >>> layers = [updates["layers"][l]["kernel"][...] for l in range(3)]
+      >>> [float(layer[0, 0]) for layer in layers]
+      [-8.0, -1.0, -0.125]
     """
     if not isinstance(model, (MLP, ConvNet)):
         raise TypeError(

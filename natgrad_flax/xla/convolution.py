@@ -56,6 +56,14 @@ def conv_general_dilated(
 
     Returns:
       Shape (N, *positions, M).
+
+    Example:
+      >>> import jax.numpy as jnp, natgrad_flax as ng
+      >>> from flax import nnx
+      >>> fast = {"conv_general_dilated": ng.conv_general_dilated, "rngs": nnx.Rngs(0)}
+      >>> layer = nnx.Conv(1, 4, (3, 3), **fast)
+      >>> layer(jnp.ones((2, 6, 6, 1))).shape
+      (2, 6, 6, 4)
     """
     rank = lhs.ndim - 2
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)

@@ -105,6 +105,10 @@ def compare_solves():
             ("block-diagonal", 0.0, residual),
             ("block-tri-diagonal", 0.1, vector),
             ("unit-wise", 0.1, vector),
+            ("foof", 0.1, residual),
+            ("unit-blocks", 0.1, vector),
+            ("shampoo", 0.1, vector),
+            ("kfoc", 0.1, vector),
         ):
             structure = STRUCTURES[name](len(layers), "auto")
             many = devices.Sharded(structure, mesh)

@@ -151,7 +151,10 @@ def test_bad_input(settings, error, message):
         described(**settings)
 
 
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+TEXTS = "\n".join(
+    (Path(__file__).parents[3] / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/guides/models.md", "docs/guides/mini-batches.md")
+)
 
 
 @pytest.fixture
@@ -163,11 +166,11 @@ def quick_compilation():
 
 
 def block(mark):
-    """An example of the README."""
-    return re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+    """An example of the README or the guides."""
+    return re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", TEXTS, re.DOTALL)[1]
 
 
-def readme_scope():
+def examples_scope():
     """What the examples below the training loop find: its step, a batch and a loss."""
     x = jax.random.normal(jax.random.key(0, impl="rbg"), (16, 32, 32, 3))
     scope = {"jax": jax, "ng": ng, "nnx": nnx, "x": x, "y": jnp.eye(10)[jnp.arange(16) % 10]}
@@ -178,11 +181,11 @@ def readme_scope():
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["stock ConvNet", "stock transformer"])
-def test_readme(name, capsys):
+def test_examples(name, capsys):
     """Each example is below 20 lines, runs after the training loop, and every loss falls."""
     code = block(name)
     assert len(code.strip().splitlines()) < 20
-    exec(code, readme_scope())
+    exec(code, examples_scope())
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     for structure in ("KFAC", "Exact"):
         losses = [float(value) for who, value in lines if who == structure]
@@ -191,9 +194,9 @@ def test_readme(name, capsys):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_readme_on_mini_batches_and_devices(capsys, tmp_path, monkeypatch):
+def test_examples_on_mini_batches_and_devices(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    scope = readme_scope()
+    scope = examples_scope()
     exec(block("stock ConvNet").split("\nloss")[0], scope)
     exec(block("mini-batches"), scope)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
@@ -213,12 +216,12 @@ def test_readme_on_mini_batches_and_devices(capsys, tmp_path, monkeypatch):
         np.testing.assert_allclose(ours, one, rtol=1e-4, atol=1e-5 * float(jnp.abs(one).max()))
 
 
-def test_table_of_the_readme():
-    """It is what describe says of the transformer of the README."""
-    source = re.search(r"<!-- stock transformer -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+def test_table_of_the_guide():
+    """It is what describe says of the transformer of the guide."""
+    source = block("stock transformer")
     scope = {"jax": jax, "ng": ng, "nnx": nnx, "jnp": jnp}
     exec(source.split("\nfor structure")[0], scope)
     model = nnx.eval_shape(lambda: scope["Transformer"](nnx.Rngs(0)))
     x = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
     said = str(ng.describe(model, x, structure=ng.KFAC()))
-    assert said in README
+    assert said in TEXTS

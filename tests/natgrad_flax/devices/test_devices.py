@@ -35,7 +35,7 @@ def test_every_structure_gives_the_step_of_one_device(eight):
 
 
 def test_every_kind_of_layer_is_solved_as_by_one_device(eight):
-    assert len(eight["solves"]) == 10
+    assert len(eight["solves"]) == 14
     assert max(eight["solves"].values()) < 1e-9, eight["solves"]
 
 
@@ -290,9 +290,8 @@ def descend(structure, batch, **options):
     x, y = x.astype(jnp.float64), y.astype(jnp.float64)
     if "average" in options:
         options["example"] = (model, x)
-    transformation = ng.natural_gradient_descent(
-        0.5, structure=structure, loss=LOSS, damping=0.1, **options
-    )
+    settings = {"learning_rate": 0.5, "structure": structure, "loss": LOSS, "damping": 0.1}
+    transformation = ng.natural_gradient_descent(**{**settings, **options})
     optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
     @nnx.jit
@@ -310,7 +309,11 @@ def descend(structure, batch, **options):
         (ng.Exact("sample"), "cholesky", {"momentum": ng.SPRING(0.5, max_norm=1e-3)}),
         (ng.BlockDiagonal("sample"), "cholesky", {"momentum": 0.5}),
         (ng.EKFAC(), "auto", {"average": ng.MovingAverage(0.9, 1, 2)}),
-        (ng.KFAC(split="pi"), "auto", {"average": ng.MovingAverage(0.0)}),
+        (
+            ng.KFAC(split="pi"),
+            "auto",
+            {"average": ng.MovingAverage(0.0), "learning_rate": ng.QuadraticModel()},
+        ),
     ],
 )
 def test_momentum_and_averages_on_a_mesh(mesh, batch, structure, solver, options, x64):

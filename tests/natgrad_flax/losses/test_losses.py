@@ -60,6 +60,15 @@ class TestAgainstDefinition:
             jnp.einsum("ncs,ns->nc", factor, w), loss.residual(outputs, targets), atol=1e-12
         )
 
+    def test_product_with_the_fisher(self, loss):
+        outputs, targets = batch(loss)
+        vectors = jnp.sin(jnp.arange(outputs.size, dtype=float)).reshape(outputs.shape)
+        np.testing.assert_allclose(
+            loss.fisher_product(outputs, vectors, targets),
+            jnp.einsum("ncd,nd->nc", loss.fisher(outputs), vectors),
+            atol=1e-12,
+        )
+
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("loss", HESSIAN_IS_FISHER, ids=repr)

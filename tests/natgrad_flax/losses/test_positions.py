@@ -293,9 +293,9 @@ def test_adaptive_damping_looks_at_what_counts():
 
 def test_readme(capsys):
     """The example runs as it stands, and its loss falls."""
-    text = (Path(__file__).parents[3] / "README.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/guides/losses.md").read_text()
     block = re.search(r"<!-- language model -->\n```python\n(.*?)```", text, re.DOTALL)
-    assert block, "README.md has no block after <!-- language model -->"
+    assert block, "the page has no block after <!-- language model -->"
     exec(block[1], {"jax": jax, "ng": ng, "nnx": nnx})
     losses = list(map(float, capsys.readouterr().out.split()))
     assert len(losses) == 20

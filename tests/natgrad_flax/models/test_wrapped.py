@@ -1,6 +1,5 @@
 """One network as a module of nnx, of linen and as a function; and what cannot be wrapped."""
 
-import doctest
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +15,6 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import natgrad_flax as ng
-from natgrad_flax.models import wrapped
 
 LOSS = ng.MeanSquaredError()
 X, Y = np.random.default_rng(0).normal(size=(6, 3)), np.random.default_rng(1).normal(size=(6, 2))
@@ -239,9 +237,3 @@ def test_bad_input(name):
 def test_names(name):
     with pytest.raises(ValueError, match="cannot be one of a module"):
         ng.from_function(function, {name: X})
-
-
-def test_examples():
-    found = doctest.testmod(wrapped)
-    assert found.attempted > 10
-    assert not found.failed

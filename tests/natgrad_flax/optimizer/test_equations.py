@@ -12,9 +12,9 @@ import natgrad_flax as ng
 
 def test_readme_solves_an_equation(capsys):
     """u = sin(pi x) to five digits, and the layers under derivatives have a formula."""
-    text = (Path(__file__).parents[3] / "README.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/guides/equations.md").read_text()
     block = re.search(r"<!-- equation -->\n```python\n(.*?)```", text, re.DOTALL)
-    assert block, "README.md has no block after <!-- equation -->"
+    assert block, "the page has no block after <!-- equation -->"
     scope = {"jax": jax, "jnp": jnp, "ng": ng, "nnx": nnx}
     exec(block[1], scope)
     assert float(capsys.readouterr().out) < 1e-5

@@ -127,10 +127,10 @@ class Net(nnx.Module):
 
 
 def loop_of_the_readme(model, gradient):
-    """The step and the optimizer that the README shows, or the same with another gradient."""
-    text = (Path(__file__).parents[3] / "README.md").read_text()
+    """The step and the optimizer of docs/guides/gradients.md, or the same with another gradient."""
+    text = (Path(__file__).parents[3] / "docs/guides/gradients.md").read_text()
     block = re.search(r"<!-- gradient of your own -->\n```python\n(.*?)```", text, re.DOTALL)
-    assert block, "README.md has no block after <!-- gradient of your own -->"
+    assert block, "the page has no block after <!-- gradient of your own -->"
     code = block.group(1).replace('gradient="incoming"', f'gradient="{gradient}"')
     scope = {"ng": ng, "nnx": nnx, "jax": jax, "loss": CROSS_ENTROPY, "model": model}
     exec(code, scope)
@@ -138,7 +138,7 @@ def loop_of_the_readme(model, gradient):
 
 
 def test_training_with_batch_statistics_and_dropout():
-    """Real digits: the loop of the README trains better than gradients at held statistics.
+    """Real digits: the loop of the guide trains better than gradients at held statistics.
 
     Both see the same batches. Held statistics lag behind the batch, so the gradient of the loss at
     them is not the one of the pass that trains; measured 0.17 against 0.33 in the last ten steps.

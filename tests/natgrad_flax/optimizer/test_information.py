@@ -1,6 +1,5 @@
 """Products, solves and spectra of ``ng.fisher`` against the dense matrix of each structure."""
 
-import doctest
 from functools import partial
 
 import jax
@@ -13,10 +12,8 @@ from scipy.sparse.linalg import aslinearoperator
 
 import natgrad_flax as ng
 from natgrad_flax.arguments import memory
-from natgrad_flax.optimizer import information
 from natgrad_flax.signals.base import ravel, unravel
 from natgrad_flax.signals.gradient import ParameterGradient
-from natgrad_flax.structures import foof, kfoc, shampoo, unit_blocks
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -251,12 +248,3 @@ def test_a_matrix_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "SMALL", 0)
     with pytest.raises(ValueError, match=r"matrix of FisherOperator.* GiB"):
         made.to_dense()
-
-
-def test_the_examples_run():
-    with jax.enable_x64(False):
-        found = doctest.testmod(information)
-        others = [doctest.testmod(module) for module in (foof, kfoc, shampoo, unit_blocks)]
-    assert found.attempted > 15
-    assert min(other.attempted for other in others) == 5
-    assert not any(result.failed for result in (found, *others))

@@ -1,0 +1,196 @@
+"""Learning rate and momentum of a step from the quadratic model of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from natgrad_flax.arguments.arrays import solve_dtype
+from natgrad_flax.arguments.scalars import as_number
+from natgrad_flax.losses.by_head import output_terms
+from natgrad_flax.losses.targets import relative
+from natgrad_flax.optimizer.momentum import SPRING
+from natgrad_flax.optimizer.trees import by_path, leaf_names
+from natgrad_flax.signals.fisher import Batch, Fisher
+from natgrad_flax.signals.microbatches import Passes
+from natgrad_flax.signals.model import outputs_of
+
+Terms: TypeAlias = tuple[Array, Array]
+"""Of k directions d: d_i^T F d_j, shape (k, k), and the products with the gradient, (k,)."""
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    """Learning rate and momentum that minimise the quadratic model of the loss, step by step.
+
+    The step is alpha d + mu d_before, of the direction d = -G^{-1} g of the structure and the step
+    before, with the alpha and mu at which g . step + step^T (F + rho I) step / 2 is least (Martens
+    & Grosse 2015, Sections 6.4 and 7). F is the exact Fisher of the batch, through the network and
+    not through the structure, so a direction that is too long gets a small alpha. It costs a
+    forward pass with two tangents, about one step of gradient descent. rho is the damping where
+    that is one number, and 0 for an ``ng.RelativeDamping``.
+
+    Beside ``ng.LevenbergMarquardt`` rho is adapted by how well this model predicts, and a step that
+    would raise the loss of its own batch is not taken. That is what ``ng.natural_gradient_descent``
+    does without a learning rate and a damping.
+
+    Args:
+      momentum: whether the step before is taken along.
+
+    Raises:
+      TypeError: no bool.
+
+    Example:
+      >>> import natgrad_flax as ng
+      >>> tx = ng.natural_gradient_descent(
+      ...     ng.QuadraticModel(),
+      ...     structure=ng.KFAC(last_layer="literal", split="pi"),
+      ...     damping=ng.LevenbergMarquardt(),
+      ...     loss=ng.SoftmaxCrossEntropy(),
+      ...     fisher="mc",
+      ... )
+    """
+
+    momentum: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.momentum, bool):
+            raise TypeError(f"momentum must be True or False, got {self.momentum!r}")
+
+    def step(
+        self, model: Callable[[Sequence[Any]], Terms], direction: Any, before: Any, damping: Any
+    ) -> tuple[Any, Array]:
+        """The step, and the change of the loss that the model predicts, which is negative.
+
+        Args:
+          model: F and the gradient along directions.
+          direction: d, a tree of updates.
+          before: the step before, the same tree, of zeros at the first step; without momentum ().
+          damping: rho; anything but one number counts as 0.
+        """
+        directions = [direction, before] if self.momentum else [direction]
+        curvature, slopes = model(directions)
+        if as_number(damping) is not None or isinstance(damping, Array):
+            rho = jnp.asarray(damping, curvature.dtype)
+            curvature = curvature + rho * _inner_products(directions, curvature.dtype)
+        factors = _minimiser(curvature, slopes)
+
+        def combine(*leaves: Array) -> Array:
+            parts = [f * leaf for f, leaf in zip(factors, leaves, strict=True)]
+            return sum(parts[1:], start=parts[0]).astype(leaves[0].dtype)
+
+        return jax.tree.map(combine, *directions), factors @ slopes / 2
+
+
+def quadratic_terms(
+    model: nnx.Module, batch: Batch, fisher: Fisher, passes: Passes, directions: Sequence[Any]
+) -> Terms:
+    """The Fisher of x along directions, and their products with the gradient.
+
+    Args:
+      model: the model.
+      batch: x, y and weights count; its gradient in place of that of the loss, where there is one.
+      fisher: whose loss, parameters and microbatches count.
+      passes: how the batch runs through the model.
+      directions: trees of updates.
+    """
+    graphdef, chosen, rest = nnx.split(model, fisher.wrt, ...)  # type: ignore[misc]
+    leaves = [by_path(direction) for direction in directions]
+
+    def stack(path: tuple[Any, ...], leaf: Array) -> Array:
+        return jnp.stack([tree[leaf_names(path)].astype(leaf.dtype) for tree in leaves])
+
+    tangents = jax.tree_util.tree_map_with_path(stack, chosen)
+    pairs = range(len(directions))
+
+    def run(first: Array | int, x: Any, y: Any, weights: Any) -> tuple[Terms, tuple[()]]:
+        del first
+
+        def forward(state: Any) -> Array:
+            return outputs_of(nnx.merge(graphdef, state, rest), x)
+
+        computed, images = jax.vmap(
+            lambda tangent: jax.jvp(forward, (chosen,), (tangent,)), out_axes=(None, 0)
+        )(tangents)
+        dtype = solve_dtype(computed.dtype, *(leaf.dtype for leaf in jax.tree.leaves(chosen)))
+        terms = output_terms(fisher.loss, computed.astype(dtype), y, weights)
+        images = images.astype(dtype)
+        curvature = jnp.stack(
+            [jnp.stack([terms.curvature(images[i], images[j]) for j in pairs]) for i in pairs]
+        )
+        if batch.gradient is not None:
+            return (curvature, jnp.zeros(len(pairs), dtype)), ()
+        return (curvature, jnp.stack([terms.slope(image) for image in images])), ()
+
+    weights = jax.tree.map(relative, batch.weights)
+    (curvature, slopes), _ = passes(run, (batch.x, batch.y, weights), fisher.microbatches)
+    if batch.gradient is not None:
+        given = batch.gradient
+        slopes = jnp.stack(
+            [sum(jnp.vdot(tree[name], given[name]) for name in tree) for tree in leaves]
+        ).astype(curvature.dtype)
+    return curvature, slopes
+
+
+def check_one_momentum(learning_rate: object, spring: SPRING | None) -> None:
+    """Raises ValueError on a quadratic model beside settings that it would contradict."""
+    if not isinstance(learning_rate, QuadraticModel) or spring is None:
+        return
+    if learning_rate.momentum:
+        raise ValueError(
+            "momentum= and ng.QuadraticModel would both take the step before along: use "
+            "ng.QuadraticModel(momentum=False), or a learning rate"
+        )
+    if spring.max_norm is not None:
+        raise ValueError(
+            "max_norm of ng.SPRING bounds a given learning rate; ng.QuadraticModel chooses its own"
+        )
+
+
+def _inner_products(directions: Sequence[Any], dtype: Any) -> Array:
+    """Those of the directions among each other, (k, k)."""
+    flat = [jax.tree.leaves(tree) for tree in directions]
+    return jnp.stack(
+        [
+            jnp.stack(
+                [
+                    sum(
+                        jnp.vdot(u.astype(dtype), v.astype(dtype))
+                        for u, v in zip(a, b, strict=True)
+                    )
+                    for b in flat
+                ]
+            )
+            for a in flat
+        ]
+    )
+
+
+def _minimiser(curvature: Array, slopes: Array) -> Array:
+    """The c at which c . slopes + c^T curvature c / 2 is least, for one or two directions.
+
+    The second direction is made conjugate to the first. One along which there is no curvature to
+    rounding gets 0.
+    """
+    eps = float(jnp.finfo(curvature.dtype).eps)
+
+    def ratio(slope: Array, bend: Array, scale: Array) -> Array:
+        usable = bend > 10 * eps * scale
+        return jnp.where(usable, -slope / jnp.where(usable, bend, 1), 0)
+
+    first = ratio(slopes[0], curvature[0, 0], jnp.zeros(()))
+    if len(slopes) == 1:
+        return first[None]
+    shared = -ratio(curvature[0, 1], curvature[0, 0], jnp.zeros(()))
+    second = ratio(
+        slopes[1] - shared * slopes[0],
+        curvature[1, 1] - shared * curvature[0, 1],
+        curvature[1, 1],
+    )
+    return jnp.stack([first - second * shared, second])

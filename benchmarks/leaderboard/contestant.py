@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from natgrad_flax.signals.fisher import FisherKind
 
 Family = Literal["first-order", "quasi-Newton", "natural-gradient", "peer"]
-RateRule = Literal["theoretical", "theoretical: 1", "tuned", "line search", "fixed"]
+RateRule = Literal[
+    "theoretical", "theoretical: 1", "tuned", "line search", "fixed", "quadratic model"
+]  # fmt: skip
 Ruleset = Literal["tuned", "self-tuning"]
 Damping = float | RelativeDamping | LevenbergMarquardt
 Optimizer = Callable[[Workload, Array | float, int], optax.GradientTransformation]

@@ -66,7 +66,7 @@ PROFILES = {
     ),
     "training": Profile(
         _TRAINING,
-        ("-mc-lm", "-cosine", "-spring", "-fixed"),
+        ("-mc-lm", "-quadratic", "-cosine", "-spring", "-fixed"),
         3,
         "networks and equations on which a first-order run takes 20 s: where curvature should win",
     ),
@@ -87,6 +87,7 @@ PROFILES = {
             "-cosine",
             "-spring",
             "-fixed",
+            "-quadratic",
         ),
         5,
         "every workload and every contestant",

@@ -175,3 +175,35 @@ def spring(structure: ng.Structure, *, damping: float, rates: tuple[float, ...])
         ),
         unsuitable=lambda workload: unsuitable(structure, "mc", chosen(workload), workload),
     )
+
+
+def untuned(structure: ng.Structure) -> Contestant:
+    """A structure as it is without any settings.
+
+    Learning rate and momentum of each step are those of the quadratic model of the loss, and
+    damping adapts (``ng.QuadraticModel``, ``ng.LevenbergMarquardt``).
+
+    Args:
+      structure: any.
+    """
+
+    def optimizer(
+        workload: Workload, rate: Array | float, seed: int
+    ) -> optax.GradientTransformation:
+        del rate
+        return ng.natural_gradient_descent(
+            structure=structure, loss=workload.loss, fisher=fisher_on(workload, "mc"), seed=seed
+        )
+
+    damping = ng.LevenbergMarquardt()
+    return Contestant(
+        name=f"{structure.style.command}-quadratic",
+        title=f"{structure.style.label}, rate and momentum of the quadratic model",
+        family="natural-gradient",
+        rate_rule="quadratic model",
+        optimizer=optimizer,
+        structure=structure,
+        fisher="mc",
+        damping_words=f"Levenberg-Marquardt from {damping.initial:g}, as the library has it",
+        unsuitable=partial(unsuitable, structure, "mc", damping),
+    )

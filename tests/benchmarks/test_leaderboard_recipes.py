@@ -25,6 +25,11 @@ RUN_SO = (
     "kfac-cosine", "ekfac-cosine", "exact-spring", "block-diagonal-spring", "schedule-free",
     "schedule-free-fixed", "prodigy",
 )  # fmt: skip
+UNTUNED = tuple(
+    f"{cls.style.command}-quadratic"
+    for cls in (ng.Exact, ng.BlockDiagonal, ng.BlockTriDiagonal, ng.KFAC, ng.EKFAC, ng.UnitWise,
+                ng.Diagonal, ng.QuasiDiagonal)
+)  # fmt: skip
 
 
 def test_the_learning_rate_rises_and_falls_as_a_cosine() -> None:
@@ -72,6 +77,10 @@ def test_who_takes_part_where() -> None:
     assert set(RUN_SO) & set(default) == {"schedule-free", "prodigy"}
     assert set(RUN_SO) <= set(make_plan("full").contestants)
     assert {"-cosine", "-spring", "-fixed"} <= set(PROFILES["full"].variants)
+    training = make_plan("training")
+    assert set(training.workloads) == set(PROFILES["training"].workloads)
+    assert {*RUN_SO, *UNTUNED} <= set(training.contestants)
+    assert not set(UNTUNED) & set(default)
 
 
 def two_layers() -> toy.Workload:
@@ -122,6 +131,25 @@ def test_schedule_free_is_judged_at_its_average() -> None:
     ahead = toy.as_array(state[1].z)
     np.testing.assert_allclose(0.1 * ahead + 0.9 * judged, moved, rtol=1e-5)
     assert np.abs(judged - moved).max() > 1e-3
+
+
+def test_a_structure_without_settings_takes_the_best_step_along_its_direction() -> None:
+    """On a line the quadratic model is the loss itself, with the damping of the first step."""
+    workload, entry = toy.make_workload(), find_contestant("diagonal-quadratic")
+    assert (entry.ruleset, entry.rate_rule) == ("self-tuning", "quadratic model")
+    x, y = (jnp.asarray(array) for array in workload.data()[:2])
+    program = OptaxProgram(entry, workload)
+    start = toy.as_array(nnx.state(workload.model(3)))
+    state = program.step(program.start(3, 1.0), None)
+    moved = toy.as_array(program.parameters(state))
+    design = np.asarray(x) / np.sqrt(3)
+    slope = design.T @ (design @ start - np.asarray(y)[:, 0]) / len(design)
+    rho = ng.LevenbergMarquardt().initial
+    damped = design.T @ design / len(design) + rho * np.eye(3)
+    direction = -slope / np.diag(damped)
+    length = -(direction @ slope) / (direction @ damped @ direction)
+    assert abs(length - 1) > 0.01
+    np.testing.assert_allclose(moved - start, length * direction, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", RUN_SO)

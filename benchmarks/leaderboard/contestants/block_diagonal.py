@@ -2,7 +2,7 @@
 
 import natgrad_flax as ng
 from benchmarks.leaderboard.natural import variants
-from benchmarks.leaderboard.recipes import spring
+from benchmarks.leaderboard.recipes import spring, untuned
 
 CONTESTANTS = (
     *variants(
@@ -15,4 +15,5 @@ CONTESTANTS = (
         damping=1e-2,
         rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     ),
+    untuned(ng.BlockDiagonal()),
 )

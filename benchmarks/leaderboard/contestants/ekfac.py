@@ -2,7 +2,7 @@
 
 import natgrad_flax as ng
 from benchmarks.leaderboard.natural import averaged, variants
-from benchmarks.leaderboard.recipes import trained
+from benchmarks.leaderboard.recipes import trained, untuned
 
 CONTESTANTS = (
     *variants(
@@ -19,4 +19,5 @@ CONTESTANTS = (
         damping=1e-3,
         rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     ),
+    untuned(ng.EKFAC()),
 )

@@ -75,14 +75,13 @@ def variants(
         ("-mc-tuned", ", Monte-Carlo, tuned", "mc", SAMPLED, "tuned"),
     )
     return tuple(
-        Contestant(
-            name=f"{structure.style.command}{suffix}",
-            title=f"{structure.style.label}{words}",
-            family="natural-gradient",
+        of_structure(
+            chosen,
+            suffix,
+            words,
             rate_rule=rule,
-            optimizer=partial(_optimizer, chosen, fisher, rho),
+            optimizer=partial(descent, chosen, fisher, rho),
             rates=rates if rule == "tuned" else (),
-            structure=chosen,
             fisher=fisher,
             damping=rho,
             unsuitable=partial(_unsuitable_variant, chosen, fisher, rho, rule),
@@ -92,15 +91,35 @@ def variants(
     )
 
 
-def _optimizer(
+def of_structure(structure: ng.Structure, ending: str, words: str, **further: Any) -> Contestant:
+    """A contestant that is called after its structure.
+
+    Args:
+      structure: the Fisher approximation.
+      ending: of its name, with the hyphen.
+      words: of its title, with the comma.
+      **further: what else it is.
+    """
+    style = structure.style
+    return Contestant(
+        name=f"{style.command or style.label.lower()}{ending}",
+        title=f"{style.label}{words}",
+        family="natural-gradient",
+        structure=structure,
+        **further,
+    )
+
+
+def descent(
     structure: ng.Structure,
     fisher: FisherKind,
     damping: Damping,
     workload: Workload,
-    rate: Array | float,
+    rate: optax.ScalarOrSchedule,
     seed: int,
     **further: Any,
 ) -> optax.GradientTransformation:
+    """The natural-gradient descent of a workload, with its Fisher and damping there."""
     return ng.natural_gradient_descent(
         rate,
         structure=structure,
@@ -128,18 +147,17 @@ def averaged(
     ) -> optax.GradientTransformation:
         further = {"average": AVERAGE, "example": example_of(workload)}
         return optax.chain(
-            _optimizer(structure, "mc", damping, workload, rate, seed, **further),
+            descent(structure, "mc", damping, workload, rate, seed, **further),
             optax.trace(MOMENTUM),
         )
 
-    return Contestant(
-        name=f"{structure.style.command}-average",
-        title=f"{structure.style.label}, averaged, momentum {MOMENTUM:g}, Monte-Carlo, tuned",
-        family="natural-gradient",
+    return of_structure(
+        structure,
+        "-average",
+        f", averaged, momentum {MOMENTUM:g}, Monte-Carlo, tuned",
         rate_rule="tuned",
         optimizer=optimizer,
         rates=rates,
-        structure=structure,
         fisher="mc",
         damping=damping,
         unsuitable=lambda workload: (
@@ -165,14 +183,13 @@ def projected_momentum(
       damping: positive, and not adaptive.
       rates: learning rates, TUNING_TRIALS of them.
     """
-    return Contestant(
-        name=f"{structure.style.command}-momentum",
-        title=f"{structure.style.label}, projected momentum {MOMENTUM:g}, Monte-Carlo, tuned",
-        family="natural-gradient",
+    return of_structure(
+        structure,
+        "-momentum",
+        f", projected momentum {MOMENTUM:g}, Monte-Carlo, tuned",
         rate_rule="tuned",
-        optimizer=partial(_optimizer, structure, "mc", damping, momentum=MOMENTUM),
+        optimizer=partial(descent, structure, "mc", damping, momentum=MOMENTUM),
         rates=rates,
-        structure=structure,
         fisher="mc",
         damping=damping,
         unsuitable=lambda workload: (

@@ -17,10 +17,11 @@ import natgrad_flax as ng
 from benchmarks.leaderboard.contestant import Contestant, in_words
 from benchmarks.leaderboard.natural import (
     Damping,
-    damping_on,
+    descent,
     example_of,
     fisher_on,
     is_fit,
+    of_structure,
     unsuitable,
     unsuitable_average,
 )
@@ -80,7 +81,7 @@ def norm_constraint(
 
 
 def trained(
-    structure: AveragedStructure, *, damping: Damping, rates: tuple[float, ...], label: str = ""
+    structure: AveragedStructure, *, damping: Damping, rates: tuple[float, ...]
 ) -> Contestant:
     """A structure as networks are trained with it.
 
@@ -91,42 +92,30 @@ def trained(
       structure: one that is a function of means over samples.
       damping: of the averaged Fisher; not adaptive.
       rates: peak learning rates, TUNING_TRIALS of them.
-      label: instead of that of the structure.
     """
     # one factor of the inputs is the same for every Fisher; this one needs no pass of its own
     fisher: FisherKind = "empirical" if isinstance(structure, ng.Foof) else "mc"
-    name = structure.style.command or structure.style.label.lower()
 
     def optimizer(
         workload: Workload, rate: Array | float, seed: int
     ) -> optax.GradientTransformation:
-        schedule = cosine(workload, rate)
+        schedule, example = cosine(workload, rate), example_of(workload)
+        further = {"average": AVERAGE, "example": example, "gradient": "incoming"}
         return optax.chain(
-            ng.natural_gradient_descent(
-                1.0,
-                structure=structure,
-                loss=workload.loss,
-                damping=damping_on(workload, damping),
-                fisher=fisher_on(workload, fisher),
-                seed=seed,
-                average=AVERAGE,
-                example=example_of(workload),
-                gradient="incoming",
-            ),
+            descent(structure, fisher, damping, workload, 1.0, seed, **further),
             norm_constraint(LONGEST, schedule),
             optax.trace(MOMENTUM),
             optax.add_decayed_weights(-WEIGHT_DECAY),
             optax.scale_by_schedule(schedule),
         )
 
-    return Contestant(
-        name=f"{name}-cosine",
-        title=f"{label or structure.style.label}, averaged, momentum, norm constraint, cosine",
-        family="natural-gradient",
+    return of_structure(
+        structure,
+        "-cosine",
+        ", averaged, momentum, norm constraint, cosine",
         rate_rule="tuned",
         optimizer=optimizer,
         rates=rates,
-        structure=structure,
         fisher=fisher,
         damping=damping,
         unsuitable=partial(unsuitable_average, structure),
@@ -146,29 +135,22 @@ def spring(structure: ng.Structure, *, damping: float, rates: tuple[float, ...])
     """
 
     def chosen(workload: Workload) -> Damping:
-        return FULL_BATCH if is_fit(workload) else damping_on(workload, damping)
+        return FULL_BATCH if is_fit(workload) else damping
 
     def optimizer(
         workload: Workload, rate: Array | float, seed: int
     ) -> optax.GradientTransformation:
-        return ng.natural_gradient_descent(
-            cosine(workload, rate),
-            structure=structure,
-            loss=workload.loss,
-            damping=chosen(workload),
-            fisher=fisher_on(workload, "mc"),
-            seed=seed,
-            momentum=SPRING,
-        )
+        schedule = cosine(workload, rate)
+        rho = chosen(workload)
+        return descent(structure, "mc", rho, workload, schedule, seed, momentum=SPRING)
 
-    return Contestant(
-        name=f"{structure.style.command}-spring",
-        title=f"{structure.style.label}, SPRING, cosine",
-        family="natural-gradient",
+    return of_structure(
+        structure,
+        "-spring",
+        ", SPRING, cosine",
         rate_rule="tuned",
         optimizer=optimizer,
         rates=rates,
-        structure=structure,
         fisher="mc",
         damping_words=(
             f"{in_words(damping)}; on a full batch of squared error {in_words(FULL_BATCH)}"
@@ -196,13 +178,12 @@ def untuned(structure: ng.Structure) -> Contestant:
         )
 
     damping = ng.LevenbergMarquardt()
-    return Contestant(
-        name=f"{structure.style.command}-quadratic",
-        title=f"{structure.style.label}, rate and momentum of the quadratic model",
-        family="natural-gradient",
+    return of_structure(
+        structure,
+        "-quadratic",
+        ", rate and momentum of the quadratic model",
         rate_rule="quadratic model",
         optimizer=optimizer,
-        structure=structure,
         fisher="mc",
         damping_words=f"Levenberg-Marquardt from {damping.initial:g}, as the library has it",
         unsuitable=partial(unsuitable, structure, "mc", damping),

@@ -13,6 +13,10 @@ WARM_UP = 0.05
 WEIGHT_DECAY = 1e-4
 """Of all that decay weights: decoupled, times the learning rate."""
 
+ADAM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+STANDARD_ADAM_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
+"""Peak learning rates of what moves as far as Adam does, in both parametrisations."""
+
 
 def warm_up_steps(workload: Workload) -> int:
     """Steps until the learning rate is at its peak, at least 1."""

@@ -3,7 +3,7 @@
 import optax
 
 from benchmarks.leaderboard.contestant import Contestant
-from benchmarks.leaderboard.schedules import WEIGHT_DECAY, cosine
+from benchmarks.leaderboard.schedules import ADAM_RATES, STANDARD_ADAM_RATES, WEIGHT_DECAY, cosine
 
 CONTESTANTS = (
     Contestant(
@@ -14,7 +14,7 @@ CONTESTANTS = (
         optimizer=lambda workload, rate, seed: optax.nadamw(
             cosine(workload, rate), weight_decay=WEIGHT_DECAY
         ),
-        rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
-        standard_rates=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03),
+        rates=ADAM_RATES,
+        standard_rates=STANDARD_ADAM_RATES,
     ),
 )

@@ -4,7 +4,13 @@ import optax.contrib
 from jax import Array
 
 from benchmarks.leaderboard.contestant import Contestant
-from benchmarks.leaderboard.schedules import WEIGHT_DECAY, nominal, warm_up_steps
+from benchmarks.leaderboard.schedules import (
+    ADAM_RATES,
+    STANDARD_ADAM_RATES,
+    WEIGHT_DECAY,
+    nominal,
+    warm_up_steps,
+)
 from benchmarks.leaderboard.workload import Workload
 
 # what optax has as its default
@@ -24,8 +30,8 @@ CONTESTANTS = (
         family="first-order",
         rate_rule="tuned",
         optimizer=_optimizer,
-        rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
-        standard_rates=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03),
+        rates=ADAM_RATES,
+        standard_rates=STANDARD_ADAM_RATES,
         judged=optax.contrib.schedule_free_eval_params,
     ),
     Contestant(

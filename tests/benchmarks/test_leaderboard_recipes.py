@@ -13,11 +13,12 @@ import toy_leaderboard as toy
 from flax import nnx
 
 import natgrad_flax as ng
+from benchmarks.leaderboard import recipes
 from benchmarks.leaderboard.contestant import contestants, find_contestant
 from benchmarks.leaderboard.plan import PROFILES, make_plan
 from benchmarks.leaderboard.program import OptaxProgram
 from benchmarks.leaderboard.recipes import LONGEST, norm_constraint
-from benchmarks.leaderboard.schedules import WEIGHT_DECAY, cosine, nominal, warm_up_steps
+from benchmarks.leaderboard.schedules import cosine, nominal, warm_up_steps
 from benchmarks.leaderboard.workload import Data
 
 RUN_SO = (
@@ -97,7 +98,12 @@ def two_layers() -> toy.Workload:
     )
 
 
-def test_a_step_of_averaged_factors_is_a_natural_one_that_is_not_too_long() -> None:
+def test_a_step_of_averaged_factors_is_a_natural_one_that_is_not_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # so much that the test sees it
+    decay = 0.5
+    monkeypatch.setattr(recipes, "WEIGHT_DECAY", decay)
     workload, entry, rate = two_layers(), find_contestant("kfac-cosine"), 1.0
     x, y = (jnp.asarray(array[:4]) for array in workload.data()[:2])
     model = workload.model(3)
@@ -114,7 +120,7 @@ def test_a_step_of_averaged_factors_is_a_natural_one_that_is_not_too_long() -> N
     program = OptaxProgram(entry, workload)
     moved = program.parameters(program.step(program.start(3, rate), np.arange(4)))
     wanted = jax.tree.map(
-        lambda leaf, slope: leaf - eta * (shorter * slope + WEIGHT_DECAY * leaf), start, direction
+        lambda leaf, slope: leaf - eta * (shorter * slope + decay * leaf), start, direction
     )
     for here, there in zip(jax.tree.leaves(moved), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-6)

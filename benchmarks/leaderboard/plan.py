@@ -68,7 +68,7 @@ PROFILES = {
         _TRAINING,
         ("-mc-lm", "-quadratic", "-cosine", "-spring", "-fixed"),
         3,
-        "networks and equations on which a first-order run takes 20 s: where curvature should win",
+        "equations, text, recurrent and image nets: where should curvature win, and does it?",
     ),
     "diagnosis": Profile(
         _DIAGNOSIS, ("", "-mc-lm"), 3, "one difficulty each, with known targets: who passes?"

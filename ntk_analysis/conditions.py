@@ -15,6 +15,7 @@ from natgrad_flax import Signals, Structure
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import DenseSignals
 from natgrad_flax.signals.shared import SharedSignals
+from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures import Geometry
 from natgrad_flax.structures.geometry import NeededRank, SharedGeometry
 from ntk_analysis.empirical import Matrix
@@ -93,7 +94,7 @@ def _rows(layer: LayerSignals) -> tuple[Matrix, Matrix]:
 
     Nothing for parameters that have none.
     """
-    if isinstance(layer, SharedSignals):
+    if isinstance(layer, SharedSignals) and not isinstance(layer, TiedSignals):
         inputs, derivatives = layer.rows("expand")
     elif isinstance(layer, DenseSignals):
         inputs, derivatives = layer.augmented_inputs()[None], layer.flat_derivatives()[None]

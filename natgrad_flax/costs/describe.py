@@ -31,6 +31,7 @@ from natgrad_flax.signals.fisher import FisherKind, check_kind
 from natgrad_flax.signals.model import parameter_paths, with_heads
 from natgrad_flax.signals.plan import LayerPlan, plan_layers
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
+from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures import Structure
 from natgrad_flax.structures.memory import sample_jacobian_entries, signal_entries
 
@@ -47,7 +48,7 @@ class LayerDescription:
       type: of that module.
       parameters: names and shapes.
       formula: of the Jacobian J_l: "dense (a, D)", "shared (a, D)" over positions,
-        "explicit block".
+        "tied (a, D)" over those of weights and of their transpose, "explicit block".
       reason: why the block is explicit, "" where it is not.
       positions: T, how many positions of a sample share the weights, in all calls together.
       groups: G, sets of units with inputs of their own.
@@ -272,6 +273,8 @@ def _describe(
     groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
     if isinstance(layer, DenseSignals):
         formula = "dense (a, D)"
+    elif isinstance(layer, TiedSignals):
+        formula = "tied (a, D)"
     elif isinstance(layer, SharedSignals):
         formula = "shared (a, D)"
     else:

@@ -17,6 +17,7 @@ from natgrad_flax.operators.kronecker import AffineSignals, grouped, ungrouped
 from natgrad_flax.signals.base import LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals
 from natgrad_flax.signals.gradient import Gradient, Residual
+from natgrad_flax.signals.tied import TiedSignals
 
 Basis = dict[str, Array]
 """U_A as "inputs", (G, fan_in, r), absent where it is the identity, and U_B as "units",
@@ -160,7 +161,7 @@ def _turned_gradient(layer: AffineSignals, cotangent: Array, basis: Basis) -> Ar
     if isinstance(layer, DenseSignals):
         turned = layer.augmented_inputs() @ left[0]
         return ((turned * _seen(turned)).T @ cotangent)[None]
-    if _is_thin(left):
+    if _is_thin(left) and not isinstance(layer, TiedSignals):
         turned = jnp.einsum("ntgk,gkp->ntgp", layer.augmented_inputs(), left)
         return jnp.einsum("ntgp,ntgm->gpm", turned, cotangent)
     # many rows: rather turn their sum

@@ -93,7 +93,8 @@ class Kronecker(OfLayer):
           split: as the attribute.
         """
         sides: tuple[Any, Any]
-        if isinstance(layer, LookupSignals) and layer.has_diagonal_inputs(sharing):
+        if isinstance(layer, SharedSignals) and layer.has_diagonal_inputs(sharing):
+            layer = cast(LookupSignals, layer)
             units = ArrayRows(layer.unit_rows(sharing))
             counts = DiagonalFactor(layer.counts()[None] / divisors[0])
             return cls(layer, counts, Factor(units, divisors[1], space), split)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ class Affine:
       matrix: axes of the view in the order of a matrix: inputs, groups, units.
       units: axes of the result in the order of groups and units.
       sizes: (G, K, M/G).
+      turned: whether it is read as a map by the transpose of what ``matrix`` gives, from M to K.
     """
 
     inputs: Callable[[Array], Array | OneHot]
@@ -43,6 +44,14 @@ class Affine:
     matrix: tuple[int, ...]
     units: tuple[int, ...]
     sizes: tuple[int, int, int]
+    turned: bool = False
+
+    def transposed(self) -> Affine:
+        """The same map of one group, with the weights read the other way round."""
+        behind = len(self.matrix) - len(self.units)
+        matrix = (*self.matrix[behind:], *self.matrix[:behind])
+        groups, fan_in, units = self.sizes
+        return replace(self, matrix=matrix, sizes=(groups, units, fan_in), turned=True)
 
 
 def affine_map(place: Place) -> Affine | None:

@@ -27,6 +27,7 @@ from natgrad_flax.signals.lookup import LookupSignals, OneHot
 from natgrad_flax.signals.plan import LayerPlan, plan_layers
 from natgrad_flax.signals.program import Path, Tape
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
+from natgrad_flax.signals.tied import TiedSignals
 
 
 def linearise(
@@ -105,9 +106,24 @@ def _signals(
             return ExplicitSignals(jnp.stack(rows, axis=2), 1.0, *forms)
         shape = (*rows[0].shape[:2], *plan.kernel.split)
         return ExplicitSignals(rows[0].reshape(shape), None, *forms)
+    rest = (None if plan.bias is None else plan.bias_scale, plan.path, plan.kernel, plan.bias)
+    a, d = _of_uses(plan, recorded, carried, turned=False)
+    if any(affine.turned for _, affine in plan.places):
+        both = _of_uses(plan, recorded, carried, turned=True)
+        return TiedSignals(a, d, *rest, turned=SharedSignals(*both, None, plan.path))
+    if isinstance(a, OneHot):
+        return LookupSignals(a, d, *rest)
+    if a.shape[1:3] == (1, 1):
+        return DenseSignals(a[:, 0, 0], d[:, :, 0, 0], *rest)
+    return SharedSignals(a, d, *rest)
+
+
+def _of_uses(plan: LayerPlan, recorded: Tape, carried: Tape, *, turned: bool) -> tuple[Any, Array]:
+    """Inputs and derivatives of all places that take the weights as they stand, or transposed."""
+    places = [both for both in plan.places if both[1].turned == turned]
     inputs: list[Any] = []
     derivatives = []
-    for place, affine in plan.places:
+    for place, affine in places:
         a, d = recorded[place.number], carried[place.number]
         if affine.view.step is not None and plan.kernel.part is not None:
             depth, part = affine.view.step[0], plan.kernel.part
@@ -116,21 +132,18 @@ def _signals(
         inputs.append(affine.inputs(a))
         derivatives.append(affine.derivatives(d))
     d = jnp.concatenate(derivatives, axis=2)
-    rest = (None if plan.bias is None else plan.bias_scale, plan.path, plan.kernel, plan.bias)
-    scales = [affine.view.scale for _, affine in plan.places]
-    if plan.bias is None and len(set(scales)) == 1 and all(isinstance(a, OneHot) for a in inputs):
+    scales = [affine.view.scale for _, affine in places]
+    looked_up = plan.bias is None and not turned and len(set(scales)) == 1
+    if looked_up and all(isinstance(a, OneHot) for a in inputs):
         indices = jnp.concatenate([a.indices for a in inputs], axis=1)
-        return LookupSignals(OneHot(indices, inputs[0].num_rows, scales[0]), d, *rest)
+        return OneHot(indices, inputs[0].num_rows, scales[0]), d
     # numbers of pixels, masks
     arrays = [a.dense(d.dtype) if isinstance(a, OneHot) else a.astype(d.dtype) for a in inputs]
     scaled = [
         a if scale == 1 else jnp.asarray(scale, d.dtype) * a
         for a, scale in zip(arrays, scales, strict=True)
     ]
-    a = jnp.concatenate(scaled, axis=1)
-    if a.shape[1:3] == (1, 1):
-        return DenseSignals(a[:, 0, 0], d[:, :, 0, 0], *rest)
-    return SharedSignals(a, d, *rest)
+    return jnp.concatenate(scaled, axis=1), d
 
 
 def plain_directions(outputs: Array) -> Array:

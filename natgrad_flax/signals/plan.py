@@ -234,19 +234,16 @@ def _weights(
     shapes: Mapping[Path, Shape],
 ) -> list[LayerPlan]:
     """The layers of a parameter that acts as weights wherever it is used; none for others."""
-    if use.others or use.biases:
+    if use.others or use.biases or not use.places:
         return []
-    maps = [affine_map(place) for place in use.places]
-    if not maps or any(found is None for found in maps):
+    form, chosen = _oriented(path, use.places, shapes[path])
+    if form is None:
         return []
-    chosen: list[Any] = maps
-    forms = {found.view.form(path[-1], shapes[path], found.matrix) for found in chosen}
-    if len(forms) > 1 or len({found.sizes for found in chosen}) > 1 or None in forms:
-        return []
-    (form,) = forms
     bias, scale = None, 1.0
+    tied = any(found.turned for found in chosen)
     for other, added in uses.items():
-        if other[:-1] == path[:-1] and added.biases and not (added.others or added.places):
+        beside = other[:-1] == path[:-1] and not tied
+        if beside and added.biases and not (added.others or added.places):
             joined = _bias(other, added, use.places, chosen, shapes[other])
             if joined is not None:
                 bias, scale = joined
@@ -257,6 +254,32 @@ def _weights(
         )
         for part in use.parts(shapes[path])
     ]
+
+
+def _oriented(
+    path: Path, places: list[Place], shape: Shape
+) -> tuple[ParameterForm | None, list[Affine]]:
+    """The layout of weights that serves all places, some of which may take the transpose.
+
+    None where there is none. It is that of the first place, or of the first where a table is
+    looked up, whose inputs are one-hot so.
+    """
+    tables = [place.kind == "gather" for place in places]
+    base = affine_map(places[tables.index(True) if any(tables) else 0])
+    if base is None:
+        return None, []
+
+    def layout(found: Affine) -> tuple[ParameterForm | None, tuple[int, int, int]]:
+        return found.view.form(path[-1], shape, found.matrix), found.sizes
+
+    chosen, common = list[Affine](), layout(base)
+    for found in map(affine_map, places):
+        if found is not None and layout(found) != common and found.sizes[0] == 1:
+            found = found.transposed()
+        if found is None or layout(found) != common:
+            return None, []
+        chosen.append(found)
+    return common[0], chosen
 
 
 def _bias(

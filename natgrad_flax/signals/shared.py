@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -291,6 +291,20 @@ class SharedSignals(AffineLayerSignals):
         groups, units = derivatives.shape[3:]
         return jnp.moveaxis(derivatives, 3, 0).reshape(groups, -1, units)
 
+    def unit_squares(self) -> Array:
+        """The diagonal of the product of ``unit_rows("expand")``, all groups in a row, (M,)."""
+        return jnp.sum(self.derivatives**2, axis=(0, 1, 2)).reshape(-1)
+
+    def weighed(self, weights: Array) -> Self:
+        """The layer in ``weigh_rows``."""
+        mean = jnp.mean(weights, axis=1)
+        everywhere = jnp.broadcast_to(mean[:, None], (len(mean), self.num_positions))
+        if self.num_positions != weights.shape[1]:
+            return dataclasses.replace(self, row_weights=everywhere)
+        used = jnp.any(self.derivatives != 0, axis=(1, 3, 4))
+        masked = jnp.where(used, everywhere, 0)
+        return dataclasses.replace(self, row_weights=jnp.where(weights > 0, weights, masked))
+
 
 def weigh_rows(signals: Signals, weights: Array) -> Signals:
     """Signals whose inputs count in Kronecker factors as the outputs do.
@@ -303,18 +317,10 @@ def weigh_rows(signals: Signals, weights: Array) -> Signals:
       signals: of a batch or of a microbatch.
       weights: of the outputs, (N, T), of mean 1 over the whole batch.
     """
-    mean = jnp.mean(weights, axis=1)
 
     def weighed(layer: LayerSignals) -> LayerSignals:
         if isinstance(layer, DenseSignals):
-            return dataclasses.replace(layer, row_weights=mean)
-        if not isinstance(layer, SharedSignals):
-            return layer
-        everywhere = jnp.broadcast_to(mean[:, None], (len(mean), layer.num_positions))
-        if layer.num_positions != weights.shape[1]:
-            return dataclasses.replace(layer, row_weights=everywhere)
-        used = jnp.any(layer.derivatives != 0, axis=(1, 3, 4))
-        masked = jnp.where(used, everywhere, 0)
-        return dataclasses.replace(layer, row_weights=jnp.where(weights > 0, weights, masked))
+            return dataclasses.replace(layer, row_weights=jnp.mean(weights, axis=1))
+        return layer.weighed(weights) if isinstance(layer, SharedSignals) else layer
 
     return Signals(tuple(map(weighed, signals.layers)), signals.outputs)

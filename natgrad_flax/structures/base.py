@@ -94,10 +94,11 @@ class Structure(abc.ABC):
     masks_units: ClassVar[bool] = False
     """Whether, undamped, a unit that is off on a sample has a system of its own, as if damped."""
 
-    shared_weights: ClassVar[Literal["gram", "jacobians", "rows"]] = "jacobians"
+    shared_weights: ClassVar[Literal["gram", "jacobians", "squares", "rows"]] = "jacobians"
     """What it builds of weights that positions share: Gram matrices, which may come from pairs of
-    positions, the Jacobians of samples, or nothing but the rows of positions. Where it is Gram
-    matrices, ``operator`` computes nothing, so that it can be asked of shapes."""
+    positions, the Jacobians of samples, of these the squares alone, or nothing but the rows of
+    positions. Where it is Gram matrices, ``operator`` computes nothing, so that it can be asked of
+    shapes."""
 
     limit_kernels: ClassVar[tuple[str, ...]] = ("tangent",)
     """The kernels of layers that this limit is made of: "inputs", "derivatives", "tangent"."""

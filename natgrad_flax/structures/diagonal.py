@@ -44,6 +44,7 @@ class Diagonal(AveragedStructure):
     # an undamped entry can be so small that the network leaves its linearisation in a few steps
     default_damping = RelativeDamping(1e-3)
     cheap_inverse = True
+    shared_weights = "squares"
     damping_margin = 1.0  # no system is solved
 
     def operator(self, signals: Signals) -> Blocks:

@@ -25,6 +25,7 @@ from natgrad_flax.signals.base import LayerSignals, LayerUpdate
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
+from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.geometry import Geometry
@@ -33,6 +34,7 @@ from natgrad_flax.structures.kronecker_average import (
     factor_means,
     kronecker_words,
     products_of_rows,
+    together,
 )
 from natgrad_flax.structures.style import styled
 
@@ -48,6 +50,8 @@ class EKFAC(AveragedStructure):
     true Jacobian of the sample, summed over positions. Groups of units have a basis each.
     Parameters without Kronecker factors keep their exact Fisher block a unit. The basis of the
     rows of a table that are looked up (embeddings), whose A is a diagonal, is the standard one.
+    Weights of two uses (tied embeddings) have the eigenvectors of the pair that ``KFAC`` makes of
+    both, and J_ns is the sum over both.
 
     Where eigenvalues of a factor coincide its eigenvectors, and with them G, are not unique. The
     null space of a factor does no harm with "expand": there S* = 0 in every basis.
@@ -77,6 +81,7 @@ class EKFAC(AveragedStructure):
     style = styled("EKFAC", "#661100", "*", short="EKFAC")
     eigensystems = True
     cheap_inverse = True
+    shared_weights = "squares"
     damping_margin = 1.0  # no system is solved
     has_basis = True
 
@@ -102,7 +107,7 @@ class EKFAC(AveragedStructure):
                 for name in ("inputs", "units")
                 if name in entry
             }
-            for entry in factors
+            for entry in map(together, factors)
         )
 
     def rotated(
@@ -185,7 +190,9 @@ class EKFAC(AveragedStructure):
             if isinstance(layer, SharedSignals):
                 groups = layer.num_groups
                 samples = samples * layer.num_positions
-            pairs = [(samples, layer.fan_in), (samples * directions, layer.num_units // groups)]
+            by_directions = samples * directions
+            left = by_directions if isinstance(layer, TiedSignals) else samples
+            pairs = [(left, layer.fan_in), (by_directions, layer.num_units // groups)]
             pairs = pairs[affine(layer).has_diagonal_inputs(self.sharing) :]
             whole = isinstance(layer, SharedSignals) and self.sharing == "reduce"
             sides.extend(params if whole else min(rows, params) for rows, params in pairs)
@@ -261,6 +268,9 @@ def _mean_squares(layer: LayerSignals, basis: Basis) -> Array:
     """
     layer, right = affine(layer), basis["units"]
     n = layer.num_samples
+    if isinstance(layer, TiedSignals):
+        left = basis["inputs"][0] if "inputs" in basis else None
+        return layer.in_basis(left, right[0]).squares()["kernel"][None] / n
     if "inputs" not in basis:
         rotated = dataclasses.replace(layer, derivatives=layer.derivatives @ right[0])
         return rotated.squares()["kernel"][None] / n

@@ -10,13 +10,14 @@ from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
 from natgrad_flax.linalg.dense import has_full_rank
-from natgrad_flax.operators.base import Space, check_space
+from natgrad_flax.operators.base import Blocks, Space, check_space
 from natgrad_flax.operators.factor import DiagonalFactor, IdentityFactor
 from natgrad_flax.operators.kronecker import Dampings, Kronecker, affine
 from natgrad_flax.operators.units import invert_blocks
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.shared import ExplicitSignals, Sharing
+from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures.averaged import Moments
 from natgrad_flax.structures.base import dense_layer, has_shared_layers, triangle
 from natgrad_flax.structures.geometry import Geometry
@@ -52,7 +53,8 @@ class Foof(FactorAverage):
     fewest directions, "empirical", costs least (1.07 of a step of gradient descent by processor
     time where 128 samples pass layers of 1024 units; with C = 10 directions 2.8).
 
-    Parameters without Kronecker factors keep their exact Fisher block a unit.
+    Parameters without Kronecker factors, and weights that are also used transposed, keep their
+    exact Fisher block a unit.
 
     Args:
       side: the factor that is kept, "inputs" or "units".
@@ -114,7 +116,12 @@ class Foof(FactorAverage):
     def _split(self, damping: Array | float) -> Dampings:
         return (0.0, damping) if self.side == "units" else (damping, 0.0)
 
+    def operator(self, signals: Signals) -> Blocks:
+        """See ``FactorAverage``; weights of two uses, one factor of which is none, by blocks."""
+        return super().operator(_apart_from_ties(signals))
+
     def _statistics(self, signals: Signals, *, rows: bool) -> tuple[Entry, ...]:
+        signals = _apart_from_ties(signals)
         dropped = INPUTS if self.side == "units" else ("units",)
         return tuple(
             {name: value for name, value in entry.items() if name not in dropped}
@@ -144,7 +151,8 @@ class Foof(FactorAverage):
 
     def damping_scale(self, signals: Signals) -> Array:
         """See ``scale_of``."""
-        norms = [self._gram_means(layer)[self._index] for layer in signals.layers]
+        layers = _apart_from_ties(signals).layers
+        norms = [self._gram_means(layer)[self._index] for layer in layers]
         return jnp.stack(norms) / signals.num_samples
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
@@ -183,5 +191,14 @@ class Foof(FactorAverage):
 
     def block_form(self, layer: LayerSignals) -> str:
         """See ``Structure.block_form``."""
-        alone = "" if isinstance(layer, ExplicitSignals) else f", {self.side} alone"
-        return kronecker_words(layer, self.sharing) + alone
+        if isinstance(layer, (ExplicitSignals, TiedSignals)):
+            return "exact block a unit"
+        return f"{kronecker_words(layer, self.sharing)}, {self.side} alone"
+
+
+def _apart_from_ties(signals: Signals) -> Signals:
+    """With explicit blocks in place of ``TiedSignals``."""
+    layers = (
+        layer.explicit() if isinstance(layer, TiedSignals) else layer for layer in signals.layers
+    )
+    return Signals(tuple(layers), signals.outputs)

@@ -53,6 +53,8 @@ class KFAC(KroneckerAverage):
     B* = sum D^T D / N over samples and positions (Grosse & Martens 2016), or of "reduce", with the
     mean of the inputs and the sum of the derivatives over the positions of a sample (Eschenhagen et
     al. 2023). Weights of samples and positions weigh the rows of both factors (``weigh_rows``).
+    Weights that are also used transposed (tied embeddings) have one pair for both uses, which is
+    balanced between them (``TiedSignals``); of a table that is read out A* is a diagonal.
     Groups of units have factors of their own. Parameters without such factors (scale and
     bias of normalisations, parameters without a formula) keep their exact Fisher block a unit.
 

@@ -28,6 +28,7 @@ from natgrad_flax.signals.base import LayerSignals, LayerUpdate, matrix_of
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
+from natgrad_flax.signals.tied import TiedSignals, balance
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, update_like
 from natgrad_flax.structures.base import Structure, dense_layer, has_shared_layers, triangle
 from natgrad_flax.structures.geometry import Geometry
@@ -46,6 +47,8 @@ class FactorAverage(AveragedStructure):
 
     An entry of an affine layer holds B as "units", and A as "inputs", as "shared" where positions
     share the weights, by the "rows" a / sqrt(N) that make it, or by its diagonal as "counts".
+    Weights of two uses (``TiedSignals``) have both, for the second under "tied" names; they become
+    one pair when they are solved with, so that what is averaged are means over samples.
     """
 
     sharing: Sharing
@@ -87,6 +90,9 @@ class FactorAverage(AveragedStructure):
                 found.append({"blocks": unit_blocks(layer), "norms": self._gram_means(layer)})
                 continue
             assert isinstance(layer, (DenseSignals, SharedSignals))
+            if isinstance(layer, TiedSignals):
+                found.append(self._of_both_uses(layer))
+                continue
             norms = self._gram_means(layer)
             if rows and isinstance(layer, DenseSignals) and layer.num_samples < layer.fan_in:
                 (a,), (d,) = factor_rows(layer, self.sharing)
@@ -97,6 +103,12 @@ class FactorAverage(AveragedStructure):
             name = "shared" if isinstance(layer, SharedSignals) else "inputs"
             found.append({**factor_means(layer, self.sharing, name), "norms": norms})
         return tuple(found)
+
+    def _of_both_uses(self, layer: TiedSignals) -> Entry:
+        """Means of the factors of both uses, and over what the traces of their sum are "norms"."""
+        positions = float(num_positions(layer, self.sharing))
+        over = jnp.asarray([positions, positions * layer.num_directions], layer.derivatives.dtype)
+        return {**factor_means(layer, self.sharing, "shared"), "norms": 1 / over}
 
     def _row_norms(self, layer: AffineSignals) -> tuple[Array, Array]:
         """Squared norms of the rows of both factors, of all groups together."""
@@ -146,7 +158,7 @@ class KroneckerAverage(FactorAverage):
         self, moments: Moments, damping: Array | float, num_samples: int
     ) -> tuple[Entry, ...]:
         """The inverses of both factors, or of the blocks of units."""
-        factors = moments.factors
+        factors = tuple(map(together, moments.factors))
         scalings, rhos = self._scalings_of(factors, num_samples), per_layer(damping, len(factors))
         shifted = not is_zero(damping)
         found: list[Entry] = []
@@ -168,8 +180,9 @@ class KroneckerAverage(FactorAverage):
 
     def scale_of(self, moments: Moments, num_samples: int) -> Array:
         """``damping_scale`` from moments, (L, 2)."""
-        scalings = self._scalings_of(moments.factors, num_samples)
-        return scaled_norms([entry["norms"] for entry in moments.factors], scalings, num_samples)
+        factors = tuple(map(together, moments.factors))
+        scalings = self._scalings_of(factors, num_samples)
+        return scaled_norms([entry["norms"] for entry in factors], scalings, num_samples)
 
     def _scalings_of(self, factors: tuple[Entry, ...], num_samples: int) -> Scalings:
         sizes: list[Size] = [
@@ -290,6 +303,27 @@ def _inputs(entry: Entry) -> Array:
     return next(entry[name] for name in INPUTS if name in entry)
 
 
+def together(entry: Entry) -> Entry:
+    """Statistics with one pair of factors for weights of two uses; others as they are."""
+    if "tied_units" not in entry:
+        return entry
+    name = next(name for name in INPUTS if name in entry)
+    left, right = (entry[name], entry["tied_inputs"]), (entry["units"], entry["tied_units"])
+    over = [jnp.stack([_trace(factor) for factor in side]) for side in (left, right)]
+    by_a, by_b = balance(*over)
+    found = {name: by_a[0] * left[0] + by_a[1] * left[1]}
+    found["units"] = by_b[0] * right[0] + by_b[1] * right[1]
+    if "norms" in entry:
+        traces = [jnp.sum(by * traces) for by, traces in zip((by_a, by_b), over, strict=True)]
+        found["norms"] = entry["norms"] * jnp.stack(traces)
+    return found
+
+
+def _trace(factor: Array) -> Array:
+    """Of (1, K, K), or of a diagonal (1, K)."""
+    return jnp.sum(factor) if factor.ndim == 2 else jnp.trace(factor[0])
+
+
 def _mean_diagonal(factors: Array) -> Array:
     """Of all groups together."""
     return jnp.einsum("gkk->", factors) / float(factors.shape[0] * factors.shape[1])
@@ -307,9 +341,16 @@ def factor_means(layer: AffineSignals, sharing: Sharing, name: str = "inputs") -
 
     Returns:
       B as "units" (G, M/G, M/G), and A (G, K, K) under a name, or where it is a diagonal that,
-      (1, K), as "counts".
+      (1, K), as "counts". Of the second use of ``TiedSignals`` "tied_units" and "tied_inputs".
     """
     n = layer.num_samples
+    if isinstance(layer, TiedSignals):
+        own = factor_means(layer.direct, sharing, name)
+        read, rows = layer.turned.rows(sharing)
+        inputs = layer.turned.unit_squares()[None] if "counts" in own else products_of_rows(rows)
+        over = float(n * num_positions(layer.turned, sharing))
+        units = products_of_rows(read) / over
+        return {**own, "tied_inputs": inputs / float(n), "tied_units": units}
     over = float(n * num_positions(layer, sharing))
     if layer.has_diagonal_inputs(sharing):
         layer = cast(LookupSignals, layer)
@@ -345,7 +386,9 @@ def factor_sides(layer: LayerSignals, sharing: Sharing, space: Space) -> tuple[i
         return side, side
     layer = affine(layer)
     positions = num_positions(layer, sharing)
-    pairs = ((positions * samples, layer.fan_in), (positions * rows, layer.num_units))
+    # of the transposed use the rows of A are derivatives
+    inputs = rows if isinstance(layer, TiedSignals) else samples
+    pairs = ((positions * inputs, layer.fan_in), (positions * rows, layer.num_units))
     left, right = (
         params if in_parameters(space, count, params) else count for count, params in pairs
     )
@@ -371,4 +414,6 @@ def kronecker_words(layer: LayerSignals, sharing: Sharing) -> str:
     """What becomes of the Fisher block of a layer, in words."""
     if isinstance(layer, ExplicitSignals):
         return "exact block a unit"
+    if isinstance(layer, TiedSignals):
+        return f"Kronecker of both uses, {sharing}"
     return f"Kronecker, {sharing}" if isinstance(layer, SharedSignals) else "Kronecker"

@@ -13,7 +13,9 @@ import jax
 from natgrad_flax.arguments import memory
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import Signals
+from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
+from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures import Structure
 
 
@@ -33,6 +35,9 @@ def sample_jacobian_entries(structure: Structure | None, layer: LayerSignals) ->
     if not isinstance(layer, SharedSignals) or needs == "rows":
         return 0
     n, s = layer.num_samples, layer.num_directions
+    if needs == "squares" and isinstance(layer, (LookupSignals, TiedSignals)):
+        # of one sample after the other, at most
+        return s * layer.num_params
     if needs == "gram" and layer.pairs_are_cheaper():
         return (n * layer.num_positions) ** 2 * layer.num_groups * (1 + s**2)
     return n * s * layer.num_params

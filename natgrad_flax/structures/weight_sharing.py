@@ -26,6 +26,7 @@ from natgrad_flax.models.activations import active_fraction
 from natgrad_flax.signals.capture import jacobian_signals
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
+from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures import Geometry, Structure
 from natgrad_flax.structures.geometry import NeededRank, SharedGeometry
 
@@ -103,6 +104,7 @@ def _too_small(need: NeededRank, geometry: SharedGeometry) -> str:
 
 
 def _positions(layer: object) -> int | None:
-    if isinstance(layer, ExplicitSignals):
+    # the rows of weights of two uses are no inputs and units of one layer
+    if isinstance(layer, (ExplicitSignals, TiedSignals)):
         return None
     return layer.num_positions if isinstance(layer, SharedSignals) else 1

@@ -53,6 +53,19 @@ class DenseLayer:
         return np.tile(np.arange(units), fan_in)
 
 
+@dataclass
+class TiedLayer(DenseLayer):
+    """Weights that are also used transposed.
+
+    Attributes:
+      turned: the other use, as a layer of its own.
+      one_hot: whether the inputs are.
+    """
+
+    turned: DenseLayer | None = None
+    one_hot: bool = False
+
+
 def metric(structure: ng.Structure, layers: list[DenseLayer], damping) -> np.ndarray:
     """G, shape (P, P).
 
@@ -89,7 +102,8 @@ def _block(structure, layer, rho, first, last):
     fisher, eye = rows.T @ rows / len(layer.jacobian), np.eye(rows.shape[1])
     if layer.inputs is not None and isinstance(structure, ng.KFAC):
         return _kronecker(structure, layer, rho, first, last)
-    if layer.inputs is not None and isinstance(structure, ng.Foof):
+    alone = layer.inputs is not None and not isinstance(layer, TiedLayer)
+    if alone and isinstance(structure, ng.Foof):
         return _one_factor(structure, layer, rho)
     if layer.inputs is not None and isinstance(structure, ng.Shampoo):
         return _moments(structure, layer, rho)
@@ -132,12 +146,32 @@ def _quasi_diagonal(full, layer):
 
 def factors(sharing: str, layer: DenseLayer) -> tuple[np.ndarray, np.ndarray]:
     """A* (G, K, K) and B* (G, M/G, M/G)."""
+    if isinstance(layer, TiedLayer):
+        return _of_both_uses(sharing, layer)
     a, d = layer.inputs, layer.derivatives
     if sharing == "reduce":
         a, d = a.mean(axis=1, keepdims=True), d.sum(axis=2, keepdims=True)
     n, positions = a.shape[:2]
     left = np.einsum("ntgk,ntgj->gkj", a, a) / (n * positions)
     return left, np.einsum("nstgm,nstgi->gmi", d, d) / n
+
+
+def _of_both_uses(sharing, layer):
+    """(A_1 + c A_2) (x) (B_1 + B_2 / c) with the trace of A_1 (x) B_1 + A_2 (x) B_2."""
+    own = DenseLayer(layer.jacobian, False, layer.inputs, layer.derivatives)
+    (a,), (b,) = factors(sharing, own)
+    (b2,), (a2,) = factors(sharing, layer.turned)
+    if layer.one_hot and sharing == "expand":
+        a2 = np.diag(np.diag(a2))
+    first, second = np.trace(a) * np.trace(b), np.trace(a2) * np.trace(b2)
+    c = np.sqrt(np.trace(a) * np.trace(b2) / (np.trace(a2) * np.trace(b)))
+    left, right = a + c * a2, b + b2 / c
+    # tr A is between those of both uses, in the ratio of the roots of the traces
+    trace = (np.sqrt(first) * np.trace(a) + np.sqrt(second) * np.trace(a2)) / (
+        np.sqrt(first) + np.sqrt(second)
+    )
+    left = left * trace / np.trace(left)
+    return left[None], right[None] * (first + second) / (trace * np.trace(right))
 
 
 def _kronecker(structure, layer, rho, first, last):

@@ -83,7 +83,28 @@ def compare_structures():
                 model, x, y, mesh=mesh, solver=solver, **options
             )
             found[f"{name}, {solver}"] = distance(one, many)
+    tokens = jax.random.randint(jax.random.key(2), (8, 3), 0, 5)
+    targets = {"next": jnp.roll(tokens, -1, 1), "mean": jnp.mean(tokens, 1, keepdims=True) / 5}
+    losses = {"next": LOSS, "mean": ng.MeanSquaredError()}
+    options = settings(ng.KFAC(), "exact", 0.1) | {"loss": losses}
+    one = ng.natural_gradient(TwoHeads(), tokens, targets, **options)
+    found["heads of a tied table"] = distance(
+        one,
+        devices.sharded_natural_gradient(TwoHeads(), tokens, targets, mesh=mesh, **options),
+    )
     return found
+
+
+class TwoHeads(nnx.Module):
+    """A table that is read out, and a head beside it."""
+
+    def __init__(self):
+        self.table = nnx.Embed(5, 4, rngs=nnx.Rngs(0))
+        self.mean = nnx.Linear(4, 1, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        h = jnp.tanh(jnp.cumsum(self.table(x), axis=1))
+        return {"next": self.table.attend(h), "mean": self.mean(h[:, -1])}
 
 
 def compare_solves():

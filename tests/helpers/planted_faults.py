@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -33,12 +34,14 @@ from ntk_analysis.reproduce.karakida_osawa import (
 from ntk_analysis.reproduce.kerekes import diagonal, invariance, matrices, stable_solve, toy
 from ntk_analysis.reproduce.kerekes import logistic as logistic_checks
 from ntk_analysis.reproduce.natgrad import (
+    drift,
     frontier,
     frontier_batches,
     frontier_blocks,
     frontier_weights,
     sharing,
     theorem,
+    width,
 )
 
 
@@ -327,6 +330,15 @@ FAULTS = {
         frontier_blocks,
         "UnitBlocks",
         lambda right: lambda size: right(size // 2),
+    ),
+    "NG-Width-Kink": Fault("a step one per cent short", width, "natural_gradient", times(0.99)),
+    "NG-Drift-Width": Fault(
+        "the root of the change",
+        drift,
+        "kernel_drift",
+        lambda right: (
+            lambda *args: replace(right(*args), relative_change=right(*args).relative_change ** 0.5)
+        ),
     ),
     "NG-Conv-Unit": Fault("one entry a parameter", sharing, "UnitWise", instead(Diagonal())),
 }

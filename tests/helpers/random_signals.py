@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import natgrad_flax as ng
-from natgrad_flax.signals.lookup import LookupSignals
+from natgrad_flax.signals.lookup import OneHot
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
+from natgrad_flax.signals.tied import TiedSignals
 
 
 def dense(rng, n, s, fan_in, units, bias=0.7):
@@ -21,6 +22,16 @@ def shared(rng, n, s, t, groups, fan_in, units, bias=0.5):
     inputs = rng.normal(size=(n, t, groups, fan_in))
     slopes = rng.normal(size=(n, s, t, groups, units))
     return SharedSignals(jnp.asarray(inputs), jnp.asarray(slopes), bias, ("shared", fan_in))
+
+
+def tied(rng, n, s, t, read, fan_in, units, one_hot=True):
+    """Signals of weights of two uses, at t positions and transposed at others."""
+    own = shared(rng, n, s, t, 1, fan_in, units, None)
+    turned = shared(rng, n, s, read, 1, units, fan_in, None)
+    inputs = OneHot(jnp.asarray(rng.integers(0, fan_in + 1, (n, t))), fan_in, 0.7)
+    return TiedSignals(
+        inputs if one_hot else own.inputs, own.derivatives, None, ("tied", fan_in), turned=turned
+    )
 
 
 def explicit(rng, n, s, rows, units):
@@ -38,8 +49,8 @@ def network(rng, n, s, *layers):
 
 def rows_of(layer):
     """Inputs with the bias (N, T, G, K) and derivatives (N, S, T, G, M/G) of an affine layer."""
-    layer = layer.dense() if isinstance(layer, LookupSignals) else layer
-    a, d = np.asarray(layer.inputs), np.asarray(layer.derivatives)
+    a, d = layer.inputs, np.asarray(layer.derivatives)
+    a = np.asarray(a.dense(d.dtype) if isinstance(a, OneHot) else a)
     if a.ndim == 2:
         a, d = a[:, None, None], d[:, :, None, None]
     if layer.bias_scale is not None:

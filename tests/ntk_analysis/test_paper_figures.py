@@ -218,3 +218,45 @@ def test_figures_of_the_frontier():
     assert [label.get_text() for label in axis.get_yticklabels()] == ["Exact", "KFAC", "Diagonal"]
     shown = {line.get_ydata()[0]: line.get_xdata()[-1] for line in axis.lines}
     assert shown == {0: 2, 1: 3, 2: 90}
+
+
+def test_figures_of_the_finite_width_law():
+    law = {"mean": 4.0, "spread": 8.0}
+    data = {"widths": [4, 16], "losses": {"tanh": [1.0, 0.1], "relu": [2.0, 0.5]}, "law": law}
+    (axis,) = DRAWINGS["NG-Width-Kink"](data).axes
+    assert [list(line.get_ydata()) for line in axis.lines[2:]] == [[2.0, 0.375], [1.0, 0.25]]
+    curve = {"losses": [8e-3, 5e-4], "p": 2.0, "interval": [1.9, 2.1]}
+    curves = {name: {"Exact": curve, "KFAC": curve} for name in ("tanh", "relu")}
+    smooth, kinked = DRAWINGS["NG-Width-Law"]({"widths": [4, 16], "curves": curves}).axes
+    dotted = [axis.lines[-1].get_ydata() for axis in (smooth, kinked)]
+    assert [first / last for first, last in dotted] == [16, 4]
+    assert "p from 1.90 to 2.10" in smooth.get_title()
+
+
+def test_figure_of_sparse_networks():
+    values = [[[[0.4, 0.6], [0.7, 0.9]]]]
+    limit = {"accuracy": [0.5, 0.8], "alignment": [0.1, 0.2]}
+    data = {"counts": [50, 100], "dim": 100, "scales": [0.1], "methods": ["one"], "limit": limit}
+    figure = DRAWINGS["NG-Sparse-Networks"](data | {"accuracy": values, "alignment": values})
+    for axis, dotted in zip(figure.axes, limit.values(), strict=True):
+        curve, last = axis.lines[0], axis.lines[-1]
+        assert list(curve.get_xdata()) == [0.5, 1]
+        assert list(curve.get_ydata()) == pytest.approx([0.5, 0.8])
+        assert list(last.get_ydata()) == dotted
+
+
+def test_figures_of_the_drift():
+    curve = {"steps": [0, 1, 2], "changes": [0.0, 0.1, 0.2], "cka": 0.9}
+    data = {"width": 8, "curves": {"tanh": {"Exact": curve}, "relu": {"KFAC": curve}}}
+    for axis in DRAWINGS["NG-Drift-Structures"](data).axes:
+        (line,) = axis.lines
+        assert list(line.get_xdata()) == [1, 2]
+        assert list(line.get_ydata()) == [0.1, 0.2]
+    runs = {
+        name: curve | {"losses": [1, 0.5, 0.3], "cka": [1, 0.9, 0.8]}
+        for name in ("full", "batches", "adam")
+    }
+    figure = DRAWINGS["NG-Drift-Batches"]({"runs": {"ntk": runs}})
+    losses, cka = figure.axes
+    assert [list(line.get_ydata()) for line in losses.lines] == [[0.5, 0.3]] * 3
+    assert [list(line.get_ydata()) for line in cka.lines] == [[0.9, 0.8]] * 3

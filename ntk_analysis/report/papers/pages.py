@@ -27,6 +27,7 @@ from ntk_analysis.report.papers import (
     kerekes_small,
     natgrad,
     natgrad_frontier,
+    natgrad_training,
     paper_of,
     van_oostrum,
 )
@@ -48,6 +49,7 @@ DRAWINGS: dict[str, Drawing] = {
     **van_oostrum.DRAWINGS,
     **natgrad.DRAWINGS,
     **natgrad_frontier.DRAWINGS,
+    **natgrad_training.DRAWINGS,
 }
 """How the figure of a check is drawn from its data, by identifier."""
 

@@ -12,6 +12,10 @@ MODULES = (
     "frontier_weights",
     "frontier_map",
     "frontier_training",
+    "width",
+    "sparse_networks",
+    "drift",
+    "drift_batches",
 )
 """Modules of this package that register checks."""
 
@@ -35,5 +39,11 @@ ORDER = (
     "NG-Frontier-Batches",
     "NG-Frontier-Map",
     "NG-Frontier-Training",
+    "NG-Width-Kink",
+    "NG-Width-Law",
+    "NG-Sparse-Networks",
+    "NG-Drift-Width",
+    "NG-Drift-Structures",
+    "NG-Drift-Batches",
 )
 """Identifiers in the order of the page."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import natgrad_datasets
 import numpy as np
 from flax import nnx
 
@@ -88,6 +89,14 @@ def dense_net(
 def sphere(count: int, features: int, seed: int = 0) -> Matrix:
     """Gaussian directions of norm sqrt(M_0): pre-activations have the variance sigma_w^2."""
     return np.sqrt(features) * gaussian_inputs(count, features, seed)
+
+
+def digits_pair(count: int) -> tuple[Matrix, Matrix]:
+    """Digits 0 and 7 of norm sqrt(M_0) and targets +-0.5, both float64: (N, 64) and (N, 1)."""
+    problem = natgrad_datasets.load(
+        "digits", classes=(0, 7), num_train=count, num_test=1, dtype="float64"
+    )
+    return np.sqrt(problem.input_dim) * problem.x_train, np.asarray(problem.y_train)
 
 
 class Layer(NamedTuple):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import natgrad_datasets
 import numpy as np
 
 from natgrad_flax import MLP, RelativeDamping, Structure
 from ntk_analysis.coefficient import Damping, coefficient_pair
 from ntk_analysis.dynamics import linearised_dynamics, squared_losses
 from ntk_analysis.empirical import InitialSignals, Matrix, initial_signals
-from ntk_analysis.reproduce.natgrad.common import condition_number, dense_net
+from ntk_analysis.reproduce.natgrad.common import condition_number, dense_net, digits_pair
 from ntk_analysis.reproduce.natgrad.frontier_map import STRUCTURES
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import (
@@ -54,16 +53,11 @@ _ISOTROPIC = ("exact", "block-diagonal", "K-FAC", "A alone", "B alone", "EKFAC",
 @in_float64
 def training(report: Report) -> Outcome:
     """Steps to a thousandth of the loss, predicted and measured, by activation and structure."""
-    problem = natgrad_datasets.load(
-        "digits", classes=(0, 7), num_train=_SAMPLES, num_test=1, dtype="float64"
-    )
-    x, y = np.sqrt(problem.input_dim) * problem.x_train, np.asarray(problem.y_train)
+    x, y = digits_pair(_SAMPLES)
     data: dict[str, Any] = {"goal": _GOAL, "rows": {}}
     measurements: list[Measurement] = []
     for activation in ("tanh", "relu"):
-        model = dense_net(
-            (problem.input_dim, _WIDTH, _WIDTH, 1), activation, param_dtype=jnp.float64
-        )
+        model = dense_net((x.shape[1], _WIDTH, _WIDTH, 1), activation, param_dtype=jnp.float64)
         here = Problem(model, initial_signals(model, x), x, y)
         found: dict[str, Run] = {}
         for name in (*_OTHERS, *_DAMPED):

@@ -51,11 +51,11 @@ def test_every_layer_with_its_formula_and_its_reason():
     assert layers["conv"].parameters == (("kernel", (3, 3, 1, 4)), ("bias", (4,)))
     assert layers["norm"].formula == "explicit block"
     assert layers["readout"].formula == "dense (a, D)"
+    assert next(a.formula for a in description.layers if a.path == "tied") == "tied (a, D)"
     reasons = {f"{a.path}.{a.parameters[0][0]}": a.reason for a in description.layers if a.reason}
     assert reasons == {
         "norm.scale": "scales or shifts features",
         "(root).gain": "scales or shifts features",
-        "tied.kernel": "weights of products of different forms",
         "tied.bias": "added to products that are not all of one layer",
         "changed.layer_instance.kernel": "weights that are also used by div",
         "changed.layer_instance.bias": "scales or shifts features",

@@ -29,7 +29,7 @@ def eight(tmp_path_factory):
 
 
 def test_every_structure_gives_the_step_of_one_device(eight):
-    assert len(eight["structures"]) == 10
+    assert len(eight["structures"]) == 11
     assert len(eight["conv"]["errors"]) == 4
     assert max(eight["structures"].values()) < 1e-5, eight["structures"]
 

@@ -14,6 +14,7 @@ import natgrad_flax as ng
 from natgrad_flax.models.transformer import attend
 from natgrad_flax.signals.dense import DenseSignals
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
+from natgrad_flax.signals.tied import TiedSignals
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -63,7 +64,8 @@ def kinds(signals):
     for layer in signals.layers:
         explicit = isinstance(layer, ExplicitSignals)
         path = (*layer.path, layer.kernel_form.name) if explicit else layer.path
-        found[type(layer)].add(".".join(map(str, path)))
+        kind = SharedSignals if isinstance(layer, TiedSignals) else type(layer)
+        found[kind].add(".".join(map(str, path)))
     return found.values()
 
 
@@ -286,10 +288,9 @@ def test_parameters_without_a_formula():
     model = with_values(nnx.eval_shape(lambda: Tied(settings())))
     dense, shared, explicit = kinds(compare(model, jnp.asarray(INPUTS)))
     assert not dense
-    assert shared == {"twice", "conv", "first"}
+    assert shared == {"twice", "conv", "first", "words"}
     assert explicit == {
         "second.bias",
-        "words.embedding",
         "shift",
         "gains",
         "row.0",

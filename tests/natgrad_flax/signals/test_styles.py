@@ -21,11 +21,9 @@ from natgrad_flax.signals.plan import plan_layers
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 
 pytestmark = pytest.mark.usefixtures("x64")
-ROLES = "weights of products of different forms"
 PLACES = "added to products that are not all of one layer"
 REASONS = {
-    "gemma": {"table.embedding": ROLES},
-    "tied_gpt": {"table.embedding": ROLES, "place": PLACES},
+    "tied_gpt": {"place": PLACES},
     "vit": {"token": "used by concatenate", "place": "used by add"},
     "whisper": {"place": PLACES},
     "mamba": {"decay": "used by exp"},

@@ -31,6 +31,7 @@ from natgrad_flax.signals.fisher import FisherKind, check_kind
 from natgrad_flax.signals.model import parameter_paths, with_heads
 from natgrad_flax.signals.plan import LayerPlan, plan_layers
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
+from natgrad_flax.signals.stacked import arranged
 from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures import Structure
 from natgrad_flax.structures.memory import sample_jacobian_entries, signal_entries
@@ -228,7 +229,8 @@ def describe(
         # the factor of a function of the user's has as many columns as there are outputs
         if fisher == "exact" and known is not None and not known.needs_targets:
             directions = output_terms(known, outputs, None, None).directions().shape[1]
-        return backward(jnp.zeros((n, directions, *shape), outputs.dtype))
+        found = backward(jnp.zeros((n, directions, *shape), outputs.dtype))
+        return arranged(found, None, "none")[0]
 
     signals = jax.eval_shape(run, state, x)
     types = {tuple(path): type(module).__name__ for path, module in nnx.iter_modules(model)}

@@ -8,7 +8,7 @@ s_t / (1 - decay^t) = (1 - w_t) (its predecessor) + w_t new, with w_t = (1 - dec
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,12 +25,14 @@ from natgrad_flax.linalg.dense import full_products
 from natgrad_flax.optimizer.gradient import Solved, loss_gradient
 from natgrad_flax.optimizer.trees import by_path, moved_by
 from natgrad_flax.signals.base import LayerUpdate, layer_updates
-from natgrad_flax.signals.capture import jacobian_signals
+from natgrad_flax.signals.capture import linearise, plain_directions
 from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.fisher import Batch, Fisher
 from natgrad_flax.signals.gradient import ParameterGradient
 from natgrad_flax.signals.microbatches import in_microbatches
+from natgrad_flax.signals.stacked import arranged
 from natgrad_flax.structures import AveragedStructure, Moments
+from natgrad_flax.structures.stacked import stacked, stacking_of
 
 
 @dataclass(frozen=True)
@@ -190,11 +192,14 @@ class AveragedStep:
         graphdef, arrays = nnx.split(model)
         # shapes alone, so that the parameters of now are not kept
         state = jax.eval_shape(lambda: arrays)
-        inputs, structure, own = shapes_of(x), self.structure, self.fisher.wrt
+        inputs, own = shapes_of(x), self.fisher.wrt
 
         def moments(wrt: Any, state: Any, x: Any) -> tuple[Moments, Any]:
-            signals = jacobian_signals(nnx.merge(graphdef, state), x, wrt)
-            found = Moments(self._means(signals))
+            outputs, backward = linearise(nnx.merge(graphdef, state), x, wrt)
+            plain = backward(plain_directions(outputs))
+            signals, _ = arranged(plain, None, stacking_of(self.structure))
+            structure = stacked(self.structure, signals)
+            found = Moments(self._means(structure, signals))
             if structure.has_basis:
                 basis = structure.basis(found.factors)
                 found = Moments(found.factors, basis, structure.rotated(signals, basis))
@@ -214,16 +219,15 @@ class AveragedStep:
 
         return empty
 
-    def _means(self, signals: Signals) -> tuple[Any, ...]:
+    def _means(self, structure: AveragedStructure, signals: Signals) -> tuple[Any, ...]:
         """The statistics of a batch, or of a microbatch."""
         alone = self.average.decay == 0 and self.fisher.microbatches == 1
-        return self.structure.latest(signals) if alone else self.structure.statistics(signals)
+        return structure.latest(signals) if alone else structure.statistics(signals)
 
     def __call__(
         self,
         model: nnx.Module,
         batch: Batch,
-        shapes: Signals,
         kept: Averages,
         steps: Array,
         damping: Any,
@@ -233,11 +237,25 @@ class AveragedStep:
         Args:
           model: the model.
           batch: the arrays of this step.
-          shapes: signals of this batch, or their shapes.
           kept: of the step before.
           steps: taken before this one.
           damping: a number, or relative.
         """
+        fisher = replace(self.fisher, stacking=stacking_of(self.structure))
+        shapes = jax.eval_shape(lambda: fisher.signals(model, batch)[0])
+        whole = replace(self, structure=stacked(self.structure, shapes), fisher=fisher)
+        return whole._step(model, batch, shapes, kept, steps, damping)
+
+    def _step(
+        self,
+        model: nnx.Module,
+        batch: Batch,
+        shapes: Signals,
+        kept: Averages,
+        steps: Array,
+        damping: Any,
+    ) -> tuple[Solved, Averages]:
+        """``__call__`` for signals of which the shapes, stacked or not, are known."""
         every, incoming = self.average.every, batch.gradient
 
         def aside() -> Averages:
@@ -296,7 +314,7 @@ class AveragedStep:
                 assert residual is not None
                 gradient = residual.vector(signals.layers)
             with full_products():
-                statistics = self._means(signals)
+                statistics = self._means(self.structure, signals)
             seen = signals if microbatches == 1 else ()
             return (statistics, gradient), (signals.outputs, seen)
 

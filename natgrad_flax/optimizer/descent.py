@@ -191,13 +191,13 @@ def natural_gradient_descent(
         module, which = replace(settings, wrt=wrt).bound(module, x)
         check_microbatches(which.microbatches, x, batch.fisher_x)
         size = averaged.structure.factor_size if averaged else None
-        shapes = preflight(structure, module, which, batch, rho, size)
+        preflight(structure, module, which, batch, rho, size)
         if check_samples:
             check_samples_alone(module, x)
         kept: Any
         if averaged is not None:
             step = replace(averaged, fisher=which)
-            found, kept = step(module, batch, shapes, state.kept, state.steps, rho)
+            found, kept = step(module, batch, state.kept, state.steps, rho)
         else:
             before = by_path(state.kept)
             if spring and set(before) != set(incoming):
@@ -211,7 +211,7 @@ def natural_gradient_descent(
         direction = spring.corrected(found.updates, state.steps) if spring else found.updates
         down = jax.tree.map(jnp.negative, direction)
         return Step(
-            named_updates(shapes.layers, down),
+            named_updates(found.signals.layers, down),
             found.inner,
             change_of_loss(which.loss, module, x, y, found.outputs, weights),
             kept,

@@ -34,6 +34,7 @@ from natgrad_flax.signals.independence import check_samples_alone
 from natgrad_flax.signals.microbatches import Passes, in_microbatches
 from natgrad_flax.signals.model import Path, outputs_of, with_fast_gradients
 from natgrad_flax.structures import Structure
+from natgrad_flax.structures.stacked import Stacked, stacked, stacking_of
 
 Damping = float | Array | RelativeDamping
 
@@ -191,8 +192,11 @@ def compute(
       fisher: which Fisher.
       momentum: the step before, where it is taken along.
     """
+    # the step before is projected layer by layer
+    fisher = replace(fisher, stacking="none" if momentum else stacking_of(structure))
     signals, residual = fisher.signals(model, batch, structure.passes)
     signals, residual = fisher.in_range(signals, residual, damping)
+    solver = stacked(structure, signals)
     outputs, gradient = signals.outputs, batch.gradient
     right: Gradient
     if gradient is None and batch.fisher_x is None:
@@ -203,9 +207,9 @@ def compute(
             gradient, outputs = loss_gradient(model, batch, fisher, structure.passes)
         right = ParameterGradient(layer_updates(signals.layers, gradient))
     with full_products():
-        rho = resolve_damping(structure, signals, damping)
+        rho = resolve_damping(solver, signals, damping)
         if momentum is None:
-            updates, report = structure.solve_and_report(signals, right, rho)
+            updates, report = solver.solve_and_report(signals, right, rho)
         else:
             updates, report = momentum.solve(structure, signals, right, rho), None
     return Solved(updates, signals, right, outputs, report)
@@ -250,7 +254,9 @@ def static_damping(damping: Damping) -> float | RelativeDamping | None:
     return 0.0 if is_zero(damping) else None
 
 
-def resolve_damping(structure: Structure, signals: Signals, damping: Damping) -> Array | float:
+def resolve_damping(
+    structure: Structure | Stacked, signals: Signals, damping: Damping
+) -> Array | float:
     """The damping in the 1/N convention; a relative one is scaled by the structure's Gram."""
     if isinstance(damping, RelativeDamping):
         damping = damping.times(structure.damping_scale(signals))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax.numpy as jnp
@@ -109,6 +109,10 @@ class LayerSignals(abc.ABC):
     def mix_directions(self, factor: Array) -> LayerSignals:
         """The signals of sum_s R[n,s,r] f[n,s] as output directions, for R of shape (N, S, S')."""
 
+    def each(self, function: Callable[[LayerSignals], LayerSignals]) -> LayerSignals:
+        """What a function makes of these signals; of stacked ones layer by layer."""
+        return function(self)
+
     @abc.abstractmethod
     def cotangent(self, index: int) -> Array:
         """The cotangent of one output direction."""
@@ -181,8 +185,11 @@ class LayerSignals(abc.ABC):
             named[form.name if form else key] = form.to_parameter(leaf) if form else leaf
         return named
 
-    def parts(self) -> dict[str, int | None]:
-        """By the names of the parameters which part of them is this layer's, None for all."""
+    def parts(self) -> dict[str, int | tuple[int, int] | None]:
+        """By the names of the parameters which part of them is this layer's, None for all.
+
+        One along a first axis of its own, or those from a first one to a last one, not included.
+        """
         return {form.name: form.part for form in (self.kernel_form, self.bias_form) if form}
 
     def from_parameters(self, named: Mapping[Any, Array]) -> LayerUpdate:
@@ -250,13 +257,18 @@ def named_updates(
         own = named.setdefault(layer.path, {})
         parts = layer.parts()
         for name, leaf in layer.parameters(update).items():
-            if parts.get(name) is None:
+            part = parts.get(name)
+            if part is None:
                 own[name] = leaf
+            elif isinstance(part, int):
+                own.setdefault(name, {})[part] = leaf[None]
             else:
-                own.setdefault(name, {})[parts[name]] = leaf
+                own.setdefault(name, {})[part[0]] = leaf
     return {
         path: {
-            name: jnp.stack([leaf[part] for part in sorted(leaf)]) if type(leaf) is dict else leaf
+            name: jnp.concatenate([leaf[part] for part in sorted(leaf)])
+            if type(leaf) is dict
+            else leaf
             for name, leaf in own.items()
         }
         for path, own in named.items()

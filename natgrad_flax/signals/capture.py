@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +29,7 @@ from natgrad_flax.signals.lookup import LookupSignals, OneHot
 from natgrad_flax.signals.plan import LayerPlan, plan_layers
 from natgrad_flax.signals.program import Path, Tape
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
+from natgrad_flax.signals.stacked import StackedSignals, arranged
 from natgrad_flax.signals.tied import TiedSignals
 
 
@@ -43,7 +46,8 @@ def linearise(
     Returns:
       The outputs (N, ..., C), and a function from output directions (N, S, ..., C), the cotangents
       to carry back for each sample, to their signals. All of it has ``solve_dtype`` of the
-      outputs and parameters, whatever the layers compute in.
+      outputs and parameters, whatever the layers compute in. Layers of a loop are stacked
+      (``StackedSignals``).
 
     Raises:
       ValueError, TypeError: as in ``plan_layers``; a program that can't be differentiated, such as
@@ -70,7 +74,12 @@ def linearise(
         with _derivatives_of(model):
             found = jax.vmap(backward, in_axes=1, out_axes=1)(directions.astype(computed.dtype))
         recorded, carried, blocks = jax.tree.map(lambda leaf: _cast(leaf, dtype), (tape, *found))
-        layers = tuple(_signals(layer, recorded, carried, blocks) for layer in plan.layers)
+        layers = tuple(
+            _signals(plan.layers[places[0]], recorded, carried, blocks)
+            if plan.layers[places[0]].kernel.part is None
+            else _stacked(plan.layers, places, recorded, carried, blocks)
+            for places in _families(plan.layers)
+        )
         return Signals(layers, outputs)
 
     return outputs, signals
@@ -93,14 +102,45 @@ def _cast(array: Array, dtype: Any) -> Array:
     return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
+def _families(layers: list[LayerPlan]) -> list[list[int]]:
+    """The places of layers that hold parts of the same parameters, in the order of the first."""
+    found: dict[Any, list[int]] = {}
+    for place, layer in enumerate(layers):
+        whole = layer.kernel.part is None
+        found.setdefault(place if whole else (layer.path, layer.kernel.name), []).append(place)
+    return list(found.values())
+
+
+def _stacked(
+    layers: list[LayerPlan],
+    places: list[int],
+    recorded: Tape,
+    carried: Tape,
+    blocks: dict[Path, Array],
+) -> StackedSignals:
+    """The signals of all steps of the loop that takes another part of some parameters at each."""
+    first = layers[places[0]]
+    one = replace(
+        first,
+        kernel=first.kernel._replace(part=None),
+        bias=first.bias and first.bias._replace(part=None),
+    )
+    depths = {place.number: (affine.view.step or (0,))[0] for place, affine in one.places}
+    arrays: list[Any] = [
+        {number: tape[number] for number in depths} for tape in (recorded, carried)
+    ]
+    arrays.append({path: blocks[path] for path in one.parameters} if one.is_explicit else {})
+    axes = [{number: lead + depth for number, depth in depths.items()} for lead in (1, 2)]
+    along = jax.vmap(partial(_signals, one), in_axes=(*axes, 2), out_axes=1)
+    return StackedSignals(along(*arrays), tuple(places))
+
+
 def _signals(
     plan: LayerPlan, recorded: Tape, carried: Tape, blocks: dict[Path, Array]
 ) -> LayerSignals:
     """The signals of one layer from what was recorded."""
     if plan.is_explicit:
-        part = plan.kernel.part
         rows = [blocks[path] for path in plan.parameters]
-        rows = rows if part is None else [row[:, :, part] for row in rows]
         forms = (plan.path, plan.kernel, plan.bias)
         if plan.bias is not None:
             return ExplicitSignals(jnp.stack(rows, axis=2), 1.0, *forms)
@@ -125,10 +165,6 @@ def _of_uses(plan: LayerPlan, recorded: Tape, carried: Tape, *, turned: bool) ->
     derivatives = []
     for place, affine in places:
         a, d = recorded[place.number], carried[place.number]
-        if affine.view.step is not None and plan.kernel.part is not None:
-            depth, part = affine.view.step[0], plan.kernel.part
-            a = jax.lax.index_in_dim(a, part, 1 + depth, keepdims=False)
-            d = jax.lax.index_in_dim(d, part, 2 + depth, keepdims=False)
         inputs.append(affine.inputs(a))
         derivatives.append(affine.derivatives(d))
     d = jnp.concatenate(derivatives, axis=2)
@@ -184,4 +220,4 @@ def jacobian_signals(
     outputs, backward = linearise(model, x, wrt)
     if check_samples:
         check_samples_alone(model, x)
-    return backward(plain_directions(outputs))
+    return arranged(backward(plain_directions(outputs)), None, "none")[0]

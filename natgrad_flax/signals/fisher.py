@@ -37,6 +37,7 @@ from natgrad_flax.signals.gradient import Residual
 from natgrad_flax.signals.microbatches import Passes, in_microbatches
 from natgrad_flax.signals.model import Path, hashable_filter, with_heads
 from natgrad_flax.signals.shared import weigh_rows
+from natgrad_flax.signals.stacked import Stacking, arranged
 
 FisherKind = Literal["exact", "mc", "empirical", "improved"]
 FISHER_KINDS: tuple[str, ...] = get_args(FisherKind)
@@ -103,6 +104,7 @@ class Fisher:
       samples: targets drawn a sample, for "mc".
       wrt: filter of the parameters.
       microbatches: how many, one after the other, the model runs a batch in.
+      stacking: which layers of a loop have their signals together.
     """
 
     loss: AnyLoss
@@ -110,6 +112,7 @@ class Fisher:
     samples: int = 1
     wrt: Any = nnx.Param
     microbatches: int = 1
+    stacking: Stacking = "none"
 
     @property
     def made_of_targets(self) -> bool:
@@ -185,7 +188,10 @@ class Fisher:
         """
         graphdef, state = nnx.split(model)
         plain = Fisher(self.loss, self.kind, self.samples, self.wrt)
-        return _traced(state, arrays, first, key, graphdef=graphdef, fisher=plain, size=batch_size)
+        signals, residual = _traced(
+            state, arrays, first, key, graphdef=graphdef, fisher=plain, size=batch_size
+        )
+        return arranged(signals, residual, self.stacking)
 
     def in_range(
         self, signals: Signals, residual: Residual | None, damping: Any

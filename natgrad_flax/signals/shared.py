@@ -323,4 +323,4 @@ def weigh_rows(signals: Signals, weights: Array) -> Signals:
             return dataclasses.replace(layer, row_weights=jnp.mean(weights, axis=1))
         return layer.weighed(weights) if isinstance(layer, SharedSignals) else layer
 
-    return Signals(tuple(map(weighed, signals.layers)), signals.outputs)
+    return Signals(tuple(layer.each(weighed) for layer in signals.layers), signals.outputs)

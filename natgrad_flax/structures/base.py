@@ -17,6 +17,7 @@ from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.gradient import Gradient, ParameterGradient
 from natgrad_flax.signals.microbatches import Passes, in_microbatches
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
+from natgrad_flax.signals.stacked import Stacking
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import Style, style_of_class
 
@@ -87,6 +88,11 @@ class Structure(abc.ABC):
 
     couples_layers: ClassVar[bool] = False
     """Whether layers are solved together, from the Gram matrix or Fisher block of each."""
+
+    stacking: ClassVar[Stacking] = "none"
+    """Which layers of a loop it takes as ``StackedSignals``: "all" where each layer is solved by
+    itself, "inner" where moreover the first or the last is treated unlike others, "whole" where all
+    are solved as one block, "none" where layers are told apart in any other way."""
 
     takes_momentum: ClassVar[bool] = False
     """Whether it solves blocks of the Fisher itself, by which the step before can be projected."""
@@ -171,6 +177,11 @@ class Structure(abc.ABC):
     @property
     def plain(self) -> Structure:
         """The approximation alone, without what a wrapper adds to it."""
+        return self
+
+    @property
+    def inner(self) -> Structure:
+        """What it is for layers among which are neither the first nor the last one."""
         return self
 
     @abc.abstractmethod

@@ -41,6 +41,7 @@ class BlockDiagonal(LayerWise):
     """
 
     style = styled("Block-diagonal", "#D55E00", "D", short="block-diag")
+    stacking = "all"
     optimal_rate = "1/L"
     couples_layers = False
     takes_momentum = True

@@ -41,6 +41,7 @@ class Diagonal(AveragedStructure):
     """
 
     style = styled("Diagonal", "#56B4E9", "X")
+    stacking = "all"
     # an undamped entry can be so small that the network leaves its linearisation in a few steps
     default_damping = RelativeDamping(1e-3)
     cheap_inverse = True

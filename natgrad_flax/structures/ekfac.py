@@ -79,6 +79,7 @@ class EKFAC(AveragedStructure):
 
     sharing: Sharing = "expand"
     style = styled("EKFAC", "#661100", "*", short="EKFAC")
+    stacking = "all"
     eigensystems = True
     cheap_inverse = True
     shared_weights = "squares"

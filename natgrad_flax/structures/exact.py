@@ -47,6 +47,7 @@ class Exact(Structure):
 
     space: Space = "auto"
     style = styled("Exact", "#0072B2", "s")
+    stacking = "whole"
     optimal_rate = "1"
     infinite_width = "all"
     couples_layers = True

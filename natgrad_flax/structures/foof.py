@@ -82,6 +82,7 @@ class Foof(FactorAverage):
     space: Space = "auto"
     sharing: Sharing = "expand"
     style = styled("FOOF", "#117A8B", "<", command="")
+    stacking = "all"
     infinite_width = "all"
     shared_weights = "rows"
     limit_kernels = ("inputs", "derivatives")

@@ -86,6 +86,7 @@ class KFAC(KroneckerAverage):
     style = styled("K-FAC", "#CC79A7", "v", command="kfac", short="K-FAC")
     optimal_rate = "1/(N L)"
     infinite_width = "all"
+    stacking = "inner"
     shared_weights = "rows"
     limit_kernels = ("inputs", "derivatives")
     coefficient_arrays = (0.0, 8.0)
@@ -154,6 +155,11 @@ class KFAC(KroneckerAverage):
     def after_forster(self) -> KFAC:
         """The first layer is isotropic then, with alpha = N L."""
         return replace(self, first_layer="scaled")
+
+    @property
+    def inner(self) -> KFAC:
+        """See ``Structure.inner``."""
+        return replace(self, last_layer="literal", first_layer="literal")
 
     def __post_init__(self) -> None:
         check_space(self.space)

@@ -60,6 +60,7 @@ class KFOC(OfMatrices):
 
     iterations: int
     style = styled("KFOC", "#3B3BB3", "8", command="")
+    stacking = "all"
 
     def __post_init__(self) -> None:
         check_integer("iterations", self.iterations, 1)

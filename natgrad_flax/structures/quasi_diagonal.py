@@ -57,6 +57,7 @@ class QuasiDiagonal(AveragedStructure):
     """
 
     style = styled("Quasi-diagonal", "#8C6D1F", "p", short="quasi-diag")
+    stacking = "all"
     default_damping = RelativeDamping(1e-3)  # as for ``Diagonal``
     without_biases = "diagonal"
     cheap_inverse = True

@@ -65,6 +65,7 @@ class Shampoo(OfMatrices, AveragedStructure):
 
     power: float
     style = styled("Shampoo", "#7A9A01", "d", command="")
+    stacking = "all"
 
     def __post_init__(self) -> None:
         if check_number("power", self.power, positive=True) > 1:

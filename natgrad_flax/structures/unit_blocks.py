@@ -59,6 +59,7 @@ class UnitBlocks(AveragedStructure):
 
     size: int
     style = styled("Unit blocks", "#C2185B", ">", command="")
+    stacking = "all"
     # as an undamped entry or unit, a block may divide by arbitrarily small derivatives
     default_damping = RelativeDamping(1e-3)
 

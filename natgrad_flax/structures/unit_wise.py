@@ -74,6 +74,7 @@ class UnitWise(Structure):
 
     space: Space = "auto"
     style = styled("Unit-wise", "#E69F00", "P")
+    stacking = "all"
     optimal_rate = "1/alpha (Theorem 5.1)"
     # an undamped unit divides by derivatives that can be arbitrarily small (science: KO-Thm5.1)
     default_damping = RelativeDamping(1e-3)

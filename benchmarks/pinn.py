@@ -11,7 +11,6 @@ and is tried with each of its learning rates.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import time
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import natgrad_flax as ng
+from benchmarks.equations import derivatives, tanh_network
 from benchmarks.step import environment
 
 LOSS = ng.MeanSquaredError()
@@ -39,9 +39,6 @@ TEST_POINTS = 20_000
 class Residuals(nnx.Module):
     """What a network leaves of an equation: minus its Laplacian inside, its value on the boundary.
 
-    The derivatives are forward-mode, so the layers of the network have a formula, with the
-    directions as positions that share weights (``ng.describe`` shows them).
-
     Args:
       dimension: of the space.
       width: of the three hidden layers.
@@ -49,26 +46,12 @@ class Residuals(nnx.Module):
     """
 
     def __init__(self, dimension: int, width: int, rngs: nnx.Rngs) -> None:
-        sizes = (dimension, width, width, width, 1)
-        layers: list[Any] = []
-        for fan_in, units in itertools.pairwise(sizes):
-            kind: dict[str, Any] = {"param_dtype": jnp.result_type(float), "rngs": rngs}
-            layers += [nnx.Linear(fan_in, units, **kind), jnp.tanh]
-        self.network = nnx.Sequential(*layers[:-1])
+        self.network = tanh_network((dimension, width, width, width, 1), rngs)
 
     def __call__(self, points: dict[str, Array]) -> Array:
         """Residuals (N, 1), of which f and the boundary values, the targets, are not taken off."""
         x, inside = points["x"], points["inside"]
-
-        def second(direction: Array) -> Array:
-            along = jnp.broadcast_to(direction, x.shape)
-
-            def first(x: Array) -> Array:
-                return jax.jvp(self.network, (x,), (along,))[1]
-
-            return jax.jvp(first, (x,), (along,))[1]
-
-        laplacian = jax.vmap(second)(jnp.eye(x.shape[1], dtype=x.dtype)).sum(0)
+        laplacian = derivatives(self.network, x)[1].sum(0)
         return jnp.where(inside[:, None], -laplacian, self.network(x))
 
 

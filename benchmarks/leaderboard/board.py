@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.leaderboard import scoring
 from benchmarks.leaderboard.across import across_machines
-from benchmarks.leaderboard.verdict import verdict
+from benchmarks.leaderboard.verdict import came_true, verdict
 from benchmarks.leaderboard.versions import (
     Record,
     evaluations,
@@ -113,6 +113,8 @@ def _device(records: list[Record]) -> dict[str, Any]:
         for name in contestants
     ]
     _score(rows, workloads, cells, names)
+    for workload in workloads:
+        workload["came_true"] = came_true(workload, list(CLOCKS))
     newest = max(trials or records, key=lambda record: record["date"])
     timed = [record["outcome"] for record in (*trials, *tuned)]
     board = {
@@ -153,6 +155,7 @@ def _workload(trials: list[Record]) -> dict[str, Any]:
         "version": config["workload_version"], "digest": config["workload_digest"],
         "metric": facts["metric"], "target": config["target"],
         "question": facts.get("question", ""), "why_target": facts.get("why_target", ""),
+        "expectation": facts.get("expectation", ""), "expected": facts.get("expected", ""),
     }  # fmt: skip
 
 
@@ -174,6 +177,7 @@ def _row(
         "contestant": name, "title": every[0]["facts"]["title"],
         "family": every[0]["facts"]["family"], "structure": every[0]["facts"]["structure"],
         "fisher": fact("fisher"), "damping": fact("damping"), "rate_rule": fact("rate_rule"),
+        "ruleset": every[0]["facts"].get("ruleset", ""),
         "ranked": any(trial["outcome"]["status"] != "skipped" for trial in every),
         "reached": sum(cell["status"] == "reached" for cell in made),
         "compile": _middle(outcomes, "compile_seconds"),
@@ -284,25 +288,37 @@ def _score(
         if not times:
             continue
         medians = np.array([[cell[clock] for cell in row["cells"]] for row in ranked])
-        ratios = scoring.ratios(medians)
-        scores = scoring.score(ratios)
-        noise = 0.0 if clock == "steps" else scoring.CLOCK_NOISE
-        resampled = scoring.bootstrap(times, noise=noise)
-        low, high = scoring.interval(resampled)
-        ranks = scoring.rank(scores, resampled)
+        places = _places(medians, times, clock)
         rivals = [index for index, row in enumerate(ranked) if row["family"] == FIRST_ORDER]
         baseline = medians[rivals].min(axis=0, initial=np.inf)
         for index, row in enumerate(ranked):
             factor, shared = scoring.speed_up(medians[index], baseline)
-            row["scores"][clock] = {
-                "score": float(scores[index]), "low": float(low[index]), "high": float(high[index]),
-                "place": ranks[index].place, "rank": str(ranks[index]), "speed_up": factor,
-                "shared": shared, "ratios": ratios[index].tolist(),
-            }  # fmt: skip
+            row["scores"][clock] = {**places[index], "speed_up": factor, "shared": shared}
+        for ruleset in {row["ruleset"] for row in ranked}:
+            members = [i for i, row in enumerate(ranked) if row["ruleset"] == ruleset]
+            among = _places(medians[members], [times[i] for i in members], clock)
+            for index, place in zip(members, among, strict=True):
+                ranked[index]["scores"][clock]["own"] = place
         for column, workload in enumerate(workloads):
             _winners(workload, clock, ranked, medians[:, column], baseline[column])
     rows.sort(key=lambda row: (-row["scores"][next(iter(CLOCKS))]["score"] if row["ranked"] else 1,
                                row["contestant"]))  # fmt: skip
+
+
+def _places(
+    medians: np.ndarray, times: list[list[list[float]]], clock: str
+) -> list[dict[str, Any]]:
+    """Score, its interval, place and ratios of each of some contestants, among these."""
+    ratios = scoring.ratios(medians)
+    scores = scoring.score(ratios)
+    resampled = scoring.bootstrap(times, noise=0.0 if clock == "steps" else scoring.CLOCK_NOISE)
+    low, high = scoring.interval(resampled)
+    ranks = scoring.rank(scores, resampled)
+    return [
+        {"score": float(scores[i]), "low": float(low[i]), "high": float(high[i]),
+         "place": ranks[i].place, "rank": str(ranks[i]), "ratios": ratios[i].tolist()}
+        for i in range(len(times))
+    ]  # fmt: skip
 
 
 def _winners(

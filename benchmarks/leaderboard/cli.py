@@ -60,11 +60,14 @@ def _say(text: str) -> None:
 @app.command(cls=WithLists)
 def run(
     profile: Annotated[
-        str, typer.Option(help="default, diagnosis, large, networks or full")
+        str, typer.Option(help="default, diagnosis, training, large, networks or full")
     ] = "default",
     workload: Annotated[list[str] | None, typer.Option(help="instead of the profile's")] = None,
     contestant: Annotated[list[str] | None, typer.Option(help="instead of the profile's")] = None,
     seeds: Annotated[int | None, typer.Option(help="number of evaluation seeds")] = None,
+    ruleset: Annotated[
+        str | None, typer.Option(help="tuned or self-tuning, instead of both")
+    ] = None,
     out: OutOption = DEFAULT_OUT,
     jobs: Annotated[int, typer.Option(help="processes for trials without a clock")] = 1,
     scheduler: Annotated[
@@ -84,7 +87,7 @@ def run(
     from benchmarks.leaderboard.trial import execute
 
     with _sentences():
-        plan = make_plan(profile, workload, contestant, seeds)
+        plan = make_plan(profile, workload, contestant, seeds, ruleset)
         if scheduler is not None and scheduler != LOCAL:
             _warn(filter(None, [exposure(scheduler)]))
             plan = replace(plan, machine=common_identity(scheduler, identity))
@@ -257,35 +260,46 @@ def trial(
 
 
 @app.command()
-def freeze(workload: str, out: OutOption = DEFAULT_OUT) -> None:
-    """Set the target of a new version of a workload by its best tuned baseline."""
+def freeze(
+    workload: str,
+    contestant: Annotated[
+        list[str] | None, typer.Option(help="baselines to tune, instead of all of them")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="of the best baseline, to the end of its steps")] = 5,
+    out: OutOption = DEFAULT_OUT,
+) -> None:
+    """Set the target of a new version of a workload by its best tuned baseline.
+
+    Steps alone end these trials, so that a busy machine gives the same target as an idle one.
+    """
     from benchmarks.leaderboard import plan, targets
-    from benchmarks.leaderboard.trial import configuration, execute
+    from benchmarks.leaderboard.trial import TUNING_SEED, configuration, execute
     from benchmarks.leaderboard.workload import find_workload
 
     with _sentences():
         where = find_workload(workload)
+        plan.check_seeds(seeds)
+        tried = plan.baselines(contestant)
         store, display = Store.open(out, RULES), Display(errors)
         trials = [
             config
-            for entry in plan.baselines()
+            for entry in tried
             for config in (
                 plan.tuning_configs(where.name, entry, None, "freezing")
                 if entry.rates
-                else [
-                    configuration(where, entry.name, plan.TUNING_SEED, target=None, role="freezing")
-                ]
+                else [configuration(where, entry.name, TUNING_SEED, target=None, role="freezing")]
             )
         ]
         run_trials(trials, store, execute, display=display)
-        best, rate = plan.best_baseline(where.name, _records(store, quiet=True))
+        best, rate = plan.best_baseline(where.name, _records(store, quiet=True), tried)
         finals = [
             configuration(where, best.name, seed, target=None, role="freezing", learning_rate=rate)
-            for seed in range(plan.PROFILES["default"].seeds)
+            for seed in range(seeds)
         ]
         run_trials(finals, store, execute, display=display)
         keys = [store.read(trial_key(config)) for config in finals]
-        path = targets.write_target(where, [record for record in keys if record])
+        names = [entry.name for entry in tried]
+        path = targets.write_target(where, [record for record in keys if record], tried=names)
         found = targets.target_of(where)
         _say(f"wrote {path.name}: {found['target']:g}, {found['how']}")
 

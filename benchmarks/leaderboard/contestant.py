@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pkgutil
 import re
 import sys
@@ -12,7 +13,7 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import optax
 from jax import Array
@@ -28,12 +29,18 @@ if TYPE_CHECKING:
     from natgrad_flax.signals.fisher import FisherKind
 
 Family = Literal["first-order", "quasi-Newton", "natural-gradient", "peer"]
-RateRule = Literal["theoretical", "theoretical: 1", "tuned", "line search"]
+RateRule = Literal[
+    "theoretical", "theoretical: 1", "tuned", "line search", "fixed", "quadratic model"
+]  # fmt: skip
+Ruleset = Literal["tuned", "self-tuning"]
 Damping = float | RelativeDamping | LevenbergMarquardt
 Optimizer = Callable[[Workload, Array | float, int], optax.GradientTransformation]
 
 TUNING_TRIALS = 6
 """Learning rates that every tuned contestant tries on a workload, no more and no less."""
+
+SELF_TUNING = 1.5
+"""How many times the budget of a workload a contestant has that nothing is tuned for."""
 
 
 # the Fisher of cross-entropy vanishes as the classes are told apart; damping that followed it down
@@ -59,6 +66,8 @@ class Contestant:
       rates: learning rates to try, TUNING_TRIALS of them, where the rule is "tuned".
       standard_rates: the same for networks in standard parametrisation, if their good ones are
         elsewhere; see ``grid``.
+      judged: from the optimizer's state and the parameters that it moves to those that are judged,
+        where these are others, as an average over steps is.
       structure: the Fisher approximation, for natural gradients.
       fisher: "exact" (true), "mc" or "empirical".
       damping: in the convention of natgrad_flax (added to the Fisher with its 1/N).
@@ -76,6 +85,7 @@ class Contestant:
     optimizer: Optimizer | None = None
     rates: tuple[float, ...] = ()
     standard_rates: tuple[float, ...] = ()
+    judged: Callable[[Any, Any], Any] | None = None
     structure: Structure | None = None
     fisher: FisherKind | None = None
     damping: Damping | None = None
@@ -107,6 +117,20 @@ class Contestant:
                 )
 
     @property
+    def ruleset(self) -> Ruleset:
+        """By which rules it runs: tuned on every workload, or by itself with a larger budget."""
+        return "tuned" if self.rate_rule == "tuned" else "self-tuning"
+
+    def budgeted(self, workload: Workload) -> Workload:
+        """A workload with the budget of the contestant's ruleset."""
+        if self.ruleset == "tuned":
+            return workload
+        steps, seconds = workload.max_steps, workload.max_seconds
+        return replace(
+            workload, max_steps=math.ceil(SELF_TUNING * steps), max_seconds=SELF_TUNING * seconds
+        )
+
+    @property
     def is_entry(self) -> bool:
         """Whether it was enlisted from a file of somebody else."""
         return self.name in _enlisted
@@ -131,6 +155,7 @@ class Contestant:
             "fisher": _FISHERS[self.fisher] if self.fisher else "",
             "damping": self.damping_words if self.damping is None else in_words(self.damping),
             "rate_rule": rule,
+            "ruleset": self.ruleset,
         }
 
 

@@ -75,32 +75,51 @@ def variants(
         ("-mc-tuned", ", Monte-Carlo, tuned", "mc", SAMPLED, "tuned"),
     )
     return tuple(
-        Contestant(
-            name=f"{structure.style.command}{suffix}",
-            title=f"{structure.style.label}{words}",
-            family="natural-gradient",
+        of_structure(
+            chosen,
+            suffix,
+            words,
             rate_rule=rule,
-            optimizer=partial(_optimizer, chosen, fisher, rho),
+            optimizer=partial(descent, chosen, fisher, rho),
             rates=rates if rule == "tuned" else (),
-            structure=chosen,
             fisher=fisher,
             damping=rho,
-            unsuitable=partial(unsuitable, chosen, fisher, rho),
+            unsuitable=partial(_unsuitable_variant, chosen, fisher, rho, rule),
         )
         for suffix, words, fisher, rho, rule in table
         for chosen in (damped if damped and suffix else structure,)
     )
 
 
-def _optimizer(
+def of_structure(structure: ng.Structure, ending: str, words: str, **further: Any) -> Contestant:
+    """A contestant that is called after its structure.
+
+    Args:
+      structure: the Fisher approximation.
+      ending: of its name, with the hyphen.
+      words: of its title, with the comma.
+      **further: what else it is.
+    """
+    style = structure.style
+    return Contestant(
+        name=f"{style.command or style.label.lower()}{ending}",
+        title=f"{style.label}{words}",
+        family="natural-gradient",
+        structure=structure,
+        **further,
+    )
+
+
+def descent(
     structure: ng.Structure,
     fisher: FisherKind,
     damping: Damping,
     workload: Workload,
-    rate: Array | float,
+    rate: optax.ScalarOrSchedule,
     seed: int,
     **further: Any,
 ) -> optax.GradientTransformation:
+    """The natural-gradient descent of a workload, with its Fisher and damping there."""
     return ng.natural_gradient_descent(
         rate,
         structure=structure,
@@ -126,30 +145,32 @@ def averaged(
     def optimizer(
         workload: Workload, rate: Array | float, seed: int
     ) -> optax.GradientTransformation:
-        data = workload.data()
-        shape = (workload.batch_size or len(data.x_train), *data.x_train.shape[1:])
-        example = (
-            nnx.eval_shape(lambda: workload.model(0)),
-            jax.ShapeDtypeStruct(shape, data.x_train.dtype),
-        )
-        further = {"average": AVERAGE, "example": example}
+        further = {"average": AVERAGE, "example": example_of(workload)}
         return optax.chain(
-            _optimizer(structure, "mc", damping, workload, rate, seed, **further),
+            descent(structure, "mc", damping, workload, rate, seed, **further),
             optax.trace(MOMENTUM),
         )
 
-    return Contestant(
-        name=f"{structure.style.command}-average",
-        title=f"{structure.style.label}, averaged, momentum {MOMENTUM:g}, Monte-Carlo, tuned",
-        family="natural-gradient",
+    return of_structure(
+        structure,
+        "-average",
+        f", averaged, momentum {MOMENTUM:g}, Monte-Carlo, tuned",
         rate_rule="tuned",
         optimizer=optimizer,
         rates=rates,
-        structure=structure,
         fisher="mc",
         damping=damping,
-        unsuitable=partial(_unsuitable_average, structure),
+        unsuitable=lambda workload: (
+            _full_batch(workload) or unsuitable_average(structure, workload)
+        ),
     )
+
+
+def example_of(workload: Workload) -> tuple[nnx.Module, jax.ShapeDtypeStruct]:
+    """The model and a batch of a workload, as shapes alone."""
+    x = workload.data().x_train
+    shape = (workload.batch_size or len(x), *x.shape[1:])
+    return nnx.eval_shape(lambda: workload.model(0)), jax.ShapeDtypeStruct(shape, x.dtype)
 
 
 def projected_momentum(
@@ -162,14 +183,13 @@ def projected_momentum(
       damping: positive, and not adaptive.
       rates: learning rates, TUNING_TRIALS of them.
     """
-    return Contestant(
-        name=f"{structure.style.command}-momentum",
-        title=f"{structure.style.label}, projected momentum {MOMENTUM:g}, Monte-Carlo, tuned",
-        family="natural-gradient",
+    return of_structure(
+        structure,
+        "-momentum",
+        f", projected momentum {MOMENTUM:g}, Monte-Carlo, tuned",
         rate_rule="tuned",
-        optimizer=partial(_optimizer, structure, "mc", damping, momentum=MOMENTUM),
+        optimizer=partial(descent, structure, "mc", damping, momentum=MOMENTUM),
         rates=rates,
-        structure=structure,
         fisher="mc",
         damping=damping,
         unsuitable=lambda workload: (
@@ -218,8 +238,7 @@ def unsuitable(
     layers = signals.layers
     if structure.without_biases and all(a.bias_scale is None for a in layers):
         return f"without biases it is the {structure.without_biases}"
-    full_batch = workload.batch_size is None and isinstance(workload.loss, ng.MeanSquaredError)
-    if is_zero(damping) and not full_batch:
+    if is_zero(damping) and not is_fit(workload):
         return (
             "without damping each batch would be fitted to its end: for squared error, full batch"
         )
@@ -241,14 +260,29 @@ def unsuitable(
     return ""
 
 
-def _unsuitable_average(structure: AveragedStructure, workload: Workload) -> str:
-    """Why averages over batches have no place on a workload, or ""."""
-    if reason := _full_batch(workload):
-        return reason
+def _unsuitable_variant(
+    structure: ng.Structure,
+    fisher: FisherKind,
+    damping: Damping,
+    rule: RateRule,
+    workload: Workload,
+) -> str:
+    if rule == "theoretical" and workload.data().y_train.dtype.kind in "iu":
+        return "its learning rate is that of a coefficient matrix of samples, and these are tokens"
+    return unsuitable(structure, fisher, damping, workload)
+
+
+def unsuitable_average(structure: AveragedStructure, workload: Workload) -> str:
+    """Why matrices that are kept from batch to batch have no place on a workload, or ""."""
     side = structure.factor_size(signal_shapes(workload, "mc"))
     if side > LARGEST_SYSTEM:
         return f"averages are kept as matrices, here of side {side}, which do not fit the budget"
     return ""
+
+
+def is_fit(workload: Workload) -> bool:
+    """Whether it is squared error on a full batch, of which nothing is drawn."""
+    return workload.batch_size is None and isinstance(workload.loss, ng.MeanSquaredError)
 
 
 def _full_batch(workload: Workload) -> str:

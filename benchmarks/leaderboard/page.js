@@ -4,7 +4,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const state = {
-  device: 0, clock: "seconds", families: null, search: "", variants: false, metric: "b", workload: 0,
+  device: 0, clock: "seconds", families: null, rulesets: null, search: "", variants: false, metric: "b", workload: 0,
   board: { column: "rank", down: false }, facts: { column: "rank", down: false },
   pinned: new Set(), pointed: null,
 };
@@ -15,7 +15,11 @@ const row = (name) => device().rows.find((one) => one.contestant === name);
 const trialLink = (key) => `${data.trials}/${key.slice(0, 2)}/${key}.json`;
 const command = (pattern, key) => data.commands[pattern].replaceAll("{key}", key);
 const titled = (name) => row(name)?.title ?? name;
-const own = (one) => one.scores[state.clock];
+// With one ruleset alone, places and scores are those among its contestants.
+const own = (one) => {
+  const scores = one.scores[state.clock];
+  return scores && state.rulesets.size === 1 ? { ...scores, ...scores.own } : scores;
+};
 
 // A number that links to its trial; a press opens the dialog with all trials behind it.
 function numberLink(text, key, open, extra = {}) {
@@ -33,7 +37,7 @@ function rowsShown() {
   const wanted = state.search.toLowerCase().split(/\s+/).filter(Boolean);
   return device().rows.filter((one) => {
     const text = [one.contestant, one.title, one.family, one.fisher, one.damping, one.rate_rule].join(" ").toLowerCase();
-    return state.families.has(one.family) && wanted.every((word) => text.includes(word));
+    return state.families.has(one.family) && state.rulesets.has(one.ruleset) && wanted.every((word) => text.includes(word));
   });
 }
 
@@ -117,6 +121,7 @@ function drawBoard() {
     })),
     { key: "compile", title: "Compil\u00adation, s", value: (one) => one.compile, cell: (one) => one.compile === null ? "–" : clockTime(one.compile, "seconds"), hint: "median over all trials" },
     { key: "preparation", title: "Preparation, s", value: (one) => one.preparation, cell: (one) => one.preparation === null ? "–" : clockTime(one.preparation, "seconds"), hint: "theory of the learning rate; median over all trials" },
+    { key: "ruleset", title: "Rules", text: true, value: (one) => one.ruleset || null, cell: (one) => one.ruleset || "–" },
     { key: "family", title: "Family", text: true, value: (one) => one.family, cell: (one) => one.family },
     { key: "fisher", title: "Fisher", text: true, value: (one) => one.fisher || null, cell: (one) => one.fisher || "–" },
     { key: "damping", title: "Damping", text: true, value: (one) => one.damping || null, cell: (one) => one.damping || "–" },
@@ -125,7 +130,7 @@ function drawBoard() {
   drawTable(byId("table"), state.board, columns, shown, drawBoard);
   const all = device().rows.length;
   byId("count").textContent = shown.length === all ? `${all || "No"} contestants.`
-    : `${shown.length} of ${all} contestants; ranks are those among all.`;
+    : `${shown.length} of ${all} contestants; ranks are those among ${state.rulesets.size === 1 ? `the ${[...state.rulesets][0]} ones` : "all"}.`;
 }
 
 function drawFacts() {
@@ -167,7 +172,9 @@ function drawWinners() {
     const entries = (names) => names.length ? [names.slice(0, 3).map(entry), names.length > 3 ? h("small", {}, `and ${names.length - 3} more`) : null] : "nobody";
     return h("tr", {},
       h("th", { scope: "row" }, workload.name, h("small", {}, `${workload.title}; version ${workload.version}`),
-        workload.question ? h("small", {}, workload.question) : null),
+        workload.question ? h("small", {}, workload.question) : null,
+        workload.expectation ? h("small", {}, workload.expectation) : null,
+        workload.came_true ? h("small", {}, h("b", {}, `${workload.came_true[0].toUpperCase()}${workload.came_true.slice(1)}.`)) : null),
       h("td", { class: "text", "data-label": "Target" }, h("b", {}, number(workload.target)), ` ${workload.metric}`, h("small", {}, workload.why_target)),
       h("td", { class: "text", "data-label": "Fastest" }, entries(workload.winners[clock])),
       h("td", { class: "text", "data-label": "Best first-order" }, entries(workload.first_order[clock].contestants)),

@@ -138,23 +138,30 @@ function drawFigures() {
   highlight();
 }
 
+// Boxes for the values that rows have of something, all of them checked.
+function drawChoice(id, title, key) {
+  const values = [...new Set(device().rows.map((one) => one[key]))].sort();
+  state[id] = new Set(values);
+  const boxes = values.map((value) => h("label", {}, h("input", {
+    type: "checkbox", value, checked: true,
+    onchange: (event) => {
+      if (event.target.checked) state[id].add(value);
+      else state[id].delete(value);
+      drawBoard();
+      drawFigures();
+      drawFacts();
+    },
+  }), ` ${value || "not stated"}`));
+  byId(id).replaceChildren(h("legend", {}, title), ...boxes);
+}
+
 function drawDevice() {
-  const { verdict, environment, workloads, rows, left_out: leftOut } = device();
+  const { verdict, environment, workloads, left_out: leftOut } = device();
   byId("answer").textContent = verdict.answer;
   byId("sentences").replaceChildren(...verdict.sentences.map((sentence) => h("li", {}, sentence)));
   byId("meta").textContent = `${device().trials} trials, ${device().tuning_trials} to tune · ${device().date.slice(0, 10)} · natgrad ${device().natgrad}, JAX ${environment.jax}`;
-  const families = [...new Set(rows.map((one) => one.family))].sort();
-  state.families = new Set(families);
-  const checks = families.map((family) => h("label", {}, h("input", {
-    type: "checkbox", value: family, checked: true,
-    onchange: (event) => {
-      if (event.target.checked) state.families.add(family);
-      else state.families.delete(family);
-      drawBoard();
-      drawFigures();
-    },
-  }), ` ${family}`));
-  byId("families").replaceChildren(h("legend", {}, "Family"), ...checks);
+  drawChoice("families", "Family", "family");
+  drawChoice("rulesets", "Rules", "ruleset");
   state.workload = 0;
   byId("which").replaceChildren(...workloads.map((workload, index) => h("option", { value: index }, workload.name)));
   const left = Object.entries(leftOut).filter(([, count]) => count).map(([why, count]) => `${count} ${why}`);

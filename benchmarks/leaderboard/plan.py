@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from benchmarks.leaderboard.contestant import Contestant, contestants, find_contestant
+from benchmarks.leaderboard.contestant import Contestant, Ruleset, contestants, find_contestant
 from benchmarks.leaderboard.identity import identity, sources
 from benchmarks.leaderboard.records import Record
 from benchmarks.leaderboard.targets import target_of
-from benchmarks.leaderboard.trial import Config, configuration
+from benchmarks.leaderboard.trial import TUNING_SEED, Config, configuration
 from benchmarks.leaderboard.versions import counts
 from benchmarks.leaderboard.workload import find_workload, workloads
 from benchmarks.leaderboard.workloads import diagnosis
 from ntk_analysis.names import find
-
-TUNING_SEED = 1000
-"""Initial parameters and batches of tuning, which no evaluation uses."""
 
 _DIGITS = (
     "digits-fit", "digits-mse", "digits-classes", "linear-teacher", "sparse-classification",
@@ -28,6 +25,10 @@ _LARGE = (
     "mnist-fit", "mnist-mse", "mnist-classes", "mnist-autoencoder", "linear-teacher-long",
 )  # fmt: skip
 _NETWORKS = ("digits-conv", "cifar-conv", "cifar-residual", "cifar-transformer")
+_TRAINING = (
+    "poisson-2d", "heat", "poisson-5d", "language-bytes", "digits-rows", "mnist-classes",
+    "cifar-conv", "linear-teacher-long",
+)  # fmt: skip
 _DIAGNOSIS = tuple(workload.name for workload in diagnosis.WORKLOADS)
 _BASELINES = ("first-order", "quasi-Newton")
 
@@ -38,7 +39,8 @@ class Profile:
 
     Attributes:
       workloads: their names.
-      variants: endings of the natural-gradient contestants that take part; "" is the plain one.
+      variants: endings of the contestants that take part; "" is the plain one of a structure.
+        Those of others always do.
       seeds: number of evaluation seeds.
       description: for whom it is.
     """
@@ -58,16 +60,35 @@ PROFILES = {
     ),
     "networks": Profile(
         _NETWORKS,
-        ("-mc-lm", "-mc-tuned", "-average", "-momentum"),
+        ("-mc-lm", "-mc-tuned", "-average", "-momentum", "-cosine", "-spring"),
         3,
         "convolutional nets and a transformer in mini-batches; CIFAR-10 from files, hours",
+    ),
+    "training": Profile(
+        _TRAINING,
+        ("-mc-lm", "-quadratic", "-cosine", "-spring", "-fixed"),
+        3,
+        "equations, text, recurrent and image nets: where should curvature win, and does it?",
     ),
     "diagnosis": Profile(
         _DIAGNOSIS, ("", "-mc-lm"), 3, "one difficulty each, with known targets: who passes?"
     ),
     "full": Profile(
-        (*_DIGITS, *_LARGE, *_NETWORKS),
-        ("", "-lm", "-tuned", "-mc", "-mc-lm", "-mc-tuned", "-average", "-momentum"),
+        tuple(dict.fromkeys((*_DIGITS, *_LARGE, *_NETWORKS, *_TRAINING))),
+        (
+            "",
+            "-lm",
+            "-tuned",
+            "-mc",
+            "-mc-lm",
+            "-mc-tuned",
+            "-average",
+            "-momentum",
+            "-cosine",
+            "-spring",
+            "-fixed",
+            "-quadratic",
+        ),
         5,
         "every workload and every contestant",
     ),
@@ -146,6 +167,7 @@ def make_plan(
     chosen_workloads: Sequence[str] | None = None,
     chosen_contestants: Sequence[str] | None = None,
     seeds: int | None = None,
+    ruleset: str | None = None,
 ) -> Plan:
     """A plan by the name of a profile, with changes.
 
@@ -154,25 +176,35 @@ def make_plan(
       chosen_workloads: instead of those of the profile.
       chosen_contestants: instead of those of the profile.
       seeds: instead of their number in the profile.
+      ruleset: "tuned" or "self-tuning", of which alone contestants take part; None for both.
 
     Raises:
       ValueError: an unknown name (the nearest is offered), less than one seed, or a workload
         without a valid target.
     """
     base = PROFILES[find("profile", profile, PROFILES)]
-    if seeds is not None and not 1 <= seeds <= TUNING_SEED:
-        raise ValueError(
-            f"seeds must be at least 1, and at most {TUNING_SEED}, from which tuning has its own, "
-            f"got {seeds}"
-        )
+    if seeds is not None:
+        check_seeds(seeds)
     names = [find("workload", name, workloads()) for name in chosen_workloads or base.workloads]
     if chosen_contestants:
         members = [find("contestant", name, contestants()) for name in chosen_contestants]
     else:
         members = [name for name, entry in contestants().items() if _takes_part(entry, base)]
+    if ruleset is not None:
+        wanted = find("ruleset", ruleset, get_args(Ruleset))
+        members = [name for name in members if find_contestant(name).ruleset == wanted]
     for name in names:
         _target(name)
     return Plan(tuple(dict.fromkeys(names)), tuple(dict.fromkeys(members)), seeds or base.seeds)
+
+
+def check_seeds(seeds: int) -> None:
+    """Raises ValueError on a number of seeds that is none, or that would reach that of tuning."""
+    if not 1 <= seeds <= TUNING_SEED:
+        raise ValueError(
+            f"seeds must be at least 1, and at most {TUNING_SEED}, from which tuning has its own, "
+            f"got {seeds}"
+        )
 
 
 def extended(records: Iterable[Record], members: Sequence[str]) -> Plan:
@@ -196,14 +228,12 @@ def extended(records: Iterable[Record], members: Sequence[str]) -> Plan:
 
 
 def _takes_part(contestant: Contestant, profile: Profile) -> bool:
-    if contestant.structure is None:
-        return True
-    plain_name = plain(contestant.name)
-    return contestant.name[len(plain_name) :] in profile.variants
+    ending = contestant.name[len(plain(contestant.name)) :]
+    return ending in profile.variants or (contestant.structure is None and not ending)
 
 
 def plain(name: str) -> str:
-    """The name of a natural-gradient contestant without the ending of its variant."""
+    """The name of a contestant without the ending of its variant."""
     endings = sorted(PROFILES["full"].variants, key=len, reverse=True)
     return next(name.removesuffix(end) for end in endings if name.endswith(end))
 
@@ -280,26 +310,42 @@ def _is_of(config: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
     return all(config[name] == value for name, value in machine.items())
 
 
-def baselines() -> list[Contestant]:
-    """The contestants by which targets are set."""
-    return [entry for entry in contestants().values() if entry.family in _BASELINES]
+def baselines(chosen: Sequence[str] | None = None) -> list[Contestant]:
+    """The contestants by which targets are set, at their best learning rates.
+
+    Args:
+      chosen: names of some of them; None for all.
+
+    Raises:
+      ValueError: a name of no baseline.
+    """
+    known = [
+        entry for entry in contestants().values()
+        if entry.family in _BASELINES and entry.rate_rule != "fixed"
+    ]  # fmt: skip
+    if not chosen:
+        return known
+    by_name = {entry.name: entry for entry in known}
+    return [by_name[find("baseline", name, by_name)] for name in chosen]
 
 
 def best_baseline(
-    workload: str, records: Iterable[Mapping[str, Any]]
+    workload: str, records: Iterable[Mapping[str, Any]], tried: Iterable[Contestant]
 ) -> tuple[Contestant, float | None]:
     """The baseline with the best held-out metric at the end of its budget, and its learning rate.
 
     Args:
       workload: its name.
+      tried: baselines to choose from.
       records: of the store, with "freezing" trials without a target on the tuning seed.
 
     Raises:
       ValueError: none of them came to the end of its budget.
     """
     best: tuple[float, str, float | None] | None = None
+    names = {entry.name for entry in tried}
     for (where, name), trials in _by_pair(records, "freezing").items():
-        if where != workload or name not in contestants():
+        if where != workload or name not in names:
             continue
         here = {**identity(), "sources": sources(find_contestant(name)), "seed": TUNING_SEED}
         for trial in trials:

@@ -59,6 +59,7 @@ class OptaxProgram:
     def __init__(self, contestant: Contestant, workload: Workload) -> None:
         assert contestant.optimizer is not None
         self._make, self._workload = contestant.optimizer, workload
+        self._judged = jax.jit(contestant.judged) if contestant.judged else None
         data = workload.data()
         self._x, self._y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
         size = workload.batch_size
@@ -134,8 +135,12 @@ class OptaxProgram:
         jax.block_until_ready(state[0])
 
     def parameters(self, state: tuple[nnx.State, Any, Array]) -> nnx.State:
-        """The first of the three."""
-        return state[0]
+        """Those that are judged; as a rule the first of the three."""
+        parameters, memory, _ = state
+        if self._judged is None:
+            return parameters
+        judged: nnx.State = self._judged(memory, parameters)
+        return judged
 
 
 def _copied(state: tuple[nnx.State, Any, Array]) -> tuple[nnx.State, Any, Array]:
@@ -149,13 +154,19 @@ def _objective(graphdef: Any, workload: Workload, x: Array, y: Array, parameters
 
 
 class Evaluation:
-    """Training loss and metric of parameters, compiled once; never on the clock."""
+    """Training loss and metric of parameters, compiled once; never on the clock.
 
-    def __init__(self, workload: Workload) -> None:
+    Args:
+      workload: with its held-out samples.
+      validation: whether the metric is that of the samples that choose learning rates.
+    """
+
+    def __init__(self, workload: Workload, *, validation: bool = False) -> None:
         data = workload.data()
         rows = workload.settings.get("num_measured", MEASURED_SAMPLES)
         self._train = tuple(jnp.asarray(a[:rows]) for a in data[:2])
-        self._held_out = tuple(jnp.asarray(a) for a in data[2:])
+        held_out = workload.judged(validation=validation)
+        self._held_out = tuple(jnp.asarray(a) for a in held_out)
         graphdef = nnx.graphdef(workload.model(0))
         metric = METRICS[workload.metric].function
 

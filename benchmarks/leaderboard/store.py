@@ -386,4 +386,4 @@ def _open_temporary(path: Path) -> tuple[Path, int]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

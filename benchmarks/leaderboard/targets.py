@@ -74,7 +74,11 @@ def reason_of(workload: Workload) -> str:
 
 
 def write_target(
-    workload: Workload, trials: Sequence[dict[str, Any]], folder: Path = FOLDER
+    workload: Workload,
+    trials: Sequence[dict[str, Any]],
+    folder: Path = FOLDER,
+    *,
+    tried: Sequence[str] = (),
 ) -> Path:
     """Freezes a target: SLACK times the baseline's median held-out metric at its budget's end.
 
@@ -82,6 +86,7 @@ def write_target(
       workload: its target is replaced only by that of a higher version.
       trials: records of the best tuned baseline on the evaluation seeds, run to the end.
       folder: of the target files.
+      tried: names of all baselines that were tuned for it; the one of the trials without it.
 
     Raises:
       ValueError: there is a target of this version or a later one, or no trial to set it by.
@@ -111,18 +116,29 @@ def write_target(
         if value < zero:
             how = f"{FLOOR:g} of the initial {metric}, below which float32 ends; {how} is less"
             value = zero
+    target = float(f"{value:.4g}")
+    reached = [_steps_to(target, trial["outcome"].get("curve")) for trial in trials]
+    known = [steps for steps in reached if steps is not None]
+    how += f"; its seeds ended from {min(finals):.4g} to {max(finals):.4g}"
+    if known:
+        how += (
+            f", and {len(known)} of {len(reached)} passed the target, after {min(known)} to "
+            f"{max(known)} steps"
+        )
     document = {
         "workload": workload.name,
         "workload_version": workload.version,
         "workload_digest": workload.digest,
         "rules": RULES,
         "metric": metric,
-        "target": float(f"{value:.4g}"),
+        "target": target,
         "how": how,
         "baseline": {
             "contestant": config["contestant"],
             "learning_rate": config["learning_rate"],
+            "tried": list(tried) or [config["contestant"]],
             "values": finals,
+            "steps_to_target": reached,
             "steps": [trial["outcome"]["steps"] for trial in trials],
             "commands": [trial["command"] for trial in trials],
             "code": config["code"],
@@ -132,3 +148,11 @@ def write_target(
     }
     write_json(path, {**document, "digest": content_hash([document])})
     return path
+
+
+def _steps_to(target: float, curve: dict[str, list[float]] | None) -> int | None:
+    """The step of a curve at which its metric first was at a target; None where it never was."""
+    if curve is None:
+        return None
+    points = zip(curve["steps"], curve["held_out"], strict=True)
+    return next((int(step) for step, value in points if value <= target), None)

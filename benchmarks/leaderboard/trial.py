@@ -6,9 +6,11 @@ import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
@@ -27,10 +29,16 @@ from ntk_analysis.results import plain
 Config = dict[str, Any]
 Outcome = dict[str, Any]
 
+TUNING_SEED = 1000
+"""Initial parameters and batches of tuning, which no evaluation uses."""
+
 # a loss this many times the initial one does not come back within a budget
 DIVERGED = 1e3
 # every step at first, then every twentieth part of the steps so far
 DENSE_STEPS = 20
+
+
+_EXPECTED = {True: "curvature", False: "first-order", None: ""}
 
 
 def execute(config: Config, submitter: str = "") -> dict[str, Any]:
@@ -50,23 +58,28 @@ def execute(config: Config, submitter: str = "") -> dict[str, Any]:
     workload = find_workload(config["workload"])
     contestant = find_contestant(config["contestant"])
     _check(config, workload, contestant)
-    reason = workload.missing() or contestant.unsuitable(workload)
-    if reason:
-        outcome: Outcome = {"status": "skipped", "reason": reason}
-    elif config["kind"] == "structure":
-        outcome = structure_outcome(contestant, workload)
-    else:
-        outcome = _train(config, contestant, workload)
+    with jax.enable_x64(workload.double):
+        outcome = _outcome(config, contestant, workload)
     facts = {
         **contestant.facts(),
         **provenance(),
         "submitter": submitter,
         "workload_title": workload.title,
         "question": workload.question,
+        "expectation": workload.expectation,
+        "expected": _EXPECTED[workload.curvature_wins],
         "metric": METRICS[workload.metric].title,
         "why_target": reason_of(workload) if config["target"] is not None else "",
     }
     return {"facts": facts, "outcome": plain(outcome), "command": command(config)}
+
+
+def _outcome(config: Config, contestant: Contestant, workload: Workload) -> Outcome:
+    if reason := workload.missing() or contestant.unsuitable(workload):
+        return {"status": "skipped", "reason": reason}
+    if config["kind"] == "structure":
+        return structure_outcome(contestant, workload)
+    return _train(config, contestant, workload)
 
 
 def configuration(
@@ -157,7 +170,8 @@ def _check(config: Config, workload: Workload, contestant: Contestant) -> None:
 @lru_cache(maxsize=2)
 def _program(contestant: str, workload: str) -> Program:
     """Compiled once for all seeds and learning rates."""
-    entry, where = find_contestant(contestant), find_workload(workload).training_only()
+    entry = find_contestant(contestant)
+    where = entry.budgeted(find_workload(workload)).training_only()
     return entry.program(entry, where) if entry.program else OptaxProgram(entry, where)
 
 
@@ -172,8 +186,8 @@ def _rate(contestant: str, workload: str) -> TheoreticalRate:
 
 
 @lru_cache(maxsize=1)
-def _evaluation(workload: str) -> Evaluation:
-    evaluation = Evaluation(find_workload(workload))
+def _evaluation(workload: str, validation: bool) -> Evaluation:
+    evaluation = Evaluation(find_workload(workload), validation=validation)
     # compiled now: the first trial is not to pay for it
     evaluation(nnx.state(find_workload(workload).model(0)))
     return evaluation
@@ -186,7 +200,15 @@ def _train(config: Config, contestant: Contestant, workload: Workload) -> Outcom
     except ValueError as error:
         # what a structure refuses by shapes when it is traced: a result, as sizes are elsewhere
         return {"status": "skipped", "reason": str(error)}
-    evaluate, compile_seconds = _evaluation(workload.name), program.compile_seconds
+    evaluate, compile_seconds = (
+        _evaluation(workload.name, seed == TUNING_SEED),
+        program.compile_seconds,
+    )
+    if config["role"] == "freezing":
+        # a target is what a baseline reaches in its steps, on whatever machine
+        workload = replace(workload, max_seconds=math.inf)
+    else:
+        workload = contestant.budgeted(workload)
     preparation = 0.0
     if config["learning_rate"] is not None:
         rate, note = config["learning_rate"], "tuned"

@@ -7,6 +7,11 @@ from typing import Any
 
 CLOCK = "seconds"
 BARE = "training"
+CLOCK_WORDS = {
+    "seconds": "by seconds with compilation",
+    "training": "by seconds of training alone",
+    "steps": "by steps",
+}
 
 
 def verdict(board: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +42,73 @@ def verdict(board: dict[str, Any]) -> dict[str, Any]:
             f"reaches {_of(leader, total)}"
         )
     answer += _against_first_order(rows, total)
-    return {"answer": answer + ".", "sentences": [*_workloads(board), *_left(board)]}
+    sentences = [*_rulesets(rows), *_clocks(rows), *_workloads(board), *_expected(board)]
+    return {"answer": answer + ".", "sentences": [*sentences, *_left(board)]}
+
+
+def _leaders(rows: list[dict[str, Any]], clock: str, *, own: bool = False) -> list[dict[str, Any]]:
+    """Who has the first rank, among all or among those of the same ruleset."""
+    places = [row["scores"][clock] for row in rows]
+    return [
+        row for row, place in zip(rows, places, strict=True)
+        if (place["own"] if own else place)["place"] == 1
+    ]  # fmt: skip
+
+
+def _rulesets(rows: list[dict[str, Any]]) -> list[str]:
+    """Who is first among the tuned, and among those that tune themselves; of two or more each."""
+    sentences = []
+    for ruleset in ("tuned", "self-tuning"):
+        members = [row for row in rows if row["ruleset"] == ruleset]
+        leaders = _leaders(members, CLOCK, own=True)
+        if len(members) < 2 or not any(row["reached"] for row in members):
+            continue
+        has = "have" if len(leaders) > 1 else "has"
+        sentences.append(
+            f"Among the {len(members)} {ruleset} contestants {_names(leaders)} {has} the first "
+            "rank."
+        )
+    return sentences if len(sentences) > 1 else []
+
+
+def _clocks(rows: list[dict[str, Any]]) -> list[str]:
+    """Says it where nobody has the first rank on every clock."""
+    leaders = {clock: _leaders(rows, clock) for clock in CLOCK_WORDS}
+    names = {clock: {row["contestant"] for row in found} for clock, found in leaders.items()}
+    if set.intersection(*names.values()):
+        return []
+    parts = [f"{CLOCK_WORDS[clock]} {_names(found)}" for clock, found in leaders.items()]
+    return [f"Who has the first rank depends on the clock: {'; '.join(parts)}."]
+
+
+def came_true(workload: dict[str, Any], clocks: list[str]) -> str:
+    """Whether what was expected of curvature on a workload is so, in words; "" if nothing was.
+
+    Curvature wins by a clock where a contestant of natural gradient is at the target before every
+    first-order one.
+
+    Args:
+      workload: of a board, with who is faster.
+      clocks: by which it can win.
+    """
+    if not workload["expected"] or not workload["winners"][CLOCK]:
+        return ""
+    wins = [clock for clock in clocks if workload["faster"][clock]]
+    if len(wins) == len(clocks):
+        found = "it wins by every clock"
+    elif wins:
+        found = f"it wins {' and '.join(CLOCK_WORDS[clock] for clock in wins)} only"
+    else:
+        found = "it does not win by any clock"
+    wanted = "to win" if workload["expected"] == "curvature" else "not to win"
+    return f"curvature was expected {wanted}, and {found}"
+
+
+def _expected(board: dict[str, Any]) -> list[str]:
+    return [
+        f"{workload['name']}: {workload['came_true']}."
+        for workload in board["workloads"] if workload["came_true"]
+    ]  # fmt: skip
 
 
 def _of(row: dict[str, Any], total: int) -> str:

@@ -9,9 +9,9 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import natgrad_datasets
-import numpy as np
 from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
@@ -22,23 +22,24 @@ from ntk_analysis.results import content_hash
 if TYPE_CHECKING:
     from natgrad_flax import Loss
 
-Floats = NDArray[np.float32]
+Samples = NDArray[Any]
 
 
 class Data(NamedTuple):
     """The samples of a workload, the same for every seed.
 
     Attributes:
-      x_train: inputs (N, M_0), or images (N, H, W, C), float32.
-      y_train: targets (N, C).
+      x_train: inputs (N, M_0), or images (N, H, W, C), in the precision of the workload; or tokens
+        (N, T), integers.
+      y_train: targets (N, C), or tokens (N, T).
       x_held_out: inputs that no contestant trains on, (N', ...).
-      y_held_out: their targets (N', C).
+      y_held_out: their targets.
     """
 
-    x_train: Floats
-    y_train: Floats
-    x_held_out: Floats
-    y_held_out: Floats
+    x_train: Samples
+    y_train: Samples
+    x_held_out: Samples
+    y_held_out: Samples
 
 
 class Metric(NamedTuple):
@@ -66,6 +67,17 @@ def error_rate(outputs: Array, targets: Array) -> Array:
     return jnp.mean(wrong, dtype=jnp.float32)
 
 
+def relative_error(outputs: Array, targets: Array) -> Array:
+    """|f - y| / |y|, Euclidean norms over all samples."""
+    return jnp.linalg.norm(outputs - targets) / jnp.linalg.norm(targets)
+
+
+def cross_entropy(outputs: Array, targets: Array) -> Array:
+    """The mean over samples and positions of -log p(y), for class numbers; in nats."""
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[..., None], axis=-1)
+    return -jnp.mean(chosen)
+
+
 METRICS = {
     "train": Metric("training loss", None),
     "mse": Metric("held-out mean squared error", mean_squared_error),
@@ -74,6 +86,8 @@ METRICS = {
         lambda outputs, targets: jnp.sqrt(mean_squared_error(outputs, targets)),
     ),
     "error": Metric("held-out error rate", error_rate),
+    "relative": Metric("held-out relative L2 error", relative_error),
+    "token": Metric("held-out cross-entropy, nats a token", cross_entropy),
 }
 
 
@@ -88,9 +102,11 @@ class Workload:
       question: what a result on it tells, one sentence.
       settings: every number of data and model, as JSON has it; they enter the hash of trials.
         "num_measured" samples make the training loss of a curve, "parametrisation" is "standard"
-        where it is not that of the NTK.
+        where it is not that of the NTK, "num_validation" of the held-out samples choose learning
+        rates and do not count, "dtype" is "float64" where float32 would be the floor.
       data: the samples, the same at every call. Work starts here: nothing happens at import.
-      model: from the seed of a trial to the model at its initial parameters, in float32.
+      model: from the seed of a trial to the model at its initial parameters, in the precision of
+        the workload.
       loss: what is trained.
       batch_size: samples a step, drawn without replacement in epochs; None for all of them.
       metric: a key of ``METRICS``: the training loss, or something on the held-out samples.
@@ -100,6 +116,10 @@ class Workload:
         makes its data or the data is embedded.
       known_target: the target, and how it is known, where that is beforehand; else it is frozen by
         what the best baseline reaches.
+      expectation: why curvature should win there, or why not, one sentence.
+      curvature_wins: what is expected: that a natural gradient is at the target before every
+        first-order contestant, or that none is. None where nothing is.
+      absent: why files that it reads itself are not at hand, or "".
     """
 
     name: str
@@ -116,6 +136,9 @@ class Workload:
     max_seconds: float
     dataset: str | None = None
     known_target: tuple[float, str] | None = None
+    expectation: str = ""
+    curvature_wins: bool | None = None
+    absent: Callable[[], str] = lambda: ""
 
     @property
     def digest(self) -> str:
@@ -145,8 +168,23 @@ class Workload:
     def missing(self) -> str:
         """Why the data cannot be had here, or ""; nothing is downloaded."""
         if self.dataset is None:
-            return ""
+            return self.absent()
         return _missing(self.dataset)
+
+    def judged(self, *, validation: bool) -> tuple[Samples, Samples]:
+        """The held-out samples by which learning rates are chosen, or those that count.
+
+        The first "num_validation" of the settings choose, the others judge; without that setting
+        all of them do both.
+        """
+        data, first = self.data(), self.settings.get("num_validation", 0)
+        rows = slice(None) if not first else slice(first) if validation else slice(first, None)
+        return data.x_held_out[rows], data.y_held_out[rows]
+
+    @property
+    def double(self) -> bool:
+        """Whether it is computed in float64."""
+        return self.settings.get("dtype") == "float64"
 
 
 @cache

@@ -290,9 +290,73 @@ def test_the_verdict_tells_compilation_apart():
         slow[0]["outcome"]["compile_seconds"] += 5.0
         records += slow
     assert only(boards.build(records))["verdict"]["sentences"] == [
+        "Who has the first rank depends on the clock: by seconds with compilation Adam; by seconds "
+        "of training alone K-FAC; by steps Adam, K-FAC and Exact.",
         "digits-mse: no structure of ours is faster than the best first-order contestant, Adam; "
-        "without compilation and preparation 2 (K-FAC, Exact)."
+        "without compilation and preparation 2 (K-FAC, Exact).",
     ]
+
+
+def test_contestants_have_a_place_among_those_of_their_rules(small):
+    """SGD takes 3 s and never, L-BFGS 8 s and 4 s; Adam 4 s and never, K-FAC 2 s and 3 s."""
+    small += trials("sgd", "digits-mse", [3.0, 3.0, 3.0], learning_rate=0.1)
+    small += trials("lbfgs", "digits-mse", [8.0, 8.0, 8.0])
+    small += trials("lbfgs", "linear-teacher", [4.0, 4.0, 4.0])
+    device = only(boards.build(small))
+    found = {name: row["scores"]["seconds"] for name, row in rows(device).items()}
+    assert {n: row["ruleset"] for n, row in rows(device).items()} == {
+        "kfac": "self-tuning", "lbfgs": "self-tuning", "sgd": "tuned", "adam": "tuned"
+    }  # fmt: skip
+    # among the tuned the ratios are those to the fastest of them
+    assert found["adam"]["ratios"][0] == 2.0
+    assert found["adam"]["own"]["ratios"] == [pytest.approx(4 / 3), None]
+    assert found["adam"]["own"]["score"] == pytest.approx((4 - 4 / 3) / 3 / 2)
+    assert found["sgd"]["own"]["score"] == 0.5
+    assert found["lbfgs"]["own"]["score"] == pytest.approx((0 + (4 - 4 / 3) / 3) / 2)
+    assert [found[name]["own"]["place"] for name in ("kfac", "sgd")] == [1, 1]
+    sentences = device["verdict"]["sentences"]
+    assert sentences[1].startswith("Among the 2 self-tuning contestants K-FAC")
+    assert sentences[0].startswith("Among the 2 tuned contestants ")
+
+
+def test_the_verdict_says_what_depends_on_the_clock():
+    before = {"compile_seconds": 5.0}
+    fast = trials("kfac", "digits-mse", [1.0] * 3, steps=3, **before)
+    even = trials("adam", "digits-mse", [2.0] * 3, learning_rate=0.1, steps=40)
+    sentences = only(boards.build(fast + even))["verdict"]["sentences"]
+    assert (
+        "Who has the first rank depends on the clock: by seconds with compilation Adam; by seconds "
+        "of training alone K-FAC; by steps K-FAC." in sentences
+    )
+    same = only(boards.build(trials("kfac", "digits-mse", [1.0] * 3) + even))
+    assert not any("depends on the clock" in s for s in same["verdict"]["sentences"])
+
+
+@pytest.mark.parametrize(
+    ("expected", "compilation", "steps", "says"),
+    [
+        ("curvature", 0.0, 3, "curvature was expected to win, and it wins by every clock"),
+        ("first-order", 0.0, 3, "curvature was expected not to win, and it wins by every clock"),
+        ("curvature", 9.0, 3, "curvature was expected to win, and it wins by seconds of training "
+         "alone and by steps only"),
+        ("curvature", 9.0, 90, "curvature was expected to win, and it wins by seconds of training "
+         "alone only"),
+        ("", 0.0, 3, ""),
+    ],
+)  # fmt: skip
+def test_a_board_says_whether_what_was_expected_came_true(expected, compilation, steps, says):
+    facts = {"expectation": "Because of that.", "expected": expected}
+    ours = trials("kfac", "digits-mse", [1.0], steps=steps, compile_seconds=compilation, **facts)
+    adam = trials("adam", "digits-mse", [2.0], learning_rate=0.1, steps=40, **facts)
+    device = only(boards.build(ours + adam))
+    (workload,) = device["workloads"]
+    assert (workload["expectation"], workload["came_true"]) == ("Because of that.", says)
+    assert (f"digits-mse: {says}." in device["verdict"]["sentences"]) == bool(says)
+
+
+def test_nothing_came_true_where_nobody_is_at_the_target():
+    ours = trials("kfac", "digits-mse", [None], expected="curvature")
+    assert only(boards.build(ours))["workloads"][0]["came_true"] == ""
 
 
 def test_contestants_without_a_structure_count_for_themselves():

@@ -215,6 +215,20 @@ def test_families_search_and_clock_choose_rows_and_numbers(view):
     assert all("." not in text for text in steps)
 
 
+def test_the_ranks_of_one_ruleset_are_those_among_its_contestants(view, records):
+    tab = view()
+    tab.locator("#rulesets input[value=self-tuning]").uncheck()
+    first = boards.build(records)["devices"][0]
+    tuned = {row["contestant"]: row for row in first["rows"] if row["ruleset"] == "tuned"}
+    shown = names(tab)
+    assert set(shown) == set(tuned) == {"sgd", "adam", "kfac-jax"}
+    ranked = [name for name in shown if tuned[name]["ranked"]]
+    ranks = dict(zip(shown, column(tab, "rank"), strict=True))
+    own = {name: tuned[name]["scores"]["seconds"]["own"]["rank"] for name in ranked}
+    assert {name: ranks[name] for name in ranked} == own
+    assert "ranks are those among the tuned ones" in tab.locator("#count").inner_text()
+
+
 def test_a_machine_has_its_own_verdict_rows_and_numbers(view, records):
     tab = view()
     first, second = boards.build(records)["devices"]

@@ -44,6 +44,7 @@ def test_target_says_how_it_was_set(frozen):
     assert found["target"] == pytest.approx(1.05 * 2e-5)
     assert found["how"].startswith("1.05 times the median held-out mean squared error")
     assert "SGD, over 3 seeds" in found["how"]
+    assert "its seeds ended from 1e-05 to 4e-05" in found["how"]
     assert found["baseline"]["learning_rate"] == 0.3
     assert found["baseline"]["values"] == [2e-5, 1e-5, 4e-5]
 
@@ -74,11 +75,12 @@ def test_edited_targets_are_refused(frozen):
 
 def test_a_training_loss_has_a_floor(tmp_path):
     where = toy.make_workload(metric="train")
-    curve = {"train": [2.0, 1e-9]}
+    curve = {"steps": [0, 60], "train": [2.0, 1e-9], "held_out": [2.0, 1e-9]}
     targets.write_target(where, [record("sgd", 0.3, final=1e-9, curve=curve)], tmp_path)
     found = targets.target_of(where, tmp_path)
     assert found["target"] == pytest.approx(2e-6)
     assert found["how"].startswith("1e-06 of the initial training loss, below which float32 ends")
+    assert found["how"].endswith("and 1 of 1 passed the target, after 60 to 60 steps")
     other = toy.make_workload(metric="train", name="other")
     targets.write_target(other, [record("sgd", 0.3, final=1e-2, curve=curve)], tmp_path)
     assert targets.target_of(other, tmp_path)["target"] == pytest.approx(1.05e-2)
@@ -144,6 +146,16 @@ def test_plans_by_name(frozen):
             plan.make_plan(*arguments)
 
 
+def test_a_plan_of_one_ruleset(frozen):
+    def members(ruleset):
+        return plan.make_plan("default", ruleset=ruleset).contestants
+
+    assert members("tuned") == ("sgd",)
+    assert members("self-tuning") == ("lbfgs", "exact")
+    with pytest.raises(ValueError, match="did you mean 'tuned'"):
+        members("tune")
+
+
 def test_variants_and_their_plain_names():
     assert plan.plain("kfac-mc-lm") == "kfac"
     assert plan.plain("block-tri-diagonal") == "block-tri-diagonal"
@@ -169,9 +181,13 @@ def test_networks_in_standard_parametrisation_have_their_own_grid(monkeypatch, f
     assert evaluation == [1.0, 1.0]
 
 
-def test_best_baseline():
+def test_best_baseline(frozen):
     with pytest.raises(ValueError, match="no baseline came to the end"):
-        plan.best_baseline("toy", [])
+        plan.best_baseline("toy", [], plan.baselines())
+    assert [entry.name for entry in plan.baselines()] == ["sgd", "lbfgs"]
+    assert [entry.name for entry in plan.baselines(["SGD"])] == ["sgd"]
+    with pytest.raises(ValueError, match="did you mean 'sgd'"):
+        plan.baselines(["sdg"])
 
 
 @pytest.fixture
@@ -214,13 +230,16 @@ def test_run_score_page_and_merge(command, tmp_path):
 def test_freeze_takes_the_best_baseline(command, frozen, tmp_path):
     path = frozen / "toy.json"
     path.unlink()
-    result = command("freeze", "toy", "--out", tmp_path / "freezing")
+    result = command("freeze", "toy", "--seeds", 2, "--out", tmp_path / "freezing")
     assert result.exit_code == 0, result.output
     found = json.loads(path.read_text())
     baseline = found["baseline"]
     assert (baseline["contestant"], len(baseline["values"])) in {("sgd", 2), ("lbfgs", 2)}
     median = sum(baseline["values"]) / 2
     assert found["target"] == pytest.approx(1.05 * median, rel=1e-3)
+    assert baseline["tried"] == ["sgd", "lbfgs"]
+    # the median passes a target that lies 5 % above it
+    assert min(filter(None, baseline["steps_to_target"])) <= 60
     assert baseline["code"] == code_version()
     assert baseline["environment"] == environment()
     assert command("freeze", "toy", "--out", tmp_path / "freezing").exit_code == 2
@@ -237,6 +256,8 @@ def test_bad_input_is_one_sentence(command, tmp_path):
         (("trial", "toy", "sgd"), "its trials need a learning rate"),
         (("trial", "toi", "sgd"), "did you mean 'toy'"),
         (("freeze", "toi"), "did you mean 'toy'"),
+        (("freeze", "toy", "--contestant", "exact"), "unknown baseline 'exact'"),
+        (("freeze", "toy", "--seeds", 0), "seeds must be at least 1"),
         (("torture", "--kills", 0), "kills must be"),
     ):
         result = command(*arguments)

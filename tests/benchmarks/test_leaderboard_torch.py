@@ -85,6 +85,7 @@ def test_the_register_does_not_import_pytorch(monkeypatch):
     assert entry.facts() == {
         "title": "K-FAC of curvlinops (PyTorch)",
         "family": "peer",
+        "ruleset": "tuned",
         "structure": "",
         "fisher": "Monte-Carlo, 1 sample",
         "damping": f"{torch_kfac.DAMPING:g}, added to the Fisher (1/N), its root to both factors "

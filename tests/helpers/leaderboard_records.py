@@ -65,6 +65,8 @@ def facts(contestant: str, workload: str = "digits-mse") -> dict[str, str]:
         "commit": "0a1b2c3d4e5f",
         "natgrad": "0.1.0",
         "submitter": "",
+        "expectation": "",
+        "expected": "",
         "why_target": "what Adam, tuned in 8 trials, reaches in 2000 steps; median of 3 seeds",
     }
     if contestant in OTHERS:
@@ -72,7 +74,8 @@ def facts(contestant: str, workload: str = "digits-mse") -> dict[str, str]:
         return {
             "title": title, "family": family, "structure": "", "damping": "",
             "fisher": "true" if family == "peer" else "",
-            "rate_rule": "line search" if contestant == "lbfgs" else "tuned, 8 trials", **shared,
+            "rate_rule": "line search" if contestant == "lbfgs" else "tuned, 8 trials",
+            "ruleset": "self-tuning" if contestant == "lbfgs" else "tuned", **shared,
         }  # fmt: skip
     name = next(name for name in sorted(OURS, key=len, reverse=True) if contestant.startswith(name))
     fisher, damping = VARIANTS[contestant.removeprefix(name)]
@@ -81,7 +84,7 @@ def facts(contestant: str, workload: str = "digits-mse") -> dict[str, str]:
         "title": name.replace("kfac", "K-FAC").replace("-", " " if name != "kfac" else "-")
         .capitalize().replace("K-fac", "K-FAC") + suffix,
         "family": "natural-gradient", "structure": OURS[name][0], "fisher": fisher,
-        "damping": damping, "rate_rule": "theoretical", **shared,
+        "damping": damping, "rate_rule": "theoretical", "ruleset": "self-tuning", **shared,
     }  # fmt: skip
 
 

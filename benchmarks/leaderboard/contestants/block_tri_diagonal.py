@@ -2,9 +2,13 @@
 
 import natgrad_flax as ng
 from benchmarks.leaderboard.natural import variants
+from benchmarks.leaderboard.recipes import untuned
 
-CONTESTANTS = variants(
-    ng.BlockTriDiagonal(),
-    damping=0.0,
-    rates=(0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
+CONTESTANTS = (
+    *variants(
+        ng.BlockTriDiagonal(),
+        damping=0.0,
+        rates=(0.01, 0.03, 0.1, 0.2, 0.5, 1.0),
+    ),
+    untuned(ng.BlockTriDiagonal()),
 )

@@ -2,6 +2,7 @@
 
 import natgrad_flax as ng
 from benchmarks.leaderboard.natural import averaged, variants
+from benchmarks.leaderboard.recipes import trained, untuned
 
 CONTESTANTS = (
     *variants(
@@ -13,4 +14,10 @@ CONTESTANTS = (
         damping=1e-3,
         rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
     ),
+    trained(
+        ng.EKFAC(),
+        damping=1e-3,
+        rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    ),
+    untuned(ng.EKFAC()),
 )

@@ -2,6 +2,7 @@
 
 import natgrad_flax as ng
 from benchmarks.leaderboard.natural import projected_momentum, variants
+from benchmarks.leaderboard.recipes import spring, untuned
 
 CONTESTANTS = (
     *variants(
@@ -14,4 +15,10 @@ CONTESTANTS = (
         damping=1e-2,
         rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     ),
+    spring(
+        ng.Exact(),
+        damping=1e-2,
+        rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    ),
+    untuned(ng.Exact()),
 )

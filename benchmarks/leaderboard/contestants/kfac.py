@@ -2,6 +2,7 @@
 
 import natgrad_flax as ng
 from benchmarks.leaderboard.natural import averaged, variants
+from benchmarks.leaderboard.recipes import trained, untuned
 
 CONTESTANTS = (
     *variants(
@@ -16,4 +17,10 @@ CONTESTANTS = (
         damping=1e-3,
         rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
     ),
+    trained(
+        ng.KFAC(last_layer="literal", split="pi"),
+        damping=1e-3,
+        rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    ),
+    untuned(ng.KFAC(last_layer="literal", split="pi")),
 )

@@ -39,4 +39,7 @@ WORKLOAD = Workload(
     max_steps=156,
     max_seconds=300.0,
     dataset="cifar10",
+    expectation="Curvature should win by steps, for positions of an image are strongly "
+    "correlated inputs; by seconds only where factors are renewed seldom.",
+    curvature_wins=True,
 )

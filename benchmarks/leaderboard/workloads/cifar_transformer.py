@@ -49,4 +49,7 @@ WORKLOAD = Workload(
     max_steps=156,
     max_seconds=300.0,
     dataset="cifar10",
+    expectation="Curvature should win by steps: attention starts slowly, and its layers "
+    "differ in scale.",
+    curvature_wins=True,
 )

@@ -10,4 +10,7 @@ WORKLOAD = replace(
     title=f"{HELD_OUT.title}, training loss",
     question="How fast is a wide network fitted whose kernel is ill-conditioned?",
     metric="train",
+    expectation="Curvature should win by far in steps: a full batch, no noise, and a kernel "
+    "whose eigenvalues span decades.",
+    curvature_wins=True,
 )

@@ -59,4 +59,7 @@ WORKLOAD = Workload(
     metric="mse",
     max_steps=1500,
     max_seconds=2.0,
+    expectation="Curvature should win: the condition of sixteen layers multiplies, which no "
+    "diagonal scaling sees.",
+    curvature_wins=True,
 )

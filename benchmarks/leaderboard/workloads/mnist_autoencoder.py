@@ -31,4 +31,7 @@ WORKLOAD = Workload(
     max_steps=400,
     max_seconds=60.0,
     dataset="mnist",
+    expectation="Curvature should win: eight layers around a narrow one are the classical "
+    "case of a badly conditioned fit, with batches large enough to see it.",
+    curvature_wins=True,
 )

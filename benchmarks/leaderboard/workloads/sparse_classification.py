@@ -50,4 +50,7 @@ WORKLOAD = Workload(
     metric="error",
     max_steps=1000,
     max_seconds=2.0,
+    expectation="Curvature should not win: it weighs the many inputs that do not count as "
+    "much as the few that do.",
+    curvature_wins=False,
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import optax
 from jax import Array
 
-from benchmarks.leaderboard.contestant import is_standard
+from benchmarks.leaderboard.contestant import Contestant, Family, is_standard
 from benchmarks.leaderboard.workload import Workload
 
 WARM_UP = 0.05
@@ -36,6 +38,30 @@ def cosine(workload: Workload, rate: Array | float) -> optax.Schedule:
         1 / (steps + 1), 1.0, steps, max(steps + 1, workload.max_steps)
     )
     return lambda count: rate * shape(count)
+
+
+def as_far_as_adam(
+    name: str, title: str, family: Family, optimizer: Callable[..., optax.GradientTransformation]
+) -> Contestant:
+    """A tuned contestant that moves as far as Adam does: its grid, the cosine, weight decay.
+
+    Args:
+      name: of the contestant.
+      title: for readers.
+      family: as in ``Contestant``.
+      optimizer: from a schedule and ``weight_decay`` to the transformation.
+    """
+    return Contestant(
+        name=name,
+        title=title,
+        family=family,
+        rate_rule="tuned",
+        optimizer=lambda workload, rate, seed: optimizer(
+            cosine(workload, rate), weight_decay=WEIGHT_DECAY
+        ),
+        rates=ADAM_RATES,
+        standard_rates=STANDARD_ADAM_RATES,
+    )
 
 
 def nominal(workload: Workload, rate: float) -> float:

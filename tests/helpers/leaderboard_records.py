@@ -230,3 +230,28 @@ def sample(
                 if name in OURS:
                     records.append(record(name, workload, role="structure", environment=device))
     return records
+
+
+TWO = ("digits-mse", "linear-teacher")
+"""Workloads of two rows of a board."""
+
+
+def trials(contestant, workload, seconds, **more):
+    """A trial a seed; None misses."""
+    return [record(contestant, workload, seed, seconds=s, **more) for seed, s in enumerate(seconds)]
+
+
+def by_hand():
+    """K-FAC 2 s and 3 s with half of it compilation, Adam 4 s and never."""
+    before = {"compile_seconds": 0.75, "preparation_seconds": 0.25}
+    return [
+        *trials("kfac", "digits-mse", [1.0, 0.5, 1.5], **before),
+        *trials("kfac", "linear-teacher", [3.0, 3.0, None]),
+        *trials("adam", "digits-mse", [4.0, 5.0, 3.0], learning_rate=0.1, steps=40),
+        *trials("adam", "linear-teacher", [1.0, None, None], learning_rate=0.1),
+    ]  # fmt: skip
+
+
+def only(board):
+    (device,) = board["devices"]
+    return device

@@ -2,19 +2,6 @@
 
 import optax
 
-from benchmarks.leaderboard.contestant import Contestant
-from benchmarks.leaderboard.schedules import ADAM_RATES, STANDARD_ADAM_RATES, WEIGHT_DECAY, cosine
+from benchmarks.leaderboard.schedules import as_far_as_adam
 
-CONTESTANTS = (
-    Contestant(
-        name="nadamw-cosine",
-        title="NAdamW, cosine",
-        family="first-order",
-        rate_rule="tuned",
-        optimizer=lambda workload, rate, seed: optax.nadamw(
-            cosine(workload, rate), weight_decay=WEIGHT_DECAY
-        ),
-        rates=ADAM_RATES,
-        standard_rates=STANDARD_ADAM_RATES,
-    ),
-)
+CONTESTANTS = (as_far_as_adam("nadamw-cosine", "NAdamW, cosine", "first-order", optax.nadamw),)

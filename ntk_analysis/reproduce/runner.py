@@ -79,6 +79,8 @@ def run_checks(
       KeyboardInterrupt: as it came; finished checks are kept.
     """
     versions = environment()
+    # the source of a check counts, which a release need not change
+    release = versions.pop("natgrad")
     results = open_results(out / FILE_NAME, COMMAND, CHECKS, versions, say)
     records = results.records
     resumed = tuple(
@@ -97,7 +99,8 @@ def run_checks(
             continue
         report(check.identifier, 0)
         print_ = fingerprint(check, versions)
-        record = {**_run(check, report), "device": versions["device"], "fingerprint": print_}
+        made = {"device": versions["device"], "natgrad": release, "fingerprint": print_}
+        record = _run(check, report) | made
         records[check.identifier] = record
         results.write(document)
         report(check.identifier, 1)
@@ -111,7 +114,7 @@ def fingerprint(check: Check, versions: dict[str, str]) -> str:
 
     Args:
       check: the check; its module counts, and all modules that this one stands on.
-      versions: of the software and the device.
+      versions: of the software that it stands on, and the device.
     """
     module = inspect.getmodule(check.run)
     source = import_digest(Path(inspect.getfile(module or check.run)))

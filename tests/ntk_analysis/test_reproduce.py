@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import multiprocessing
+import os
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import checks_in_processes
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -232,6 +235,28 @@ def test_another_release_of_the_same_source_runs_nothing_again(tmp_path, monkeyp
     run_checks(fakes.checks(), tmp_path)
     assert fakes.calls == ["A"]
     assert read(tmp_path)["checks"]["A"]["natgrad"] != "99.0"
+
+
+def test_a_killed_process_loses_only_what_was_not_finished(tmp_path, monkeypatch):
+    monkeypatch.setenv(checks_in_processes.FOLDER, str(tmp_path))
+    good, bad = checks_in_processes.here, checks_in_processes.killed
+    checks = [checks_in_processes.make(name, run) for name, run in (("A", good), ("B", bad))]
+    result = run_checks(checks, tmp_path, jobs=2)
+    records = read(tmp_path)["checks"]
+    assert records["A"]["verdict"] == "passed"
+    assert records["A"]["data"]["process"] != os.getpid()
+    assert "ended from outside" in records["B"]["reason"]
+    assert result.with_verdict("error") == ["B"]
+    assert not multiprocessing.active_children()
+    checks[1] = checks_in_processes.make("B", good)
+    again = run_checks(checks, tmp_path)
+    assert (again.resumed, again.with_verdict("passed")) == (("A",), ["A", "B"])
+
+
+def test_no_processes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="jobs must be an integer of at least 1, got 0"):
+        run_checks(Fakes(A="passed").checks(), tmp_path, jobs=0)
+    assert not list(tmp_path.iterdir())
 
 
 def _from_elsewhere(check: Check):

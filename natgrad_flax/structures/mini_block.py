@@ -92,8 +92,9 @@ class MiniBlock(AveragedStructure):
         if isinstance(layer, DenseSignals):
             rows, nothing = rows[0], nothing[0]
         block = Factor(ArrayRows(rows), float(layer.num_samples * count))
-        sides = (block, IdentityFactor(ArrayRows(nothing)))
-        return MatrixKronecker(affine(layer), *sides[:: -1 if self.side == "units" else 1], as_pair)
+        identity = IdentityFactor(ArrayRows(nothing))
+        left, right = (block, identity) if self.side == "inputs" else (identity, block)
+        return MatrixKronecker(affine(layer), left, right, as_pair)
 
     def _rows(self, layer: LayerSignals) -> tuple[Array, int]:
         """Rows of every group, (G, R, P), and the number of blocks that they are the sum of."""

@@ -84,9 +84,14 @@ class LowRankUnits(Structure):
         return mean_diagonal(signals)
 
     def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
-        """Those of ``UnitWise``, of which no more than ``rank`` are there."""
-        whole = UnitWise().needed_ranks(geometry)
-        return [one._replace(size=min(one.size, self.rank)) for one in whole]
+        """Those of ``UnitWise``."""
+        return UnitWise().needed_ranks(geometry)
+
+    def outside_theory(self, geometry: Geometry) -> list[str]:
+        """A rank below N."""
+        n = geometry.num_samples
+        few = f"the structure keeps {self.rank} eigenvalues a unit for {n} samples"
+        return [few] if self.rank < n else []
 
     def alpha(self, geometry: Geometry) -> float:
         """That of ``UnitWise``."""
@@ -97,12 +102,8 @@ class LowRankUnits(Structure):
         return UnitWise().shared_alpha(geometry)
 
     def failed_conditions(self, geometry: Geometry) -> list[str]:
-        """Those of ``UnitWise``, and a rank of at least N."""
-        failures = UnitWise().failed_conditions(geometry)
-        if self.rank < geometry.num_samples:
-            few = f"{self.rank} eigenvalues a unit for {geometry.num_samples} samples"
-            failures.insert(0, f"the structure keeps {few}")
-        return failures
+        """Those of ``UnitWise``, and a rank below N."""
+        return [*self.outside_theory(geometry), *UnitWise().failed_conditions(geometry)]
 
     def gram_size(self, signals: Signals) -> int:
         """The side of the largest eigenproblem of a unit."""

@@ -179,15 +179,20 @@ class MiniBlock(AveragedStructure):
             return super().alpha(geometry)
         return sum(units for _, units in geometry.layers) / geometry.num_outputs
 
+    def outside_theory(self, geometry: Geometry) -> list[str]:
+        """More than one output."""
+        c = geometry.num_outputs
+        return [] if c == 1 else [f"finite width couples the {c} outputs of a sample"]
+
     def failed_conditions(self, geometry: Geometry) -> list[str]:
         """Inputs of every layer must be able to have rank N, and there must be one output."""
-        n, c = geometry.num_samples, geometry.num_outputs
+        n = geometry.num_samples
         few = [
             f"{geometry.where(at)} has {fan_in} inputs for {n} samples"
             for at, (fan_in, _) in enumerate(geometry.layers)
             if fan_in < n
         ]
-        return few if c == 1 else [*few, f"finite width couples the {c} outputs of a sample"]
+        return [*self.outside_theory(geometry), *few]
 
     def gram_size(self, signals: Signals) -> int:
         """The side of the systems, the rows of a block or its parameters."""

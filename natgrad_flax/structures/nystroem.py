@@ -82,20 +82,22 @@ class Nystroem(Structure):
         return Exact().damping_scale(signals)
 
     def needed_ranks(self, geometry: Geometry) -> list[NeededRank]:
-        """N C of the Jacobian of the network, of which no more than ``rank`` is seen."""
-        (whole,) = Exact().needed_ranks(geometry)
-        return [whole._replace(size=min(whole.size, self.rank))]
+        """N C of the Jacobian of the network."""
+        return Exact().needed_ranks(geometry)
+
+    def outside_theory(self, geometry: Geometry) -> list[str]:
+        """A rank below N C."""
+        outputs = geometry.num_samples * geometry.num_outputs
+        few = f"the structure sees {self.rank} directions for N C = {outputs} outputs"
+        return [few] if self.rank < outputs else []
 
     def alpha(self, geometry: Geometry) -> float:
         """1."""
         return 1.0
 
     def failed_conditions(self, geometry: Geometry) -> list[str]:
-        """The rank must reach N C, and N C must not exceed the number of parameters."""
-        outputs = geometry.num_samples * geometry.num_outputs
-        if self.rank >= outputs:
-            return Exact().failed_conditions(geometry)
-        return [f"the structure sees {self.rank} directions for N C = {outputs} outputs"]
+        """That of ``Exact``, and a rank below N C."""
+        return [*self.outside_theory(geometry), *Exact().failed_conditions(geometry)]
 
     def gram_size(self, signals: Signals) -> int:
         """The rank, or what is less of N S and P."""

@@ -180,9 +180,13 @@ class MiniBlock(AveragedStructure):
         return sum(units for _, units in geometry.layers) / geometry.num_outputs
 
     def outside_theory(self, geometry: Geometry) -> list[str]:
-        """More than one output."""
+        """More than one output, on the side of the inputs."""
         c = geometry.num_outputs
-        return [] if c == 1 else [f"finite width couples the {c} outputs of a sample"]
+        return (
+            []
+            if c == 1 or self.side == "units"
+            else [f"finite width couples the {c} outputs of a sample"]
+        )
 
     def failed_conditions(self, geometry: Geometry) -> list[str]:
         """Inputs of every layer must be able to have rank N, and there must be one output."""
@@ -190,7 +194,7 @@ class MiniBlock(AveragedStructure):
         few = [
             f"{geometry.where(at)} has {fan_in} inputs for {n} samples"
             for at, (fan_in, _) in enumerate(geometry.layers)
-            if fan_in < n
+            if fan_in < n and self.side == "inputs"
         ]
         return [*self.outside_theory(geometry), *few]
 

@@ -28,6 +28,7 @@ from ntk_analysis.report.papers import (
     natgrad,
     natgrad_frontier,
     natgrad_training,
+    natgrad_transfer,
     paper_of,
     van_oostrum,
 )
@@ -50,6 +51,7 @@ DRAWINGS: dict[str, Drawing] = {
     **natgrad.DRAWINGS,
     **natgrad_frontier.DRAWINGS,
     **natgrad_training.DRAWINGS,
+    **natgrad_transfer.DRAWINGS,
 }
 """How the figure of a check is drawn from its data, by identifier."""
 

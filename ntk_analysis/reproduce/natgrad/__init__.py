@@ -8,6 +8,7 @@ MODULES = (
     "eigenbasis",
     "frontier",
     "frontier_blocks",
+    "frontier_mini_block",
     "frontier_batches",
     "frontier_weights",
     "frontier_map",
@@ -16,6 +17,7 @@ MODULES = (
     "sparse_networks",
     "drift",
     "drift_batches",
+    "mup_transfer",
 )
 """Modules of this package that register checks."""
 
@@ -36,6 +38,7 @@ ORDER = (
     "NG-Frontier-Weights",
     "NG-Frontier-Projection",
     "NG-Frontier-Blocks",
+    "NG-Frontier-MiniBlock",
     "NG-Frontier-Batches",
     "NG-Frontier-Map",
     "NG-Frontier-Training",
@@ -45,5 +48,6 @@ ORDER = (
     "NG-Drift-Width",
     "NG-Drift-Structures",
     "NG-Drift-Batches",
+    "NG-MuP-Transfer",
 )
 """Identifiers in the order of the page."""

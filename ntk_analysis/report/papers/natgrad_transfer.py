@@ -21,21 +21,25 @@ def draw_transfer(data: dict[str, Any]) -> Figure:
     rows = data["panels"]
     columns = list(rows["mup"])
     inks = dict(zip(sorted(_widths(data)), INKS, strict=False))
-    figure, axes = panels(2, len(columns) + 1, (9.2, 4.8), sharey=True)
+    figure, axes = panels(2, len(columns) + 1, (9.2, 4.8), sharex="col", sharey=True)
     for line, (kind, row) in zip(axes, rows.items(), strict=True):
         sweeps = [*map(row.get, columns), data["dampings"][kind]]
         for axis, sweep, name in zip(line, sweeps, [*columns, "K-FAC"], strict=True):
             _draw_sweep(axis, sweep, inks)
             axis.set_title(f"{name}, {_KINDS[kind]}", fontsize="small")
-            axis.set_xlabel(sweep["what"])
+            if line is axes[-1]:
+                axis.set_xlabel(sweep["what"])
         line[0].set_ylabel(f"loss after {data['steps']} steps")
-    axes[0, 0].set_ylim(1e-6, 10)
+    axes[0, 0].set_ylim(3e-7, 10)
     handles = {
         text: handle
         for axis in axes.flat
         for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     names = sorted(handles, key=lambda text: int(text.split()[2]))
+    figure.supxlabel(
+        "marks: the smallest loss; beyond the end of a curve it diverges", fontsize="small"
+    )
     figure.legend(
         [handles[name] for name in names],
         names,

@@ -77,6 +77,8 @@ def processes(execute: Execute, jobs: int) -> Iterator[Lanes]:
     def new_pool() -> ProcessPoolExecutor:
         return ProcessPoolExecutor(jobs, context, _end_with, (lifeline,))
 
+    pool = new_pool()
+
     def submit(config: Config) -> Flight:
         nonlocal pool
         try:
@@ -86,7 +88,6 @@ def processes(execute: Execute, jobs: int) -> Iterator[Lanes]:
             pool = new_pool()
             return pool.submit(perform, execute, dict(config))
 
-    pool = new_pool()
     try:
         yield Lanes(submit, lambda: jobs)
     finally:

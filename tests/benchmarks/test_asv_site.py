@@ -75,6 +75,9 @@ def test_a_browser_shows_it_from_disk(page, browser):
     tab.goto(page.as_uri() + f"#{SUITE}?x-axis=structure")
     tab.locator("canvas.flot-base").wait_for()
     assert "exact" in tab.locator("#graph-display").inner_text()
+    for group in ("toy", "Toy"):  # of the tree at the side
+        tab.locator("#graphdisplay-navigation").get_by_text(group, exact=True).click()
+    tab.locator("a", has_text="track_seconds").last.wait_for()
     assert problems == []
     context.close()
 

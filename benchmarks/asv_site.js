@@ -1,15 +1,14 @@
 // What asv's page asks of servers and of plugins that no package has: see asv_site.py.
 "use strict";
 
-// requests for files of the site are answered from window.asvFiles; browsers refuse them from disk
-jQuery.ajaxTransport("+*", function (options) {
-  const name = decodeURIComponent(options.url.split("?")[0]);
-  if (!(name in window.asvFiles)) return undefined;
-  return {
-    // later, as from a server: asv registers its pages after it has asked for the first file
-    send: (headers, done) => setTimeout(() => done(200, "OK", { json: window.asvFiles[name] })),
-    abort: () => {},
-  };
+// requests are answered from window.asvFiles: browsers refuse those for files on disk. What is no
+// data is asked for to see whether a server lives
+jQuery.ajaxTransport("+*", (options) => {
+  const name = decodeURIComponent(options.url.split("?")[0]), json = window.asvFiles[name];
+  const answer = name.endsWith(".json") && json === undefined
+    ? [404, "Not Found"] : [200, "OK", json === undefined ? { text: "" } : { json }];
+  // later, as from a server: asv registers its pages after it has asked for the first file
+  return { send: (headers, done) => setTimeout(() => done(...answer)), abort: () => {} };
 });
 
 // asv closes tags as <b/>, which jQuery takes for open ones from 3.5 on

@@ -78,6 +78,7 @@ def test_a_browser_shows_it_from_disk(page, browser):
     for group in ("toy", "Toy"):  # of the tree at the side
         tab.locator("#graphdisplay-navigation").get_by_text(group, exact=True).click()
     tab.locator("a", has_text="track_seconds").last.wait_for()
+    assert set(tab.locator("label b").all_text_contents()) == {""}
     assert problems == []
     context.close()
 

@@ -49,7 +49,7 @@ def told(built: bool) -> str:
         for name, results in measured().items()
     )
     return (
-        f"[The suites from commit to commit](history/index.html): {', '.join(machines)}. "
-        "`make bench COMMITS=8` measures the last eight where you are, and `make bench-site` "
-        "builds the page."
+        f"[Every figure of the suites](history/index.html), of {', '.join(machines)}. "
+        "`make bench COMMITS=8` measures the last eight on your machine, and "
+        "`make bench-site RESULTS=.asv/results` shows them."
     )

@@ -132,8 +132,8 @@ bench: .venv/.bench ## the asv suite on the last commit, or on the last COMMITS,
 	PATH="$(CURDIR)/$(BIN):$$PATH" NATGRAD_BENCH_MACHINE="$$machine" \
 	  $(BIN)/asv run --machine "$$machine" --show-stderr $(BENCH_ARGS) HASHFILE:-
 
-.PHONY: bench-public
-bench-public: bench ## the same, with what this machine has measured so far put into results/asv, to be committed
+.PHONY: bench-keep
+bench-keep: bench ## the same, and puts what this machine has measured into results/asv, to be committed
 	mkdir -p results/asv
 	cp -R ".asv/results/$$($(BIN)/python -m benchmarks.machine)" .asv/results/benchmarks.json results/asv/
 

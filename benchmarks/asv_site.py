@@ -48,10 +48,10 @@ def write(results: Path, out: Path, root: Path = ROOT) -> Path:
       The page.
 
     Raises:
-      ValueError: there are no results, or a package is not installed.
+      ValueError: there are no results of commits that are here, or a package is not installed.
     """
     if not (results / "benchmarks.json").is_file():
-        raise ValueError(f"{results} holds no results of asv; `make bench-public` puts them there")
+        raise ValueError(f"{results} holds no results of asv; `make bench-keep` puts them there")
     packaged = dict(_packaged())
     from asv.commands.publish import Publish  # type: ignore[import-untyped]
     from asv.config import Config  # type: ignore[import-untyped]
@@ -59,6 +59,8 @@ def write(results: Path, out: Path, root: Path = ROOT) -> Path:
     settings = Config.load(str(root / "asv.conf.json"))
     settings.repo, settings.results_dir, settings.html_dir = map(str, (root, results, out))
     Publish.run(settings, pull=False)
+    if not (out / "graphs").is_dir():
+        raise ValueError(f"no results in {results} are of a commit on {settings.branches}")
     (out / FOLDER).mkdir()
     for name, content in {**packaged, OWN.name: OWN.read_bytes()}.items():
         (out / FOLDER / name).write_bytes(content)

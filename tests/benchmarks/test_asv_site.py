@@ -83,6 +83,14 @@ def test_a_browser_shows_it_from_disk(page, browser):
     context.close()
 
 
-def test_a_folder_without_results(tmp_path):
-    with pytest.raises(ValueError, match="holds no results of asv; `make bench-public`"):
+def test_results_that_are_not_there_or_of_other_commits(page, tmp_path):
+    root = page.parents[1]
+    git(root, "checkout", "-q", "--orphan", "other")
+    git(root, "branch", "-q", "-D", "main")
+    git(root, "commit", "-q", "--allow-empty", "-m", "x")
+    git(root, "branch", "-q", "-m", "main")
+    command = [sys.executable, "-c", BUILD, *map(str, (root / "results", tmp_path / "a", root))]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert "are of a commit on ['main']" in done.stderr
+    with pytest.raises(ValueError, match="holds no results of asv; `make bench-keep`"):
         asv_site.write(tmp_path, tmp_path / "out")

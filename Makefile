@@ -133,9 +133,11 @@ bench: .venv/.bench ## the asv suite on the last commit, or on the last COMMITS,
 	  $(BIN)/asv run --machine "$$machine" --show-stderr $(BENCH_ARGS) HASHFILE:-
 
 .PHONY: bench-keep
-bench-keep: bench ## the same, and puts what this machine has measured into results/asv, to be committed
-	mkdir -p results/asv
-	cp -R ".asv/results/$$($(BIN)/python -m benchmarks.machine)" .asv/results/benchmarks.json results/asv/
+bench-keep: .venv/.bench ## the same, and puts what this machine has measured into results/asv, to be committed
+	@failed=0; $(MAKE) bench || failed=$$?; \
+	mkdir -p results/asv; \
+	cp -R ".asv/results/$$($(BIN)/python -m benchmarks.machine)" .asv/results/benchmarks.json results/asv/; \
+	exit $$failed # of asv: 2 where a suite failed on one of the commits
 
 .PHONY: bench-site
 bench-site: .venv/.bench ## the results in results/asv, or in RESULTS, as a page that needs no network: .asv/html/index.html

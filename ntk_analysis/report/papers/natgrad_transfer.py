@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_KINDS = {"standard": "standard", "mup": "muP"}
+_KINDS = {"standard": "standard", "mup": "muP"}  # the last one stands at the bottom
 
 
 def draw_transfer(data: dict[str, Any]) -> Figure:
@@ -27,8 +27,8 @@ def draw_transfer(data: dict[str, Any]) -> Figure:
         for axis, sweep, name in zip(line, sweeps, [*columns, "K-FAC"], strict=True):
             _draw_sweep(axis, sweep, inks)
             axis.set_title(f"{name}, {_KINDS[kind]}", fontsize="small")
-            if line is axes[-1]:
-                axis.set_xlabel(sweep["what"])
+            if kind == "mup":
+                axis.set_xlabel(sweep["what"], fontsize="small")
         line[0].set_ylabel(f"loss after {data['steps']} steps")
     axes[0, 0].set_ylim(3e-7, 10)
     handles = {
@@ -37,15 +37,14 @@ def draw_transfer(data: dict[str, Any]) -> Figure:
         for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     names = sorted(handles, key=lambda text: int(text.split()[2]))
-    figure.supxlabel(
-        "marks: the smallest loss; beyond the end of a curve it diverges", fontsize="small"
-    )
     figure.legend(
         [handles[name] for name in names],
         names,
         loc="outside lower center",
         ncols=len(names),
         frameon=False,
+        title="marks: the smallest loss; beyond the end of a curve it diverges",
+        title_fontsize="small",
     )
     return figure
 

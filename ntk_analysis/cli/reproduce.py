@@ -34,6 +34,9 @@ def reproduce(
         "natgrad-reproduce"
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="run finished checks again, too")] = False,
+    jobs: Annotated[
+        int, typer.Option(help="processes that run checks side by side, the longest first")
+    ] = 1,
 ) -> None:
     """Check the claims of the papers: figures, theorems, equations, one identifier each.
 
@@ -83,6 +86,9 @@ def reproduce(
             return
         if not checks:
             fail("no check is of all that was asked for: leave out one of the options")
+        if jobs > 1:
+            seconds = newest_seconds((RESULTS, out))
+            checks = tuple(sorted(checks, key=lambda check: -seconds.get(check.identifier, 0)))
         with progress_bar() as progress:
             task = progress.add_task("starting", total=len(checks))
             result = run_checks(
@@ -91,6 +97,7 @@ def reproduce(
                 fresh,
                 lambda what, done: progress.update(task, description=what, advance=done),
                 progress.say,
+                jobs,
             )
             progress.update(task, description="writing the pages of the papers")
             own = Source(FILE_NAME, result.document).judged(known, HERE)

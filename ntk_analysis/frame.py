@@ -35,6 +35,10 @@ INKS = (
 GREY = "#4d4d4d"
 """Of theory, targets and gradient descent."""
 
+NARROW = 4.3
+"""Inches, of a figure for a narrow screen: on 390 pixels letters of 10 points are 11 high."""
+_PAD = 0.12
+
 
 @contextmanager
 def theme(context: str = "paper", scale: float = 1.1) -> Iterator[None]:
@@ -52,6 +56,23 @@ def theme(context: str = "paper", scale: float = 1.1) -> Iterator[None]:
     style |= {"grid.color": "#e6e6e6", "grid.linewidth": 0.8, "svg.hashsalt": "natgrad"}
     with mpl.rc_context(style):
         yield
+
+
+@contextmanager
+def sheet(size: tuple[float, float], narrow: bool = False) -> Iterator[Figure]:
+    """An empty figure of a command, and its theme for what is drawn and saved inside.
+
+    Args:
+      size: width and height in inches.
+      narrow: whether it is for a narrow screen, where letters are larger beside the figure.
+    """
+    with theme() if narrow else theme("notebook", 0.9):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=size)
+        # the last label of an axis may stand out over the end of a narrow one
+        figure.set_layout_engine("constrained", **({"w_pad": _PAD} if narrow else {}))
+        yield figure
 
 
 def panels(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ntk_analysis.coordinates import CoordinateCheck
 from ntk_analysis.files import save_figure
-from ntk_analysis.frame import NARROW, sheet
+from ntk_analysis.frame import NARROW, row_axis, sheet
 from ntk_analysis.palette import STYLES, tint
 from ntk_analysis.tables import setting_sentence
 from ntk_analysis.tables_theory import grouped, number, step_over_gradient, sweep_sentence
@@ -78,12 +78,7 @@ def draw_prediction(
                     markersize=17, markeredgewidth=1.6, zorder=5,
                 )  # fmt: skip
         labels = [STYLES[record["structure"]].label for record in records]
-        axis.set_yticks(range(len(records)), labels)
-        axis.set_ylim(len(records) - 0.5, -0.5)
-        axis.grid(visible=False, axis="y")
-        axis.margins(x=0.08)
-        axis.ticklabel_format(axis="x", useOffset=False)
-        axis.set_xlabel(f"accuracy in % on {document['data']['num_test']} test samples")
+        row_axis(axis, labels, f"accuracy in % on {document['data']['num_test']} test samples")
         analytic = document["settings"]["kernels"] == "analytic"
         handles = [
             Line2D([], [], color="#555555", marker="s", linestyle="none",

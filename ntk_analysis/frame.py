@@ -119,6 +119,16 @@ def log_ticks(axis: Axes, ticks: Sequence[float], which: str = "x", base: int = 
     getattr(axis, f"{which}axis").set_minor_locator(NullLocator())
 
 
+def row_axis(axis: Axes, labels: Sequence[str], what: str) -> None:
+    """A row a label, the first one on top, and what is drawn along them."""
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.grid(visible=False, axis="y")
+    axis.margins(x=0.08)
+    axis.ticklabel_format(axis="x", useOffset=False)
+    axis.set_xlabel(what)
+
+
 def legend(figure: Figure, axis: Axes, columns: int = 0, **options: Any) -> None:
     """One legend of all panels: what an axis shows, below them in columns, else at the right."""
     place = {"loc": "outside lower center", "ncols": columns}

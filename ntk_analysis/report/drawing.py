@@ -12,7 +12,7 @@ import numpy as np
 from ntk_analysis.figures import draw_dynamics
 from ntk_analysis.figures_theory import draw_isotropy, draw_prediction
 from ntk_analysis.files import save_figure
-from ntk_analysis.frame import NARROW, sheet
+from ntk_analysis.frame import NARROW, row_axis, sheet
 from ntk_analysis.palette import STYLES, tint
 
 FINITE = "accuracy at finite width"
@@ -80,10 +80,5 @@ def _draw_accuracies(finite: Sequence[dict[str, Any]], out: Path, narrow: bool) 
                 markeredgecolor="white", markeredgewidth=0.6,
             )  # fmt: skip
         labels = [STYLES[record["structure"]].label for record in records.values()]
-        axis.set_yticks(range(len(records)), labels)
-        axis.set_ylim(len(records) - 0.5, -0.5)
-        axis.grid(visible=False, axis="y")
-        axis.margins(x=0.08)
-        axis.ticklabel_format(axis="x", useOffset=False)
-        axis.set_xlabel(f"accuracy in % on {finite[0]['data']['num_test']} test samples")
+        row_axis(axis, labels, f"accuracy in % on {finite[0]['data']['num_test']} test samples")
         return save_figure(figure, out, *([] if narrow else [out.with_suffix(".png")]))

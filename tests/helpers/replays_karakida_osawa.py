@@ -188,5 +188,4 @@ def _theorem_5_1(record: Record, wrong: bool) -> StandIns:
         "_train": train,
         "problem": lambda widths, count: data["widths"].index(widths[1]),
         "conditions": lambda at, names: list(rows[at]),
-        "dampings": unit_wise_damping.dampings,
     }

@@ -9,7 +9,7 @@ from paper_records import CATALOGUE, IDENTIFIERS, committed, page, record, simpl
 from ntk_analysis.frame import theme
 from ntk_analysis.report.papers import draw, drawing_sources, write_papers
 from ntk_analysis.reproduce import paper_of
-from ntk_analysis.reproduce.drawings import DRAWINGS
+from ntk_analysis.reproduce.drawings import DRAWINGS, draws
 from ntk_analysis.reproduce.registry import find_checks
 from ntk_analysis.reproduce.runner import run_checks
 from ntk_analysis.reproduce.van_oostrum.common import picture
@@ -88,6 +88,12 @@ def test_a_figure_is_drawn_again_only_where_its_data_changed(tmp_path):
 
 def test_drawings_belong_to_checks():
     assert set(DRAWINGS) <= set(IDENTIFIERS)
+
+
+def test_a_check_has_one_figure():
+    with pytest.raises(ValueError, match="figure of KO-Fig3 is registered twice"):
+        draws("KO-New", "KO-Fig3")
+    assert "KO-New" not in DRAWINGS
 
 
 @pytest.mark.parametrize("identifier", DRAWINGS)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import inspect
-import json
 from functools import cache
 from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 import pytest
+from paper_records import CATALOGUE, committed
 from planted_faults import FAULTS, SLOW_FAULTS
 from replays import REPLAYS, numbers
 
-from ntk_analysis.reproduce import find_checks, load_checks
-from ntk_analysis.reproduce.runner import is_fresh
+from ntk_analysis.report.comparison import STALE
 
 for paper in ("bernacchia", "karakida_osawa", "kerekes", "natgrad"):
     import_module(f"replays_{paper}")
-CHECKS = {check.identifier: check for check in load_checks()}
+CHECKS = {check.identifier: check for check in CATALOGUE}
 
 
 @cache
-def document() -> dict[str, Any]:
-    """The newest stored records."""
-    newest = max((Path(__file__).parents[2] / "results").glob("*.json"))
-    return json.loads(newest.read_text(encoding="utf-8"))
+def stored() -> dict[str, dict]:
+    """The records of ``results/``, read once."""
+    return committed()
 
 
 def silent(what: str) -> None:
@@ -40,7 +36,7 @@ def test_every_check_has_a_planted_fault():
 
 @pytest.mark.parametrize("identifier", REPLAYS)
 def test_slow_check_judges_a_fault(identifier, monkeypatch):
-    check, record = CHECKS[identifier], document()["checks"][identifier]
+    check, record = CHECKS[identifier], stored()[identifier]
     module = inspect.getmodule(check.run)
 
     def outcome(wrong: bool):
@@ -51,19 +47,18 @@ def test_slow_check_judges_a_fault(identifier, monkeypatch):
 
     right = outcome(wrong=False)
     assert [m for m in right.measurements if not m.passed] == []
-    if is_fresh(record, check, document()["environment"]):
-        stored = {row["what"]: row["measured"] for row in record["measurements"]}
+    if record["evidence"] != STALE:
+        rows = {row["what"]: row["measured"] for row in record["measurements"]}
         found = {m.what: float(m.measured) for m in right.measurements}
-        assert set(found) <= set(stored)
+        assert set(found) <= set(rows)
         assert list(found.values()) == pytest.approx(
-            list(numbers(stored[what] for what in found)), rel=1e-4, abs=1e-9
+            list(numbers(rows[what] for what in found)), rel=1e-4, abs=1e-9
         )
-    assert not outcome(wrong=True).passed
+    assert not outcome(wrong=True).passed, REPLAYS[identifier].what
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("identifier", SLOW_FAULTS)
 def test_slow_check_finds_its_fault(identifier, monkeypatch):
-    (check,) = find_checks([identifier])
     SLOW_FAULTS[identifier].plant(monkeypatch)
-    assert not check.run(silent).passed
+    assert not CHECKS[identifier].run(silent).passed, SLOW_FAULTS[identifier].what

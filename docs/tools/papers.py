@@ -21,6 +21,12 @@ from ntk_analysis.reproduce import PAPERS, load_checks, paper_of
 from ntk_analysis.reproduce.registry import KINDS
 
 ROOT = Path(__file__).parents[2]
+SITE = {
+    "Documentation": "../papers.html",
+    "Theory": "../index.html",
+    "Benchmarks": "../../benchmarks/index.html",
+}
+"""Pages of the site that a paper's page links to."""
 
 
 @cache
@@ -69,5 +75,5 @@ def write(out: Path) -> Path:
     Returns:
       The folder of the pages.
     """
-    write_papers(records(), load_checks(), out)
+    write_papers(records(), load_checks(), out, SITE)
     return out / PAPERS_FOLDER

@@ -38,7 +38,10 @@ class Drawn(NamedTuple):
 
 
 def write_papers(
-    records: Mapping[str, dict[str, Any]], checks: Iterable[Check], out: Path
+    records: Mapping[str, dict[str, Any]],
+    checks: Iterable[Check],
+    out: Path,
+    further: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes one page a paper, and its figures as PNG and SVG below ``papers/figures``.
 
@@ -49,6 +52,7 @@ def write_papers(
       records: of ``merge_checks``; those of no paper here are left out.
       checks: the catalogue; what no record is of is shown as not run.
       out: the folder of the results; where it has a report.html, the pages link to it.
+      further: addresses of other pages that they link to, as seen from theirs, by title.
 
     Returns:
       The pages, in ``out/papers``.
@@ -63,13 +67,14 @@ def write_papers(
         for name, record in records.items()
         if name in DRAWINGS and record["verdict"] in FINISHED
     }
-    back = PAGE_NAME if (out / PAGE_NAME).is_file() else None
+    links = {"The report": f"../{PAGE_NAME}"} if (out / PAGE_NAME).is_file() else {}
+    links.update(further or {})
     pages = []
     for name, paper in PAPERS.items():
         own = [i for i in dict.fromkeys([*catalogue, *records]) if paper_of(i) == name]
         entries = [_entry(i, records.get(i), catalogue.get(i)) for i in own]
         path = folder / f"{name}.html"
-        replace_file(path, _render(name, paper, entries, drawn, back).encode())
+        replace_file(path, _render(name, paper, entries, drawn, links).encode())
         pages.append(path)
     return pages
 
@@ -143,7 +148,7 @@ def _render(
     paper: Paper,
     entries: Sequence[dict[str, Any]],
     drawn: Mapping[str, Drawn],
-    back: str | None,
+    links: Mapping[str, str],
 ) -> str:
     text = (files(reproduce) / name / "words.html").read_text(encoding="utf-8")
     return (
@@ -160,6 +165,6 @@ def _render(
             origins=Counter(entry["origin"] for entry in entries),
             remarks=remarks({entry["identifier"]: entry for entry in entries}),
             kinds=KINDS,
-            back=back,
+            links=links,
         )
     )

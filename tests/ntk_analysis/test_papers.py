@@ -145,8 +145,9 @@ def test_link_to_the_report_where_there_is_one(tmp_path):
     write_papers({}, CATALOGUE, tmp_path)
     assert "report.html" not in page(tmp_path).html
     (tmp_path / "report.html").touch()
-    write_papers({}, CATALOGUE, tmp_path)
-    assert '<a href="../report.html">' in page(tmp_path).html
+    write_papers({}, CATALOGUE, tmp_path, {"A <site>": "../index.html"})
+    assert page(tmp_path).addresses[:2] == ["../report.html", "../index.html"]
+    assert "A &lt;site&gt;" in page(tmp_path).html
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,10 @@ def reproduce(
     """
     # the checks pull in all of the analysis, which the other commands need not wait for
     from ntk_analysis.report.comparison import HERE, Source, merge_checks, newest_seconds
-    from ntk_analysis.report.papers import FOLDER, find_paper, paper_of
-    from ntk_analysis.report.papers.pages import DRAWINGS, write_papers
-    from ntk_analysis.reproduce import find_checks, load_checks
+    from ntk_analysis.report.page import PAPERS_FOLDER
+    from ntk_analysis.report.papers import write_papers
+    from ntk_analysis.reproduce import find_checks, find_paper, load_checks, paper_of
+    from ntk_analysis.reproduce.drawings import DRAWINGS
     from ntk_analysis.reproduce.runner import run_checks
     from ntk_analysis.reproduce.tables import check_table, remarks, result_table
 
@@ -109,7 +110,7 @@ def reproduce(
         counts = {v: result.with_verdict(v) for v in ("passed", "failed", "skipped", "error")}
         summary = ", ".join(f"{len(names)} {verdict}" for verdict, names in counts.items() if names)
         output.print(
-            f"{summary}; wrote {FILE_NAME} to {out}, and one page a paper to {out / FOLDER}"
+            f"{summary}; wrote {FILE_NAME} to {out}, and one page a paper to {out / PAPERS_FOLDER}"
         )
     wrong = [*counts["failed"], *counts["error"]]
     if wrong:

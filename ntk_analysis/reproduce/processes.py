@@ -58,6 +58,7 @@ def in_turn(
         # in no more than this process's own time: what they do is no longer wanted
         for child in multiprocessing.active_children():
             child.kill()
+            child.join()
 
 
 def _alone(check: Check, run: Run) -> dict[str, Any]:

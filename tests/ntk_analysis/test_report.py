@@ -31,10 +31,9 @@ from ntk_analysis.report.comparison import (
     side_by_side,
 )
 from ntk_analysis.report.page import number, percent
-from ntk_analysis.report.papers import PAPERS
 from ntk_analysis.report.settings import ReportSettings as Settings
 from ntk_analysis.report.verdict import _check_sentence, answer, isotropy_class
-from ntk_analysis.reproduce import load_checks
+from ntk_analysis.reproduce import PAPERS, load_checks
 from ntk_analysis.reproduce.runner import fingerprint
 from ntk_analysis.results import CHECKS, digests
 from ntk_analysis.settings import DynamicsSettings

@@ -4,58 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from ntk_analysis import palette
+from ntk_analysis import frame, palette, reproduce
 from ntk_analysis.files import replace_file, save_figure
 from ntk_analysis.report.comparison import NOT_RUN, counted, remarks
-from ntk_analysis.report.page import PAGE_NAME, templates
-from ntk_analysis.report.papers import (
-    FOLDER,
-    PAPERS,
-    Paper,
-    bernacchia,
-    frame,
-    karakida_osawa,
-    kerekes_large,
-    kerekes_small,
-    natgrad,
-    natgrad_frontier,
-    natgrad_training,
-    natgrad_transfer,
-    paper_of,
-    van_oostrum,
-)
-from ntk_analysis.reproduce import Check
+from ntk_analysis.report.page import PAGE_NAME, PAPERS_FOLDER, templates
+from ntk_analysis.reproduce import PAPERS, Check, Paper, paper_of
+from ntk_analysis.reproduce.drawings import DRAWINGS, Drawing
 from ntk_analysis.reproduce.registry import KINDS
 from ntk_analysis.reproduce.runner import FINISHED
 from ntk_analysis.results import content_hash
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Drawing = Callable[[dict[str, Any]], "Figure"]
-
-DRAWINGS: dict[str, Drawing] = {
-    **karakida_osawa.DRAWINGS,
-    **bernacchia.DRAWINGS,
-    **kerekes_small.DRAWINGS,
-    **kerekes_large.DRAWINGS,
-    **van_oostrum.DRAWINGS,
-    **natgrad.DRAWINGS,
-    **natgrad_frontier.DRAWINGS,
-    **natgrad_training.DRAWINGS,
-    **natgrad_transfer.DRAWINGS,
-}
-"""How the figure of a check is drawn from its data, by identifier."""
-
-_TEMPLATE = "papers/page.html"
+_TEMPLATE = "paper.html"
 
 
 class Drawn(NamedTuple):
@@ -94,7 +61,7 @@ def write_papers(
       OSError: the folder cannot be written to.
     """
     catalogue = {check.identifier: check for check in checks}
-    folder = out / FOLDER
+    folder = out / PAPERS_FOLDER
     drawn = {
         name: draw(name, DRAWINGS[name], record.get("data", {}), folder / "figures")
         for name, record in records.items()
@@ -183,7 +150,7 @@ def _render(
     drawn: Mapping[str, Drawn],
     links: Mapping[str, str],
 ) -> str:
-    text = (files(__package__) / f"{name}.html").read_text(encoding="utf-8")
+    text = (files(reproduce) / name / "words.html").read_text(encoding="utf-8")
     return (
         templates()
         .get_template(_TEMPLATE)

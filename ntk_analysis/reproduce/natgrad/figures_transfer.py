@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntk_analysis.report.papers.frame import INKS, Ink, panels
+from ntk_analysis.frame import INKS, Ink, panels
+from ntk_analysis.reproduce.drawings import draws
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _KINDS = {"standard": "standard", "mup": "muP"}  # the last one stands at the bottom
 
 
+@draws("NG-MuP-Transfer")
 def draw_transfer(data: dict[str, Any]) -> Figure:
     """Loss against rate and damping, a curve a width, a row a parametrisation."""
     rows = data["panels"]
@@ -72,7 +73,3 @@ def _draw_sweep(axis: Axes, sweep: dict[str, Any], inks: dict[int, Ink]) -> None
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.tick_params(labelsize="x-small")
-
-
-DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {"NG-MuP-Transfer": draw_transfer}
-"""How the figure of a check is drawn, by identifier."""

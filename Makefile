@@ -29,8 +29,9 @@ PYTEST_ARGS ?=
 PEERS_ARGS ?=
 
 # most programs of the suite run once, on a few numbers: optimising them was half of its time.
-# test-steps, test-jax, test-jax11, test-slow and bench-check compile as users do
-COMPILED_QUICKLY = XLA_FLAGS="$$($(BIN)/python tests/quick_flags.py)"
+# test-steps, the steps of test-jax, test-jax11 and test-slow compile as users do.
+# $(call compiled_quickly,PYTHON): the flags for the JAX of this Python
+compiled_quickly = XLA_FLAGS="$$($(1) tests/quick_flags.py)"
 
 # $(call find_python,MINOR,COMMANDS): prints the first of the commands that runs as Python >= 3.MINOR.
 # They are run, not only looked up: the shims of version managers are on PATH for absent versions.
@@ -58,11 +59,14 @@ leaderboard: .venv/.run ## optimizers against frozen targets: leaderboard/leader
 
 .PHONY: test
 test: .venv/.dev ## the test suite, without the slow tests
-	$(COMPILED_QUICKLY) $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(PYTEST_ARGS)
+	$(call compiled_quickly,$(BIN)/python) \
+	  $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(PYTEST_ARGS)
+
+STEPS := tests/natgrad_flax/optimizer/test_golden_steps.py
 
 .PHONY: test-steps
 test-steps: .venv/.dev ## forty steps of every structure beside stored values, compiled as users do on this JAX
-	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" tests/natgrad_flax/optimizer/test_golden_steps.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(STEPS) $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: .venv/.dev ## the tests at the sizes of the papers; minutes each
@@ -79,7 +83,9 @@ test-jax: .venv/.dev ## the tests of models, structures and kernels on Python >=
 .PHONY: test-jax-found
 test-jax-found: .venv-jax/.dev
 	@$(BIN_JAX)/python -c 'import platform, jax; print("Python", platform.python_version(), "JAX", jax.__version__)'
-	$(BIN_JAX)/python -m pytest $(IN_PARALLEL) -m "not slow" $(JAX_TESTS) $(PYTEST_ARGS)
+	$(BIN_JAX)/python -m pytest $(IN_PARALLEL) -m "not slow" $(STEPS) $(PYTEST_ARGS)
+	$(call compiled_quickly,$(BIN_JAX)/python) \
+	  $(BIN_JAX)/python -m pytest $(IN_PARALLEL) -m "not slow" $(JAX_TESTS) $(PYTEST_ARGS)
 
 # the part of the suite that a release of JAX can break through neural-tangents
 KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py infinite_width.py analytic.py)
@@ -89,7 +95,7 @@ KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py infinit
 # the forty steps, of benchmarks what XLA says of a compiled step
 JAX_TESTS := tests/natgrad_flax $(addprefix --ignore=tests/natgrad_flax/, \
 	costs/test_describe.py costs/test_programs.py test_geometry.py test_renamed.py losses \
-	$(addprefix optimizer/test_, checks.py averages_bad_input.py) \
+	$(addprefix optimizer/test_, checks.py averages_bad_input.py golden_steps.py) \
 	$(addprefix structures/test_, ekfac.py identities.py paper_settings.py structures.py \
 	weight_sharing.py) \
 	$(addprefix linear/test_, deep_linear.py diagonal_network.py logistic.py \
@@ -135,8 +141,8 @@ bench-site: .venv/.bench ## all asv results as a web page: .asv/html, and `asv p
 
 .PHONY: bench-check
 bench-check: .venv/.bench ## every suite of this working tree at its smallest size, nothing kept
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/asv check --python=same
-	@machine=$$($(BIN)/python -m benchmarks.machine); set -x; NATGRAD_BENCH_PROFILE=smoke \
+	@machine=$$($(BIN)/python -m benchmarks.machine); set -x; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(call compiled_quickly,$(BIN)/python) NATGRAD_BENCH_PROFILE=smoke \
 	  $(BIN)/asv run --machine "$$machine" --python=same --quick --dry-run --show-stderr
 
 .PHONY: peers

@@ -10,9 +10,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-# before the first use of JAX
+# before the first use of JAX; behind the flags of the tests
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0"
 )
 
 import jax

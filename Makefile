@@ -29,7 +29,7 @@ PYTEST_ARGS ?=
 PEERS_ARGS ?=
 
 # most programs of the suite run once, on a few numbers: optimising them was half of its time.
-# test-steps, the steps of test-jax, test-jax11 and test-slow compile as users do.
+# Forty steps of every structure are compiled as users do (`AS_USERS`); test-jax11 and test-slow are.
 # $(call compiled_quickly,PYTHON): the flags for the JAX of this Python
 compiled_quickly = XLA_FLAGS="$$($(1) tests/quick_flags.py)"
 
@@ -62,12 +62,6 @@ test: .venv/.dev ## the test suite, without the slow tests
 	$(call compiled_quickly,$(BIN)/python) \
 	  $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
-STEPS := tests/natgrad_flax/optimizer/test_golden_steps.py
-
-.PHONY: test-steps
-test-steps: .venv/.dev ## forty steps of every structure beside stored values, compiled as users do on this JAX
-	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" $(STEPS) $(PYTEST_ARGS)
-
 .PHONY: test-slow
 test-slow: .venv/.dev ## the tests at the sizes of the papers; minutes each
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
@@ -83,7 +77,6 @@ test-jax: .venv/.dev ## the tests of models, structures and kernels on Python >=
 .PHONY: test-jax-found
 test-jax-found: .venv-jax/.dev
 	@$(BIN_JAX)/python -c 'import platform, jax; print("Python", platform.python_version(), "JAX", jax.__version__)'
-	$(BIN_JAX)/python -m pytest $(IN_PARALLEL) -m "not slow" $(STEPS) $(PYTEST_ARGS)
 	$(call compiled_quickly,$(BIN_JAX)/python) \
 	  $(BIN_JAX)/python -m pytest $(IN_PARALLEL) -m "not slow" $(JAX_TESTS) $(PYTEST_ARGS)
 
@@ -92,14 +85,16 @@ KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py infinit
 
 # what a release of JAX can break: capture, structures, optimizers, kernels, compiled steps. The rest
 # works on NumPy, files and text, or on JAX in the same way as these: of structures the battery and
-# the forty steps, of benchmarks what XLA says of a compiled step
-JAX_TESTS := tests/natgrad_flax $(addprefix --ignore=tests/natgrad_flax/, \
-	costs/test_describe.py costs/test_programs.py test_geometry.py test_renamed.py losses \
-	$(addprefix optimizer/test_, checks.py averages_bad_input.py golden_steps.py) \
+# the forty steps, which hold momentum and adaptive damping, of eight devices the steps, of linear
+# models the flows beside their references, of benchmarks what XLA says of a compiled step
+JAX_TESTS := tests/natgrad_flax $(addprefix --ignore=tests/natgrad_flax/, losses \
+	$(addprefix test_, damping.py geometry.py install.py renamed.py) \
+	costs/test_describe.py costs/test_programs.py devices/test_devices_work.py \
+	$(addprefix optimizer/test_, checks.py averages_bad_input.py quadratic_model.py) \
 	$(addprefix structures/test_, ekfac.py identities.py paper_settings.py structures.py \
 	weight_sharing.py) \
-	$(addprefix linear/test_, deep_linear.py diagonal_network.py logistic.py \
-	matrix_factorization.py references.py)) \
+	$(addprefix linear/test_, deep_linear.py deep_linear_descent.py diagonal_network.py logistic.py \
+	matrix_factorization.py)) \
 	$(addprefix tests/benchmarks/test_, memory_benchmark.py kernel_benchmark.py \
 	leaderboard_trial.py) \
 	$(KERNEL_TESTS) $(addprefix tests/ntk_analysis/test_, analytic_coefficient.py kernels.py)

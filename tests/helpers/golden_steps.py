@@ -12,13 +12,14 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from battery import STRUCTURES
+from battery import AS_USERS, STRUCTURES
 from flax import nnx
 
 import natgrad_flax as ng
@@ -332,7 +333,7 @@ def descend(cell: str, nudge: float = 0.0) -> dict[str, list[float]]:
         moved = jax.tree.map(jnp.add, params, updates)
         return (moved, state), objective(params, xs[0], ys[0])
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=AS_USERS)
     def run(params: Any) -> tuple[Any, jax.Array]:
         (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(STEPS))
         return params, losses

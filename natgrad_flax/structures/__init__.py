@@ -14,6 +14,9 @@ from natgrad_flax.structures.layer_wise import (
     LayerWise,
     SingularCouplingWarning,
 )
+from natgrad_flax.structures.low_rank_units import LowRankUnits
+from natgrad_flax.structures.mini_block import MiniBlock
+from natgrad_flax.structures.nystroem import Nystroem
 from natgrad_flax.structures.quasi_diagonal import QuasiDiagonal
 from natgrad_flax.structures.shampoo import Shampoo
 from natgrad_flax.structures.style import Style, styled
@@ -34,6 +37,9 @@ STRUCTURES: tuple[type[Structure], ...] = (
     UnitBlocks,
     Shampoo,
     KFOC,
+    LowRankUnits,
+    Nystroem,
+    MiniBlock,
 )
 """Every approximation of the Fisher, in the order of tables; a new one is a line more here."""
 
@@ -55,7 +61,10 @@ __all__ = [
     "Geometry",
     "IsotropyWarning",
     "LayerWise",
+    "LowRankUnits",
+    "MiniBlock",
     "Moments",
+    "Nystroem",
     "QuasiDiagonal",
     "Shampoo",
     "SingularCouplingWarning",

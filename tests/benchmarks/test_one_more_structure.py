@@ -233,6 +233,9 @@ def test_tables_of_today():
         "UnitBlocks": ("Unit blocks", "#C2185B", ">"),
         "Shampoo": ("Shampoo", "#7A9A01", "d"),
         "KFOC": ("KFOC", "#3B3BB3", "8"),
+        "LowRankUnits": ("Low-rank units", "#FF8FA3", "H"),
+        "Nystroem": ("Nystroem", "#B39DDB", "x"),
+        "MiniBlock": ("Mini-block", "#00B8A9", "+"),
     }
 
 

@@ -45,6 +45,10 @@ STRUCTURES: dict[str, Callable[[int, str], ng.Structure]] = {
     "unit-blocks": lambda depth, space: ng.UnitBlocks(3),
     "shampoo": lambda depth, space: ng.Shampoo(0.25),
     "kfoc": lambda depth, space: ng.KFOC(200),
+    "low-rank-units": lambda depth, space: ng.LowRankUnits(2),
+    "nystroem": lambda depth, space: ng.Nystroem(7, seed=3),
+    "mini-block": lambda depth, space: ng.MiniBlock("inputs"),
+    "mini-block-units": lambda depth, space: ng.MiniBlock("units"),
 }
 """By name: from the number of layers and a space ("auto", "sample", "parameter") to the structure.
 

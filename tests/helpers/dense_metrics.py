@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import natgrad_flax as ng
@@ -84,6 +86,10 @@ def metric(structure: ng.Structure, layers: list[DenseLayer], damping) -> np.nda
         if isinstance(structure, ng.LayerWise):
             sigma = structure.coupling(len(layers))
         return sigma[owner][:, owner] * (rows.T @ rows) / n + np.diag(rhos[owner])
+    if isinstance(structure, ng.Nystroem):
+        return _in_random_directions(structure, layers) + rhos[0] * np.eye(
+            sum(layer.rows.shape[1] for layer in layers)
+        )
     last = max((i for i, layer in enumerate(layers) if layer.inputs is not None), default=-1)
     blocks = [
         _block(structure, layer, rho, index == 0, index == last)
@@ -97,6 +103,16 @@ def metric(structure: ng.Structure, layers: list[DenseLayer], damping) -> np.nda
     return out
 
 
+def _in_random_directions(structure, layers):
+    """F Omega (Omega^T F Omega)^+ Omega^T F."""
+    rows = np.concatenate([layer.rows for layer in layers], axis=1)
+    fisher, keys = rows.T @ rows / len(layers[0].jacobian), jax.random.key(structure.seed)
+    keys = jax.random.split(keys, min(structure.rank, *rows.shape))
+    omega = np.stack([jax.random.normal(key, (len(fisher),), jnp.float64) for key in keys], axis=1)
+    seen = fisher @ omega
+    return seen @ np.linalg.pinv(omega.T @ seen, rcond=1e-12, hermitian=True) @ seen.T
+
+
 def _block(structure, layer, rho, first, last):
     rows = layer.rows
     fisher, eye = rows.T @ rows / len(layer.jacobian), np.eye(rows.shape[1])
@@ -107,6 +123,8 @@ def _block(structure, layer, rho, first, last):
         return _one_factor(structure, layer, rho)
     if layer.inputs is not None and isinstance(structure, ng.Shampoo):
         return _moments(structure, layer, rho)
+    if layer.inputs is not None and isinstance(structure, ng.MiniBlock):
+        return _mean_block(structure, layer, rho)
     if layer.inputs is not None and isinstance(structure, ng.KFOC):
         return _nearest(layer, rho)
     if layer.inputs is not None and isinstance(structure, ng.EKFAC):
@@ -119,7 +137,9 @@ def _block(structure, layer, rho, first, last):
     same = layer.units[:, None] == layer.units
     if isinstance(structure, ng.QuasiDiagonal):
         return _quasi_diagonal(fisher + of_block * eye, layer)
-    if isinstance(structure, ng.Shampoo | ng.KFOC):
+    if isinstance(structure, ng.LowRankUnits):
+        return _largest(structure.rank, same * fisher, layer.units) + of_block * eye
+    if isinstance(structure, ng.Shampoo | ng.KFOC | ng.MiniBlock):
         return same * fisher + of_block * eye
     if isinstance(structure, ng.UnitBlocks):
         _, _, fan_in, units = layer.jacobian.shape
@@ -128,6 +148,30 @@ def _block(structure, layer, rho, first, last):
         return same * fisher + of_block * eye
     assert isinstance(structure, ng.UnitWise | ng.KFAC | ng.EKFAC | ng.Foof)
     return same * fisher + of_block * eye
+
+
+def _largest(rank, blocks, units):
+    """The largest eigenvalues of the block of each unit."""
+    out = np.zeros_like(blocks)
+    for unit in range(units.max() + 1):
+        own = np.ix_(*[np.flatnonzero(units == unit)] * 2)
+        values, vectors = np.linalg.eigh(blocks[own])
+        out[own] = (vectors[:, -rank:] * values[-rank:]) @ vectors[:, -rank:].T
+    return out
+
+
+def _mean_block(structure, layer, rho):
+    """The mean over units, or over inputs, of the blocks between parameters that share it."""
+    n, fan_in, blocks = len(layer.jacobian), layer.inputs.shape[3], []
+    for rows in _by_groups(layer):
+        units = rows.shape[2]
+        if structure.side == "inputs":
+            block = sum(rows[:, :, m].T @ rows[:, :, m] for m in range(units)) / (n * units)
+            blocks.append(np.kron(block + rho * np.eye(fan_in), np.eye(units)))
+        else:
+            block = sum(rows[:, k].T @ rows[:, k] for k in range(fan_in)) / (n * fan_in)
+            blocks.append(np.kron(np.eye(fan_in), block + rho * np.eye(units)))
+    return _over_groups(blocks, fan_in)
 
 
 def _quasi_diagonal(full, layer):

@@ -132,6 +132,9 @@ def compare_solves():
             ("unit-blocks", 0.1, vector),
             ("shampoo", 0.1, vector),
             ("kfoc", 0.1, vector),
+            ("low-rank-units", 0.1, vector),
+            ("nystroem", 0.1, vector),
+            ("mini-block", 0.1, vector),
         ):
             structure = STRUCTURES[name](len(layers), "auto")
             many = devices.Sharded(structure, mesh)

@@ -41,6 +41,7 @@ from ntk_analysis.reproduce.natgrad import (
     frontier,
     frontier_batches,
     frontier_blocks,
+    frontier_mini_block,
     frontier_weights,
     limits,
     sharing,
@@ -334,6 +335,12 @@ FAULTS = {
         frontier_blocks,
         "UnitBlocks",
         lambda right: lambda size: right(size // 2),
+    ),
+    "NG-Frontier-MiniBlock": Fault(
+        "the outgoing weights",
+        frontier_mini_block,
+        "MiniBlock",
+        lambda right: lambda side: right("units"),
     ),
     "NG-Width-Kink": Fault("a step one per cent short", width, "natural_gradient", times(0.99)),
     "NG-Drift-Width": Fault(

@@ -269,3 +269,20 @@ def test_figures_of_the_drift():
     losses, cka = figure.axes
     assert [list(line.get_ydata()) for line in losses.lines] == [[0.5, 0.3]] * 3
     assert [list(line.get_ydata()) for line in cka.lines] == [[0.9, 0.8]] * 3
+
+
+def test_figure_of_the_transfer_over_widths():
+    """A curve a width, and its smallest loss; what diverged is left out."""
+    losses = [[0.5, 0.2, None], [0.4, 0.1, 0.3]]
+    sweep = {"what": "rate", "grid": [0.5, 1, 2], "widths": [64, 256], "losses": losses}
+    panels = {kind: {"SGD": sweep, "Shampoo": sweep} for kind in ("standard", "mup")}
+    data = {"panels": panels, "dampings": dict.fromkeys(panels, sweep), "steps": 3}
+    figure = DRAWINGS["NG-MuP-Transfer"](data)
+    assert len(figure.axes) == 6
+    for axis in figure.axes:
+        narrow, best, wide, other = (list(line.get_ydata()) for line in axis.lines)
+        assert narrow[:2] == [0.5, 0.2]
+        assert np.isnan(narrow[2])
+        assert (best, wide, other) == ([0.2], [0.4, 0.1, 0.3], [0.1])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["M = 64", "M = 256"]

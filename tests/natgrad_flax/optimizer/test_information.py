@@ -46,6 +46,7 @@ STRUCTURES = {
     "foof": ng.Foof("inputs"),
     "unit-wise": ng.UnitWise(),
     "unit-blocks": ng.UnitBlocks(2),
+    "low-rank-units": ng.LowRankUnits(2),
     "diagonal": ng.Diagonal(),
     "quasi-diagonal": ng.QuasiDiagonal(),
 }

@@ -35,7 +35,15 @@ NETWORKS = {
 }
 COUPLED = ("block-tri-diagonal", "layer-wise", "layer-wise-indefinite")
 # what they do is the same for all dampings and kinds of layers
-ONE_WAY = ("unit-blocks", "kfoc", "shampoo")
+ONE_WAY = (
+    "unit-blocks",
+    "kfoc",
+    "shampoo",
+    "low-rank-units",
+    "nystroem",
+    "mini-block",
+    "mini-block-units",
+)
 SPACELESS = ("ekfac", "ekfac-reduce", "diagonal", "quasi-diagonal", *ONE_WAY)
 # the code of half of K-FAC, by either factor
 HALVES = ("foof", "foof-units")
@@ -55,6 +63,9 @@ def differs(name, which, _, damping):
         return which == "mixed" and damping == ("each" if name in SPACELESS else "number")
     if name in HALVES:
         return (name == "foof-units") == (which == "mixed" and damping != "each")
+    if name == "nystroem":
+        # one damping for all layers
+        return (which, damping) in (("mixed", "number"), ("dense", "zero"))
     if name in ONE_WAY:
         return (which, damping) in (("mixed", "each"), ("dense", "zero"))
     if name == "kfac-literal-pi" and which == "mixed":
@@ -88,7 +99,7 @@ def scale_of(structure, layers):
     """``Structure.damping_scale`` by its definition: means of diagonals of Gram matrices over N."""
     n = len(layers[0].jacobian)
     norms = np.asarray([np.mean(np.sum(layer.rows**2, axis=1)) / n for layer in layers])
-    if isinstance(structure, ng.Exact):
+    if isinstance(structure, ng.Exact | ng.Nystroem):
         return norms.sum()
     if isinstance(structure, ng.BlockDiagonal):
         return norms

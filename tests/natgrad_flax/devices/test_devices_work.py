@@ -15,7 +15,7 @@ def eight(tmp_path_factory):
 
 
 def test_every_kind_of_layer_is_solved_as_by_one_device(eight):
-    assert len(eight["solves"]) == 14
+    assert len(eight["solves"]) == 17
     assert max(eight["solves"].values()) < 1e-9, eight["solves"]
 
 

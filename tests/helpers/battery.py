@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import jaxlib.version
 import numpy as np
 
 import natgrad_flax as ng
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Options of programs that run once: compiling is what costs."""
+
+AS_USERS = {"xla_backend_optimization_level": 3}
+"""Options that take back the flags of `make test`."""
+if jaxlib.version.__version__.startswith("0.10."):
+    AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
 def coupling(depth: int, *, definite: bool = True) -> np.ndarray:

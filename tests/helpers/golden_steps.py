@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from battery import QUICK, STRUCTURES
+from battery import AS_USERS, STRUCTURES
 from flax import nnx
 
 import natgrad_flax as ng
@@ -333,7 +333,7 @@ def descend(cell: str, nudge: float = 0.0) -> dict[str, list[float]]:
         moved = jax.tree.map(jnp.add, params, updates)
         return (moved, state), objective(params, xs[0], ys[0])
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @partial(jax.jit, compiler_options=AS_USERS)
     def run(params: Any) -> tuple[Any, jax.Array]:
         (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(STEPS))
         return params, losses

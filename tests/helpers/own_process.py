@@ -39,3 +39,9 @@ def found_by(script: Path, folder: Path, *arguments: str, folders: Iterable[Path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(found.read_text(encoding="utf-8"))
+
+
+def on_eight_devices(folder: Path, *sections: str) -> Any:
+    """What these sections of ``device_checks.py`` found, with its file in a folder."""
+    script = Path(__file__).with_name("device_checks.py")
+    return found_by(script, folder, *sections, folders=(script.parents[2],))

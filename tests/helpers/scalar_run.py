@@ -16,9 +16,10 @@ import sys
 import warnings
 from pathlib import Path
 
-# before the first use of JAX
+# before the first use of JAX; behind the flags of the tests
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2 "
+    "--xla_backend_optimization_level=0"
 )
 
 import jax

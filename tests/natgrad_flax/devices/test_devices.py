@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from own_process import found_by
+from own_process import on_eight_devices
 
 import natgrad_flax as ng
 from natgrad_flax import devices
@@ -24,19 +23,14 @@ LOSS = ng.MeanSquaredError()
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """What ``device_checks.py`` found on eight devices."""
-    script = Path(__file__).parents[2] / "helpers" / "device_checks.py"
-    return found_by(script, tmp_path_factory.mktemp("devices"), folders=(script.parents[2],))
+    sections = ("structures", "conv", "traced", "optimizers", "calls", "solve", "refusals")
+    return on_eight_devices(tmp_path_factory.mktemp("devices"), *sections)
 
 
 def test_every_structure_gives_the_step_of_one_device(eight):
     assert len(eight["structures"]) == 11
     assert len(eight["conv"]["errors"]) == 4
     assert max(eight["structures"].values()) < 1e-5, eight["structures"]
-
-
-def test_every_kind_of_layer_is_solved_as_by_one_device(eight):
-    assert len(eight["solves"]) == 14
-    assert max(eight["solves"].values()) < 1e-9, eight["solves"]
 
 
 def test_channels_sharded_over_the_other_axis_of_the_mesh(eight):
@@ -53,27 +47,9 @@ def test_the_optimizer_steps_on_a_batch_that_lies_on_the_mesh(eight):
     assert max(eight["optimizers"].values()) < 1e-5, eight["optimizers"]
 
 
-def test_a_device_does_its_share_of_the_work_and_no_more(eight):
-    flops = {name: found["flops"] for name, found in eight["flops"].items()}
-    assert len(flops) == 6
-    # of small arrays, the elementwise work of all devices counts, too
-    assert max(flops.pop("K-FAC"), flops.pop("EKFAC")) < 1.25
-    # less than 1, too: of a Gram matrix the ring computes one half
-    assert max(flops.values()) < 1.1, flops
-    memory = {name: found["memory"] for name, found in eight["flops"].items()}
-    assert memory["exact"] < 0.25, "rows of the Gram matrix must stay sharded"
-    assert "collective-permute" in eight["flops"]["exact"]["collectives"]
-    assert "all-reduce" in eight["flops"]["diagonal"]["collectives"]
-
-
 def test_a_task_that_is_dealt_out_runs_on_one_device_only(eight):
     assert eight["calls"]["calls"] == [1] * 10
     assert eight["calls"]["results"] == [1.0 + number for number in range(10)]
-
-
-def test_cubic_operations_that_need_each_other_are_dealt_out_one_after_the_other(eight):
-    assert eight["chains"]["flops"] < 1.25
-    assert eight["chains"]["error"] < 1e-6
 
 
 def test_tasks_are_balanced_by_their_cost():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 import pytest
+from battery import AS_USERS
 from flax import nnx
 from jax._src import xla_bridge
 
@@ -16,11 +17,6 @@ from natgrad_flax.xla.compiler import (
     avoid_faulty_fusions,
     flags_of_others,
 )
-
-AS_USERS = {"xla_backend_optimization_level": 3}
-"""How a program is compiled without the flags of `make test`."""
-if jaxlib.version.__version__.startswith("0.10."):
-    AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
 class Normalised(nnx.Module):

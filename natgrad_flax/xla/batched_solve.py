@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jax.custom_batching import sequential_vmap
 
 _LANES = 32  # units on the minor axis: enough for XLA CPU to vectorise, not to unroll
 _BLOCK = 16  # rows of a tile, and products in a kernel: LLVM gives up vectorising beyond about 45
+_STORE = 6 << 20  # bytes of the factors of a chunk
 
 
 class ScaledGram(NamedTuple):
@@ -56,15 +58,15 @@ def solve_scaled_grams(
     block on XLA's intra-op pool, so that two independent ones can deadlock. Elsewhere it is a
     vmapped Cholesky factorisation.
 
-    Cost: about ``M N^3 / 3`` flops plus ``O(M N^2 K)`` for column blocks of K ~ max(10, N / 8);
-    memory ``chunk_size N^2`` numbers plus copies of the inputs. On CPU the program is unrolled:
-    compile time grows with N (meant for N <= 200), so all Gram matrices share one. Under ``vmap``
-    it runs one by one; derivatives solve with the same matrices.
+    Cost: about ``M N^3 / 3`` flops plus ``O(M N^2 K)`` for tiles of K <= 16 rows; memory half of
+    ``chunk_size N^2`` numbers plus copies of the inputs. The program does not grow with N or with
+    the number of Gram matrices. Under ``vmap`` it runs one by one; derivatives solve with the same
+    matrices.
 
     Args:
         systems: Gram matrices with M units each; M may differ.
-        chunk_size: Units solved at once (default 64 on CPU, where a chunk should stay in the
-            cache, and 1024 elsewhere).
+        chunk_size: Units solved at once (default 64 to 288 on CPU, where the factors of a chunk
+            should stay in the cache, and 1024 elsewhere).
 
     Returns:
         v, (N, M), for each. NaN for units whose matrix is not numerically positive definite.
@@ -120,8 +122,10 @@ def _solve_in_chunks(systems: list[ScaledGram], *, chunk_size: int | None) -> li
     count = -(-n // _BLOCK)
     k = -(-n // count)
     sizes = [-(-system.rhs.shape[1] // lanes) for system in systems]
-    # many share the price of a step of the loops over tiles; large factors need that less
-    few = 4 if n <= 256 else 2
+    shape = count * (count + 1) // 2, k, k, lanes
+    dtype = systems[0].rhs.dtype
+    # many share the price of a step of the loops over tiles, as far as the cache holds them
+    few = min(8, max(2, _STORE // (math.prod(shape) * dtype.itemsize)))
     wanted = [few, few + 1] if chunk_size is None else [max(1, chunk_size // lanes)]
     groups = min(sum(sizes), min(wanted, key=lambda size: -sum(sizes) % size))
     spare, padding = -sum(sizes) % groups, count * k - n
@@ -139,7 +143,7 @@ def _solve_in_chunks(systems: list[ScaledGram], *, chunk_size: int | None) -> li
     gram = jnp.pad(jnp.stack(grams), ((0, 0), (0, padding), (0, padding)))
     gram = gram.reshape(-1, count, k, count, k).swapaxes(2, 3)
     owner = np.append(np.repeat(np.arange(len(systems)), sizes), np.zeros(spare, int))
-    store = jnp.zeros((count * (count + 1) // 2, groups, k, k, lanes), gram.dtype)
+    store = jnp.zeros((shape[0], groups, *shape[1:]), dtype)
     _, out = lax.scan(
         lambda store, x: _solve_chunk(store, gram[x[0]], *x[1:]),
         store,

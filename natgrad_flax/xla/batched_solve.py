@@ -231,11 +231,11 @@ def _solve_chunk(
     count = n // k
     number = [i * (i + 1) // 2 for i in range(count)]
     places = [(i, p, number[i], number[p]) for p in range(count) for i in range(p, count)]
-    store, _ = lax.scan(factorise, store, np.array(places, np.uint32))
+    store, _ = lax.scan(factorise, store, jnp.asarray(places, np.uint32))
     down = [(p, q, number[p] + q) for p in range(count) for q in range(p + 1)]
     up = [(p, q, number[q] + p) for p in range(count)[::-1] for q in range(p, count)[::-1]]
-    v, _ = lax.scan(partial(substitute, column), rhs, np.array(down, np.uint32))
-    v, _ = lax.scan(partial(substitute, row), v, np.array(up, np.uint32))
+    v, _ = lax.scan(partial(substitute, column), rhs, jnp.asarray(down, np.uint32))
+    v, _ = lax.scan(partial(substitute, row), v, jnp.asarray(up, np.uint32))
     return store, v
 
 

@@ -27,6 +27,10 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $
 IN_PARALLEL := -n $(WORKERS) --dist worksteal
 PYTEST_ARGS ?=
 PEERS_ARGS ?=
+# of the suites: how many commits, further arguments of asv (-b Isotropy), what the page shows
+COMMITS ?= 1
+RESULTS ?= results/asv
+BENCH_ARGS ?=
 
 # most programs of the suite run once, on a few numbers: optimising them was half of its time.
 # test-steps, test-jax, test-jax11, test-slow and bench-check compile as users do
@@ -122,16 +126,22 @@ format: .venv/.dev ## sorts imports and formats
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: .venv/.bench ## the asv suite on the last commit, within 10 minutes (NATGRAD_BENCH_PROFILE: another size)
+bench: .venv/.bench ## the asv suite on the last commit, or on the last COMMITS, within 10 minutes each (NATGRAD_BENCH_PROFILE: another size)
 	@machine=$$($(BIN)/python -m benchmarks.machine); set -x; \
+	git rev-list --first-parent -n $(COMMITS) HEAD | \
 	PATH="$(CURDIR)/$(BIN):$$PATH" NATGRAD_BENCH_MACHINE="$$machine" \
-	  $(BIN)/asv run --machine "$$machine" --show-stderr HEAD^!
+	  $(BIN)/asv run --machine "$$machine" --show-stderr $(BENCH_ARGS) HASHFILE:-
+
+.PHONY: bench-keep
+bench-keep: .venv/.bench ## the same, and puts what this machine has measured into results/asv, to be committed
+	@failed=0; $(MAKE) bench || failed=$$?; \
+	mkdir -p results/asv; \
+	cp -R ".asv/results/$$($(BIN)/python -m benchmarks.machine)" .asv/results/benchmarks.json results/asv/; \
+	exit $$failed # of asv: 2 where a suite failed on one of the commits
 
 .PHONY: bench-site
-bench-site: .venv/.bench ## all asv results as a web page: .asv/html, and `asv preview` serves it
-	@machine=$$($(BIN)/python -m benchmarks.machine); set -x; \
-	$(BIN)/asv run --machine "$$machine" --python=same --bench just-discover
-	$(BIN)/asv publish
+bench-site: .venv/.bench ## the results in results/asv, or in RESULTS, as a page that needs no network: .asv/html/index.html
+	$(BIN)/python -m benchmarks.asv_site --results $(RESULTS) --out .asv/html
 
 .PHONY: bench-check
 bench-check: .venv/.bench ## every suite of this working tree at its smallest size, nothing kept
@@ -148,7 +158,7 @@ gpu: .venv/.gpu ## on a machine with a GPU: the figures, steps and suites that c
 	$(BIN)/python -m benchmarks.gpu
 
 .PHONY: docs
-docs: .venv/.docs ## the documentation as a folder that a browser opens without a network: site/index.html
+docs: .venv/.docs .venv/.bench ## the documentation as a folder that a browser opens without a network: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .PHONY: dist

@@ -75,6 +75,8 @@ def register(path: Path | None = None) -> str:
     defaults = Machine.get_defaults()
     record = defaults | {
         "machine": name,
+        # without its release, which would begin a history of its own with every update
+        "os": platform.system(),
         "cpu": f"{processor()}; JAX runs on {device()}",
         "num_cpu": str(cores()),
         "ram": f"{int(defaults['ram']) / 2**30:.0f} GiB",

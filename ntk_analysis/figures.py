@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ntk_analysis.files import save_figure
+from ntk_analysis.frame import NARROW, sheet
 from ntk_analysis.palette import STYLES, tint
-from ntk_analysis.tables import setting_sentence
+from ntk_analysis.tables import method_label, setting_sentence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _FLOOR = 1e-10
 _SAME_CURVE = 0.02  # in decades
@@ -25,7 +25,7 @@ _MARKER_SIZES = (11.0, 6.5)  # from the first method, drawn at the bottom, to th
 
 
 def draw_dynamics(
-    document: dict[str, Any], records: Sequence[dict[str, Any]], out: Path
+    document: dict[str, Any], records: Sequence[dict[str, Any]], out: Path, narrow: bool = False
 ) -> list[Path]:
     """Draws all figures of ``natgrad dynamics``, as PNG and SVG.
 
@@ -33,6 +33,7 @@ def draw_dynamics(
       document: what results.json holds.
       records: the methods to show.
       out: the folder.
+      narrow: for a narrow screen, as SVG alone: training losses, in ``loss`` a panel a structure.
 
     Returns:
       The files: ``loss`` with every structure at its largest learning rate, and
@@ -44,28 +45,27 @@ def draw_dynamics(
         if record["factor"] > other["factor"]:
             largest[record["structure"]] = record
     title = "Natural-gradient training: network beside kernel theory"
-    files = _draw(document, list(largest.values()), out / "loss", title)
+    top = list(largest.values())
+    if narrow:
+        files = [_draw_each(top, out / "loss.svg")]
+    else:
+        files = _draw(document, top, out / "loss", title)
     several = [name for name in largest if sum(r["structure"] == name for r in records) > 1]
     if several:
         shown = [r for r in records if r["structure"] in ("GradientDescent", *several)]
         shown.sort(key=lambda r: (r["structure"] in several, r["structure"], r["factor"]))
         title = r"Learning rates $\eta = c\,/\,\alpha$; in theory, residual $\propto (1-c)^t$"
-        files += _draw(document, shown, out / "learning_rates", title)
+        if narrow:
+            files.append(_draw_together(shown, out / "learning_rates.svg"))
+        else:
+            files += _draw(document, shown, out / "learning_rates", title)
     return files
 
 
 def _draw(
     document: dict[str, Any], records: Sequence[dict[str, Any]], stem: Path, title: str
 ) -> list[Path]:
-    # these take seconds to import, which other commands should not cost
-    import matplotlib as mpl
-    import seaborn as sns
-    from matplotlib.figure import Figure
-
-    style = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook", font_scale=0.9)}
-    style |= {"grid.color": "#e6e6e6", "grid.linewidth": 0.8, "svg.hashsalt": "natgrad"}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(12, 4.8), layout="constrained")
+    with sheet((12, 4.8)) as figure:
         axes = figure.subplots(1, 2)
         hidden = False
         for axis, part, sign in zip(axes, ("train", "test"), ("", "'"), strict=True):
@@ -73,7 +73,7 @@ def _draw(
             name = "training" if part == "train" else "test"
             axis.set_title(f"{name} loss, N{sign} = {document['data'][f'num_{part}']}")
         axes[0].set_ylabel(r"$\frac{1}{2N}\sum_n |y_n - f(x_n)|^2$")
-        _add_legend(figure, records)
+        figure.legend(handles=_handles(records), loc="outside right center", frameon=False)
         figure.suptitle(f"{title}\n{setting_sentence(document)}", fontsize="medium")
         if hidden:
             figure.supxlabel(
@@ -85,7 +85,46 @@ def _draw(
         return save_figure(figure, stem.with_suffix(".png"), stem.with_suffix(".svg"))
 
 
-def _draw_panel(axis: Axes, records: Sequence[dict[str, Any]], which: str) -> bool:
+def _draw_each(records: Sequence[dict[str, Any]], out: Path) -> Path:
+    """A panel a method; gradient descent stands in every one for comparison."""
+    rows = (len(records) + 1) // 2
+    descent = [r for r in records if r["structure"] == "GradientDescent"]
+    with sheet((NARROW, 0.5 + 1.55 * rows), narrow=True) as figure:
+        axes = list(figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flat)
+        for axis, record in zip(axes, records, strict=False):
+            if descent and record is not descent[0]:
+                axis.plot(_drawn_theory(descent[0], "train_loss"), color="#b8b8b8", linewidth=1.2)
+            _draw_panel(axis, [record], "train_loss", _MARKER_SIZES[::-1])
+            axis.set_xlabel("")
+            axis.set_title(method_label(record), fontsize="small")
+        if len(records) < len(axes):
+            axes[-1].set_axis_off()
+            # where there is a panel above it
+            for axis in axes[-3:-2]:
+                axis.tick_params(labelbottom=True)
+        figure.supxlabel("step", fontsize="medium")
+        figure.supylabel("training loss", fontsize="medium")
+        return save_figure(figure, out)[0]
+
+
+def _draw_together(records: Sequence[dict[str, Any]], out: Path) -> Path:
+    """One panel, the legend below."""
+    with sheet((NARROW, 4.6), narrow=True) as figure:
+        axis = figure.subplots()
+        _draw_panel(axis, records, "train_loss")
+        axis.set_ylabel("training loss")
+        # without those of theory and network, which the text of the page tells apart
+        handles = _handles(records)[-len(records) :]
+        figure.legend(handles=handles, loc="outside lower center", frameon=False)
+        return save_figure(figure, out)[0]
+
+
+def _draw_panel(
+    axis: Axes,
+    records: Sequence[dict[str, Any]],
+    which: str,
+    marker_sizes: tuple[float, float] = _MARKER_SIZES,
+) -> bool:
     """Draws a panel; returns whether values below the floor were left out."""
     from matplotlib.ticker import MaxNLocator
 
@@ -102,7 +141,7 @@ def _draw_panel(axis: Axes, records: Sequence[dict[str, Any]], which: str) -> bo
             solid_joinstyle="round",
             zorder=2,
         )
-    sizes = np.linspace(_MARKER_SIZES[0], _MARKER_SIZES[1], max(len(records), 2))
+    sizes = np.linspace(*marker_sizes, max(len(records), 2))
     for record, values, size in zip(records, networks, sizes, strict=False):
         shown = np.where(values >= _FLOOR, values, np.nan)
         hidden |= bool((values < _FLOOR).any())
@@ -146,7 +185,8 @@ def _color(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
     return tint(STYLES[record["structure"]].color, (record["factor"] / top) ** 0.5)
 
 
-def _add_legend(figure: Figure, records: Sequence[dict[str, Any]]) -> None:
+def _handles(records: Sequence[dict[str, Any]]) -> list[Any]:
+    """Of the legend."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -168,7 +208,7 @@ def _add_legend(figure: Figure, records: Sequence[dict[str, Any]]) -> None:
         )
         for record in records
     ]
-    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    return handles
 
 
 def _legend_label(record: dict[str, Any]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from ntk_analysis.coordinates import CoordinateCheck
 from ntk_analysis.files import save_figure
+from ntk_analysis.frame import NARROW, row_axis, sheet
 from ntk_analysis.palette import STYLES, tint
 from ntk_analysis.tables import setting_sentence
 from ntk_analysis.tables_theory import grouped, number, step_over_gradient, sweep_sentence
@@ -34,7 +34,7 @@ _LOGARITHMIC = ("width", "num_samples")
 
 
 def draw_prediction(
-    document: dict[str, Any], records: Sequence[dict[str, Any]], out: Path
+    document: dict[str, Any], records: Sequence[dict[str, Any]], out: Path, narrow: bool = False
 ) -> list[Path]:
     """Draws ``accuracy``: test accuracies, a row a structure, as PNG and SVG.
 
@@ -42,13 +42,14 @@ def draw_prediction(
       document: what results.json holds.
       records: the structures to show.
       out: the folder.
+      narrow: for a narrow screen, as SVG alone.
 
     Returns:
       The files.
     """
     from matplotlib.lines import Line2D
 
-    with _figure((8.2, 1.7 + 0.55 * len(records))) as figure:
+    with sheet((NARROW if narrow else 8.2, 1.7 + 0.55 * len(records)), narrow) as figure:
         axis = figure.subplots()
         several = any(record["accuracies"] for record in records)
         law = any(record["expected_accuracy"] is not None for record in records)
@@ -77,12 +78,7 @@ def draw_prediction(
                     markersize=17, markeredgewidth=1.6, zorder=5,
                 )  # fmt: skip
         labels = [STYLES[record["structure"]].label for record in records]
-        axis.set_yticks(range(len(records)), labels)
-        axis.set_ylim(len(records) - 0.5, -0.5)
-        axis.grid(visible=False, axis="y")
-        axis.margins(x=0.08)
-        axis.ticklabel_format(axis="x", useOffset=False)
-        axis.set_xlabel(f"accuracy in % on {document['data']['num_test']} test samples")
+        row_axis(axis, labels, f"accuracy in % on {document['data']['num_test']} test samples")
         analytic = document["settings"]["kernels"] == "analytic"
         handles = [
             Line2D([], [], color="#555555", marker="s", linestyle="none",
@@ -100,17 +96,13 @@ def draw_prediction(
                 Line2D([], [], color="#111111", marker="|", linestyle="none", markersize=14,
                        markeredgewidth=1.6, label="expected accuracy")
             )  # fmt: skip
-        figure.legend(handles=handles, loc="outside right center", frameon=False)
-        figure.suptitle(
-            f"Trained to the end, {document['settings']['kernels']} kernels\n"
-            f"{setting_sentence(document)}",
-            fontsize="medium",
-        )
-        return _save(figure, out / "accuracy")
+        title = f"Trained to the end, {document['settings']['kernels']} kernels"
+        title = f"{title}\n{setting_sentence(document)}"
+        return _finish(figure, handles, title, "", out / "accuracy", narrow)
 
 
 def draw_isotropy(
-    document: dict[str, Any], rows: Sequence[dict[str, Any]], out: Path
+    document: dict[str, Any], rows: Sequence[dict[str, Any]], out: Path, narrow: bool = False
 ) -> list[Path]:
     """Draws all figures of ``natgrad isotropy``, as PNG and SVG.
 
@@ -118,27 +110,28 @@ def draw_isotropy(
       document: what results.json holds.
       rows: the rows to show.
       out: the folder.
+      narrow: for a narrow screen, as SVG alone.
 
     Returns:
       The files: ``condition_number`` against the variable, ``spectra`` and ``cost`` of one network.
     """
-    files = _draw_condition_numbers(document, rows, out / "condition_number")
+    files = _draw_condition_numbers(document, rows, out / "condition_number", narrow)
     shown = [row for row in rows if row.get("eigenvalues")]
     if shown:
-        files += _draw_spectra(document, shown, out / "spectra")
+        files += _draw_spectra(document, shown, out / "spectra", narrow)
     if any(row["cost"] for row in shown):
-        files += _draw_costs(document, shown, out / "cost")
+        files += _draw_costs(document, shown, out / "cost", narrow)
     return files
 
 
 def _draw_condition_numbers(
-    document: dict[str, Any], rows: Sequence[dict[str, Any]], stem: Path
+    document: dict[str, Any], rows: Sequence[dict[str, Any]], stem: Path, narrow: bool
 ) -> list[Path]:
     settings = document["settings"]
     variable, values, seeds = (settings[name] for name in ("variable", "values", "seeds"))
     numeric = variable in ("width", "depth", "num_samples")
     places = {v: float(v) if numeric else float(i) for i, v in enumerate(values)}
-    with _figure((8.2, 4.8)) as figure:
+    with sheet((NARROW if narrow else 8.2, 4.8), narrow) as figure:
         axis = figure.subplots()
         hidden = False
         curves: dict[str, NDArray[np.float64]] = {}
@@ -175,20 +168,17 @@ def _draw_condition_numbers(
         axis.minorticks_off()
         axis.set_xlabel(_NAMES[variable])
         axis.set_ylabel(r"condition number of $\overline{\Theta}(x, x)$")
-        figure.legend(loc="outside right center", frameon=False)
         spread = f"; mean and range over {len(seeds)} seeds" if len(seeds) > 1 else ""
-        figure.suptitle(
-            f"Isotropy at initialisation{spread}\n{sweep_sentence(document)}", fontsize="medium"
-        )
-        if hidden:
-            _footnote(figure, "Where a point is missing, the matrix is singular or not to be had.")
-        return _save(figure, stem)
+        title = f"Isotropy at initialisation{spread}\n{sweep_sentence(document)}"
+        note = "Where a point is missing, the matrix is singular or not to be had."
+        handles = axis.get_legend_handles_labels()[0]
+        return _finish(figure, handles, title, note if hidden else "", stem, narrow)
 
 
 def _draw_spectra(
-    document: dict[str, Any], shown: Sequence[dict[str, Any]], stem: Path
+    document: dict[str, Any], shown: Sequence[dict[str, Any]], stem: Path, narrow: bool
 ) -> list[Path]:
-    with _figure((8.2, 4.8)) as figure:
+    with sheet((NARROW if narrow else 8.2, 4.8), narrow) as figure:
         axis = figure.subplots()
         hidden = False
         spectra = [np.sort(np.array(row["eigenvalues"]) / row["alpha"])[::-1] for row in shown]
@@ -207,21 +197,17 @@ def _draw_spectra(
         axis.set_yscale("log")
         axis.set_xlabel("eigenvalues, largest first")
         axis.set_ylabel(r"eigenvalue of $\overline{\Theta}(x, x)$ / their mean")
-        figure.legend(loc="outside right center", frameon=False)
-        figure.suptitle(
-            f"Spectra at initialisation, {_point(document, shown)}\n{sweep_sentence(document)}",
-            fontsize="medium",
-        )
-        if hidden:
-            _footnote(figure, "Eigenvalues of 0 and less are not shown.")
-        return _save(figure, stem)
+        title = f"Spectra at initialisation, {_point(document, shown)}\n{sweep_sentence(document)}"
+        note = "Eigenvalues of 0 and less are not shown." if hidden else ""
+        handles = axis.get_legend_handles_labels()[0]
+        return _finish(figure, handles, title, note, stem, narrow)
 
 
 def _draw_costs(
-    document: dict[str, Any], shown: Sequence[dict[str, Any]], stem: Path
+    document: dict[str, Any], shown: Sequence[dict[str, Any]], stem: Path, narrow: bool
 ) -> list[Path]:
-    with _figure((10, 4.6)) as figure:
-        axes = figure.subplots(1, 2, sharey=True)
+    with sheet((NARROW, 6.8) if narrow else (10, 4.6), narrow) as figure:
+        axes = figure.subplots(*((2, 1) if narrow else (1, 2)), sharey=True)
         known = [row for row in shown if row["cost"]]
         finite = [row for row in known if np.isfinite(number(row, "condition_number"))]
         sizes = np.linspace(_MARKER_SIZES[0] + 3, _MARKER_SIZES[1] + 1, max(len(finite), 2))
@@ -237,20 +223,18 @@ def _draw_costs(
         for axis in axes:
             axis.set_yscale("log")
             axis.margins(0.12)
-        axes[0].set_ylabel(r"condition number of $\overline{\Theta}(x, x)$")
+        for axis in axes if narrow else axes[:1]:
+            axis.set_ylabel(r"condition number of $\overline{\Theta}(x, x)$")
         axes[0].set_xlabel(r"non-zeros of G / $P^2$")
         axes[1].set_xlabel("flops of one step / flops of a gradient")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", frameon=False)
         params = finite[0]["cost"]["num_params"] if finite else 0
-        figure.suptitle(
-            f"Cost and isotropy, {_point(document, shown)}, P = {params:,}\n"
-            f"{sweep_sentence(document)}",
-            fontsize="medium",
+        title = f"Cost and isotropy, {_point(document, shown)}, P = {params:,}"
+        title = f"{title}\n{sweep_sentence(document)}"
+        note = (
+            "Structures with a singular matrix are not shown." if len(finite) < len(known) else ""
         )
-        if len(finite) < len(known):
-            _footnote(figure, "Structures with a singular matrix are not shown.")
-        return _save(figure, stem)
+        handles = axes[0].get_legend_handles_labels()[0]
+        return _finish(figure, handles, title, note, stem, narrow)
 
 
 def draw_coordinates(check: CoordinateCheck, stem: Path, title: str) -> list[Path]:
@@ -267,7 +251,7 @@ def draw_coordinates(check: CoordinateCheck, stem: Path, title: str) -> list[Pat
     from matplotlib import colormaps
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    with _figure((6.8, 4.0)) as figure:
+    with sheet((6.8, 4.0)) as figure:
         axis = figure.subplots()
         curves = check.changes[:, -1]
         for layer, curve in enumerate(curves.T):
@@ -288,23 +272,20 @@ def draw_coordinates(check: CoordinateCheck, stem: Path, title: str) -> list[Pat
         axis.set_ylabel(f"RMS change of pre-activations, step {check.changes.shape[1]}")
         axis.set_title(title, fontsize="medium")
         figure.legend(loc="outside right center", frameon=False)
-        return _save(figure, stem)
+        return save_figure(figure, stem.with_suffix(".png"), stem.with_suffix(".svg"))
 
 
-@contextmanager
-def _figure(size: tuple[float, float]) -> Iterator[Figure]:
-    # these take seconds to import, which other commands should not cost
-    import matplotlib as mpl
-    import seaborn as sns
-    from matplotlib.figure import Figure
-
-    style = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook", font_scale=0.9)}
-    style |= {"grid.color": "#e6e6e6", "grid.linewidth": 0.8, "svg.hashsalt": "natgrad"}
-    with mpl.rc_context(style):
-        yield Figure(figsize=size, layout="constrained")
-
-
-def _save(figure: Figure, stem: Path) -> list[Path]:
+def _finish(
+    figure: Figure, handles: Sequence[Any], title: str, note: str, stem: Path, narrow: bool
+) -> list[Path]:
+    """Adds the legend, title and note, and saves; a narrow page says these in its own text."""
+    if narrow:
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+        return save_figure(figure, stem.with_suffix(".svg"))
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    figure.suptitle(title, fontsize="medium")
+    if note:
+        figure.supxlabel(note, fontsize="small", color="#555555")
     return save_figure(figure, stem.with_suffix(".png"), stem.with_suffix(".svg"))
 
 
@@ -317,10 +298,6 @@ def _coincide(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
     if not ((first > 0) & (second > 0)).all():
         return False
     return bool(np.max(np.abs(np.log10(first / second))) < _SAME_CURVE)
-
-
-def _footnote(figure: Figure, text: str) -> None:
-    figure.supxlabel(text, fontsize="small", color="#555555")
 
 
 def _point(document: dict[str, Any], shown: Sequence[dict[str, Any]]) -> str:

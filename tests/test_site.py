@@ -1,6 +1,7 @@
 """The pages of the site without building it: navigation, reference, inclusions, code."""
 
 import ast
+import json
 import posixpath
 import re
 from importlib import import_module
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from docs.tools import api, gallery, include
+from docs.tools import api, gallery, history, include
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text("utf-8") for path in DOCS.rglob("*.md")}
@@ -113,3 +114,14 @@ def test_a_script_becomes_a_page_with_output_and_figures(tmp_path):
     assert "```text\n42\n```" in page
     assert "![A title](toy-1.png)" in page
     assert (tmp_path / "out" / "toy-1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_history_of_the_suites_counts_the_commits_of_each_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "RESULTS", tmp_path)
+    assert history.measured() == {}
+    (tmp_path / "cpu-x").mkdir()
+    for name in ("machine", "a-py3.11", "a-py3.12", "b-py3.11"):
+        path = tmp_path / "cpu-x" / f"{name}.json"
+        path.write_text(json.dumps({"commit_hash": name[0]}))
+    assert "2 commits on `cpu-x`" in history.told(built=True)
+    assert "make bench-site" in history.told(built=False)

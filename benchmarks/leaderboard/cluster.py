@@ -1,7 +1,7 @@
 """Trials on a Dask cluster: workers run them, this process stores them as they come.
 
 Timed trials still run one at a time on each machine: every worker takes the lock of its machine
-(``runner.perform``). A worker that dies makes Dask run its trial elsewhere. All workers of a run
+(``lanes.perform``). A worker that dies makes Dask run its trial elsewhere. All workers of a run
 must have the same code and environment, because times on unlike machines do not compare: one run
 for each kind of machine, and ``Store.merge`` for their folders.
 
@@ -17,12 +17,11 @@ import ipaddress
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.leaderboard.runner import (
-    Config,
+from benchmarks.leaderboard.lanes import (
     Execute,
     Identity,
     Lanes,
@@ -70,7 +69,8 @@ def lanes(
         _agreed(client, identity)
         executor = client.get_executor(pure=False)
         try:
-            yield _Workers(client, executor, execute, identity)
+            begin = partial(executor.submit, _on_worker, execute, identity)
+            yield Lanes(lambda config: begin(dict(config)), _Width(client))
         finally:
             with contextlib.suppress(Exception):  # of a scheduler that is gone
                 executor.shutdown(wait=False)
@@ -186,30 +186,19 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:16]}...'"
 
 
-class _Workers:
-    """The workers of a cluster as lanes."""
+class _Width:
+    """Two trials for each thread of a cluster, so that a worker need not wait for the next one."""
 
-    def __init__(
-        self, client: Client, executor: Any, execute: Execute, identity: Identity | None
-    ) -> None:
-        self._client, self._executor = client, executor
-        self._execute, self._identity = execute, identity
-        self._width, self._asked = 2, float("-inf")
+    def __init__(self, client: Client) -> None:
+        self._client, self._width, self._asked = client, 2, float("-inf")
 
-    def width(self) -> int:
-        """Two trials for each thread, so that a worker need not wait for the next one."""
+    def __call__(self) -> int:
         now = time.monotonic()
         if now - self._asked > _REFRESH_SECONDS:
             self._asked = now
             with contextlib.suppress(Exception):  # a lost scheduler is told by the trials
                 self._width = max(2, 2 * sum(self._client.nthreads().values()))
         return self._width
-
-    def submit(self, config: Config) -> Future[tuple[float, Result]]:
-        future: Future[tuple[float, Result]] = self._executor.submit(
-            _on_worker, self._execute, self._identity, dict(config)
-        )
-        return future
 
 
 def _on_worker(

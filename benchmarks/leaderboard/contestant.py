@@ -13,10 +13,13 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+import numpy as np
 import optax
+from flax import nnx
 from jax import Array
+from numpy.typing import NDArray
 
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
@@ -24,7 +27,6 @@ from ntk_analysis.names import find
 
 if TYPE_CHECKING:
     # a contestant that has no structure does not depend on any: its key does not, either
-    from benchmarks.leaderboard.program import Program
     from natgrad_flax import Structure
     from natgrad_flax.signals.fisher import FisherKind
 
@@ -50,6 +52,32 @@ CROSS_ENTROPY_MINIMUM = 1e-2
 # the entries of a Fisher in standard parametrisation are larger by the fan-in, some dozens here: a
 # damping that is to mean the same as in NTK parametrisation has to be larger, too
 STANDARD_DAMPING = 30.0
+
+
+class Program(Protocol):
+    """How a trial trains. States are whatever the program likes.
+
+    Attributes:
+      compile_seconds: what making the step took, compilation included.
+    """
+
+    compile_seconds: float
+
+    def start(self, seed: int, rate: float) -> Any:
+        """The state at the initial parameters of a seed."""
+        ...
+
+    def step(self, state: Any, batch: NDArray[np.integer] | None) -> Any:
+        """One step on these rows of the training set, on all of them for None; may return early."""
+        ...
+
+    def wait(self, state: Any) -> None:
+        """Returns when all steps up to this state are done."""
+        ...
+
+    def parameters(self, state: Any) -> nnx.State:
+        """The parameters, in the tree of ``nnx.state(workload.model(seed))``."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.leaderboard.contestant import Contestant
-from benchmarks.leaderboard.program import Evaluation, OptaxProgram, Program
+from benchmarks.leaderboard.contestant import Contestant, Program
+from benchmarks.leaderboard.program import Evaluation, OptaxProgram
 from benchmarks.leaderboard.trial import batches
 from benchmarks.leaderboard.workload import Workload, find_workload
 

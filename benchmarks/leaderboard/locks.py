@@ -10,7 +10,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 MACHINE_LOCK = "natgrad-leaderboard-timing.lock"
@@ -76,16 +76,27 @@ def _is_still(path: Path, handle: int) -> bool:
     return os.path.samestat(there, os.fstat(handle))
 
 
-def remove_abandoned(path: Path) -> bool:
-    """Removes a file unless a living process holds its lock; says whether it did."""
-    handle = acquire(path, create=False)
-    if handle is None:
-        return False
+@contextmanager
+def held(path: Path, *, remove: bool = False, **how: bool) -> Iterator[bool]:
+    """Holds a lock inside the context: True, or False where ``acquire`` gives None.
+
+    Args:
+      path: of the lock file.
+      remove: the file at the end.
+      how: as ``acquire`` has it.
+
+    Raises:
+      OSError: the file cannot be opened.
+    """
+    handle = acquire(path, **how)
     try:
-        path.unlink(missing_ok=True)
+        yield handle is not None
     finally:
-        os.close(handle)
-    return True
+        if handle is not None:
+            # removed while it is locked, so that nobody can hold a lock on a file without a name
+            if remove:
+                path.unlink(missing_ok=True)
+            os.close(handle)
 
 
 @contextmanager
@@ -102,22 +113,23 @@ def machine(*, shared: bool = False, waiting: Callable[[], None] | None = None) 
     Raises:
       MachineLockError: its file cannot be made or opened, or was removed meanwhile.
     """
-    try:
-        path = Path(tempfile.gettempdir()) / MACHINE_LOCK
-        _make(path)
-        handle = acquire(path, create=False, shared=shared)
-        if handle is None:
-            if waiting is not None:
-                waiting()
-            handle = acquire(path, create=False, shared=shared, wait=True)
-    except OSError as error:
-        raise MachineLockError(
-            f"the lock of this machine cannot be opened ({error.strerror}: {error.filename}); "
-            "remove what is there, or set TMPDIR to another folder for all runners of the machine"
-        ) from None
-    if handle is None:
-        raise MachineLockError(f"{path} was removed while it was waited for; run the command again")
-    try:
+    path = Path(tempfile.gettempdir()) / MACHINE_LOCK
+    with ExitStack() as stack:
+        try:
+            _make(path)
+            mine = stack.enter_context(held(path, create=False, shared=shared))
+            if not mine:
+                if waiting is not None:
+                    waiting()
+                mine = stack.enter_context(held(path, create=False, shared=shared, wait=True))
+        except OSError as error:
+            raise MachineLockError(
+                f"the lock of this machine cannot be opened ({error.strerror}: {error.filename}); "
+                "remove what is there, or set TMPDIR to another folder for all runners of the "
+                "machine"
+            ) from None
+        if not mine:
+            raise MachineLockError(
+                f"{path} was removed while it was waited for; run the command again"
+            )
         yield
-    finally:
-        os.close(handle)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,32 +20,6 @@ from benchmarks.leaderboard.workload import METRICS, Workload
 # rows of the training set on which the curve of the training loss is taken, where the settings of
 # a workload do not have "num_measured"
 MEASURED_SAMPLES = 2000
-
-
-class Program(Protocol):
-    """How a trial trains. States are whatever the program likes.
-
-    Attributes:
-      compile_seconds: what making the step took, compilation included.
-    """
-
-    compile_seconds: float
-
-    def start(self, seed: int, rate: float) -> Any:
-        """The state at the initial parameters of a seed."""
-        ...
-
-    def step(self, state: Any, batch: NDArray[np.integer] | None) -> Any:
-        """One step on these rows of the training set, on all of them for None; may return early."""
-        ...
-
-    def wait(self, state: Any) -> None:
-        """Returns when all steps up to this state are done."""
-        ...
-
-    def parameters(self, state: Any) -> nnx.State:
-        """The parameters, in the tree of ``nnx.state(workload.model(seed))``."""
-        ...
 
 
 class OptaxProgram:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from benchmarks.leaderboard.texts import printable
 
@@ -48,22 +49,18 @@ class Durations:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+        self._seconds: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
 
     def add(self, config: Config, seconds: float) -> None:
         """Takes a finished trial in."""
         group = _group(config)
         for length in range(len(group) + 1):
-            total, number = self._sums[group[:length]]
-            self._sums[group[:length]] = (total + seconds, number + 1)
+            self._seconds[group[:length]].append(seconds)
 
     def expected(self, group: _Group) -> float | None:
         """Seconds that a trial of this kind, workload and contestant should take, if known."""
-        for length in range(len(group), -1, -1):
-            if group[:length] in self._sums:
-                total, number = self._sums[group[:length]]
-                return total / number
-        return None
+        near = (self._seconds.get(group[:length]) for length in range(len(group), -1, -1))
+        return next((fmean(seconds) for seconds in near if seconds), None)
 
 
 class Display:
@@ -80,7 +77,6 @@ class Display:
         self.durations = Durations()
         self._console = console
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._remaining: Counter[_Group] = Counter()
         self._running: dict[str, str] = {}
         self._done = self._total = 0
@@ -111,12 +107,12 @@ class Display:
                 TextColumn("{task.description}", markup=False),
             )
             with Progress(*columns, console=self._console, auto_refresh=False) as self._bar:
-                self._task = self._bar.add_task("", total=self._total, completed=done)
+                self._bar.add_task("", total=self._total, completed=done)
                 try:
                     yield
                 finally:
                     self._bar.refresh()
-                    self._bar = self._task = None
+                    self._bar = None
 
     def started(self, key: str, config: Config) -> None:
         """A trial begins."""
@@ -143,9 +139,8 @@ class Display:
         self._remaining[_group(config)] -= 1
         self._done += 1
         text = f"{label(config)}: {how}"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done)
-            self._draw()
+        if self._bar is not None:
+            self._draw(completed=self._done)
         elif self._console is not None:
             left = self.seconds_left()
             rest = "" if left is None or self._done == self._total else f"; {_about(left)}"
@@ -162,22 +157,26 @@ class Display:
                 left += number * each / (1 if group[0] == "timed" else self._lanes)
         return left
 
-    def _draw(self) -> None:
-        if self._bar is None or self._task is None:
+    def _draw(self, **changes: Any) -> None:
+        if self._bar is None:
             return
         left = self.seconds_left()
         names = list(self._running.values())
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         now = f"now {names[0]}{more}" if names else ""
         parts = [part for part in (_about(left) if left else "", now) if part]
-        self._bar.update(self._task, description="; ".join(parts), refresh=True)
+        self._describe("; ".join(parts), **changes)
 
     def _note(self, text: str) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=text, refresh=True)
+        if self._bar is not None:
+            self._describe(text)
         elif self._console is not None and text != self._noted:
             self._line(text)
         self._noted = text
+
+    def _describe(self, text: str, **changes: Any) -> None:
+        assert self._bar is not None
+        self._bar.update(self._bar.task_ids[0], description=text, refresh=True, **changes)
 
     def _line(self, text: str) -> None:
         assert self._console is not None

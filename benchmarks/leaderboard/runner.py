@@ -7,30 +7,21 @@ runs. Both end with the process, so a killed runner leaves nothing to clear away
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from typing import Any, Protocol
 
-from benchmarks.leaderboard import locks
+from benchmarks.leaderboard import cluster, lanes
+from benchmarks.leaderboard.lanes import Config, Execute, Flight, Identity, Lanes, RefusedError
+from benchmarks.leaderboard.locks import MachineLockError
 from benchmarks.leaderboard.progress import Display, duration, label
 from benchmarks.leaderboard.records import trial_key
-from benchmarks.leaderboard.store import Quarantined, Store
-
-Config = Mapping[str, Any]
-Result = Mapping[str, Any]
-Execute = Callable[[dict[str, Any]], Result]
-Identity = Callable[[], Mapping[str, Any]]
+from benchmarks.leaderboard.store import Quarantined, StorageError, Store
 
 KINDS = ("timed", "structure")
 POLL_SECONDS = 0.2
@@ -95,30 +86,6 @@ class Summary:
         return "; ".join(parts)
 
 
-class RefusedError(ValueError):
-    """A worker of a cluster has other code or another environment than a trial asks for."""
-
-
-class Lanes(Protocol):
-    """Where trials run: this process, processes of its own, or a cluster."""
-
-    def width(self) -> int:
-        """Number of trials to have in hand at a time."""
-
-    def submit(self, config: Config) -> Future[tuple[float, Result]]:
-        """Begins a trial; the future gives its seconds and its result."""
-
-
-def perform(
-    execute: Execute, config: Config, waiting: Callable[[], None] | None = None
-) -> tuple[float, Result]:
-    """Runs a trial on this machine, alone where it is timed; its seconds and its result."""
-    with locks.machine(shared=config["kind"] != "timed", waiting=waiting):
-        start = time.perf_counter()
-        result = execute(dict(config))
-        return time.perf_counter() - start, result
-
-
 def run(
     configs: Iterable[Config],
     store: Store,
@@ -165,20 +132,19 @@ def run(
     display = display or Display()
     run_ = _Run(store, display)
     pending = run_.unfinished(trials)
-    timed = [item for item in pending if item[1]["kind"] == "timed"]
-    others = [item for item in pending if item[1]["kind"] != "timed"]
+    timed = {key: config for key, config in pending.items() if config["kind"] == "timed"}
+    others = {key: config for key, config in pending.items() if key not in timed}
     try:
-        with display.stage([config for _, config in pending], run_.summary.resumed, jobs):
+        with display.stage(list(pending.values()), run_.summary.resumed, jobs):
             if scheduler is not None and pending:
-                from benchmarks.leaderboard import cluster
-
-                with cluster.lanes(scheduler, execute, min(jobs, len(pending)), identity) as lanes:
-                    run_.drain(run_.pass_over(timed + others, lanes), lanes)
+                with cluster.lanes(scheduler, execute, min(jobs, len(pending)), identity) as there:
+                    run_.drain(run_.pass_over(timed | others, there), there)
             else:
-                here = _Here(execute, display)
+                here = lanes.here(execute, display.waiting)
                 held = run_.pass_over(timed, here)
-                with _beside(execute, min(jobs, len(others)), display) as lanes:
-                    held += run_.pass_over(others, lanes)
+                beside = min(jobs, len(others))
+                with lanes.processes(execute, beside) if beside > 1 else nullcontext(here) as many:
+                    held |= run_.pass_over(others, many)
                 run_.drain(held, here)
     except KeyboardInterrupt:
         run_.summary.interrupted = True
@@ -187,8 +153,8 @@ def run(
     return run_.summary
 
 
-_Trial = tuple[str, Config]
-_Flights = dict[Future[tuple[float, Result]], tuple[_Trial, ExitStack]]
+_Trials = dict[str, Config]
+_Flights = dict[Flight, tuple[str, ExitStack]]
 
 
 class _Run:
@@ -198,12 +164,13 @@ class _Run:
         self.summary = Summary()
         self._store, self._display = store, display
 
-    def unfinished(self, trials: Mapping[str, Config]) -> list[_Trial]:
-        pending = []
+    def unfinished(self, trials: _Trials) -> _Trials:
+        """Those without a record, by key; of the others it learns how long they took."""
+        pending = {}
         for key, config in trials.items():
             record = self._store.read(key)
             if record is None:
-                pending.append((key, config))
+                pending[key] = config
                 continue
             self.summary.resumed += 1
             seconds = record["outcome"].get("wall_seconds")
@@ -211,78 +178,70 @@ class _Run:
                 self._display.durations.add(config, seconds)
         return pending
 
-    def drain(self, trials: list[_Trial], lanes: Lanes) -> None:
+    def drain(self, trials: _Trials, where: Lanes) -> None:
         """Runs trials that other runners hold, as those finish them or give them up."""
         while trials:
             self._display.waiting_for_others(len(trials))
             time.sleep(POLL_SECONDS)
-            trials = self.pass_over(trials, lanes)
+            trials = self.pass_over(trials, where)
 
-    def pass_over(self, trials: Sequence[_Trial], lanes: Lanes) -> list[_Trial]:
+    def pass_over(self, trials: _Trials, where: Lanes) -> _Trials:
         """Runs trials, each until it has a record or has failed; those that others hold."""
-        queue, held = deque(trials), list[_Trial]()
-        flights: _Flights = {}
+        queue, held, flights = deque(trials), set[str](), _Flights()
         try:
             while queue or flights:
-                while queue and len(flights) < lanes.width():
-                    self._begin(queue.popleft(), lanes, flights, held)
-                    self._land(flights)
-                wait(flights, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
-                self._land(flights)
+                while queue and len(flights) < where.width():
+                    key = queue.popleft()
+                    if not self._begin(key, trials[key], where, flights):
+                        held.add(key)
+                    self._land(trials, flights)
+                wait(flights, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                self._land(trials, flights)
         except KeyboardInterrupt:
-            self._land(flights)
+            self._land(trials, flights)
             raise
         finally:
-            for future, (_, claim) in flights.items():
-                future.cancel()
+            for flight, (_, claim) in flights.items():
+                flight.cancel()
                 claim.close()
-        return held
+        return {key: config for key, config in trials.items() if key in held}
 
-    def _begin(
-        self,
-        trial: _Trial,
-        lanes: Lanes,
-        flights: _Flights,
-        held: list[_Trial],
-    ) -> None:
-        key, config = trial
+    def _begin(self, key: str, config: Config, where: Lanes, flights: _Flights) -> bool:
+        """Begins a trial, unless it is finished; False where another runner holds it."""
         with ExitStack() as claim:
             if not claim.enter_context(self._store.claim(key)):
-                held.append(trial)
-            elif self._store.has(key):
+                return False
+            if self._store.has(key):
                 self.summary.elsewhere += 1
                 self._display.ended(key, config, "finished by another runner")
             else:
                 self._display.started(key, config)
-                flights[lanes.submit(config)] = (trial, claim.pop_all())
+                flights[where.submit(config)] = (key, claim.pop_all())
+        return True
 
-    def _land(self, flights: _Flights) -> None:
+    def _land(self, trials: _Trials, flights: _Flights) -> None:
         """Stores what has ended.
 
         A flight leaves the list after its record is written, so that an interruption from the
         keyboard writes it once more instead of losing it.
         """
-        for future in [future for future in flights if future.done()]:
-            (key, config), claim = flights[future]
+        for flight in [flight for flight in flights if flight.done()]:
+            key, claim = flights[flight]
+            config = trials[key]
             failure: Failure | None = None
-            seconds = 0.0
             try:
-                seconds, result = future.result()
+                seconds, result = flight.result()
+                how = self._store.write(config, result)["outcome"].get("status", "finished")
             except CancelledError:
                 raise ValueError(
                     "the Dask scheduler is gone, and with it the trials that it had in hand; "
                     "finished ones are kept: run the same command again to go on"
                 ) from None
-            except (RefusedError, locks.MachineLockError):
+            except (RefusedError, MachineLockError, StorageError):
                 raise
             except Exception as error:
                 failure = _failure(key, config, error)
-            else:
-                try:
-                    how = self._store.write(config, result)["outcome"].get("status", "finished")
-                except (ValueError, TypeError) as error:
-                    failure = _failure(key, config, error)
-            del flights[future]
+            del flights[flight]
             claim.close()
             if failure is not None:
                 self.summary.failed.append(failure)
@@ -300,77 +259,3 @@ def _failure(key: str, config: Config, error: Exception) -> Failure:
     else:
         reason = ": ".join(part for part in (type(error).__name__, str(error).strip()) if part)
     return Failure(key, label(config), reason, "".join(traceback.format_exception(error)))
-
-
-class _Here:
-    """This process: one trial at a time, finished when ``submit`` returns."""
-
-    def __init__(self, execute: Execute, display: Display) -> None:
-        self._execute, self._display = execute, display
-
-    def width(self) -> int:
-        return 1
-
-    def submit(self, config: Config) -> Future[tuple[float, Result]]:
-        future: Future[tuple[float, Result]] = Future()
-        try:
-            future.set_result(perform(self._execute, config, self._display.waiting))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-class _Processes:
-    """Processes of this machine, spawned because JAX does not survive a fork.
-
-    They end when the writing end of ``lifeline`` is closed, which the death of this process does.
-    """
-
-    def __init__(self, execute: Execute, jobs: int) -> None:
-        self._execute, self._jobs = execute, jobs
-        self._context = get_context("spawn")
-        self._lifeline, self._hold = self._context.Pipe(duplex=False)
-        self._pool = self._new_pool()
-
-    def _new_pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self._jobs, self._context, _end_with, (self._lifeline,))
-
-    def width(self) -> int:
-        return self._jobs
-
-    def submit(self, config: Config) -> Future[tuple[float, Result]]:
-        try:
-            return self._pool.submit(perform, self._execute, dict(config))
-        except BrokenProcessPool:
-            self._pool.shutdown()
-            self._pool = self._new_pool()
-            return self._pool.submit(perform, self._execute, dict(config))
-
-    def close(self) -> None:
-        self._hold.close()
-        self._pool.shutdown(cancel_futures=True)
-        self._lifeline.close()
-
-
-def _end_with(lifeline: Connection) -> None:
-    """Ends this process with the one that spawned it; the keyboard interrupts only that one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        lifeline.poll(None)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _beside(execute: Execute, jobs: int, display: Display) -> Iterator[Lanes]:
-    """Lanes for trials that are not timed."""
-    if jobs <= 1:
-        yield _Here(execute, display)
-        return
-    processes = _Processes(execute, jobs)
-    try:
-        yield processes
-    finally:
-        processes.close()

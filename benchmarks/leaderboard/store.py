@@ -16,10 +16,12 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -128,27 +130,20 @@ class Store:
 
     def read(self, key: str) -> Record | None:
         """The record of a trial; None where it is not there, or was not valid (quarantined)."""
-        path = self.path(key)
+        return self._read(self.path(key))
+
+    def records(self) -> list[Record]:
+        """All valid records, by key; other files go to quarantine and into ``quarantined``."""
+        found = map(self._read, self._files())
+        return [record for record in found if record is not None]
+
+    def _read(self, path: Path) -> Record | None:
         try:
             return read_record(path, self.rules)
         except FileNotFoundError:
             return None
         except NotARecordError:
             return self._quarantine(path)
-
-    def records(self) -> list[Record]:
-        """All valid records, by key; other files go to quarantine and into ``quarantined``."""
-        found = []
-        for path in self._files():
-            try:
-                record: Record | None = read_record(path, self.rules)
-            except FileNotFoundError:
-                continue
-            except NotARecordError:
-                record = self._quarantine(path)
-            if record is not None:
-                found.append(record)
-        return found
 
     def write(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> Record:
         """Stores a finished trial, whole or not at all.
@@ -199,18 +194,11 @@ class Store:
           StorageError: the folder cannot be written to.
         """
         path = self.path(key).parent / f".{key}.lock"
-        with self._explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = locks.acquire(path)
-        if handle is None:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            # removed while it is locked, so that nobody can hold a lock on a file without a name
-            path.unlink(missing_ok=True)
-            os.close(handle)
+        with ExitStack() as stack:
+            with self._explained():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                mine = stack.enter_context(locks.held(path, remove=True))
+            yield mine
 
     def merge(self, other: Path) -> Merged:
         """Copies the records of elsewhere that are not here, as from another machine.
@@ -224,9 +212,11 @@ class Store:
           StorageError: this folder cannot be written to; what was copied stays.
         """
         copied, kept, invalid, same = [], [], [], 0
-        for name, record in self._of_elsewhere(Path(other)):
-            if isinstance(record, NotARecordError):
-                invalid.append(Quarantined(name, str(record), None))
+        for name, read in self._of_elsewhere(Path(other)):
+            try:
+                record = read()
+            except (NotARecordError, FileNotFoundError) as error:
+                invalid.append(Quarantined(name, str(error), None))
                 continue
             ours = self.read(record["key"])
             if ours is None:
@@ -238,14 +228,11 @@ class Store:
                 kept.append(record["key"])
         return Merged(tuple(copied), same, tuple(kept), tuple(invalid))
 
-    def _of_elsewhere(self, other: Path) -> Iterator[tuple[str, Record | NotARecordError]]:
-        """The records of a folder or an archive by where they stand, or why one is none."""
+    def _of_elsewhere(self, other: Path) -> Iterator[tuple[str, Callable[[], Record]]]:
+        """Where the records of a folder or an archive stand, and what reads each."""
         if os.path.isfile(other):
             for number, line in enumerate(read_lines(other), start=1):
-                try:
-                    yield f"line {number}", parse_record(line, self.rules)
-                except NotARecordError as error:
-                    yield f"line {number}", error
+                yield f"line {number}", partial(parse_record, line, self.rules)
             return
         source = Store(other, self.rules)
         if not os.path.isfile(source.folder / MANIFEST):
@@ -255,10 +242,7 @@ class Store:
         _check_rules(source.folder, self.rules)
         for path in source._files():
             name = str(path.relative_to(source.folder))
-            try:
-                yield name, read_record(path, self.rules)
-            except (NotARecordError, FileNotFoundError) as error:
-                yield name, NotARecordError(str(error))
+            yield name, partial(read_record, path, self.rules)
 
     def export(self, archive: Path) -> int:
         """Writes all valid records into one file of JSON lines, by key; how many.
@@ -286,8 +270,9 @@ class Store:
         """Removes locks and unfinished writes of processes that are gone."""
         for pattern in (".*.tmp", "trials/*/.*.tmp", "trials/*/.*.lock", "quarantine/.lock"):
             for path in self.folder.glob(pattern):
-                with contextlib.suppress(OSError):  # on a folder that may only be read
-                    locks.remove_abandoned(path)
+                # where nobody holds it; suppressed on a folder that may only be read
+                with contextlib.suppress(OSError), locks.held(path, create=False, remove=True):
+                    pass
 
     def _write(self, path: Path, document: Mapping[str, Any]) -> None:
         """Writes a document, whole or not at all."""
@@ -328,27 +313,24 @@ class Store:
     def _quarantine(self, path: Path) -> Record | None:
         """Moves a file that is no record away; the record, where it meanwhile became one."""
         target: Path | None = None
-        try:
-            pen = self.folder / "quarantine"
-            pen.mkdir(exist_ok=True)
-            handle = locks.acquire(pen / ".lock", wait=True)
-        except OSError:
-            handle = None
-        try:
-            # another process may have moved it and have run the trial again since we read it
-            return read_record(path, self.rules)
-        except FileNotFoundError:
-            return None
-        except NotARecordError as error:
-            reason = str(error)
-            if handle is not None:
+        pen = self.folder / "quarantine"
+        with ExitStack() as stack:
+            try:
+                pen.mkdir(exist_ok=True)
+                alone = stack.enter_context(locks.held(pen / ".lock", wait=True, remove=True))
+            except OSError:
+                alone = False
+            try:
+                # another process may have moved it and have run the trial again since we read it
+                return read_record(path, self.rules)
+            except FileNotFoundError:
+                return None
+            except NotARecordError as error:
+                reason = str(error)
+            if alone:
                 with contextlib.suppress(OSError):
                     target = path.replace(_free_name(pen, path))
                     target.with_name(target.name + ".txt").write_text(reason + "\n", "utf-8")
-        finally:
-            if handle is not None:
-                (pen / ".lock").unlink(missing_ok=True)
-                os.close(handle)
         self.quarantined.append(Quarantined(str(path.relative_to(self.folder)), reason, target))
         return None
 
@@ -370,10 +352,8 @@ def _check_rules(folder: Path, rules: str) -> None:
 
 
 def _free_name(pen: Path, path: Path) -> Path:
-    number = 1
-    while (target := pen / f"{path.stem}.{number}{path.suffix}").exists():
-        number += 1
-    return target
+    names = (pen / f"{path.stem}.{number}{path.suffix}" for number in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _open_temporary(path: Path) -> tuple[Path, int]:

@@ -48,11 +48,8 @@ def execute(config: dict[str, Any]) -> dict[str, Any]:
 
 def log_line(log: Path, event: str, key: str) -> None:
     """Appends a line in one write, which no kill can cut."""
-    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, f"{event} {key} {os.getpid()}\n".encode())
-    finally:
-        os.close(handle)
+    with log.open("ab", buffering=0) as file:
+        file.write(f"{event} {key} {os.getpid()}\n".encode())
 
 
 def make_configs(number: int, log: Path) -> list[dict[str, Any]]:
@@ -221,12 +218,12 @@ def _torture(
             watch.look()
             if console is not None and report.kills % 10 == 0:
                 console.print(f"{report.kills} of {kills} kills", highlight=False)
-        alive += [_start(folder, report.trials) for _ in range(runners - len(alive))]
-        for process in alive:
-            process.wait(_PATIENCE_SECONDS)
-            _ended(process)
-        # runners that outlived their kills may have begun with fewer trials than there are now
-        _finish(folder, report.trials)
+        # twice: runners that outlived their kills may have begun with fewer trials than there are
+        for _ in range(2):
+            alive += [_start(folder, report.trials) for _ in range(runners - len(alive))]
+            while alive:
+                alive[-1].wait(_PATIENCE_SECONDS)
+                _ended(alive.pop())
         watch.look()
     finally:
         for process in alive:
@@ -261,12 +258,6 @@ def _wait_for_work(folder: Path, alive: list[subprocess.Popen[bytes]]) -> None:
         time.sleep(0.01)
 
 
-def _finish(folder: Path, number: int) -> None:
-    process = _start(folder, number)
-    process.wait(_PATIENCE_SECONDS)
-    _ended(process)
-
-
 def _ended(process: subprocess.Popen[bytes]) -> bool:
     """Whether a runner has come to its end; RuntimeError where that was no good one."""
     code = process.poll()
@@ -281,11 +272,8 @@ def _complete(folder: Path, number: int) -> bool:
 
 def _last_event(folder: Path, process: int) -> tuple[str, str] | None:
     """The last line of a process in the log: event and key."""
-    for line in reversed(log_lines(folder)):
-        event, key, pid = line.split()
-        if int(pid) == process:
-            return event, key
-    return None
+    lines = (line.split() for line in reversed(log_lines(folder)))
+    return next(((event, key) for event, key, pid in lines if int(pid) == process), None)
 
 
 def _repeated(lines: list[str], dead: Mapping[int, str]) -> int:

@@ -16,9 +16,9 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from benchmarks.leaderboard import RULES
-from benchmarks.leaderboard.contestant import Contestant, find_contestant
+from benchmarks.leaderboard.contestant import Contestant, Program, find_contestant
 from benchmarks.leaderboard.identity import code_version, identity, packages, provenance, sources
-from benchmarks.leaderboard.program import Evaluation, OptaxProgram, Program
+from benchmarks.leaderboard.program import Evaluation, OptaxProgram
 from benchmarks.leaderboard.rates import TheoreticalRate
 from benchmarks.leaderboard.spectra import structure_outcome
 from benchmarks.leaderboard.targets import reason_of

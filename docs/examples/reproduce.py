@@ -13,9 +13,9 @@ that is expected and a tolerance, and controls that must fail. One command runs 
 # to the same one whatever the depth.
 import textwrap
 
-from ntk_analysis.report.papers.frame import theme
-from ntk_analysis.report.papers.pages import DRAWINGS
+from ntk_analysis.frame import theme
 from ntk_analysis.reproduce import find_checks, load_checks
+from ntk_analysis.reproduce.drawings import DRAWINGS
 
 load_checks()
 (check,) = find_checks(["KE-Fig2"])

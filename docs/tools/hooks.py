@@ -14,13 +14,14 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from docs.tools import api, gallery, include, papers  # noqa: E402 - found from the root only
+from docs.tools import api, gallery, history, include, papers  # noqa: E402 - found from the root only
 
 BUILT = ROOT / ".docs"
 MATHJAX = Path(mathjax.__file__).parent / "static" / "mathjax"
 MARKS = {
     "<!-- api -->": api.table,
     "<!-- gallery -->": gallery.table,
+    "<!-- history -->": lambda: history.told(bool(history.build(BUILT / "asv"))),
     "<!-- papers -->": papers.table,
     "<!-- remarks -->": papers.remarks,
 }
@@ -29,7 +30,7 @@ log = logging.getLogger("mkdocs.natgrad")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages of reference, gallery and papers, and MathJax with its fonts."""
+    """Adds the pages of reference, gallery, papers and asv, and MathJax with its fonts."""
     for place in api.PAGES:
         files.append(File.generated(config, place, content=api.write(place)))
     folder = BUILT / "gallery"
@@ -40,6 +41,9 @@ def on_files(files: Files, config: Any) -> Files:
     written = papers.write(BUILT)
     for path in sorted(p for p in written.rglob("*") if p.suffix in (".html", ".svg")):
         place = f"theory/papers/{path.relative_to(written).as_posix()}"
+        files.append(File.generated(config, place, abs_src_path=str(path)))
+    for path in history.build(BUILT / "asv"):
+        place = f"benchmarks/history/{path.relative_to(BUILT / 'asv').as_posix()}"
         files.append(File.generated(config, place, abs_src_path=str(path)))
     es5 = MATHJAX / "es5"
     fonts = (es5 / "output" / "chtml" / "fonts" / "woff-v2").glob("*.woff")

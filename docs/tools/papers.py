@@ -14,13 +14,19 @@ from ntk_analysis.report.comparison import (
     merge_checks,
     read_sources,
 )
-from ntk_analysis.report.papers import FOLDER, PAPERS, paper_of
-from ntk_analysis.report.papers.pages import write_papers
+from ntk_analysis.report.page import PAPERS_FOLDER
+from ntk_analysis.report.papers import write_papers
 from ntk_analysis.report.typeset import typeset
-from ntk_analysis.reproduce import load_checks
+from ntk_analysis.reproduce import PAPERS, load_checks, paper_of
 from ntk_analysis.reproduce.registry import KINDS
 
 ROOT = Path(__file__).parents[2]
+SITE = {
+    "Documentation": "../papers.html",
+    "Theory": "../index.html",
+    "Benchmarks": "../../benchmarks/index.html",
+}
+"""Pages of the site that a paper's page links to."""
 
 
 @cache
@@ -41,7 +47,7 @@ def table() -> str:
         stored = [found[c.identifier] for c in own if c.identifier in found]
         counts = counted(stored)
         numbers = (len(own), counts["passed"], counts["failed"], counts[STALE])
-        title = f"[{paper.citation}]({FOLDER}/{name}.html)"
+        title = f"[{paper.citation}]({PAPERS_FOLDER}/{name}.html)"
         lines.append(f"| {' | '.join(map(str, (title, *numbers, len(own) - len(stored))))} |")
     return "\n".join(lines)
 
@@ -69,5 +75,5 @@ def write(out: Path) -> Path:
     Returns:
       The folder of the pages.
     """
-    write_papers(records(), load_checks(), out)
-    return out / FOLDER
+    write_papers(records(), load_checks(), out, SITE)
+    return out / PAPERS_FOLDER

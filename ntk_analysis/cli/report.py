@@ -45,7 +45,7 @@ def report(
     # the report pulls in all of the analysis, which the other commands need not wait for
     from ntk_analysis.report import ReportSettings, build_report
     from ntk_analysis.report.build import total_work
-    from ntk_analysis.report.papers import FOLDER
+    from ntk_analysis.report.page import PAPERS_FOLDER
 
     if results is not None and not results.is_dir():
         fail(f"--results must be a folder, and {results} is none")
@@ -68,7 +68,7 @@ def report(
         output.print(built.document["answer"])
         for sentence in built.document["sentences"]:
             output.print(f"- {sentence}")
-        papers = built.page.parent / FOLDER
+        papers = built.page.parent / PAPERS_FOLDER
         output.print(f"wrote {built.page}, and one page a paper to {papers}")
     if built.failures:
         complain(f"not as expected: {', '.join(built.failures)}")

@@ -34,6 +34,9 @@ def reproduce(
         "natgrad-reproduce"
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="run finished checks again, too")] = False,
+    jobs: Annotated[
+        int, typer.Option(help="processes that run checks side by side, the longest first")
+    ] = 1,
 ) -> None:
     """Check the claims of the papers: figures, theorems, equations, one identifier each.
 
@@ -47,9 +50,10 @@ def reproduce(
     """
     # the checks pull in all of the analysis, which the other commands need not wait for
     from ntk_analysis.report.comparison import HERE, Source, merge_checks, newest_seconds
-    from ntk_analysis.report.papers import FOLDER, find_paper, paper_of
-    from ntk_analysis.report.papers.pages import DRAWINGS, write_papers
-    from ntk_analysis.reproduce import find_checks, load_checks
+    from ntk_analysis.report.page import PAPERS_FOLDER
+    from ntk_analysis.report.papers import write_papers
+    from ntk_analysis.reproduce import find_checks, find_paper, load_checks, paper_of
+    from ntk_analysis.reproduce.drawings import DRAWINGS
     from ntk_analysis.reproduce.runner import run_checks
     from ntk_analysis.reproduce.tables import check_table, remarks, result_table
 
@@ -82,6 +86,9 @@ def reproduce(
             return
         if not checks:
             fail("no check is of all that was asked for: leave out one of the options")
+        if jobs > 1:
+            seconds = newest_seconds((RESULTS, out))
+            checks = tuple(sorted(checks, key=lambda check: -seconds.get(check.identifier, 0)))
         with progress_bar() as progress:
             task = progress.add_task("starting", total=len(checks))
             result = run_checks(
@@ -90,6 +97,7 @@ def reproduce(
                 fresh,
                 lambda what, done: progress.update(task, description=what, advance=done),
                 progress.say,
+                jobs,
             )
             progress.update(task, description="writing the pages of the papers")
             own = Source(FILE_NAME, result.document).judged(known, HERE)
@@ -102,7 +110,7 @@ def reproduce(
         counts = {v: result.with_verdict(v) for v in ("passed", "failed", "skipped", "error")}
         summary = ", ".join(f"{len(names)} {verdict}" for verdict, names in counts.items() if names)
         output.print(
-            f"{summary}; wrote {FILE_NAME} to {out}, and one page a paper to {out / FOLDER}"
+            f"{summary}; wrote {FILE_NAME} to {out}, and one page a paper to {out / PAPERS_FOLDER}"
         )
     wrong = [*counts["failed"], *counts["error"]]
     if wrong:

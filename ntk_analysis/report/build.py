@@ -23,7 +23,7 @@ from ntk_analysis.report.comparison import (
 )
 from ntk_analysis.report.drawing import FINITE, draw_figures
 from ntk_analysis.report.page import PAGE_NAME, render
-from ntk_analysis.report.papers.pages import write_papers
+from ntk_analysis.report.papers import write_papers
 from ntk_analysis.report.settings import ReportSettings
 from ntk_analysis.report.verdict import answer, sentences, summary_rows
 from ntk_analysis.reproduce import Check, find_checks, load_checks

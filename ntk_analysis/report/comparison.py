@@ -93,6 +93,7 @@ def read_sources(folder: Path | None, checks: Iterable[Check]) -> tuple[list[Sou
     """The documents of ``natgrad reproduce`` in a folder and below it.
 
     Only records that have the digest they were written with are taken; older documents have none.
+    What lies in ``asv/`` is not looked at.
 
     Args:
       folder: None, or one that does not exist, holds none.
@@ -107,6 +108,8 @@ def read_sources(folder: Path | None, checks: Iterable[Check]) -> tuple[list[Sou
         return sources, notes
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).as_posix()
+        if name.startswith("asv/"):  # results of the suites, which asv reads
+            continue
         try:
             document = read_json(path)
             command = document["command"]

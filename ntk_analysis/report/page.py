@@ -14,15 +14,17 @@ from markupsafe import Markup
 
 from ntk_analysis.palette import STYLES
 from ntk_analysis.report.drawing import Drawn
-from ntk_analysis.report.papers import FOLDER, PAPERS, paper_of
 from ntk_analysis.report.sections import sections
 from ntk_analysis.report.settings import ReportSettings
 from ntk_analysis.report.typeset import typeset
 from ntk_analysis.report.verdict import FAST, FOLLOWS, ISOTROPIC, NEARLY_ISOTROPIC
+from ntk_analysis.reproduce import PAPERS, paper_of
 from ntk_analysis.reproduce.registry import KINDS
 from ntk_analysis.tables import setting_sentence
 
 PAGE_NAME = "report.html"
+PAPERS_FOLDER = "papers"
+"""Of the pages of the papers, beside that of the report."""
 _TEMPLATE = "template.html"
 # one sign for each Matplotlib marker of the palette
 _SIGNS = dict(zip("osD^vPXph*<>8d", "●■◆▲▼✚✖⬟⬢★◀▶⯃◊", strict=True))
@@ -53,7 +55,7 @@ def render(document: dict[str, Any], settings: ReportSettings, drawn: Mapping[st
         kinds=KINDS,
         groups=_groups(document["checks"]),
         papers=PAPERS,
-        papers_folder=FOLDER,
+        papers_folder=PAPERS_FOLDER,
         gpu=any(not name.startswith("CPU") for name in document["devices"]),
         signs={name: (s.color, _SIGNS.get(s.marker, "●")) for name, s in STYLES.items()},
         limits={

@@ -134,10 +134,10 @@ def _training(
             command,
         )
     ]
-    if "rates" in drawn:
+    if "learning_rates" in drawn:
         figures.append(
             Figure(
-                drawn["rates"],
+                drawn["learning_rates"],
                 "Loss per step of the block-diagonal structure at three learning rates, and of "
                 "gradient descent",
                 "At η = c/α the residual shrinks by the factor 1 − c a step, in every direction: "
@@ -171,10 +171,10 @@ def _accuracy(
         )
     ]
     finite = document["parts"][FINITE]
-    if "finite" in drawn:
+    if "finite_accuracy" in drawn:
         figures.append(
             Figure(
-                drawn["finite"],
+                drawn["finite_accuracy"],
                 "Test accuracy at finite width for every structure, one dot a network",
                 "All structures, at finite width, where linearised training ends. Small dots: one "
                 "network each; marker: their mean. Gradient descent ends where the exact natural "

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from natgrad_flax.arguments.scalars import check_integer
+from ntk_analysis.reproduce.processes import Report, in_turn
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError
 from ntk_analysis.results import CHECKS, FILE_NAME, Say, environment, now, open_results, plain
 from ntk_analysis.sources import import_digest
@@ -21,9 +23,6 @@ from ntk_analysis.sources import import_digest
 COMMAND = "natgrad reproduce"
 FINISHED = ("passed", "failed")
 """Verdicts that a later run keeps; what was skipped or ended in an error is tried again."""
-
-Report = Callable[[str, int], object]
-"""Called with what is being done now, and how many checks have been finished since."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ def run_checks(
     fresh: bool = False,
     report: Report = lambda what, done: None,
     say: Say = lambda sentence: None,
+    jobs: int = 1,
 ) -> Reproduction:
     """Runs checks and writes results.json before the first and after each.
 
@@ -69,16 +69,20 @@ def run_checks(
       fresh: run finished checks again all the same.
       report: told about the progress.
       say: told what becomes of earlier results that are not taken over.
+      jobs: processes that run checks side by side; with 1 they run in this one.
 
     Returns:
       The results. A check that raises does not stop the others.
 
     Raises:
-      ValueError: results.json is there and holds something else.
+      ValueError: results.json is there and holds something else, or ``jobs`` is below 1.
       OSError: the folder cannot be written to.
       KeyboardInterrupt: as it came; finished checks are kept.
     """
+    check_integer("jobs", jobs, 1)
     versions = environment()
+    # the source of a check counts, which a release need not change
+    release = versions.pop("natgrad")
     results = open_results(out / FILE_NAME, COMMAND, CHECKS, versions, say)
     records = results.records
     resumed = tuple(
@@ -92,17 +96,19 @@ def run_checks(
     # before any work, so that a folder which cannot be written to is found now
     results.write(document)
     report("resuming" if resumed else "starting", len(resumed))
-    for check in checks:
-        if check.identifier in resumed:
-            continue
-        report(check.identifier, 0)
-        print_ = fingerprint(check, versions)
-        record = {**_run(check, report), "device": versions["device"], "fingerprint": print_}
-        records[check.identifier] = record
+    waiting = [check for check in checks if check.identifier not in resumed]
+    made = {
+        check.identifier: {
+            "device": versions["device"],
+            "natgrad": release,
+            "fingerprint": fingerprint(check, versions),
+        }
+        for check in waiting
+    }
+    for check, record in in_turn(waiting, jobs, _run, report):
+        records[check.identifier] = record | made[check.identifier]
         results.write(document)
         report(check.identifier, 1)
-        # compiled programs of one check are of no use to the next
-        jax.clear_caches()
     return Reproduction(document, tuple(check.identifier for check in checks), resumed)
 
 
@@ -111,7 +117,7 @@ def fingerprint(check: Check, versions: dict[str, str]) -> str:
 
     Args:
       check: the check; its module counts, and all modules that this one stands on.
-      versions: of the software and the device.
+      versions: of the software that it stands on, and the device.
     """
     module = inspect.getmodule(check.run)
     source = import_digest(Path(inspect.getfile(module or check.run)))

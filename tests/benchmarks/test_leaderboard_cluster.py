@@ -17,8 +17,9 @@ import pytest
 from sleeping_trials import events, make_configs, wait_for
 
 from benchmarks.leaderboard import cluster, runner, torture
+from benchmarks.leaderboard.lanes import RefusedError
 from benchmarks.leaderboard.records import trial_key
-from benchmarks.leaderboard.runner import RefusedError, run
+from benchmarks.leaderboard.runner import run
 from benchmarks.leaderboard.store import Store
 
 pytest.importorskip("distributed", reason="Dask is not installed: pip install 'natgrad[cluster]'")

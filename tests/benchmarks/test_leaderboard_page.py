@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 from leaderboard_records import CPU, SMALL, record, sample
@@ -105,19 +104,6 @@ def test_curves_are_those_of_the_median_trials_and_short(written, records):
 
 
 # In a browser ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip("there is no Chromium")
-    with api.sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield instance
-        instance.close()
 
 
 @pytest.fixture

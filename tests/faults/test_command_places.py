@@ -35,7 +35,7 @@ DRAWINGS = {
     "dynamics": "ntk_analysis.figures.draw_dynamics",
     "predict": "ntk_analysis.figures_theory.draw_prediction",
     "isotropy": "ntk_analysis.figures_theory.draw_isotropy",
-    "reproduce": "ntk_analysis.report.papers.pages.write_papers",
+    "reproduce": "ntk_analysis.report.papers.write_papers",
 }
 
 

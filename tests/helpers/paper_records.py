@@ -6,13 +6,13 @@ from pathlib import Path
 
 from html_page import Page
 
+from ntk_analysis.frame import panels
 from ntk_analysis.report.comparison import (
     HERE,
     Source,
     merge_checks,
     read_sources,
 )
-from ntk_analysis.report.papers import pages
 from ntk_analysis.reproduce import load_checks
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,6 @@ def page(out: Path, name: str = "karakida_osawa") -> Page:
 
 
 def simple(data: dict):
-    figure, axes = pages.frame.panels(1, 1, (2, 2))
+    figure, axes = panels(1, 1, (2, 2))
     axes[0, 0].plot(data["curve"])
     return figure

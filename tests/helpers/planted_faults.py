@@ -1,4 +1,4 @@
-"""One planted fault a check: what the check must not pass with."""
+"""One planted fault a check that is run whole: what the check must not pass with."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from ntk_analysis.analytic import AnalyticKernels
 from ntk_analysis.reproduce.bernacchia import bottleneck, damping, flow, inverses
 from ntk_analysis.reproduce.bernacchia import identities as linear_identities
 from ntk_analysis.reproduce.karakida_osawa import (
+    classes,
     common,
     cross_entropy,
     identities,
+    kernels,
     kfac,
     layer_wise,
     unit_wise,
@@ -35,10 +37,12 @@ from ntk_analysis.reproduce.kerekes import diagonal, invariance, matrices, stabl
 from ntk_analysis.reproduce.kerekes import logistic as logistic_checks
 from ntk_analysis.reproduce.natgrad import (
     drift,
+    eigenbasis,
     frontier,
     frontier_batches,
     frontier_blocks,
     frontier_weights,
+    limits,
     sharing,
     theorem,
     width,
@@ -342,4 +346,15 @@ FAULTS = {
     ),
     "NG-Conv-Unit": Fault("one entry a parameter", sharing, "UnitWise", instead(Diagonal())),
 }
-"""By the identifier of the check."""
+"""Of every fast check, by its identifier."""
+
+SLOW_FAULTS = {
+    "KO-SecD-wide": Fault("half the rate", classes, "natural_gradient", times(0.5)),
+    "KO-Eq20-classes": Fault("the last layer's B* is 1", classes, "KFAC", instead(KFAC("literal"))),
+    "KO-SecE-MC": Fault("counted twice", kernels, "empirical_layer_kernels", times(2)),
+    "NG-EKFAC": Fault("K-FAC in its place", eigenbasis, "EKFAC", instead(KFAC("literal"))),
+    "NG-Conv-Kernels": Fault("counted twice", limits, "empirical_layer_kernels", times(2)),
+    "NG-Conv-Reduce": Fault("expand for reduce", sharing, "KFAC", instead(KFAC())),
+    "NG-Conv-First": Fault("one entry a parameter", sharing, "UnitWise", instead(Diagonal())),
+}
+"""Of slow checks whose records do not hold what they measured: a minute each at most."""

@@ -100,7 +100,7 @@ def by_hand(ran: list[str], checks: tuple[str, ...] = ("A", "B")) -> Iterator[No
             ("figures.draw_dynamics", nothing),
             ("figures_theory.draw_prediction", nothing),
             ("figures_theory.draw_isotropy", nothing),
-            ("report.papers.pages.write_papers", nothing),
+            ("report.papers.write_papers", nothing),
         ):
             stack.enter_context(patch(package + place, new))
         made = {name: check(name) for name in checks}

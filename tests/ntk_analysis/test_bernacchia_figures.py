@@ -12,11 +12,12 @@ from flax import nnx
 from natgrad_datasets.linear_teacher import LINEAR_TEACHER_SETTINGS
 
 from natgrad_flax.linear import online_natural_gradient_descent
-from ntk_analysis.report.papers.bernacchia import DRAWINGS
-from ntk_analysis.reproduce import MissingDataError, find_checks
+from ntk_analysis.reproduce import MissingDataError, find_checks, load_checks
 from ntk_analysis.reproduce.bernacchia import autoencoder, costs, teachers, training
+from ntk_analysis.reproduce.drawings import DRAWINGS
 from ntk_analysis.results import plain
 
+load_checks()
 RNG = np.random.default_rng(0)
 
 

@@ -14,8 +14,9 @@ from natgrad_datasets import sparse_classification
 
 from natgrad_flax.linear import logistic, references
 from natgrad_flax.linear import matrix_factorization as mf
-from ntk_analysis.report.papers.frame import theme
-from ntk_analysis.report.papers.kerekes_large import DRAWINGS
+from ntk_analysis.frame import theme
+from ntk_analysis.reproduce import load_checks
+from ntk_analysis.reproduce.drawings import DRAWINGS
 from ntk_analysis.reproduce.kerekes import (
     common,
     completion,
@@ -25,6 +26,7 @@ from ntk_analysis.reproduce.kerekes import (
 )
 from ntk_analysis.results import plain
 
+load_checks()
 SPARSE = sparse_runs.Setting(
     dim=40,
     num_relevant=3,

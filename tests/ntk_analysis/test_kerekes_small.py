@@ -15,13 +15,15 @@ from natgrad_flax.linear.references import (
     max_margin,
     natural_gradient_limit,
 )
-from ntk_analysis.report.papers.frame import theme
-from ntk_analysis.report.papers.kerekes_small import DRAWINGS
+from ntk_analysis.frame import theme
+from ntk_analysis.reproduce import load_checks
+from ntk_analysis.reproduce.drawings import DRAWINGS
 from ntk_analysis.reproduce.kerekes import kernel_maps, small_sparse, theory, toy
 from ntk_analysis.results import plain
 
 pytestmark = pytest.mark.usefixtures("x64")
 
+load_checks()
 X, Y = planar(1)
 
 

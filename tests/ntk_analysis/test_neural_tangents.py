@@ -26,7 +26,7 @@ def test_the_package_imports_nothing_heavy() -> None:
     """Or every command, and ``natgrad reproduce --list``, would wait for it."""
     loaded = run_python(
         "import sys, ntk_analysis.cli, ntk_analysis.sweep\n"
-        "import natgrad_flax, ntk_analysis.report.papers.karakida_osawa\n"
+        "import natgrad_flax, ntk_analysis.reproduce.karakida_osawa.figures\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     ).split()
     heavy = {"neural_tangents", "tensorflow", "tf2jax", "matplotlib", "seaborn", "pandas"}

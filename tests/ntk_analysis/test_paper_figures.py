@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from paper_records import CATALOGUE, IDENTIFIERS, committed, page, record, simple
 
-from ntk_analysis.report.papers import pages
-from ntk_analysis.report.papers.pages import DRAWINGS, draw, write_papers
+from ntk_analysis.frame import theme
+from ntk_analysis.report.papers import draw, drawing_sources, write_papers
+from ntk_analysis.reproduce import paper_of
+from ntk_analysis.reproduce.drawings import DRAWINGS, draws
 from ntk_analysis.reproduce.registry import find_checks
 from ntk_analysis.reproduce.runner import run_checks
 from ntk_analysis.reproduce.van_oostrum.common import picture
@@ -88,17 +90,24 @@ def test_drawings_belong_to_checks():
     assert set(DRAWINGS) <= set(IDENTIFIERS)
 
 
+def test_a_check_has_one_figure():
+    with pytest.raises(ValueError, match="figure of KO-Fig3 is registered twice"):
+        draws("KO-New", "KO-Fig3")
+    assert "KO-New" not in DRAWINGS
+
+
 @pytest.mark.parametrize("identifier", DRAWINGS)
 def test_a_figure_is_drawn_anew_when_its_module_changes(identifier):
-    first = pages.drawing_sources(DRAWINGS[identifier])[0].__name__
-    assert first.startswith("ntk_analysis.report.papers."), first
+    first = drawing_sources(DRAWINGS[identifier])[0].__name__
+    name = f"ntk_analysis.reproduce.{paper_of(identifier)}.figures"
+    assert first.startswith(name), first
 
 
 @pytest.mark.parametrize("identifier", [i for i in DRAWINGS if i.startswith("KO-")])
 def test_figures_of_karakida_and_osawa_from_committed_results(identifier):
     """What was measured on real images, as it came back from JSON."""
     data = committed()[identifier]["data"]
-    with pages.frame.theme():
+    with theme():
         figure = DRAWINGS[identifier](data)
         figure.draw_without_rendering()
     for axis in figure.axes:

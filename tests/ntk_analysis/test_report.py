@@ -31,10 +31,9 @@ from ntk_analysis.report.comparison import (
     side_by_side,
 )
 from ntk_analysis.report.page import number, percent
-from ntk_analysis.report.papers import PAPERS
 from ntk_analysis.report.settings import ReportSettings as Settings
 from ntk_analysis.report.verdict import _check_sentence, answer, isotropy_class
-from ntk_analysis.reproduce import load_checks
+from ntk_analysis.reproduce import PAPERS, load_checks
 from ntk_analysis.reproduce.runner import fingerprint
 from ntk_analysis.results import CHECKS, digests
 from ntk_analysis.settings import DynamicsSettings
@@ -97,7 +96,9 @@ def results(tmp_path_factory) -> Path:
     cpu = document("cpu: cpu", "2026-01-01", **{"KO-Fig1a": record("passed", 0.25)})
     for name, content in (("gpu", gpu), ("cpu", cpu)):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    (folder / "broken.json").write_text("{", encoding="utf-8")
+    (folder / "asv").mkdir()
+    for name in ("broken", "asv/benchmarks"):
+        (folder / f"{name}.json").write_text("{", encoding="utf-8")
     part = document("gpu: g", "2026-01-03", **{"KO-Fig1a": {"verdict": "passed"}})
     (folder / "part.json").write_text(json.dumps(part), encoding="utf-8")
     return folder
@@ -208,6 +209,7 @@ def test_devices_side_by_side_are_escaped(built, html):
     assert row["measured"] == [0.25, 0.125]
     assert "0.125" in html
     assert "part.json has records that are not whole" in html
+    assert html.count(".json is not a document of this project") == 1
     assert "broken.json is not a document of this project" in html
 
 

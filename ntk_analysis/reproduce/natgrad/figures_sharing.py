@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ntk_analysis.frame import GREY, INKS, legend, log_ticks, panels, plot
 from ntk_analysis.palette import STYLES
-from ntk_analysis.report.papers.frame import GREY, INKS, panels
+from ntk_analysis.reproduce.drawings import draws
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,22 +18,15 @@ _NAMES = {
 }
 
 
+@draws("NG-Conv-First")
 def draw_first(data: dict[str, Any]) -> Figure:
     """Deviation from isotropy against the number of channels: of the whole, of the first layer."""
     figure, axes = panels(1, 2, (8.6, 3.6), sharey=True)
     titles = {"whole": "all layers", "first_layer": "first layer alone"}
     for axis, (part, title) in zip(axes[0], titles.items(), strict=True):
         for name in data["first_layer"]:
-            style = STYLES[name]
-            axis.plot(
-                data["channels"],
-                data[part][name],
-                color=style.color,
-                marker=style.marker,
-                label=style.label,
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(data["channels"], [str(width) for width in data["channels"]])
+            plot(axis, data["channels"], data[part][name], STYLES[name])
+        log_ticks(axis, data["channels"], base=2)
         axis.set_yscale("log")
         axis.set_xlabel("channels of each convolution")
         axis.set_title(title, fontsize="medium")
@@ -52,6 +45,7 @@ def draw_first(data: dict[str, Any]) -> Figure:
     return figure
 
 
+@draws("NG-Conv-Digits")
 def draw_digits(data: dict[str, Any]) -> Figure:
     """Gradient descent on the three limits, beside the one step of an isotropic Fisher."""
     figure, axes = panels(1, 1, (7.4, 3.6))
@@ -71,35 +65,18 @@ def draw_digits(data: dict[str, Any]) -> Figure:
     return figure
 
 
+@draws("NG-Conv-Training")
 def draw_training(data: dict[str, Any]) -> Figure:
     """Losses of finite networks at the learning rate of theory, a panel a network."""
     figure, axes = panels(1, len(data["losses"]), (9.2, 3.4), sharey=True)
     for axis, (network, runs) in zip(axes[0], data["losses"].items(), strict=True):
         narrow, wide = data["widths"][network]
         for name, losses in runs.items():
-            style = STYLES[name]
-            for values, dash, width in zip(losses, (":", "-"), (narrow, wide), strict=True):
-                axis.plot(
-                    range(len(values)),
-                    values,
-                    color=style.color,
-                    marker=style.marker,
-                    linestyle=dash,
-                    label=style.label if width == wide else None,
-                )
+            for values, dash, label in zip(losses, ":-", (None, STYLES[name].label), strict=True):
+                plot(axis, range(len(values)), values, STYLES[name], linestyle=dash, label=label)
         axis.set_yscale("log")
         axis.set_xlabel("step")
         axis.set_title(f"{_NAMES[network]}\n{narrow} (dotted), {wide}", fontsize="medium")
     axes[0, 0].set_ylabel("training loss")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-    )
+    legend(figure, axes[0, 0], columns=3)
     return figure
-
-
-DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "NG-Conv-First": draw_first,
-    "NG-Conv-Digits": draw_digits,
-    "NG-Conv-Training": draw_training,
-}
-"""How the figure of a check is drawn, by identifier."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntk_analysis.report.papers.frame import GREY, INKS, panels
+from ntk_analysis.frame import GREY, INKS, panels
+from ntk_analysis.reproduce.drawings import draws
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _SIZE = (8.2, 4.4)
 
 
+@draws("VO-Ex1")
 def draw_example_1(data: dict[str, Any]) -> Figure:
     """The plane in two parametrisations, of which each is folded flat along an axis."""
     return _projections(
@@ -30,6 +31,7 @@ def draw_example_1(data: dict[str, Any]) -> Figure:
     )
 
 
+@draws("VO-Ex2")
 def draw_example_2(data: dict[str, Any]) -> Figure:
     """The curve that crosses itself, and the natural gradients of its two passages."""
     return _projections(
@@ -42,6 +44,7 @@ def draw_example_2(data: dict[str, Any]) -> Figure:
     )
 
 
+@draws("VO-A3")
 def draw_appendix_3(data: dict[str, Any]) -> Figure:
     """The parameter space: all solutions of G y = grad, and the two that are the shortest."""
     figure, axes = panels(1, 1, _SIZE)
@@ -69,6 +72,9 @@ _SYMBOLS = {
 }
 
 
+@draws("VO-Eq2", spaces=("xi", "model"))
+@draws("VO-Thm2", spaces=("theta", "xi", "model"))
+@draws("VO-Sec3.2", spaces=("theta", "xi", "model"), vectors=True)
 def draw_spaces(data: dict[str, Any], spaces: Sequence[str], vectors: bool = False) -> Figure:
     """Figs. 1, 2 and 6: parameters on lines in the colour of the point of the model they give.
 
@@ -149,14 +155,3 @@ def _finish(axis: Axes, names: tuple[str, str]) -> None:
     axis.set_ylabel(names[1])
     # beside the plane, which is as wide as it is high
     axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-
-
-DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "VO-Eq2": partial(draw_spaces, spaces=("xi", "model")),
-    "VO-Thm2": partial(draw_spaces, spaces=("theta", "xi", "model")),
-    "VO-Sec3.2": partial(draw_spaces, spaces=("theta", "xi", "model"), vectors=True),
-    "VO-Ex1": draw_example_1,
-    "VO-Ex2": draw_example_2,
-    "VO-A3": draw_appendix_3,
-}
-"""How the figure of a check is drawn, by identifier."""

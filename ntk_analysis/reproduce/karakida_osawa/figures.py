@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from natgrad_flax.structures import Style
+from ntk_analysis.frame import GREY, INKS, Ink, legend, log_ticks, panels, plot
 from ntk_analysis.methods import STRUCTURES
 from ntk_analysis.palette import STYLES, tint
-from ntk_analysis.report.papers.frame import GREY, INKS, Ink, panels
+from ntk_analysis.reproduce.drawings import draws
 from ntk_analysis.tables import PROPER_NAMES
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _FAR = 1e30
 _STYLES = {"NTK": STYLES["GradientDescent"]._replace(label="Tangent kernel (gradient descent)")}
 
 
+@draws("KO-Fig1a")
 def draw_figure_1a(data: dict[str, Any]) -> Figure:
     """Loss against the step: theory as lines, networks as markers, one colour a structure."""
     figure, axes = panels(1, 1, (8.6, 4.6))
@@ -66,10 +68,11 @@ def draw_figure_1a(data: dict[str, Any]) -> Figure:
         fontsize="small",
         color=GREY,
     )
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    legend(figure, axis)
     return figure
 
 
+@draws("KO-Fig1a-width")
 def draw_width(data: dict[str, Any]) -> Figure:
     """Loss after the one step that the theory needs, by width; one marker a network."""
     figure, axes = panels(1, 1, (6.4, 3.6))
@@ -82,20 +85,17 @@ def draw_width(data: dict[str, Any]) -> Figure:
             np.repeat(widths, values.shape[1]), values.ravel(), style.marker, color=style.color,
             alpha=0.45, markersize=4,
         )  # fmt: skip
-        axis.plot(
-            widths, values.mean(axis=1), "-", marker=style.marker, color=style.color,
-            markersize=7, label=style.label,
-        )  # fmt: skip
-    axis.set_xscale("log", base=2)
+        plot(axis, widths, values.mean(axis=1), style, markersize=7)
+    log_ticks(axis, data["widths"], base=2)
     axis.set_yscale("log")
-    axis.set_xticks(widths, [f"{width:.0f}" for width in widths])
     axis.set_xlim(widths.min() / 1.25, widths.max() * 1.25)
     axis.set_xlabel("width $M$")
     axis.set_ylabel("training loss after one step")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    legend(figure, axis)
     return figure
 
 
+@draws("KO-Fig1b-left")
 def draw_figure_1b_left(data: dict[str, Any]) -> Figure:
     """Four layers: loss curves by damping, and where the damped system is singular."""
     figure, axes = panels(1, 2, (9.2, 4.2))
@@ -121,6 +121,7 @@ def draw_figure_1b_left(data: dict[str, Any]) -> Figure:
     return figure
 
 
+@draws("KO-Fig1b-right")
 def draw_figure_1b_right(data: dict[str, Any]) -> Figure:
     """Five layers: loss curves by damping, and the two ranges in which training explodes."""
     figure, axes = panels(1, 2, (9.2, 4.6))
@@ -169,6 +170,7 @@ def draw_figure_1b_right(data: dict[str, Any]) -> Figure:
     return figure
 
 
+@draws("KO-Fig2-left", "KO-Fig2-left-small", "KO-Fig2-center", "KO-Fig2-right", "KO-Fig2-kfac")
 def draw_figure_2(data: dict[str, Any]) -> Figure:
     """Test accuracy by structure: mean and standard deviation over initialisations."""
     figure, axes = panels(1, 1, (7.6, 3.4))
@@ -198,6 +200,7 @@ def draw_figure_2(data: dict[str, Any]) -> Figure:
     return figure
 
 
+@draws("KO-Fig3")
 def draw_figure_3(data: dict[str, Any]) -> Figure:
     """Condition number against the width, with the standard deviation over seeds."""
     figure, axes = panels(1, 1, (7.4, 4.2))
@@ -209,15 +212,15 @@ def draw_figure_3(data: dict[str, Any]) -> Figure:
             color=style.color, label=style.label, capsize=3, markersize=7,
         )  # fmt: skip
     axis.axhline(1, color=GREY, linewidth=1, zorder=1)
-    axis.set_xscale("log", base=2)
+    log_ticks(axis, data["widths"], base=2)
     axis.set_yscale("log")
-    axis.set_xticks(data["widths"], [str(width) for width in data["widths"]])
     axis.set_xlabel("width $M$")
     axis.set_ylabel(r"condition number of $\bar\Theta$")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    legend(figure, axis)
     return figure
 
 
+@draws("KO-Thm5.1-training")
 def draw_unit_wise(data: dict[str, Any]) -> Figure:
     """Training beside Eq. 24, and condition numbers over the width, by damping."""
     figure, axes = panels(1, 2, (9.2, 4.6))
@@ -240,10 +243,9 @@ def draw_unit_wise(data: dict[str, Any]) -> Figure:
             widths, values, ink.dash, color=ink.color, marker=ink.marker, markersize=7, label=label,
             **({} if ink.marker else {"linewidth": 7, "alpha": 0.4}),
         )  # fmt: skip
-    right.set_xscale("log", base=2)
+    log_ticks(right, widths, base=2)
     right.set_yscale("log")
     right.set_ylim(0.8, 3000)
-    right.set_xticks(widths, [str(width) for width in widths])
     right.set_xlabel("width $M$")
     right.set_ylabel(r"condition number of $\bar\Theta$")
     right.set_title("tanh, $N = 30$", loc="left")
@@ -251,6 +253,7 @@ def draw_unit_wise(data: dict[str, Any]) -> Figure:
     return figure
 
 
+@draws("KO-SecD-wide")
 def draw_margins(data: dict[str, Any]) -> Figure:
     """Margins of some samples of a network as markers, on the lines of the law."""
     figure, axes = panels(1, 1, (6.4, 3.6))
@@ -348,20 +351,3 @@ def _finish_dampings(axis: Axes) -> None:
     axis.set_ylim(None, _TOP)
     axis.set_xlabel(r"damping $\rho$")
     axis.set_ylabel("above 1: diverges; top edge: $10^4$ or more")
-
-
-DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "KO-Fig1a": draw_figure_1a,
-    "KO-Fig1a-width": draw_width,
-    "KO-Fig1b-left": draw_figure_1b_left,
-    "KO-Fig1b-right": draw_figure_1b_right,
-    "KO-Fig2-left": draw_figure_2,
-    "KO-Fig2-left-small": draw_figure_2,
-    "KO-Fig2-center": draw_figure_2,
-    "KO-Fig2-right": draw_figure_2,
-    "KO-Fig2-kfac": draw_figure_2,
-    "KO-Thm5.1-training": draw_unit_wise,
-    "KO-Fig3": draw_figure_3,
-    "KO-SecD-wide": draw_margins,
-}
-"""How the figure of a check is drawn, by identifier."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntk_analysis.frame import GREY, INKS, Ink, panels, plot
 from ntk_analysis.palette import tint
-from ntk_analysis.report.papers.frame import GREY, INKS, Ink, panels
+from ntk_analysis.reproduce.drawings import draws
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +24,7 @@ _PANELS = (("EGD", 1), ("EGD", 4), ("NGD", 1), ("NGD", 4))
 _SHOWN_PATHS = 12
 
 
+@draws("KE-Fig2")
 def draw_separators(data: dict[str, Any]) -> Figure:
     """Fig. 2: separators over the points in panels A to D, and below them their angles."""
     figure, axes = panels(2, 4, (9.2, 5.4), height_ratios=(1.25, 1))
@@ -95,6 +96,7 @@ def _draw_angles(
     axis.set(xscale="log", xlabel="time")
 
 
+@draws("KE-Fig3")
 def draw_kernels(data: dict[str, Any]) -> Figure:
     """Fig. 3: how every entry moves, by depth (rows) and method (columns); one scale a row.
 
@@ -132,13 +134,14 @@ def draw_kernels(data: dict[str, Any]) -> Figure:
     return figure
 
 
+@draws("KE-Fig6")
 def draw_accuracies(data: dict[str, Any]) -> Figure:
     """Fig. 6: test accuracy over the number of samples; on the right, what the start decides."""
     figure, axes = panels(1, 2, (9.2, 4.2), width_ratios=(2.2, 1), sharey=True)
     left, right = axes[0]
     natural, *euclidean = data["curves"]
-    for curve, ink in zip(euclidean, INKS, strict=False):
-        _draw_curve(left, curve, ink)
+    for found, ink in zip(euclidean, INKS, strict=False):
+        _draw_curve(left, found, ink)
     _draw_curve(left, natural, Ink("black", "X", ":"))
     theory = np.array(data["theory"])
     left.plot(*theory.T, color=GREY, linewidth=5, alpha=0.3, label="NGD, theory for N < D")
@@ -150,13 +153,11 @@ def draw_accuracies(data: dict[str, Any]) -> Figure:
     return figure
 
 
-def _draw_curve(axis: Axes, curve: dict[str, Any], ink: Ink) -> None:
+def _draw_curve(axis: Axes, found: dict[str, Any], ink: Ink) -> None:
     """The mean over seeds as a line, every seed as a faint point."""
-    numbers, values = curve["numbers"], np.array(curve["accuracies"])
-    look: dict[str, Any] = {"color": ink.color, "marker": ink.marker}
-    means = values.mean(axis=1)
-    axis.plot(numbers, means, linestyle=ink.dash, markersize=6, label=curve["name"], **look)
-    axis.plot(numbers, values, linestyle="none", markersize=3, alpha=0.4, **look)
+    numbers, values = found["numbers"], np.array(found["accuracies"])
+    plot(axis, numbers, values.mean(axis=1), ink, markersize=6, label=found["name"])
+    plot(axis, numbers, values, ink, linestyle="none", markersize=3, alpha=0.4)
 
 
 def _draw_starts(axis: Axes, starts: list[dict[str, Any]]) -> None:
@@ -164,22 +165,14 @@ def _draw_starts(axis: Axes, starts: list[dict[str, Any]]) -> None:
     for place, start in enumerate(starts):
         pairs = ((-0.15, start["both_signs"], INKS[0]), (0.15, start["accuracies"], INKS[1]))
         for shift, values, ink in pairs:
-            look: dict[str, Any] = {"color": ink.color, "marker": ink.marker, "linestyle": "none"}
-            where = place + shift
+            where, dot = place + shift, ink._replace(dash="none")
             label = None
             if place == 0:
                 label = "N(0, 0.3²), as on the left" if shift < 0 else "the start below"
-            axis.plot([where] * len(values), values, markersize=3, alpha=0.4, **look)
-            axis.plot(where, np.mean(values), markersize=8, label=label, **look)
+            plot(axis, [where] * len(values), values, dot, markersize=3, alpha=0.4)
+            plot(axis, where, np.mean(values), dot, markersize=8, label=label)
     ticks = [f"{start['name']}\nN = {start['num']}\n{start['label']}" for start in starts]
     axis.set_xticks(range(len(ticks)), ticks, fontsize="x-small")
     axis.set_xlim(-0.5, len(ticks) - 0.5)
     axis.set_title("what the start decides", fontsize="medium")
     axis.legend(loc="lower left", fontsize="small")
-
-
-DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "KE-Fig2": draw_separators,
-    "KE-Fig3": draw_kernels,
-    "KE-Fig6": draw_accuracies,
-}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ntk_analysis.frame import GREY, INKS, legend, log_ticks, panels, plot
 from ntk_analysis.palette import STYLES
-from ntk_analysis.report.papers.frame import GREY, INKS, panels
+from ntk_analysis.reproduce.drawings import draws
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _POWERS = {
@@ -34,13 +33,14 @@ _MARKS = {
 _CONDITION = r"condition number of $\bar\Theta$"
 
 
+@draws("NG-Frontier-Shampoo")
 def draw_shampoo(data: dict[str, Any]) -> Figure:
     """Condition numbers at infinite width against the number of samples, a curve a power."""
     figure, axes = panels(1, 1, (6.4, 3.6))
     axis, counts = axes[0, 0], data["counts"]
-    for curve, ink in zip(data["curves"], INKS, strict=False):
-        power, values = curve["power"], curve["conditions"]
-        axis.plot(counts, values, color=ink.color, marker=ink.marker, linestyle=ink.dash)
+    for found, ink in zip(data["curves"], INKS, strict=False):
+        power, values = found["power"], found["conditions"]
+        plot(axis, counts, values, ink)
         axis.annotate(
             _POWERS[power],
             (counts[-1], values[-1]),
@@ -53,7 +53,7 @@ def draw_shampoo(data: dict[str, Any]) -> Figure:
         if power < 0.5:
             slope = [values[0] * (count / counts[0]) ** (1 - 2 * power) for count in counts]
             axis.plot(counts, slope, color=GREY, linewidth=0.9, linestyle=":")
-    _plain_ticks(axis, counts)
+    log_ticks(axis, counts)
     axis.set_xlim(counts[0] * 0.9, counts[-1] * 3.4)
     axis.set_yscale("log")
     axis.set_xlabel("samples N")
@@ -62,25 +62,17 @@ def draw_shampoo(data: dict[str, Any]) -> Figure:
     return figure
 
 
+@draws("NG-Frontier-Blocks")
 def draw_blocks(data: dict[str, Any]) -> Figure:
     """Condition number against the inputs of a block: measured, ridge, free projections."""
     figure, axes = panels(1, len(data["curves"]), (8.6, 3.6), sharey=True)
     sizes = data["sizes"]
-    for axis, (activation, curve) in zip(axes[0], data["curves"].items(), strict=True):
-        style = STYLES["UnitBlocks"]
-        axis.plot(sizes, curve["ridge"], color=GREY, linestyle="--", label="ridge, predicted")
-        axis.plot(
-            sizes,
-            curve["measured"],
-            color=style.color,
-            marker=style.marker,
-            linestyle="",
-            label="measured",
-        )
-        free = curve["free"]
-        axis.plot(
-            sizes[: len(free)], free, color=INKS[0].color, linestyle=":", label="free projections"
-        )
+    for axis, (activation, found) in zip(axes[0], data["curves"].items(), strict=True):
+        axis.plot(sizes, found["ridge"], color=GREY, linestyle="--", label="ridge, predicted")
+        look = STYLES["UnitBlocks"]._replace(label="measured")
+        plot(axis, sizes, found["measured"], look, linestyle="")
+        free, color = found["free"], INKS[0].color
+        axis.plot(sizes[: len(free)], free, color=color, linestyle=":", label="free projections")
         axis.axvline(data["samples"], color=GREY, linewidth=0.8)
         axis.annotate(
             f"N = {data['samples']}",
@@ -92,17 +84,16 @@ def draw_blocks(data: dict[str, Any]) -> Figure:
             fontsize="small",
             color=GREY,
         )
-        _plain_ticks(axis, [size for size in sizes if size & (size - 1) == 0])
-        axis.set_yscale("log")
-        axis.set_yticks([1, 2, 3, 4, 6], ["1", "2", "3", "4", "6"])
-        axis.minorticks_off()
+        log_ticks(axis, [size for size in sizes if size & (size - 1) == 0])
+        log_ticks(axis, [1, 2, 3, 4, 6], "y")
         axis.set_xlabel("inputs of a block")
         axis.set_title(_ACTIVATIONS[activation], fontsize="medium")
     axes[0, 0].set_ylabel(_CONDITION)
-    _legend_below(figure, axes[0, 0], 3)
+    legend(figure, axes[0, 0], columns=3, fontsize="small")
     return figure
 
 
+@draws("NG-Frontier-Map")
 def draw_map(data: dict[str, Any]) -> Figure:
     """Condition number of every structure against numbers stored, and against flops."""
     figure, axes = panels(1, 2, (9.2, 4.8), sharey=True)
@@ -117,16 +108,11 @@ def draw_map(data: dict[str, Any]) -> Figure:
             style = STYLES[family]
             own = [point for point in points if point["structure"] == family]
             large = family in _UNDER
-            axis.plot(
-                [point[what] or edge for point in own],
-                [point["relu"] for point in own],
-                color=style.color,
-                marker=style.marker,
-                markersize=11 if large else 7,
+            plot(
+                axis, [point[what] or edge for point in own], [point["relu"] for point in own],
+                style, linewidth=0.8, markersize=11 if large else 7,
                 markerfacecolor="none" if large else style.color,
-                linewidth=0.8,
-                label=style.label,
-            )
+            )  # fmt: skip
             for point in own:
                 if point["name"] in _MARKS:
                     text, offset = _MARKS[point["name"]]
@@ -141,15 +127,15 @@ def draw_map(data: dict[str, Any]) -> Figure:
                         color=style.color,
                     )
         axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_yticks([1, 2, 3, 5, 10, 20], ["1", "2", "3", "5", "10", "20"])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
+        log_ticks(axis, [1, 2, 3, 5, 10, 20], "y")
         axis.set_xlabel(title)
     axes[0, 0].set_ylabel(_CONDITION + ", ReLU")
-    _legend_below(figure, axes[0, 0], 5)
+    legend(figure, axes[0, 0], columns=5, fontsize="small")
     return figure
 
 
+@draws("NG-Frontier-Batches")
 def draw_batches(data: dict[str, Any]) -> Figure:
     """Condition number of the mean step against the batch, beside its limits."""
     figure, axes = panels(1, 1, (6.4, 3.6))
@@ -164,19 +150,17 @@ def draw_batches(data: dict[str, Any]) -> Figure:
             va="center", fontsize="small", color=GREY,
         )  # fmt: skip
     for structure, values in data["conditions"].items():
-        style = STYLES[structure]
-        axis.plot(sizes, values, color=style.color, marker=style.marker, label=style.label)
-    _plain_ticks(axis, sizes)
+        plot(axis, sizes, values, STYLES[structure])
+    log_ticks(axis, sizes)
     axis.set_xlim(sizes[0] * 0.55, sizes[-1] * 1.2)
-    axis.set_yscale("log")
-    axis.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
-    axis.minorticks_off()
+    log_ticks(axis, [1, 2, 5, 10, 20], "y")
     axis.set_xlabel(f"batch n, of N = {total}")
     axis.set_ylabel("condition number of the mean step")
     axis.legend(frameon=False)
     return figure
 
 
+@draws("NG-Frontier-Training")
 def draw_training(data: dict[str, Any]) -> Figure:
     """Steps to a thousandth of the loss by structure: predicted hollow, measured filled."""
     figure, axes = panels(1, len(data["rows"]), (9.2, 4.4), sharey=True)
@@ -202,40 +186,9 @@ def draw_training(data: dict[str, Any]) -> Figure:
                     linestyle="",
                     label=key if place == len(places) - 1 else None,
                 )
-        axis.set_xscale("log")
-        ticks = [1, 3, 10, 30, 100, 300]
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
+        log_ticks(axis, [1, 3, 10, 30, 100, 300])
         axis.set_yticks(range(len(places)), list(places))
         axis.set_xlabel("steps to a thousandth of the loss")
         axis.set_title(_ACTIVATIONS[activation], fontsize="medium")
     axes[0, 0].legend(frameon=False, loc="lower right")
     return figure
-
-
-def _legend_below(figure: Figure, axis: Axes, columns: int) -> None:
-    """One legend of all panels."""
-    figure.legend(
-        *axis.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize="small",
-    )
-
-
-def _plain_ticks(axis: Axes, ticks: list[int]) -> None:
-    """A logarithmic axis of whole numbers."""
-    axis.set_xscale("log")
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.minorticks_off()
-
-
-DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "NG-Frontier-Shampoo": draw_shampoo,
-    "NG-Frontier-Blocks": draw_blocks,
-    "NG-Frontier-Map": draw_map,
-    "NG-Frontier-Batches": draw_batches,
-    "NG-Frontier-Training": draw_training,
-}
-"""How the figure of a check is drawn, by identifier."""

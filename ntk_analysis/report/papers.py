@@ -4,56 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from ntk_analysis import palette
+from ntk_analysis import frame, palette, reproduce
 from ntk_analysis.files import replace_file, save_figure
 from ntk_analysis.report.comparison import NOT_RUN, counted, remarks
-from ntk_analysis.report.page import PAGE_NAME, templates
-from ntk_analysis.report.papers import (
-    FOLDER,
-    PAPERS,
-    Paper,
-    bernacchia,
-    frame,
-    karakida_osawa,
-    kerekes_large,
-    kerekes_small,
-    natgrad,
-    natgrad_frontier,
-    natgrad_training,
-    paper_of,
-    van_oostrum,
-)
-from ntk_analysis.reproduce import Check
+from ntk_analysis.report.page import PAGE_NAME, PAPERS_FOLDER, templates
+from ntk_analysis.reproduce import PAPERS, Check, Paper, paper_of
+from ntk_analysis.reproduce.drawings import DRAWINGS, Drawing
 from ntk_analysis.reproduce.registry import KINDS
 from ntk_analysis.reproduce.runner import FINISHED
 from ntk_analysis.results import content_hash
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Drawing = Callable[[dict[str, Any]], "Figure"]
-
-DRAWINGS: dict[str, Drawing] = {
-    **karakida_osawa.DRAWINGS,
-    **bernacchia.DRAWINGS,
-    **kerekes_small.DRAWINGS,
-    **kerekes_large.DRAWINGS,
-    **van_oostrum.DRAWINGS,
-    **natgrad.DRAWINGS,
-    **natgrad_frontier.DRAWINGS,
-    **natgrad_training.DRAWINGS,
-}
-"""How the figure of a check is drawn from its data, by identifier."""
-
-_TEMPLATE = "papers/page.html"
+_TEMPLATE = "paper.html"
 
 
 class Drawn(NamedTuple):
@@ -69,7 +38,10 @@ class Drawn(NamedTuple):
 
 
 def write_papers(
-    records: Mapping[str, dict[str, Any]], checks: Iterable[Check], out: Path
+    records: Mapping[str, dict[str, Any]],
+    checks: Iterable[Check],
+    out: Path,
+    further: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes one page a paper, and its figures as PNG and SVG below ``papers/figures``.
 
@@ -80,6 +52,7 @@ def write_papers(
       records: of ``merge_checks``; those of no paper here are left out.
       checks: the catalogue; what no record is of is shown as not run.
       out: the folder of the results; where it has a report.html, the pages link to it.
+      further: addresses of other pages that they link to, as seen from theirs, by title.
 
     Returns:
       The pages, in ``out/papers``.
@@ -88,19 +61,20 @@ def write_papers(
       OSError: the folder cannot be written to.
     """
     catalogue = {check.identifier: check for check in checks}
-    folder = out / FOLDER
+    folder = out / PAPERS_FOLDER
     drawn = {
         name: draw(name, DRAWINGS[name], record.get("data", {}), folder / "figures")
         for name, record in records.items()
         if name in DRAWINGS and record["verdict"] in FINISHED
     }
-    back = PAGE_NAME if (out / PAGE_NAME).is_file() else None
+    links = {"The report": f"../{PAGE_NAME}"} if (out / PAGE_NAME).is_file() else {}
+    links.update(further or {})
     pages = []
     for name, paper in PAPERS.items():
         own = [i for i in dict.fromkeys([*catalogue, *records]) if paper_of(i) == name]
         entries = [_entry(i, records.get(i), catalogue.get(i)) for i in own]
         path = folder / f"{name}.html"
-        replace_file(path, _render(name, paper, entries, drawn, back).encode())
+        replace_file(path, _render(name, paper, entries, drawn, links).encode())
         pages.append(path)
     return pages
 
@@ -174,9 +148,9 @@ def _render(
     paper: Paper,
     entries: Sequence[dict[str, Any]],
     drawn: Mapping[str, Drawn],
-    back: str | None,
+    links: Mapping[str, str],
 ) -> str:
-    text = (files(__package__) / f"{name}.html").read_text(encoding="utf-8")
+    text = (files(reproduce) / name / "words.html").read_text(encoding="utf-8")
     return (
         templates()
         .get_template(_TEMPLATE)
@@ -191,6 +165,6 @@ def _render(
             origins=Counter(entry["origin"] for entry in entries),
             remarks=remarks({entry["identifier"]: entry for entry in entries}),
             kinds=KINDS,
-            back=back,
+            links=links,
         )
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntk_analysis.report.papers.frame import GREY, INKS, Ink, panels
+from ntk_analysis.frame import GREY, INKS, Ink, legend, panels, plot
+from ntk_analysis.reproduce.drawings import draws
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,17 +34,11 @@ _FLOOR = 1e-7
 
 
 def _line(axis: Axes, x: Any, y: Any, ink: Ink, **options: Any) -> None:
-    """A curve with markers in one of the inks."""
-    axis.plot(
-        x,
-        y,
-        color=ink.color,
-        marker=ink.marker,
-        linestyle=ink.dash,
-        **{"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5, **options},
-    )
+    """A curve with white edges around its markers."""
+    plot(axis, x, y, ink, markersize=5, markeredgecolor="white", markeredgewidth=0.5, **options)
 
 
+@draws("KE-Fig4", "KE-Fig4-quick")
 def draw_sparse_classification(data: dict[str, Any]) -> Figure:
     """Fig. 4: test accuracy over N, logits over the time, coefficients.
 
@@ -129,6 +123,7 @@ def _coefficients(figure: Figure, whole: Axes, data: dict[str, Any]) -> None:
     strips[len(strips) // 2].set_ylabel(r"$\beta$ over its mean relevant size")
 
 
+@draws("KE-Fig5")
 def draw_completion(data: dict[str, Any]) -> Figure:
     """Fig. 5: error and effective rank over observations; error over initial products.
 
@@ -139,9 +134,9 @@ def draw_completion(data: dict[str, Any]) -> Figure:
 
     figure, ((left, middle, right),) = panels(1, 3, (9.2, 3.6))
     for name, ink in _COMPLETED.items():
-        curve = data["curves"][name]
-        _line(left, data["counts"], curve["error"], ink, label=name)
-        _line(middle, data["counts"], curve["rank"], ink)
+        found = data["curves"][name]
+        _line(left, data["counts"], found["error"], ink, label=name)
+        _line(middle, data["counts"], found["rank"], ink)
         if name in data["spread"]:
             rows = np.array(data["spread"][name])
             ends = rows.min(axis=0), rows.max(axis=0)
@@ -173,10 +168,11 @@ def draw_completion(data: dict[str, Any]) -> Figure:
         xticks=data["gaussians"],
     )
     right.set_title(f"m = {data['shown']}", fontsize="medium")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend(figure, left, columns=3, frameon=True)
     return figure
 
 
+@draws("KE-Fig5-NGD")
 def draw_natural_completion(data: dict[str, Any]) -> Figure:
     """Observed entries of natural-gradient runs, and how far the others move.
 
@@ -184,13 +180,13 @@ def draw_natural_completion(data: dict[str, Any]) -> Figure:
       data: of KE-Fig5-NGD.
     """
     figure, ((left, right),) = panels(1, 2, (9.2, 3.6))
-    for index, (name, curve) in enumerate(data["joint"].items()):
-        moved = np.array(curve["moved"])
-        _line(left, curve["times"], curve["observed"], INKS[index], label=name)
-        _line(right, curve["times"], np.where(moved > 0, moved, np.nan), INKS[index])
-    for index, (name, curve) in enumerate(data["truncated"].items(), start=3):
-        _line(left, curve["times"], curve["observed"], INKS[index], label=f"{name}, 1/L split*")
-        _line(right, curve["times"], [None, *curve["moved"][1:]], INKS[index])
+    for index, (name, run) in enumerate(data["joint"].items()):
+        moved = np.array(run["moved"])
+        _line(left, run["times"], run["observed"], INKS[index], label=name)
+        _line(right, run["times"], np.where(moved > 0, moved, np.nan), INKS[index])
+    for index, (name, run) in enumerate(data["truncated"].items(), start=3):
+        _line(left, run["times"], run["observed"], INKS[index], label=f"{name}, 1/L split*")
+        _line(right, run["times"], [None, *run["moved"][1:]], INKS[index])
     first = next(iter(data["joint"].values()))
     times, time = np.array(first["times"]), r"time $t$ = step size $\times$ steps"
     theory = first["observed"][0] * np.exp(-2 * times)
@@ -205,13 +201,5 @@ def draw_natural_completion(data: dict[str, Any]) -> Figure:
             remarks.append(f"{name}, 1/L split: entries above $10^6$ by t = {end:.2g}")
     remarks.append("* small singular values left out")
     right.text(0.04, 0.96, "\n".join(remarks), transform=right.transAxes, va="top")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend(figure, left, columns=3, frameon=True)
     return figure
-
-
-DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "KE-Fig4": draw_sparse_classification,
-    "KE-Fig4-quick": draw_sparse_classification,
-    "KE-Fig5": draw_completion,
-    "KE-Fig5-NGD": draw_natural_completion,
-}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntk_analysis.report.papers.frame import GREY, INKS, Ink, panels
+from ntk_analysis.frame import GREY, INKS, Ink, panels, plot
+from ntk_analysis.reproduce.drawings import draws
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,12 +15,14 @@ if TYPE_CHECKING:
 
 LOG_ERROR = "log$_{10}$(test error)"
 RMSE = "test error (RMSE per pixel)"
-
-
 _SHOWN = (Ink(GREY, "", "-"), INKS[1], INKS[2], INKS[0])
 """SGD, and the kinds of natural gradient."""
 
 
+@draws("BE-Fig1A", title="A  linear (square)", quantity=LOG_ERROR)
+@draws("BE-Fig1B", title="B  linear (non-square)", quantity=LOG_ERROR)
+@draws("BE-Fig1C", title="C  linear (bottleneck)", quantity=LOG_ERROR)
+@draws("BE-Fig1D", title="D  nonlinear (MNIST autoencoder)", quantity=RMSE)
 def draw_training(data: dict[str, Any], title: str, quantity: str) -> Figure:
     """Test error against examples, and below it against seconds, as the columns of the figure.
 
@@ -44,8 +45,8 @@ def draw_training(data: dict[str, Any], title: str, quantity: str) -> Figure:
         ):
             if data["minimum"] is not None:
                 axis.axhline(data["minimum"], color="#9a9a9a", linestyle=":", label="the noise")
-            for curve, ink in zip(panel["curves"], _SHOWN, strict=False):
-                _draw_runs(axis, curve, key, scale, ink)
+            for runs, ink in zip(panel["curves"], _SHOWN, strict=False):
+                _draw_runs(axis, runs, key, scale, ink)
             axis.set_xlabel(label)
             axis.set_xlim(left=0)
         # beyond the examples of natural gradient SGD went on for the sake of the clock alone
@@ -59,18 +60,19 @@ def draw_training(data: dict[str, Any], title: str, quantity: str) -> Figure:
     return figure
 
 
-def _draw_runs(axis: Axes, curve: dict[str, Any], key: str, scale: float, ink: Ink) -> None:
+def _draw_runs(axis: Axes, found: dict[str, Any], key: str, scale: float, ink: Ink) -> None:
     """Median and range over the runs that have got so far."""
-    length = min(len(run[key]) for run in curve["runs"])
+    length = min(len(run[key]) for run in found["runs"])
     places, errors = (
-        np.array([run[name][:length] for run in curve["runs"]]) for name in (key, "errors")
+        np.array([run[name][:length] for run in found["runs"]]) for name in (key, "errors")
     )
     where = scale * np.median(places, axis=0)
-    axis.plot(where, np.median(errors, axis=0), ink.dash, color=ink.color, label=curve["name"])
+    axis.plot(where, np.median(errors, axis=0), ink.dash, color=ink.color, label=found["name"])
     ends = errors.min(axis=0), errors.max(axis=0)
     axis.fill_between(where, *ends, color=ink.color, alpha=0.18, linewidth=0)
 
 
+@draws("BE-Cost")
 def draw_costs(data: dict[str, Any]) -> Figure:
     """Flops of a step over the width of the layers, and what the same variants learn.
 
@@ -78,11 +80,9 @@ def draw_costs(data: dict[str, Any]) -> Figure:
       data: "widths", "flops" over those of SGD by name, and "curves" as ``draw_training``.
     """
     figure, ((left, right),) = panels(1, 2, (9.2, 3.8))
-    for (name, values), curve, ink in zip(
-        data["flops"].items(), data["curves"], INKS, strict=False
-    ):
-        left.plot(data["widths"], values, ink.dash, color=ink.color, marker=ink.marker, label=name)
-        _draw_runs(right, curve, "examples", 1e-3, ink)
+    for (name, values), runs, ink in zip(data["flops"].items(), data["curves"], INKS, strict=False):
+        plot(left, data["widths"], values, ink, label=name)
+        _draw_runs(right, runs, "examples", 1e-3, ink)
     left.set(xlabel="units in a layer", ylabel="flops of a step over those of SGD", xscale="log")
     left.set_xticks(data["widths"], map(str, data["widths"]), minor=False)
     left.minorticks_off()
@@ -91,12 +91,3 @@ def draw_costs(data: dict[str, Any]) -> Figure:
     right.axhline(-6, color="#9a9a9a", linestyle=":")
     right.set(xlabel="training examples (×10³)", ylabel=LOG_ERROR)
     return figure
-
-
-DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "BE-Fig1A": partial(draw_training, title="A  linear (square)", quantity=LOG_ERROR),
-    "BE-Fig1B": partial(draw_training, title="B  linear (non-square)", quantity=LOG_ERROR),
-    "BE-Fig1C": partial(draw_training, title="C  linear (bottleneck)", quantity=LOG_ERROR),
-    "BE-Fig1D": partial(draw_training, title="D  nonlinear (MNIST autoencoder)", quantity=RMSE),
-    "BE-Cost": draw_costs,
-}

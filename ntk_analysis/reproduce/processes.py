@@ -1,0 +1,87 @@
+"""Checks side by side, in processes that end with the one that asked for them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.process
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from ntk_analysis.reproduce.registry import Check, Outcome
+
+Report = Callable[[str, int], object]
+"""Called with what is being done now, and how many checks have been finished since."""
+Run = Callable[[Check, Report], dict[str, Any]]
+"""Runs a check; returns its record whatever happens in it."""
+
+
+def in_turn(
+    checks: Sequence[Check], jobs: int, run: Run, report: Report
+) -> Iterator[tuple[Check, dict[str, Any]]]:
+    """Checks with their records, as they are finished.
+
+    Args:
+      checks: what to run, begun in this order.
+      jobs: processes; with 1 the checks run in this one.
+      run: does one; importable by its name, and so is ``run`` of each check.
+      report: told what is being done; of checks in other processes only that they have begun.
+    """
+    if jobs == 1:
+        for check in checks:
+            report(check.identifier, 0)
+            yield check, run(check, report)
+            # compiled programs of one check are of no use to the next
+            jax.clear_caches()
+        return
+    report(f"{jobs} checks at a time", 0)
+    # spawned, because JAX does not survive a fork
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent)
+    try:
+        waiting = {pool.submit(_alone, check, run): check for check in checks}
+        for future in as_completed(waiting):
+            check = waiting[future]
+            try:
+                record = future.result()
+            except BrokenProcessPool:
+                record = run(replace(check, run=_ended), report)
+            yield check, record
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        # in no more than this process's own time: what they do is no longer wanted
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+
+
+def _alone(check: Check, run: Run) -> dict[str, Any]:
+    record = run(check, lambda what, done: None)
+    jax.clear_caches()
+    return record
+
+
+def _ended(report: object) -> Outcome:
+    raise RuntimeError(
+        "a process that ran checks was ended from outside, as for want of memory, and with it all "
+        "that were not finished: the same command goes on, with --jobs 1 one check at a time"
+    )
+
+
+def _end_with_parent() -> None:
+    """The keyboard interrupts the parent only, and nothing outlives it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(
+        target=_await_end, args=(multiprocessing.parent_process(),), daemon=True
+    ).start()
+
+
+def _await_end(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,8 @@ from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
 _LANES = 32  # units on the minor axis: enough for XLA CPU to vectorise, not to unroll
-_MAX_BLOCKS = 8  # column blocks per matrix: bounds the size of the compiled program
-_MIN_BLOCK = 10  # smallest worthwhile column block
-_MAX_TERMS = 32  # products per fused kernel: LLVM gives up vectorising beyond about 45
+_BLOCK = 16  # rows of a tile, and products in a kernel: LLVM gives up vectorising beyond about 45
+_STORE = 6 << 20  # bytes of the factors of a chunk
 
 
 class ScaledGram(NamedTuple):
@@ -58,15 +58,15 @@ def solve_scaled_grams(
     block on XLA's intra-op pool, so that two independent ones can deadlock. Elsewhere it is a
     vmapped Cholesky factorisation.
 
-    Cost: about ``M N^3 / 3`` flops plus ``O(M N^2 K)`` for column blocks of K ~ max(10, N / 8);
-    memory ``chunk_size N^2`` numbers plus copies of the inputs. On CPU the program is unrolled:
-    compile time grows with N (meant for N <= 200), so all Gram matrices share one. Under ``vmap``
-    it runs one by one; derivatives solve with the same matrices.
+    Cost: about ``M N^3 / 3`` flops plus ``O(M N^2 K)`` for tiles of K <= 16 rows; memory half of
+    ``chunk_size N^2`` numbers plus copies of the inputs. The program does not grow with N or with
+    the number of Gram matrices. Under ``vmap`` it runs one by one; derivatives solve with the same
+    matrices.
 
     Args:
         systems: Gram matrices with M units each; M may differ.
-        chunk_size: Units solved at once (default 64 on CPU, where a chunk should stay in the
-            cache, and 1024 elsewhere).
+        chunk_size: Units solved at once (default 64 to 288 on CPU, where the factors of a chunk
+            should stay in the cache, and 1024 elsewhere).
 
     Returns:
         v, (N, M), for each. NaN for units whose matrix is not numerically positive definite.
@@ -80,7 +80,7 @@ def solve_scaled_grams(
             for system, x in zip(kept, v, strict=True)
         ]
 
-    solve = sequential_vmap(partial(_solve_in_chunks, chunk_size=chunk_size))
+    solve = sequential_vmap(partial(_solve_all, chunk_size=chunk_size))
 
     def solve_for(_: Any, rhs: list[Array]) -> list[Array]:
         return solve([a._replace(rhs=b) for a, b in zip(kept, rhs, strict=True)])
@@ -92,39 +92,15 @@ def solve_scaled_grams(
     ]
 
 
-def _solve_in_chunks(systems: list[ScaledGram], *, chunk_size: int | None) -> list[Array]:
-    """The solves themselves, of one dtype and in full shape, one chunk after the other."""
-    if jax.default_backend() != "cpu":
+def _solve_all(systems: list[ScaledGram], *, chunk_size: int | None) -> list[Array]:
+    """The solves themselves, of one dtype and in full shape."""
+
+    def by_lapack(systems: list[ScaledGram]) -> list[Array]:
         return [_solve_by_lapack(system, chunk_size or 1024) for system in systems]
-    n, most = systems[0].rhs.shape[0], max(system.rhs.shape[1] for system in systems)
-    lanes = min(_LANES, most, chunk_size or most)
-    blocks = min(_MAX_BLOCKS, -(-n // _MIN_BLOCK))
-    size = -(-n // blocks) * blocks
-    sizes = [-(-system.rhs.shape[1] // lanes) for system in systems]
-    groups = min(max(1, (chunk_size or 64) // lanes), sum(sizes))
-    spare = -sum(sizes) % groups
 
-    def split(arrays: Sequence[Array], fill: float) -> Array:
-        """(N, M) each -> (chunks, groups, N, lanes) of all."""
-        parts = []
-        for x, count in zip(arrays, sizes, strict=True):
-            x = jnp.pad(x, ((0, size - n), (0, count * lanes - x.shape[1])), constant_values=fill)
-            parts.append(jnp.moveaxis(x.reshape(size, count, lanes), 1, 0))
-        parts.append(jnp.full((spare, size, lanes), fill, arrays[0].dtype))
-        return jnp.concatenate(parts).reshape(-1, groups, size, lanes)
-
-    grams, scales, shifts, rhs = zip(*systems, strict=True)
-    gram = jnp.pad(jnp.stack(grams), ((0, 0), (0, size - n), (0, size - n)))
-    owner = np.append(np.repeat(np.arange(len(systems)), sizes), np.zeros(spare, int))
-    out = lax.map(
-        lambda x: _solve_chunk(gram[x[0]], *x[1:]),
-        (owner.reshape(-1, groups), split(scales, 0), split(shifts, 1), split(rhs, 0)),
-    ).reshape(-1, size, lanes)
-    ends = np.cumsum(sizes)
-    return [
-        jnp.moveaxis(out[end - count : end], 0, 1).reshape(size, -1)[:n, : system.rhs.shape[1]]
-        for system, end, count in zip(systems, ends, sizes, strict=True)
-    ]
+    by_tiles = partial(_solve_in_chunks, chunk_size=chunk_size)
+    found: list[Array] = lax.platform_dependent(systems, cpu=by_tiles, default=by_lapack)
+    return found
 
 
 def _solve_by_lapack(system: ScaledGram, size: int) -> Array:
@@ -139,67 +115,128 @@ def _solve_by_lapack(system: ScaledGram, size: int) -> Array:
     return lax.map(solve, tuple(x.T for x in columns), batch_size=size).T
 
 
-def _solve_chunk(gram: Array, scale: Array, shift: Array, rhs: Array) -> Array:
-    """Solve one chunk (C, N, W) by left-looking blocked Cholesky, units on axes 0 and -1.
+def _solve_in_chunks(systems: list[ScaledGram], *, chunk_size: int | None) -> list[Array]:
+    """One chunk of units after the other, in tiles of factors of all its units at once."""
+    n, most = systems[0].rhs.shape[0], max(system.rhs.shape[1] for system in systems)
+    lanes = min(_LANES, most, chunk_size or most)
+    count = -(-n // _BLOCK)
+    k = -(-n // count)
+    sizes = [-(-system.rhs.shape[1] // lanes) for system in systems]
+    shape = count * (count + 1) // 2, k, k, lanes
+    dtype = systems[0].rhs.dtype
+    # many share the price of a step of the loops over tiles, as far as the cache holds them
+    few = min(8, max(2, _STORE // (math.prod(shape) * dtype.itemsize)))
+    wanted = [few, few + 1] if chunk_size is None else [max(1, chunk_size // lanes)]
+    groups = min(sum(sizes), min(wanted, key=lambda size: -sum(sizes) % size))
+    spare, padding = -sum(sizes) % groups, count * k - n
 
-    The Gram matrices are (C, N, N).
+    def split(arrays: Sequence[Array], fill: float) -> Array:
+        """(N, M) each -> (chunks, groups, N, lanes) of all."""
+        parts = []
+        for x, size in zip(arrays, sizes, strict=True):
+            x = jnp.pad(x, ((0, padding), (0, size * lanes - x.shape[1])), constant_values=fill)
+            parts.append(jnp.moveaxis(x.reshape(-1, size, lanes), 1, 0))
+        parts.append(jnp.full((spare, *parts[0].shape[1:]), fill, arrays[0].dtype))
+        return jnp.concatenate(parts).reshape(-1, groups, *parts[0].shape[1:])
+
+    grams, scales, shifts, rhs = zip(*systems, strict=True)
+    gram = jnp.pad(jnp.stack(grams), ((0, 0), (0, padding), (0, padding)))
+    gram = gram.reshape(-1, count, k, count, k).swapaxes(2, 3)
+    owner = np.append(np.repeat(np.arange(len(systems)), sizes), np.zeros(spare, int))
+    store = jnp.zeros((shape[0], groups, *shape[1:]), dtype)
+    _, out = lax.scan(
+        lambda store, x: _solve_chunk(store, gram[x[0]], *x[1:]),
+        store,
+        (owner.reshape(-1, groups), split(scales, 0), split(shifts, 1), split(rhs, 0)),
+    )
+    out, ends = out.reshape(-1, count * k, lanes), np.cumsum(sizes)
+    return [
+        jnp.moveaxis(out[end - size : end], 0, 1).reshape(count * k, -1)[:n, : len(system.rhs.T)]
+        for system, end, size in zip(systems, ends, sizes, strict=True)
+    ]
+
+
+def _solve_chunk(
+    store: Array, gram: Array, scale: Array, shift: Array, rhs: Array
+) -> tuple[Array, Array]:
+    """Solve one chunk by Cholesky in tiles of K rows and columns, units on axes 1 and -1.
+
+    A tile is one kernel over all units, and loops over tiles compile it once, whatever N is. XLA
+    fuses nothing across a loop, so kernels stay apart.
+
+    Args:
+      store: (tiles, C, K, K, W), for the tiles of the factors row by row up to the diagonal, where
+        the inverses of tiles stand; what it holds is overwritten.
+      gram: (C, N / K, N / K, K, K), the Gram matrices in tiles.
+      scale: (C, N, W), as shift and rhs.
+      shift: see ``scale``.
+      rhs: see ``scale``.
+
+    Returns:
+      The store, to be used again, and the solutions.
     """
     (c, n, w), dtype = rhs.shape, rhs.dtype
-    k = n // min(_MAX_BLOCKS, -(-n // _MIN_BLOCK))
-    # true, but known at run time only, even if gram is a constant, so that XLA keeps the branches
-    go = ~(lax.optimization_barrier(gram[0, 0, 0]) < -jnp.inf)
+    k = gram.shape[-1]
+    zero, terms = np.uint32(0), np.arange(k, dtype=np.uint32)
+    eye = np.eye(k, dtype=dtype)[None, :, :, None]
 
-    def kernel(fun: Callable[..., Array], first: Array, *args: Any) -> Array:
-        """fun(first, ...) of the shape of first: XLA fuses nothing across a cond."""
-        return lax.cond(go, fun, lambda first, *_: first, first, *args)
+    def rows(x: Array, first: Array) -> Array:
+        return lax.dynamic_slice(x, (zero, first, zero), (c, k, w))
 
-    def add_products(acc: Array, sign: int, count: int, factors: Callable, *args: Any) -> Array:
-        """Return acc + sign * (sum over t < count of the product of factors(t, *args))."""
+    def column(store: Array, tile: Array, t: np.uint32) -> Array:
+        return lax.dynamic_slice(store, (tile, zero, zero, t, zero), (1, c, k, 1, w))[0, :, :, 0]
 
-        def part(lo: int, acc: Array, *args: Any) -> Array:
-            for t in range(lo, min(count, lo + _MAX_TERMS)):
-                x, y = factors(t, *args)
-                acc = acc + x * y if sign > 0 else acc - x * y
-            return acc
+    def row(store: Array, tile: Array, t: np.uint32) -> Array:
+        return lax.dynamic_slice(store, (tile, zero, t, zero, zero), (1, c, 1, k, w))[0, :, 0]
 
-        for lo in range(0, count, _MAX_TERMS):
-            acc = kernel(partial(part, lo), acc, *args)
-        return acc
+    def factorise(store: Array, place: Array) -> tuple[Array, None]:
+        """Tile (i, p), which needs those to the left of it and of (p, p)."""
+        i, p, left, top = place
+        on_diagonal = i == p
+        corner = lax.dynamic_slice(gram, (zero, i, p, zero, zero), (c, 1, 1, k, k))
+        tile = (
+            corner.reshape(c, k, k, 1)
+            * rows(scale, i * k)[:, :, None]
+            * rows(scale, p * k)[:, None]
+        )
+        tile = tile + jnp.where(on_diagonal, eye, 0) * rows(shift, p * k)[:, None]
 
-    def cut(x: Array, axis: int, lo: int, size: int = 1) -> Array:
-        return lax.slice_in_dim(x, lo, lo + size, axis=axis)
+        def subtract(q: Array, tile: Array) -> Array:
+            for t in terms:
+                x, y = column(store, left + q, t), column(store, top + q, t)
+                tile = tile - x[:, :, None] * y[:, None]
+            return tile
 
-    # Column blocks of the factor of [[K, b], [b^T, .]]: its last row is the forward solution.
-    scale1 = jnp.pad(scale, ((0, 0), (0, 1), (0, 0)))
-    gram1 = jnp.pad(gram, ((0, 0), (0, 1), (0, 0)))
-    lower, inv = list[Array](), list[Array]()
-    for p in range(0, n, k):
-        rows = n + 1 - p
-        d, e, b = (cut(x, 1, p, k)[:, None] for x in (scale, shift, rhs))
-        eye = np.eye(rows, k, dtype=dtype)[None, :, :, None]
-        last = np.eye(rows, 1, 1 - rows, dtype)[None, :, :, None]
-        panel = gram1[:, p:, p : p + k, None] * scale1[:, p:, None] * d + eye * e + last * b
+        tile = lax.fori_loop(zero, p, subtract, tile)
 
-        def update(t: int, done: list[Array], p: int = p, rows: int = rows) -> tuple:
-            x = cut(cut(done[t // k], 1, p - t // k * k, rows), 2, t % k)
-            return x, cut(x, 1, 0, k).reshape(c, 1, k, w)
+        def solve() -> Array:
+            inverse = (column(store, top + p, t) for t in terms)
+            products = (
+                tile[:, :, t, None] * y[:, None] for t, y in zip(terms, inverse, strict=True)
+            )
+            return reduce(jnp.add, products)
 
-        solve = lambda t, x, y: (cut(x, 2, t), cut(y, 2, t).reshape(c, 1, k, w))  # noqa: E731
-        panel = add_products(panel, -1, p, update, lower) if p else kernel(lambda x: x, panel)
-        inv.append(_inverse_cholesky(cut(panel, 1, 0, k)))
-        lower.append(add_products(jnp.zeros_like(panel), 1, k, solve, panel, inv[-1]))
+        tile = lax.cond(on_diagonal, lambda: _inverse_cholesky(tile), solve)
+        return lax.dynamic_update_index_in_dim(store, tile, left + p, 0), None
 
-    out: list[Array] = []  # back substitution, L^T v = y
-    for p in range(n - k, -1, -k):
-        low, y = lower[p // k], lower[p // k][:, n - p]
-        if out:
-            inner = lambda t, low, v: (cut(low, 1, (t + 1) * k, k), v[t][:, :, None])  # noqa: E731
-            zero = jnp.zeros((c, k, k, w), dtype)
-            sums = add_products(zero, 1, len(out), inner, low, out)
-            y = kernel(lambda y, s: y - sum(s[:, j] for j in range(k)), y, sums)
-        outer = lambda t, y, inverse: (cut(y, 1, t), inverse[:, t])  # noqa: E731
-        out.insert(0, add_products(jnp.zeros_like(y), 1, k, outer, y, inv[p // k]))
-    return jnp.concatenate(out, 1)
+    def substitute(part: Callable[..., Array], v: Array, step: Array) -> tuple[Array, None]:
+        """Rows p of v lose their part in rows q; the tile on the diagonal divides them."""
+        p, q, tile = step
+        source = rows(v, q * k)
+        products = (part(store, tile, t) * source[:, t, None] for t in terms)
+        moved = reduce(jnp.add, products)
+        moved = jnp.where(p == q, moved, rows(v, p * k) - moved)
+        return lax.dynamic_update_slice(v, moved, (zero, p * k, zero)), None
+
+    count = n // k
+    number = [i * (i + 1) // 2 for i in range(count)]
+    places = [(i, p, number[i], number[p]) for p in range(count) for i in range(p, count)]
+    store, _ = lax.scan(factorise, store, jnp.asarray(places, np.uint32))
+    down = [(p, q, number[p] + q) for p in range(count) for q in range(p + 1)]
+    up = [(p, q, number[q] + p) for p in range(count)[::-1] for q in range(p, count)[::-1]]
+    v, _ = lax.scan(partial(substitute, column), rhs, jnp.asarray(down, np.uint32))
+    v, _ = lax.scan(partial(substitute, row), v, jnp.asarray(up, np.uint32))
+    return store, v
 
 
 def _inverse_cholesky(block: Array) -> Array:

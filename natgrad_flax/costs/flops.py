@@ -51,7 +51,9 @@ def cost_of(function: Callable[..., Any], *shapes: Any) -> Cost:
     the same arrays is there once.
 
     Of a branch the cost is that of the case where its predicate holds. The library writes each of
-    its own so that this is the regular one: a matrix of full rank, a solution that is finite.
+    its own so that this is the regular one: a matrix of full rank, a solution that is finite. Where
+    the program depends on the platform, flops are those of the default way and memory is that of
+    the default device.
 
     Args:
       function: what ``jax.make_jaxpr`` traces.
@@ -62,7 +64,13 @@ def cost_of(function: Callable[..., Any], *shapes: Any) -> Cost:
         formula here.
     """
     with own_promotion():
-        return _cost(jax.make_jaxpr(function)(*shapes).jaxpr)
+        found = _cost(jax.make_jaxpr(function)(*shapes).jaxpr)
+    if math.isnan(found.flops):
+        raise ValueError(
+            "the flops of a while loop depend on its values: give it a fixed length, with "
+            "lax.scan, lax.map or the bounds of lax.fori_loop as Python numbers"
+        )
+    return found
 
 
 class _Step(NamedTuple):
@@ -167,12 +175,11 @@ def _step_cost(equation: Any) -> Cost:
     outs = [getattr(v.aval, "shape", ()) for v in equation.outvars]
     if name in _RULES:
         return Cost(float(_RULES[name](ins, outs, params)), 0)
-    if name == "while":
-        raise ValueError(
-            "the flops of a while loop depend on its values: give it a fixed length, with "
-            "lax.scan, lax.map or the bounds of lax.fori_loop as Python numbers"
-        )
     inner = list(jaxprs_in_params(params))
+    if name == "while":
+        return Cost(math.nan, _cost(params["body_jaxpr"].jaxpr).held)
+    if params.get("branches_platforms"):
+        return Cost(_cost(inner[-1]).flops, _cost(inner[_here(params)]).held)
     if inner:
         times = params["mesh"].size if name == "shard_map" else params.get("length", 1)
         found = _cost(inner[-1])
@@ -186,6 +193,13 @@ def _step_cost(equation: Any) -> Cost:
     if name.startswith("reduce_"):
         entries = math.prod(ins[0]) - entries
     return Cost(float(entries), 0)
+
+
+def _here(params: dict[str, Any]) -> int:
+    """Which branch of ``lax.platform_dependent`` the default device runs."""
+    device = jax.default_backend()
+    named = enumerate(params["branches_platforms"])
+    return next(place for place, names in named if names is None or device in names)
 
 
 def _product(ins: list[Shape], outs: list[Shape], params: dict[str, Any]) -> float:

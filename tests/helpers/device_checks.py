@@ -281,7 +281,7 @@ def count_flops():
         (4, 4, 3), channels=(16,), outputs=8, strides=2, bias_variance=0.1, rngs=nnx.Rngs(0)
     )
     wide, deep = mlp((256, 64, 8), 128), mlp((64,) * 5, 32)
-    # one chunk of the loop over units, whose body XLA counts once, has 64 of them
+    # one chunk of the loop over units, whose body XLA counts once, has some of them
     for name, structure, solver, (model, x, y) in (
         ("exact", ng.Exact("sample"), "cg", wide),
         ("diagonal", ng.Diagonal(), "replicated", wide),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +163,21 @@ def test_a_program_on_a_mesh_counts_once_for_every_device():
     spec = PartitionSpec("d")
     program = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=spec, out_specs=spec)
     assert flops(program, shape(8, 6)) == 4 * (2 * 2 * 2 * 6)
+
+
+def test_a_way_for_each_platform_counts_as_the_default_and_holds_what_this_one_does():
+    def on_cpu(x):
+        products = jax.lax.fori_loop(0, jnp.int32(x.sum()), lambda _, y: y @ x, x)
+        return (products @ x).sum()
+
+    def elsewhere(x):
+        return (jnp.concatenate([x, x]) @ jnp.concatenate([x, x], 1)).sum()
+
+    n = 5
+    program = functools.partial(jax.lax.platform_dependent, cpu=on_cpu, default=elsewhere)
+    found = cost_of(program, shape(n, n))
+    assert found.flops == 2 * (2 * n) ** 2 * n + (2 * n) ** 2 - 1
+    assert n * n * 4 <= found.held < (2 * n) ** 2 * 4
 
 
 def test_what_cannot_be_counted_is_refused():

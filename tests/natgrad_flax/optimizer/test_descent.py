@@ -42,7 +42,8 @@ def test_a_step_is_minus_the_rate_times_the_natural_gradient():
     tx = ng.natural_gradient_descent(1 / 3, structure=ng.BlockDiagonal(), loss=MSE)
     before, after = one_step(tx, model, x, y)
     for a, b, d in zip(before, after, direction, strict=True):
-        np.testing.assert_allclose(b, a - d / 3, atol=1e-6)
+        # two programs, whose undamped solves round differently
+        np.testing.assert_allclose(b, a - d / 3, atol=1e-5)
         assert b.dtype == a.dtype
 
 

@@ -206,6 +206,9 @@ def page(
     readme: Annotated[
         Path | None, typer.Option(help="also put the table between the markers of this file")
     ] = None,
+    command: Annotated[
+        str | None, typer.Option(help="what made the trials, for that table [make leaderboard]")
+    ] = None,
 ) -> None:
     """Write the page of the trials in a folder: one HTML file beside them."""
     from benchmarks.leaderboard import board
@@ -218,7 +221,8 @@ def page(
         records = _records(_existing(out))
         _say(f"wrote {write(records, out)}")
         if readme is not None:
-            changed = markers.update(readme, board.build(records))
+            made_by = command or markers.COMMAND
+            changed = markers.update(readme, board.build(records), command=made_by)
             _say(f"{readme} {'changed' if changed else 'is up to date'}")
 
 

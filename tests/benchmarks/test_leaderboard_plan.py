@@ -215,8 +215,10 @@ def test_run_score_page_and_merge(command, tmp_path):
     assert "exact" in command("score", "--out", out).output
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- leaderboard: begin -->\n<!-- leaderboard: end -->\nb\n")
-    assert command("page", "--out", out, "--readme", readme).exit_code == 0
+    made = ("--readme", readme, "--command", "the command that made it")
+    assert command("page", "--out", out, *made).exit_code == 0
     assert "Exact" in readme.read_text()
+    assert "Measured by `the command that made it`" in readme.read_text()
     other = tmp_path / "other"
     merged = command("merge", out, "--out", other)
     assert f"{len(records)} trials copied" in merged.output

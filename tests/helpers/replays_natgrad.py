@@ -217,3 +217,15 @@ def _width_law(record: Record, wrong: bool) -> StandIns:
         # of the same loss at every width the exponent is 0
         "_interval": lambda widths, losses: intervals.get(losses[0, 0], (0.0, 0.0)),
     }
+
+
+@replay("NG-MuP-Transfer", what="the widths of muP start as in the standard parametrisation")
+def _mup_transfer(record: Record, wrong: bool) -> StandIns:
+    data = record["data"]
+
+    def sweep(kind: str, name: str, rates: Any, dampings: Any) -> Any:
+        kind = "standard" if wrong else kind
+        fixed = len(set(rates)) == 1
+        return data["dampings"][kind]["losses"] if fixed else data["panels"][kind][name]["losses"]
+
+    return {"_sweep": sweep}

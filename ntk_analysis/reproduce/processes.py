@@ -42,6 +42,7 @@ def in_turn(
             jax.clear_caches()
         return
     report(f"{jobs} checks at a time", 0)
+    others = set(multiprocessing.active_children())
     # spawned, because JAX does not survive a fork
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent)
     try:
@@ -54,11 +55,10 @@ def in_turn(
                 record = run(replace(check, run=_ended), report)
             yield check, record
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         # in no more than this process's own time: what they do is no longer wanted
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()) - others:
             child.kill()
-            child.join()
+        pool.shutdown(cancel_futures=True)
 
 
 def _alone(check: Check, run: Run) -> dict[str, Any]:

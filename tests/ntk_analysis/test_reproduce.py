@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -234,13 +235,18 @@ def test_a_killed_process_loses_only_what_was_not_finished(tmp_path, monkeypatch
     monkeypatch.setenv(checks_in_processes.FOLDER, str(tmp_path))
     good, bad = checks_in_processes.here, checks_in_processes.killed
     checks = [checks_in_processes.make(name, run) for name, run in (("A", good), ("B", bad))]
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other.start()
     result = run_checks(checks, tmp_path, jobs=2)
     records = read(tmp_path)["checks"]
     assert records["A"]["verdict"] == "passed"
     assert records["A"]["data"]["process"] != os.getpid()
     assert "ended from outside" in records["B"]["reason"]
     assert result.with_verdict("error") == ["B"]
-    assert not multiprocessing.active_children()
+    # what somebody else started goes on
+    assert multiprocessing.active_children() == [other]
+    other.kill()
+    other.join()
     checks[1] = checks_in_processes.make("B", good)
     again = run_checks(checks, tmp_path)
     assert (again.resumed, again.with_verdict("passed")) == (("A",), ["A", "B"])

@@ -7,14 +7,15 @@ import multiprocessing.process
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any
 
 import jax
 
+from natgrad_flax.arguments.memory import host_memory
 from ntk_analysis.reproduce.registry import Check, Outcome
 
 Report = Callable[[str, int], object]
@@ -29,7 +30,7 @@ def in_turn(
     """Checks with their records, as they are finished.
 
     Args:
-      checks: what to run, begun in this order.
+      checks: what to run, begun in this order, as far as memory allows.
       jobs: processes; with 1 the checks run in this one.
       run: does one; importable by its name, and so is ``run`` of each check.
       report: told what is being done; of checks in other processes only that they have begun.
@@ -45,20 +46,40 @@ def in_turn(
     others = set(multiprocessing.active_children())
     # spawned, because JAX does not survive a fork
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent)
+    room, waiting = host_memory(), list(checks)
+    running: dict[Future[dict[str, Any]], Check] = {}
     try:
-        waiting = {pool.submit(_alone, check, run): check for check in checks}
-        for future in as_completed(waiting):
-            check = waiting[future]
-            try:
-                record = future.result()
-            except BrokenProcessPool:
-                record = run(replace(check, run=_ended), report)
-            yield check, record
+        while waiting or running:
+            while len(running) < jobs and (check := _next(waiting, running.values(), room)):
+                waiting.remove(check)
+                running[_begin(pool, check, run)] = check
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                check = running.pop(future)
+                try:
+                    record = future.result()
+                except BrokenProcessPool:
+                    record = run(replace(check, run=_ended), report)
+                yield check, record
     finally:
         # in no more than this process's own time: what they do is no longer wanted
         for child in set(multiprocessing.active_children()) - others:
             child.kill()
         pool.shutdown(cancel_futures=True)
+
+
+def _next(waiting: Sequence[Check], running: Collection[Check], room: int) -> Check | None:
+    """The first that fits into memory beside those that run; alone, each one does."""
+    left = room - sum(check.memory for check in running)
+    return next((check for check in waiting if not running or check.memory <= left), None)
+
+
+def _begin(pool: ProcessPoolExecutor, check: Check, run: Run) -> Future[dict[str, Any]]:
+    try:
+        return pool.submit(_alone, check, run)
+    except BrokenProcessPool as error:
+        broken: Future[dict[str, Any]] = Future()
+        broken.set_exception(error)
+        return broken
 
 
 def _alone(check: Check, run: Run) -> dict[str, Any]:

@@ -67,6 +67,10 @@ class Outcome:
         return all(m.passed for m in self.measurements)
 
 
+USUAL_MEMORY = 3 * 10**9
+"""Bytes that a check may take without saying so."""
+
+
 @dataclass(frozen=True)
 class Check:
     """A claim of a paper that can be measured.
@@ -82,6 +86,7 @@ class Check:
       remark: what holds, and on what it depends; "" where there is nothing to say.
       fast: seconds rather than minutes, so that the tests run it.
       differs: what is ours in a setting that is the paper's in part.
+      memory: bytes that it takes at most, so that those which run side by side find room.
     """
 
     identifier: str
@@ -94,6 +99,7 @@ class Check:
     remark: str = ""
     fast: bool = False
     differs: str = ""
+    memory: int = USUAL_MEMORY
 
     erratum = Renamed("remark")
 
@@ -118,6 +124,7 @@ def check(
     remark: str = "",
     fast: bool = False,
     differs: str = "",
+    memory: int = USUAL_MEMORY,
 ) -> Callable[[Callable[[Report], Outcome]], Callable[[Report], Outcome]]:
     """Registers a function as a check; the arguments are ``Check``'s.
 
@@ -129,7 +136,7 @@ def check(
 
     def register(run: Callable[[Report], Outcome]) -> Callable[[Report], Outcome]:
         _CHECKS[identifier] = Check(
-            identifier, title, claim, setting, origin, run, kind, remark, fast, differs
+            identifier, title, claim, setting, origin, run, kind, remark, fast, differs, memory
         )
         return run
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from ntk_analysis.cli import app
 from ntk_analysis.report.comparison import newest_seconds
-from ntk_analysis.reproduce import PAPERS, find_checks, images, load_checks, registry, runner
+from ntk_analysis.reproduce import PAPERS, find_checks, images, load_checks, processes, registry, runner
 from ntk_analysis.reproduce.bernacchia import autoencoder
 from ntk_analysis.reproduce.karakida_osawa import common
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError, Outcome, below
@@ -250,6 +250,22 @@ def test_a_killed_process_loses_only_what_was_not_finished(tmp_path, monkeypatch
     checks[1] = checks_in_processes.make("B", good)
     again = run_checks(checks, tmp_path)
     assert (again.resumed, again.with_verdict("passed")) == (("A",), ["A", "B"])
+
+
+def test_checks_side_by_side_find_room():
+    large, other, small = (
+        replace(check, memory=memory)
+        for check, memory in zip(
+            Fakes(A="passed", B="passed", C="passed").checks(), (8, 7, 3), strict=True
+        )
+    )
+    begin = processes._next
+    assert begin([large, other, small], [], 10) is large
+    assert begin([other, small], [large], 11) is small
+    assert begin([other, small], [large], 15) is other
+    assert begin([other, small], [large], 10) is None
+    # more than there is: alone, it is tried
+    assert begin([large], [], 5) is large
 
 
 def test_no_processes_are_refused(tmp_path):

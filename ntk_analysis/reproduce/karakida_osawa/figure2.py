@@ -160,6 +160,7 @@ _REMARK = (
     differs="the classes, as 10000 images of airplanes and horses take all five training files",
     kind="depends on solver or setting",
     remark=_REMARK,
+    memory=13 * 10**9,
 )
 def figure_2_left(report: Report) -> Outcome:
     """KO-Fig2, left panel, at the paper's N and M_0."""
@@ -260,6 +261,7 @@ def _written_out(data: Dataset, report: Report) -> list[Measurement]:
     claim=_CLAIM,
     setting=f"MNIST, ten classes, N = N' = 10000; {_NETWORK}",
     origin="paper",
+    memory=10**10,
 )
 def figure_2_center(report: Report) -> Outcome:
     """KO-Fig2, center panel."""

@@ -182,12 +182,19 @@ def _seen(turned: Array) -> Array:
 
 
 def _reciprocal(squares: Array, rho: Array | float) -> Array:
-    """1 / (S* + rho); at the number 0 a pseudo-inverse with the cutoff of ``linalg.pinv_solve``."""
+    """1 / (S* + rho); at the number 0 a pseudo-inverse.
+
+    A vector of either basis counts as one of the null space where its share of the trace is below
+    the cutoff of ``linalg.pinv_solve``. An entry between two others does not, however small it is:
+    it is a product of two significant eigenvalues.
+    """
     if not is_zero(rho):
         return reciprocal(squares + rho)
-    cutoff = rank_cutoff(max(squares.shape[1:]), squares.dtype)
-    top = jnp.max(squares, axis=(1, 2), keepdims=True)
-    return reciprocal(jnp.where(squares > cutoff * top, squares, 0))
+    for axis in (1, 2):
+        shares = jnp.sum(squares, axis=axis, keepdims=True)
+        cutoff = rank_cutoff(shares.size // len(shares), squares.dtype)
+        squares = jnp.where(shares > cutoff * jnp.max(shares, (1, 2), keepdims=True), squares, 0)
+    return reciprocal(squares)
 
 
 def _outside(rho: Array | float, dtype: Any) -> Array:

@@ -20,7 +20,15 @@ from typer.testing import CliRunner
 
 from ntk_analysis.cli import app
 from ntk_analysis.report.comparison import newest_seconds
-from ntk_analysis.reproduce import PAPERS, find_checks, images, load_checks, processes, registry, runner
+from ntk_analysis.reproduce import (
+    PAPERS,
+    find_checks,
+    images,
+    load_checks,
+    processes,
+    registry,
+    runner,
+)
 from ntk_analysis.reproduce.bernacchia import autoencoder
 from ntk_analysis.reproduce.karakida_osawa import common
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError, Outcome, below

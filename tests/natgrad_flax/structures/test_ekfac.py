@@ -1,5 +1,7 @@
 """What is true of EKFAC alone; against its definition it is in ``test_structure_battery.py``."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,21 @@ def test_rounding_outside_of_the_basis_is_not_magnified():
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (signals, residual))
     found = ravel(jax.jit(ng.EKFAC().solve)(*low, jnp.float32(rho)))
     assert jnp.linalg.norm(found - wanted) < 1e-3 * jnp.linalg.norm(wanted)
+
+
+def test_products_of_small_eigenvalues_are_no_rounding():
+    """Each factor has a rank that float32 tells, their product reaches far below its epsilon."""
+    signals, residual = network(np.random.default_rng(8), 12, 1, (dense, 6, 5))
+    (layer,) = signals.layers
+    decay = [0.1 ** np.sqrt(np.arange(size)) for size in (layer.inputs.shape[-1], layer.num_units)]
+    layer = replace(layer, inputs=layer.inputs * decay[0], derivatives=layer.derivatives * decay[1])
+    given = replace(signals, layers=(layer,)), residual
+    wanted = ravel(ng.EKFAC().solve(*given, 0.0))
+    squares = ng.EKFAC().moments(given[0]).rotated[0]["squares"]
+    assert squares.min() < 1e-8 * squares.max()
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), given)
+    found = ravel(ng.EKFAC().solve(*low, 0.0))
+    assert jnp.linalg.norm(found - wanted) < 0.02 * jnp.linalg.norm(wanted)
 
 
 def test_the_largest_system_is_named():

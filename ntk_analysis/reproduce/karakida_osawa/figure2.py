@@ -129,7 +129,8 @@ def accuracies(
             report(f"{name}, {data.num_train} samples")
             if isinstance(structure, LayerWise):
                 parts = parts or layer_parts(train, test, _residuals(targets, initial))
-                prediction = _moved(weighted(parts, structure.weights(_DEPTH)), targets, initial)
+                samples = _moved(weighted(parts, structure.weights(_DEPTH)), targets, initial)
+                prediction = Prediction(samples.mean(axis=0), samples=samples)
             else:
                 prediction = predict_from_signals(structure, train, test, targets, initial=initial)
             found.append(Accuracy(name, tuple(prediction.sampled_accuracies(data.y_test))))
@@ -141,11 +142,10 @@ def _residuals(targets: Matrix, initial: Matrix) -> Matrix:
     return np.concatenate(list(targets - initial[:, : len(targets)]), axis=1)
 
 
-def _moved(moves: Matrix, targets: Matrix, initial: Matrix) -> Prediction:
-    """Where the test outputs end that move by (N', S C)."""
-    outside = initial[:, len(targets) :]
-    samples = outside + np.swapaxes(moves.reshape(len(moves), len(initial), -1), 0, 1)
-    return Prediction(samples.mean(axis=0), samples=samples)
+def _moved(moves: Matrix, targets: Matrix, initial: Matrix) -> Matrix:
+    """Where the test outputs end that move by (N', S C), shape (S, N', C)."""
+    outside: Matrix = initial[:, len(targets) :]
+    return outside + np.swapaxes(moves.reshape(len(moves), len(initial), -1), 0, 1)
 
 
 def layer_parts(train: Signals, test: Signals, vectors: Matrix) -> list[Matrix]:
@@ -273,7 +273,7 @@ def _written_out(data: Dataset, report: Report) -> list[Measurement]:
 
     def distance(weights: tuple[float, ...]) -> float:
         """Root mean square, in standard deviations over initialisations."""
-        predicted = _moved(weighted(parts, weights), targets, initial).samples
+        predicted = _moved(weighted(parts, weights), targets, initial)
         return float(np.sqrt(np.mean((found - predicted) ** 2))) / noise
 
     what = "block-diagonal predictions, in standard deviations over initialisations, from "

@@ -189,26 +189,25 @@ def _handles(records: Sequence[dict[str, Any]]) -> list[Any]:
     """Of the legend."""
     from matplotlib.lines import Line2D
 
-    handles = [
+    return [
         Line2D([], [], color="#222222", linewidth=_LINE_WIDTH, label="theory (linearised network)"),
         Line2D([], [], color="#222222", linestyle="none", marker="o", label="network"),
         Line2D([], [], linestyle="none", label=""),
+        *(
+            Line2D(
+                [],
+                [],
+                color=_color(record, records),
+                marker=STYLES[record["structure"]].marker,
+                markeredgecolor="white",
+                markeredgewidth=0.7,
+                markersize=_MARKER_SIZES[1] + 1.5,
+                linewidth=_LINE_WIDTH,
+                label=_legend_label(record),
+            )
+            for record in records
+        ),
     ]
-    handles += [
-        Line2D(
-            [],
-            [],
-            color=_color(record, records),
-            marker=STYLES[record["structure"]].marker,
-            markeredgecolor="white",
-            markeredgewidth=0.7,
-            markersize=_MARKER_SIZES[1] + 1.5,
-            linewidth=_LINE_WIDTH,
-            label=_legend_label(record),
-        )
-        for record in records
-    ]
-    return handles
 
 
 def _legend_label(record: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -56,10 +57,8 @@ class Trainer:
         x_test: ArrayLike,
         damping: Damping = 0.0,
     ) -> None:
-        self._graphdef, self._initial = nnx.split(model)
-        self._x, self._y = jnp.asarray(x_train), jnp.asarray(y_train)
-        self._inputs = jnp.concatenate([self._x, jnp.asarray(x_test)])
-        graphdef, loss = self._graphdef, MeanSquaredError()
+        self._begin_with(model, x_train, y_train, x_test)
+        graphdef, loss = nnx.graphdef(model), MeanSquaredError()
 
         def step(state: nnx.State, x: Array, y: Array, rate: Array) -> nnx.State:
             current = nnx.merge(graphdef, state)
@@ -78,6 +77,28 @@ class Trainer:
         self._step = jax.jit(step).lower(self._initial, self._x, self._y, rate).compile()
         self.compile_seconds = time.perf_counter() - began
         self._forward = jax.jit(forward)
+
+    def beginning_with(
+        self, model: nnx.Module, x_train: ArrayLike, y_train: ArrayLike, x_test: ArrayLike
+    ) -> Trainer:
+        """The same programs on other parameters and samples, all of the shapes they were before.
+
+        Args:
+          model: of the same architecture.
+          x_train: as above, and so are the others.
+          y_train: targets.
+          x_test: test inputs.
+        """
+        other = copy.copy(self)
+        other._begin_with(model, x_train, y_train, x_test)
+        return other
+
+    def _begin_with(
+        self, model: nnx.Module, x_train: ArrayLike, y_train: ArrayLike, x_test: ArrayLike
+    ) -> None:
+        self._initial = nnx.state(model)
+        self._x, self._y = jnp.asarray(x_train), jnp.asarray(y_train)
+        self._inputs = jnp.concatenate([self._x, jnp.asarray(x_test)])
 
     def run(
         self, learning_rate: float, steps: int, on_step: Callable[[], object] | None = None

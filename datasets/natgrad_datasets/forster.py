@@ -123,16 +123,18 @@ def _fit(
     num_points, rank = points.shape
     target = num_points / rank
     matrix = np.eye(rank)
-    transformed = points
+    # the columns of the whitened points are orthonormal
+    gram = np.eye(rank)
     residual = np.inf
     for iteration in range(1, max_iterations + 1):
-        eigenvalues, eigenvectors = scipy.linalg.eigh(transformed.T @ transformed)
-        if eigenvalues[0] <= 0.0:
+        try:
+            root = scipy.linalg.cholesky(gram)
+        except scipy.linalg.LinAlgError:
             break
-        # (Z^T Z)^(-1/2) up to a factor; the factor keeps the product of many steps in range and
-        # is cancelled by the normalisation of the rows.
-        step = (eigenvectors * np.sqrt(eigenvalues[-1] / eigenvalues)) @ eigenvectors.T
-        matrix = matrix @ step
+        # Z R^(-1) with Z^T Z = R^T R is Z (Z^T Z)^(-1/2) up to a rotation, which the next step and
+        # the residual do not see
+        matrix = scipy.linalg.solve_triangular(root, matrix.T, trans="T").T
+        # of the scale, which the normalisation of the rows cancels, many steps would run out
         matrix /= np.abs(matrix).max()
         transformed = unit_norm(points @ matrix)
         gram = transformed.T @ transformed
@@ -158,8 +160,8 @@ def forster_transform(
 ) -> ForsterTransform:
     """Bring the training points into radial isotropic position.
 
-    Iterates Z <- Z (Z^T Z)^(-1/2) followed by normalisation of the rows, until
-    ||Z^T Z - (N/r) I||_F < tolerance * ||(N/r) I||_F. All steps together are one linear map T
+    Iterates Z <- Z (Z^T Z)^(-1/2), up to a rotation of all rows, followed by their normalisation,
+    until ||Z^T Z - (N/r) I||_F < tolerance * ||(N/r) I||_F. All steps together are one linear map T
     followed by one normalisation. Points that do not span all dimensions are projected onto
     their row space first. T is fitted on the training points only and then applied to the test
     points. See Forster (2002) and Zhang, Martens & Grosse (2019).

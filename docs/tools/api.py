@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 
 class Page(NamedTuple):
@@ -140,9 +140,9 @@ def _part(package: str, name: str) -> str:
 
 
 def _summary(name: str) -> str:
-    """The first sentence of a docstring; nothing of a constant."""
+    """The first sentence of a docstring; nothing of a constant or of a type's other name."""
     package, _, last = name.rpartition(".")
     found: Any = getattr(import_module(package), last)
-    documented = callable(found) or inspect.ismodule(found)
+    documented = inspect.ismodule(found) or (callable(found) and get_origin(found) is None)
     text = inspect.getdoc(found) if documented else None
     return (text or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")

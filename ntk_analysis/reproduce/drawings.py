@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,13 +15,21 @@ _Function = TypeVar("_Function", bound=Callable[..., "Figure"])
 
 DRAWINGS: dict[str, Drawing] = {}
 """By the identifier of the check; ``load_checks`` fills it."""
+_NUMBERS: dict[str, str] = {}
 
 
-def draws(*identifiers: str, **options: Any) -> Callable[[_Function], _Function]:
+def figure_number(identifier: str) -> str:
+    """The number of the paper's figure, such as "1a"; "" for a check of something else."""
+    found = re.search(r"-Fig(\w+)", identifier)
+    return found[1] if found else _NUMBERS.get(identifier, "")
+
+
+def draws(*identifiers: str, number: str = "", **options: Any) -> Callable[[_Function], _Function]:
     """Registers a function as the drawing of checks.
 
     Args:
       identifiers: of the checks.
+      number: of the paper's figure, where the identifier does not say it.
       options: what the function gets beside the data.
 
     Raises:
@@ -32,6 +41,7 @@ def draws(*identifiers: str, **options: Any) -> Callable[[_Function], _Function]
 
     def register(function: _Function) -> _Function:
         DRAWINGS.update(dict.fromkeys(identifiers, partial(function, **options)))
+        _NUMBERS.update(dict.fromkeys(identifiers, number))
         return function
 
     return register

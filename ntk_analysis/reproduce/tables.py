@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ntk_analysis.reproduce.drawings import figure_number
 from ntk_analysis.reproduce.registry import KINDS, Check
 
 _SETTING = "setting: of the paper, in part, or ours where the paper states none"
@@ -53,12 +53,6 @@ def check_table(
             check.kind,
         )
     return table
-
-
-def figure_number(identifier: str) -> str:
-    """The number of the paper's figure, such as "1a"; "" for a check of something else."""
-    found = re.search(r"-Fig(\w+)", identifier)
-    return found[1] if found else ""
 
 
 def required_data(check: Check) -> tuple[str, ...]:

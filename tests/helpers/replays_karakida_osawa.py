@@ -31,7 +31,7 @@ def _curve(method: Any, width: int, seed: int, found: dict[str, Any]) -> figure1
 def _figure_1a(record: Record, wrong: bool) -> StandIns:
     found = {(c["structure"], c["factor"], c["seed"]): c for c in record["data"]["curves"]}
 
-    def train(data: Any, methods: Any, width: int, seed: int, report: Any) -> list[figure1.Curve]:
+    def train(data: Any, methods: Any, width: int, seed: int, *_: Any) -> list[figure1.Curve]:
         curves = []
         for method, _ in methods:
             name = method.structure.name
@@ -59,7 +59,7 @@ def _figure_1a_width(record: Record, wrong: bool) -> StandIns:
         slow = wrong and name == "kfac"
         return _curve(method, width, seed, {"network": [start, start, start] if slow else losses})
 
-    def train(data: Any, methods: Any, width: int, seed: int, report: Any) -> list[figure1.Curve]:
+    def train(data: Any, methods: Any, width: int, seed: int, *_: Any) -> list[figure1.Curve]:
         return [curve(method, width, seed) for method, _ in methods]
 
     return {"mnist_pair": always(None), "train_beside_theory": train}
@@ -71,7 +71,7 @@ def _readme(record: Record, wrong: bool) -> StandIns:
     if wrong:
         found = {seed: {**c, "network_test": c["network"]} for seed, c in found.items()}
 
-    def train(data: Any, methods: Any, width: int, seed: int, report: Any) -> list[figure1.Curve]:
+    def train(data: Any, methods: Any, width: int, seed: int, *_: Any) -> list[figure1.Curve]:
         return [_curve(methods[0][0], width, seed, found[seed])]
 
     return {"mnist_pair": always(None), "train_beside_theory": train}
@@ -87,6 +87,7 @@ def _figure_1b(record: Record, wrong: bool) -> StandIns:
     rises = data["scan"]["rise"]
     rises = rises["elimination"] if isinstance(rises, dict) else rises
     scan = dict(zip(data["scan"]["damping"], rises, strict=True))
+    theory = {(c["width"], c["damping"]): numbers(c.get("theory", ())) for c in data["curves"]}
 
     def train(model: Any, update: Any, x: Any, y: Any, rho: float, steps: int, precision="float32"):
         width, solver = model.widths[1], solvers[update]
@@ -101,9 +102,13 @@ def _figure_1b(record: Record, wrong: bool) -> StandIns:
         "relu_network": lambda data, width, depth, seed: SimpleNamespace(
             depth=depth, widths=(1, width)
         ),
-        "initial_signals": always(SimpleNamespace(train=None, outputs=None)),
-        "coefficient_pair": always((None, None)),
-        "linearised_dynamics": always(SimpleNamespace(train_losses=np.zeros(1))),
+        "initial_signals": lambda model, x: SimpleNamespace(
+            train=None, outputs=None, width=model.widths[1]
+        ),
+        "coefficient_pair": lambda structure, signals, rho: (signals.width, rho),
+        "linearised_dynamics": lambda width, rho, *_: SimpleNamespace(
+            train_losses=theory[width, rho]
+        ),
         "_radii": always(data["radii"]),
         "train": train,
     }

@@ -14,8 +14,15 @@ from flax import nnx
 
 import natgrad_flax as ng
 from ntk_analysis.methods import Method
+from ntk_analysis.prediction import predict
 from ntk_analysis.reproduce import MissingDataError, find_checks
-from ntk_analysis.reproduce.karakida_osawa import cross_entropy, figure1, figure1b, figure3
+from ntk_analysis.reproduce.karakida_osawa import (
+    cross_entropy,
+    figure1,
+    figure1b,
+    figure2,
+    figure3,
+)
 from ntk_analysis.results import plain
 from ntk_analysis.training import Trainer
 
@@ -80,6 +87,18 @@ def test_training_is_that_of_the_trainer():
         np.testing.assert_array_equal(leaf, old)
 
 
+def test_a_compiled_trainer_serves_other_weights_and_samples():
+    x, y = X.astype(np.float32), Y.astype(np.float32)
+    models = [ng.MLP((X.shape[1], 16, 1), rngs=nnx.Rngs(seed)) for seed in (0, 1)]
+    first, fresh = (Trainer(model, ng.Exact(), x, y, x[:1]) for model in models)
+    before = first.run(0.5, 2).outputs_train
+    second = first.beginning_with(models[1], x[::-1], y[::-1], x[1:2]).run(0.5, 2)
+    found = fresh.run(0.5, 2).outputs_train
+    np.testing.assert_allclose(second.outputs_train[:, ::-1], found, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(second.outputs_test[0], models[1](x[1:2]), rtol=1e-5)
+    np.testing.assert_array_equal(first.run(0.5, 2).outputs_train, before)
+
+
 def test_five_layers_break_down_by_rounding_only():
     model = network(64, 5)
     losses = {
@@ -102,7 +121,7 @@ def test_losses_are_infinite_after_an_update_that_is_not_finite():
 def test_network_and_theory_side_by_side():
     data = natgrad_datasets.load("gaussian", num_train=10, num_test=5, input_dim=12)
     methods = ((Method("block-diagonal", 0.5, 0.0), 4), (Method("gd", 1.0, 0.0), 6))
-    natural, descent = figure1.train_beside_theory(data, methods, 512, 0, silent)
+    natural, descent = figure1.train_beside_theory(data, methods, 512, 0, silent, {})
     assert natural.learning_rate == pytest.approx(0.5 / 3)
     np.testing.assert_allclose(natural.theory / natural.theory[0], 0.25 ** np.arange(5), rtol=1e-6)
     assert figure1.largest_deviation(natural, 0.0) > figure1.largest_deviation(natural, 1e-2) > 0
@@ -157,3 +176,18 @@ def test_figure_1(identifier):
 @pytest.mark.slow
 def test_figure_3():
     run("KO-Fig3")
+
+
+def test_layer_wise_predictions_written_out_are_those_of_the_library():
+    data = natgrad_datasets.load("gaussian", num_train=10, num_test=5, input_dim=12)
+    structures = {"exact": ng.Exact(), "tri": ng.BlockTriDiagonal(), "kfac": ng.KFAC()}
+    found = figure2.accuracies(data, structures, silent, width=16, initialisations=20)
+    model = ng.MLP((12, 16, 16, data.output_dim), rngs=nnx.Rngs(0))
+    for accuracy, structure in zip(found, structures.values(), strict=True):
+        prediction = predict(
+            structure, model, data.x_train, data.y_train, data.x_test, initialisations=20
+        )
+        expected = prediction.sampled_accuracies(data.y_test)
+        np.testing.assert_array_equal(accuracy.values, expected)
+        assert accuracy.name in structures
+    assert found[0].values != found[1].values

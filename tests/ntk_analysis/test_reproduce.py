@@ -30,6 +30,7 @@ from ntk_analysis.reproduce import (
     runner,
 )
 from ntk_analysis.reproduce.bernacchia import autoencoder
+from ntk_analysis.reproduce.drawings import figure_number
 from ntk_analysis.reproduce.karakida_osawa import common
 from ntk_analysis.reproduce.registry import Check, Measurement, MissingDataError, Outcome, below
 from ntk_analysis.reproduce.runner import run_checks
@@ -326,6 +327,9 @@ def test_list():
     drawn = natgrad("--list", "--paper", "vo", "--figures").stdout
     shown = ["VO-Eq2", "VO-Thm2", "VO-Ex1", "VO-Ex2", "VO-Sec3.2", "VO-A3"]
     assert [c.identifier for c in CHECKS if c.identifier in drawn] == shown
+    assert [*map(figure_number, shown), figure_number("KO-Fig1b-left")] == [
+        "1", "2", "3, 4", "5", "6", "", "1b",
+    ]  # fmt: skip
 
 
 def test_seconds_are_those_of_the_newest_finished_record(tmp_path, monkeypatch):

@@ -40,7 +40,8 @@ class SetUp(NamedTuple):
 
 WIDTHS = (784, 400, 200, 100, 50, 100, 200, 400, 784)
 EXAMPLES = 80_000
-EVERY = 2_000
+EVERY = 4_000
+"""Examples between two points: a test on 10 000 images takes the flops of 3300 in training."""
 NATURAL_BATCH = 1_000
 SGD_BATCH = 20
 PRINTED_RATE = 0.04

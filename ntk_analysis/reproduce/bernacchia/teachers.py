@@ -323,8 +323,8 @@ def _of_natural_gradient(kind: str, found: Trained, experiment: Experiment) -> l
     differs=_DIFFERS,
     kind="depends on solver or setting",
     remark=_REMARK.format(
-        gaussian="stays two decades above the noise on every teacher",
-        orthogonal="comes near the noise on two teachers and stays far above it on the third",
+        gaussian="stays some two decades above the noise on every teacher",
+        orthogonal="ends within a decade of the noise on two teachers, far above it on the third",
     ),
 )
 @in_float64

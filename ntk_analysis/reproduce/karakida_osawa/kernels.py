@@ -172,7 +172,7 @@ def sec_e_monte_carlo(report: Report) -> Outcome:
         ),
         notes=(
             "The 6 % are read as the error over the largest entry of the NTK. Entry by entry the "
-            "relative error depends on the seeds, 5 to 9 %: the diagonal of Q_3 alone scatters by "
-            "sqrt(5/2048) = 5 % from network to network.",
+            "relative error is larger and depends on the seeds: the diagonal of Q_3 alone scatters "
+            "by sqrt(5/2048) = 5 % from network to network.",
         ),
     )

@@ -242,6 +242,5 @@ _NOTES = (
     f"finite size moves other entries, in proportion to it (measured at {_SMALL} and half of it).",
     "Gaussian factors make products of five nearly singular: the step of finite size then moves "
     "the observed entry alone, but by a factor of up to 1e13 too far. The figure therefore shows "
-    "factors of condition 3. With those the other entries move by 5e-15, where the catalogue has "
-    "1e-15; both are rounding.",
+    "factors of condition 3.",
 )

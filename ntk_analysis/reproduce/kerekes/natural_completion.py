@@ -177,8 +177,7 @@ def natural_gradient(report: Report) -> Outcome:
     notes = (
         "In continuous time the unobserved entries would not move at all; what they move is the "
         "error of the finite step.",
-        "With three factors that error depends on how ill-conditioned the start is. At a step size "
-        "of 0.02 one start of four diverged, and the unobserved entries moved by 0.05, 0.4 and 2 "
-        "(rms) in the others; at 0.005 by 0.02 to 0.1 in three of them.",
+        "With three factors that error depends on how ill-conditioned the start is, hence the "
+        "smaller step there.",
     )
     return Outcome(tuple(judge_natural(PAPER, found)), describe_natural(PAPER, found), notes)

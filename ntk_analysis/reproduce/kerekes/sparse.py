@@ -277,8 +277,7 @@ _NOTES = (
     "gradient by the loss: the flow's path is the same, and margins grow with the time instead of "
     "its logarithm. The natural gradients start at zero, so that all margins are equal for N <= D.",
     "For N > D the natural gradient with the train Fisher goes to the solution of a linear "
-    "program, which is a little worse still than least squares (D = 1000: 0.67 against 0.70 at "
-    "N = 1250, 0.82 both at 2500).",
+    "program, whose accuracy has a theory of its own (Salehi et al. 2019).",
     "The paper's network of four layers is as good as that of one, which it puts down to too few "
     "steps; at D = 1000 ours is better from N = 250 to 2000, and worse at 100 and 2500.",
     "From three layers on, some relevant coefficients are still near zero at the end of the run, "
@@ -314,7 +313,8 @@ def _setting(setting: Setting) -> str:
         f"{setting.euclidean_steps} loss-normalised steps of {setting.euclidean_step:g} from "
         f"N(0, {SCALE}^2) weights (L = 1: {DIRECT_SCALE}); natural, from zero: "
         f"{setting.natural_steps} steps of {NATURAL_STEP}; population Fisher: "
-        f"{setting.population_steps} steps of length {POPULATION_STEP}; float64"
+        f"{setting.population_steps} steps of length {POPULATION_STEP}; Euclidean in float32, "
+        "natural in float64"
     )
 
 

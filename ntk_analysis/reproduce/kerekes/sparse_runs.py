@@ -72,7 +72,7 @@ def unit_speed(field: logistic.PopulationNaturalGradient, coefficients: Array) -
 
 
 def euclidean(x: Vector, y: Vector, setting: Setting, seed: int, report: Report) -> dict[str, Any]:
-    """Coefficients (D,) by name after loss-normalised descent, all depths side by side."""
+    """Coefficients (D,) by name after loss-normalised descent, all depths side by side, float32."""
     keys = jax.random.split(jax.random.key(seed), len(DEPTHS))
     weights = tuple(
         diagonal_network.initial_weights(
@@ -81,11 +81,11 @@ def euclidean(x: Vector, y: Vector, setting: Setting, seed: int, report: Report)
             DIRECT_SCALE if depth == 1 else SCALE,
             key,
             dtype=jnp.float64,
-        )
+        ).astype(jnp.float32)
         for depth, key in zip(DEPTHS, keys, strict=True)
     )
     weights = in_pieces(
-        diagonal_network.gradient_field(x, y, normalised=True),
+        diagonal_network.gradient_field(x.astype(np.float32), y, normalised=True),
         weights,
         step_size=setting.euclidean_step,
         steps=setting.euclidean_steps,
@@ -94,7 +94,7 @@ def euclidean(x: Vector, y: Vector, setting: Setting, seed: int, report: Report)
         what=f"N = {len(x)}, seed {seed}, Euclidean",
     )[-1]
     return {
-        EUCLIDEAN[depth]: np.asarray(diagonal_network.coefficients(w))
+        EUCLIDEAN[depth]: np.asarray(diagonal_network.coefficients(w), np.float64)
         for depth, w in zip(DEPTHS, weights, strict=True)
     }
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SIZE = (8.2, 4.4)
 
 
-@draws("VO-Ex1")
+@draws("VO-Ex1", number="3, 4")
 def draw_example_1(data: dict[str, Any]) -> Figure:
     """The plane in two parametrisations, of which each is folded flat along an axis."""
     return _projections(
@@ -31,7 +31,7 @@ def draw_example_1(data: dict[str, Any]) -> Figure:
     )
 
 
-@draws("VO-Ex2")
+@draws("VO-Ex2", number="5")
 def draw_example_2(data: dict[str, Any]) -> Figure:
     """The curve that crosses itself, and the natural gradients of its two passages."""
     return _projections(
@@ -72,9 +72,9 @@ _SYMBOLS = {
 }
 
 
-@draws("VO-Eq2", spaces=("xi", "model"))
-@draws("VO-Thm2", spaces=("theta", "xi", "model"))
-@draws("VO-Sec3.2", spaces=("theta", "xi", "model"), vectors=True)
+@draws("VO-Eq2", number="1", spaces=("xi", "model"))
+@draws("VO-Thm2", number="2", spaces=("theta", "xi", "model"))
+@draws("VO-Sec3.2", number="6", spaces=("theta", "xi", "model"), vectors=True)
 def draw_spaces(data: dict[str, Any], spaces: Sequence[str], vectors: bool = False) -> Figure:
     """Figs. 1, 2 and 6: parameters on lines in the colour of the point of the model they give.
 

@@ -93,7 +93,7 @@ def check_known_numbers(model: nnx.Module, loss: AnyLoss, batch: Batch, signals:
     """
     for x, name in ((batch.x, "x"), (batch.fisher_x, "fisher_x")):
         if x is not None:
-            check_rows(model, x, name)
+            check_rows(model, x, signals, name)
     shape = signals.outputs.shape
     if batch.y is not None:
         check_all_labels(loss, batch.y, batch.weights, shape)

@@ -15,6 +15,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
 from natgrad_flax.arguments.arrays import batch_size, is_concrete, shapes_of
+from natgrad_flax.signals.dense import Signals
+from natgrad_flax.signals.lookup import LookupSignals
 from natgrad_flax.signals.model import dotted
 from natgrad_flax.signals.plan import model_arguments
 from natgrad_flax.signals.program import Path, Place, run
@@ -46,7 +48,7 @@ class _Lookup:
     sources: tuple[int, ...]
 
 
-def check_rows(model: nnx.Module, x: Any, name: str = "x") -> None:
+def check_rows(model: nnx.Module, x: Any, signals: Signals, name: str = "x") -> None:
     """Refuses numbers of rows that a table does not have, where all values are known.
 
     JAX gives NaN for such a row, or another one, so that a token outside of the vocabulary spoils
@@ -54,14 +56,18 @@ def check_rows(model: nnx.Module, x: Any, name: str = "x") -> None:
 
     Args:
       model: the model.
-      x: inputs, an array (N, ...) or a tree of them; looked at where one holds integers.
+      x: inputs, an array (N, ...) or a tree of them; looked at where one holds integers, or where
+        the signals are of a table.
+      signals: of the model, or their shapes.
       name: of the argument.
 
     Raises:
       ValueError: a row is missing, and the outputs depend on what is taken for it.
     """
     leaves = jax.tree_util.tree_leaves_with_path(x)
-    if not any(jnp.issubdtype(leaf.dtype, jnp.integer) for _, leaf in leaves):
+    integers = any(jnp.issubdtype(leaf.dtype, jnp.integer) for _, leaf in leaves)
+    layers = [getattr(layer, "layer", layer) for layer in signals.layers]
+    if not integers and not any(isinstance(layer, LookupSignals) for layer in layers):
         return
     graphdef, state = nnx.split(model)
     known = jax.tree.leaves((state, x))

@@ -26,6 +26,7 @@ LOOKED_UP = {
     "scaled and cast": lambda embed, x: (2 * embed.embedding[...]).astype(jnp.bfloat16)[x],
     "in a loop": looped,
     "behind jit": lambda embed, x: jax.jit(lambda x: embed(x))(x),
+    "of floats": lambda embed, x: embed((x + 0.0).astype(int)),
     "checkpoint": lambda embed, x: jax.checkpoint(lambda x: embed(x))(x),
 }
 IN_ORDER = {
@@ -87,6 +88,12 @@ def test_what_is_in_the_table():
 def test_a_missing_row_that_leaves_no_trace(name):
     step = ng.natural_gradient(Text(IN_ORDER[name]), with_ids(((0, 1), 9)), Y, **SETTINGS)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step))
+
+
+def test_numbers_that_are_floats():
+    model = Text(lambda embed, x: embed(x.astype(int)))
+    with pytest.raises(ValueError, match=refused("0, 1", 1, "6.0")):
+        ng.natural_gradient(model, with_ids(((0, 1), 6)).astype(np.float32), Y, **SETTINGS)
 
 
 def test_a_table_that_does_not_move():

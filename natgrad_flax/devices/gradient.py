@@ -33,7 +33,7 @@ from natgrad_flax.optimizer.checks import (
     check_settings,
 )
 from natgrad_flax.optimizer.gradient import Damping, compute, static_damping
-from natgrad_flax.optimizer.preflight import check_known_labels, preflight
+from natgrad_flax.optimizer.preflight import check_known_numbers, preflight
 from natgrad_flax.optimizer.trees import as_state, by_path, moved_by_gradient
 from natgrad_flax.signals.fisher import Batch, Fisher, FisherKind, check_key
 from natgrad_flax.signals.independence import check_samples_alone
@@ -177,7 +177,7 @@ def sharded_natural_gradient(
     shapes = jax.eval_shape(lambda arrays: arrays, batch)
     on_devices = nnx.merge(graphdef, moved)
     signals = preflight(sharded, on_devices, which, shapes, damping)
-    check_known_labels(which.loss, checked, signals)
+    check_known_numbers(local_model(module), which.loss, checked, signals)
     if check_samples:
         check_samples_alone(on_devices, over_devices(batch.x))
     static = static_damping(damping)

@@ -115,13 +115,16 @@ def has_full_rank(matrix: Array) -> Array:
     return sequential_vmap(decide)(lax.stop_gradient(matrix))
 
 
-def rank_cutoff(size: int, dtype: jnp.dtype) -> float:
+def rank_cutoff(size: int | Array, dtype: jnp.dtype) -> Any:
     """What of the largest eigenvalue, or singular value, counts as zero: max(n^(1/2), 32) eps.
 
     The rounding of the matrix itself is several eps, however small n is, and grows slower than n:
     3.4 eps were measured for float32 Gram matrices of n = 800.
     """
-    return max(size**0.5, 32) * float(jnp.finfo(dtype).eps)
+    eps = float(jnp.finfo(dtype).eps)
+    if isinstance(size, Array):
+        return jnp.maximum(jnp.sqrt(size.astype(dtype)), 32) * eps
+    return max(size**0.5, 32) * eps
 
 
 def above_rounding(values: Array, largest: Array | None = None) -> Array:

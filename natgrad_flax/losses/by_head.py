@@ -238,6 +238,21 @@ def checked_weights(loss: AnyLoss, value: Any, samples: int, name: str = "weight
     )
 
 
+def num_counted(weights: Any, samples: int) -> int | Array:
+    """N without samples of weight 0; of several heads those of weight 0 to all of them.
+
+    Args:
+      weights: (N, ...), or a tuple by head, None for plain means.
+      samples: N.
+    """
+    heads = weights if isinstance(weights, tuple) else (weights,)
+    if any(head is None for head in heads):
+        return samples
+    counts = [jnp.any(head.reshape(samples, -1) > 0, axis=1) for head in heads]
+    # integers leave the dtype of what they multiply
+    return jnp.maximum(jnp.sum(jnp.any(jnp.stack(counts), axis=0), dtype=jnp.int32), 1)
+
+
 def check_all_values(loss: AnyLoss, targets: Any, weights: Any, name: str = "y") -> None:
     """Looks at concrete targets that count, of every head; see ``targets.check_values``."""
     for own, one, y, w in each_head(loss, targets, weights):

@@ -124,20 +124,30 @@ class UnitRows:
         return self.array().T @ matrix
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["divisor", "space"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["rows", "times"], meta_fields=["fixed", "space"]
+)
 @dataclass(frozen=True)
 class Factor:
     """A = r^T r / d, solved with on the smaller side.
 
     Attributes:
       rows: r, shape (R, P).
-      divisor: d.
+      fixed: d, or what of it is known beforehand.
       space: "sample" for (R, R) systems, "parameter" for (P, P), "auto" for the smaller.
+      times: the rest of d, where that depends on the weights of a batch; with an axis of groups
+        where the rows have one.
     """
 
     rows: Any
-    divisor: float
+    fixed: float
     space: Space = "auto"
+    times: Array | None = None
+
+    @property
+    def divisor(self) -> float | Array:
+        """d."""
+        return self.fixed if self.times is None else self.fixed * self.times
 
     @property
     def in_parameters(self) -> bool:

@@ -79,7 +79,7 @@ class Kronecker(OfLayer):
         cls,
         layer: AffineSignals,
         sharing: Sharing,
-        divisors: tuple[float, float],
+        divisors: tuple[float | Array, float | Array],
         space: Space,
         split: Callable[[Array | float], Dampings],
     ) -> Kronecker:
@@ -97,7 +97,7 @@ class Kronecker(OfLayer):
             layer = cast(LookupSignals, layer)
             units = ArrayRows(layer.unit_rows(sharing))
             counts = DiagonalFactor(layer.counts()[None] / divisors[0])
-            return cls(layer, counts, Factor(units, divisors[1], space), split)
+            return cls(layer, counts, _factor(units, divisors[1], space, 1), split)
         if isinstance(layer, SharedSignals):
             left, right = layer.rows(sharing)
             sides = ArrayRows(left), ArrayRows(right)
@@ -105,7 +105,10 @@ class Kronecker(OfLayer):
             sides = InputRows(layer), UnitRows(layer)
         else:
             sides = ArrayRows(weighted_inputs(layer)), UnitRows(layer)
-        a, b = (Factor(rows, over, space) for rows, over in zip(sides, divisors, strict=True))
+        groups = layer.num_groups if isinstance(layer, SharedSignals) else None
+        a, b = (
+            _factor(rows, over, space, groups) for rows, over in zip(sides, divisors, strict=True)
+        )
         return cls(layer, a, b, split)
 
     @property
@@ -237,6 +240,13 @@ class Kronecker(OfLayer):
             return [(self.left, self.right)]
         both = (self.left, self.right)
         return [jax.tree.map(lambda leaf, g=g: leaf[g], both) for g in range(self.groups)]
+
+
+def _factor(rows: Any, over: float | Array, space: Space, groups: int | None) -> Factor:
+    """A factor with a divisor that may depend on the batch, for each group where there are some."""
+    if not isinstance(over, Array):
+        return Factor(rows, over, space)
+    return Factor(rows, 1.0, space, over if groups is None else jnp.broadcast_to(over, groups))
 
 
 def grouped(matrix: Array, groups: int) -> Array:

@@ -22,6 +22,7 @@ from natgrad_flax.arguments.instances import call_of, own_subclasses
 from natgrad_flax.arguments.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.damping import RelativeDamping, damping_as
 from natgrad_flax.linalg.dense import full_products
+from natgrad_flax.losses.by_head import num_counted
 from natgrad_flax.optimizer.gradient import Solved, loss_gradient
 from natgrad_flax.optimizer.trees import by_path, moved_by
 from natgrad_flax.signals.base import LayerUpdate, layer_updates
@@ -284,14 +285,7 @@ class AveragedStep:
 
     def _at(self, steps: Array, every: int, due: Callable[[], Any], held: Callable[[], Any]) -> Any:
         """One of two results, by whether this step is a multiple of an interval."""
-        if every == 1:
-            return due()
-        shapes = jax.eval_shape(held)
-
-        def cast() -> Any:
-            return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), due(), shapes)
-
-        return jax.lax.cond(steps % every == 0, cast, held)
+        return due() if every == 1 else jax.lax.cond(steps % every == 0, due, held)
 
     def _renew(
         self,
@@ -306,6 +300,7 @@ class AveragedStep:
         structure, average, fisher = self.structure, self.average, self.fisher
         arrays, microbatches = fisher.arrays(batch), fisher.microbatches
         size = batch_size(arrays)
+        counted = num_counted(arrays[2], size)
 
         def first_pass(first: Any, *part: Any) -> tuple[Any, Any]:
             signals, residual = fisher.of_microbatch(model, part, first, batch.key, size)
@@ -336,19 +331,20 @@ class AveragedStep:
 
             return in_microbatches(second_pass, arrays, microbatches)[0]
 
+        before = structure.basis_of(kept.inverse)
+
         def fresh() -> tuple[Any, Any, Array]:
             with full_products():
                 basis = structure.basis(factors)
-            return basis, rotated(basis), jnp.ones((), jnp.int32)
-
-        basis = structure.basis_of(kept.inverse)
+            found = basis, rotated(basis), jnp.ones((), jnp.int32)
+            return _cast_like((before, kept.moments.rotated, kept.turns), found)
 
         def same() -> tuple[Any, Any, Array]:
             turns = kept.turns + 1
-            return basis, average.mix(kept.moments.rotated, rotated(basis), turns), turns
+            return before, average.mix(kept.moments.rotated, rotated(basis), turns), turns
 
         interval = average.inverse_every or average.every
-        turned, turns = kept.moments.rotated, kept.turns
+        basis, turned, turns = before, kept.moments.rotated, kept.turns
         if structure.has_basis:
             always = 1 if interval == average.every else interval
             basis, turned, turns = self._at(steps, always, fresh, same)
@@ -358,13 +354,19 @@ class AveragedStep:
         def inverted() -> Any:
             rho = damping
             if isinstance(damping, RelativeDamping):
-                rho = damping.times(structure.scale_of(moments, size))
+                rho = damping.times(structure.scale_of(moments, counted))
             rho = damping_as(rho, jax.tree.leaves(moments)[0].dtype)
-            return structure.invert(moments, rho, size)
+            return _cast_like(kept.inverse, structure.invert(moments, rho, counted))
 
         always = 1 if structure.cheap_inverse or interval == average.every else interval
         inverse = self._at(steps, always, inverted, lambda: kept.inverse)
-        return gradient, outputs, Averages(count, turns, moments._replace(basis=()), inverse)
+        found = Averages(count, turns, moments._replace(basis=()), inverse)
+        return gradient, outputs, _cast_like(kept, found)
+
+
+def _cast_like(kept: Any, new: Any) -> Any:
+    """A tree with the dtypes of another one, so that a loop can carry it."""
+    return jax.tree.map(lambda old, leaf: leaf.astype(old.dtype), kept, new)
 
 
 def _check_shapes(kept: Any, new: Any, size: int, rows: bool) -> None:

@@ -26,6 +26,7 @@ from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.fisher import Batch, Fisher
 from natgrad_flax.signals.microbatches import Passes
 from natgrad_flax.signals.model import outputs_of
+from natgrad_flax.signals.table_rows import check_rows
 from natgrad_flax.structures import Structure
 from natgrad_flax.structures.memory import check_signals_fit
 
@@ -72,22 +73,27 @@ def preflight(
         check_signals_fit(structure, signals)
     check_damping_on_batch(structure, signals, damping, inside=fisher.kind != "mc")
     structure.check(signals, damping)
-    check_known_labels(fisher.loss, batch, signals)
+    check_known_numbers(model, fisher.loss, batch, signals)
     _check_curvature(model, fisher, batch)
     return signals
 
 
-def check_known_labels(loss: AnyLoss, batch: Batch, signals: Signals) -> None:
-    """Refuses class numbers that are known, and none of the model's.
+def check_known_numbers(model: nnx.Module, loss: AnyLoss, batch: Batch, signals: Signals) -> None:
+    """Refuses numbers of classes and of rows of tables that are known, and none of the model's.
 
     Args:
-      loss: what they are for.
+      model: the model.
+      loss: what class numbers are for.
       batch: arrays, or their shapes.
       signals: of the batch, or their shapes.
 
     Raises:
-      ValueError: a number below 0, or of no output, whose weight is not 0.
+      ValueError: a class number below 0, or of no output, whose weight is not 0; a row that a table
+        does not have.
     """
+    for x, name in ((batch.x, "x"), (batch.fisher_x, "fisher_x")):
+        if x is not None:
+            check_rows(model, x, signals, name)
     shape = signals.outputs.shape
     if batch.y is not None:
         check_all_labels(loss, batch.y, batch.weights, shape)

@@ -33,8 +33,9 @@ class QuadraticModel:
     before, with the alpha and mu at which g . step + step^T (F + rho I) step / 2 is least (Martens
     & Grosse 2015, Sections 6.4 and 7). F is the exact Fisher of the batch, through the network and
     not through the structure, so a direction that is too long gets a small alpha. It costs a
-    forward pass with two tangents, about one step of gradient descent. rho is the damping where
-    that is one number, and 0 for an ``ng.RelativeDamping``.
+    forward pass with two tangents, about one step of gradient descent, and where a
+    ``jax.custom_vjp`` in the model refuses them two backward passes instead. rho is the damping
+    where that is one number, and 0 for an ``ng.RelativeDamping``.
 
     Beside ``ng.LevenbergMarquardt`` rho is adapted by how well this model predicts, and a step that
     would raise the loss of its own batch is not taken. That is what ``ng.natural_gradient_descent``
@@ -116,18 +117,7 @@ def quadratic_terms(
             # a merge without a copy keeps the Variables of rest, which belong to another trace
             return outputs_of(nnx.merge(graphdef, state, rest, copy=True), x)
 
-        along = jax.vmap(
-            lambda tangent: jax.jvp(forward, (chosen,), (tangent,)), out_axes=(None, 0)
-        )
-        try:
-            computed, images = along(tangents)
-        except DoesNotRunError as error:
-            if "forward-mode" not in str(error):
-                raise
-            raise ValueError(
-                f"ng.QuadraticModel needs derivatives of {type(model).__name__} by forward mode, "
-                "which a jax.custom_vjp has not: give a learning rate, or define a jax.custom_jvp"
-            ) from error
+        computed, images = _images(forward, chosen, tangents)
         dtype = solve_dtype(computed.dtype, *(leaf.dtype for leaf in jax.tree.leaves(chosen)))
         terms = output_terms(fisher.loss, computed.astype(dtype), y, weights)
         images = images.astype(dtype)
@@ -146,6 +136,34 @@ def quadratic_terms(
             [sum(jnp.vdot(tree[name], given[name]) for name in tree) for tree in leaves]
         ).astype(curvature.dtype)
     return curvature, slopes
+
+
+def _images(forward: Callable[[Any], Array], chosen: Any, tangents: Any) -> tuple[Array, Array]:
+    """Outputs f of parameters, and J times each of some tangents.
+
+    Raises:
+      ValueError: derivatives by forward mode are refused (``jax.custom_vjp``), and the rule for
+        reverse mode has none of its own.
+    """
+    along = jax.vmap(lambda tangent: jax.jvp(forward, (chosen,), (tangent,)), out_axes=(None, 0))
+    try:
+        return along(tangents)
+    except DoesNotRunError as error:
+        if "forward-mode" not in str(error):
+            raise
+        refused = error
+    # J t is the derivative of <J^T v, t> by v
+    outputs, backward = jax.vjp(forward, chosen)
+    try:
+        _, transposed = jax.vjp(lambda v: backward(v)[0], jnp.zeros_like(outputs))
+        (images,) = jax.vmap(transposed)(tangents)
+    except (TypeError, ValueError, NotImplementedError):
+        raise ValueError(
+            "ng.QuadraticModel needs J times a direction, but a jax.custom_vjp of the model has "
+            "neither derivatives by forward mode nor a rule for reverse mode that JAX can "
+            "differentiate: give a learning rate, or define a jax.custom_jvp"
+        ) from refused
+    return outputs, images
 
 
 def check_one_momentum(learning_rate: object, spring: SPRING | None) -> None:

@@ -29,8 +29,9 @@ class ParameterForm(NamedTuple):
       shape: of the parameter.
       split: sizes into which the matrix is reshaped, in its own order of axes.
       order: for each axis of the parameter the place of its axis in ``split``.
-      part: the place along a first axis of its own, of which ``shape`` says nothing, where the
+      part: the place along first axes of its own, of which ``shape`` says nothing, where the
         parameter holds those of several layers.
+      lead: sizes of these axes.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ParameterForm(NamedTuple):
     split: tuple[int, ...]
     order: tuple[int, ...]
     part: int | None = None
+    lead: tuple[int, ...] = ()
 
     @classmethod
     def plain(cls, name: str, shape: tuple[int, ...]) -> ParameterForm:
@@ -51,9 +53,13 @@ class ParameterForm(NamedTuple):
     def to_matrix(self, parameter: Array, shape: tuple[int, ...]) -> Array:
         """From the parameter to a matrix of a given shape."""
         if self.part is not None:
-            parameter = parameter[self.part]
+            parameter = self.along_one_axis(parameter)[self.part]
         moved = parameter.reshape([self.split[axis] for axis in self.order])
         return moved.transpose(np.argsort(self.order)).reshape(shape)
+
+    def along_one_axis(self, parameter: Array) -> Array:
+        """A parameter of several layers, (layers, *shape)."""
+        return parameter.reshape(-1, *self.shape)
 
 
 class LayerSignals(abc.ABC):
@@ -158,6 +164,11 @@ class LayerSignals(abc.ABC):
         return self.local_vjp(self.combine(coefficients))
 
     @property
+    def forms(self) -> list[ParameterForm]:
+        """Layouts of its parameters."""
+        return [form for form in (self.kernel_form, self.bias_form) if form]
+
+    @property
     def num_params(self) -> int:
         """P_l."""
         return self.fan_in * self.num_units
@@ -188,9 +199,9 @@ class LayerSignals(abc.ABC):
     def parts(self) -> dict[str, int | tuple[int, int] | None]:
         """By the names of the parameters which part of them is this layer's, None for all.
 
-        One along a first axis of its own, or those from a first one to a last one, not included.
+        One along first axes of its own, or those from a first one to a last one, not included.
         """
-        return {form.name: form.part for form in (self.kernel_form, self.bias_form) if form}
+        return {form.name: form.part for form in self.forms}
 
     def from_parameters(self, named: Mapping[Any, Array]) -> LayerUpdate:
         """The inverse of ``parameters``; names that are not this layer's are passed by."""
@@ -253,9 +264,11 @@ def named_updates(
 ) -> dict[tuple[str | int, ...], dict[str, Array]]:
     """Updates of layers by the paths of the modules and the names of their parameters."""
     named: dict[tuple[str | int, ...], dict[str, Any]] = {}
+    leads: dict[tuple[str | int, ...], tuple[int, ...]] = {}
     for layer, update in zip(layers, updates, strict=True):
         own = named.setdefault(layer.path, {})
         parts = layer.parts()
+        leads |= {(*layer.path, form.name): form.lead for form in layer.forms}
         for name, leaf in layer.parameters(update).items():
             part = parts.get(name)
             if part is None:
@@ -264,13 +277,15 @@ def named_updates(
                 own.setdefault(name, {})[part] = leaf[None]
             else:
                 own.setdefault(name, {})[part[0]] = leaf
+
+    def whole(path: tuple[str | int, ...], leaf: Any) -> Array:
+        if type(leaf) is dict:
+            leaf = jnp.concatenate([leaf[part] for part in sorted(leaf)])
+        lead = leads.get(path, ())
+        return leaf.reshape(*lead, *leaf.shape[1:]) if lead else leaf
+
     return {
-        path: {
-            name: jnp.concatenate([leaf[part] for part in sorted(leaf)])
-            if type(leaf) is dict
-            else leaf
-            for name, leaf in own.items()
-        }
+        path: {name: whole((*path, name), leaf) for name, leaf in own.items()}
         for path, own in named.items()
     }
 

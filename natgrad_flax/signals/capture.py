@@ -118,25 +118,37 @@ def _stacked(
     carried: Tape,
     blocks: dict[Path, Array],
 ) -> StackedSignals:
-    """The signals of all steps of the loop that takes another part of some parameters at each."""
+    """The signals of all steps of the loops that take another part of some parameters at each."""
     first = layers[places[0]]
     one = replace(
         first,
         kernel=first.kernel._replace(part=None),
         bias=first.bias and first.bias._replace(part=None),
     )
-    depths = {place.number: (affine.view.step or (0,))[0] for place, affine in one.places}
+    depths = {
+        place.number: [depth for depth, *_ in affine.view.steps] for place, affine in one.places
+    }
     arrays: list[Any] = [
-        {number: tape[number] for number in depths} for tape in (recorded, carried)
+        {number: _steps_at(lead, tape[number], own) for number, own in depths.items()}
+        for lead, tape in ((1, recorded), (2, carried))
     ]
-    arrays.append({path: blocks[path] for path in one.parameters} if one.is_explicit else {})
-    axes = [{number: lead + depth for number, depth in depths.items()} for lead in (1, 2)]
-    along = jax.vmap(partial(_signals, one), in_axes=(*axes, 2), out_axes=1)
+    first_axes = list(range(len(one.kernel.lead)))
+    own = one.parameters if one.is_explicit else []
+    arrays.append({path: _steps_at(2, blocks[path], first_axes) for path in own})
+    along = jax.vmap(partial(_signals, one), in_axes=(1, 2, 2), out_axes=1)
 
     def step_of(place: int) -> int:
         return layers[place].kernel.part or 0
 
     return StackedSignals(along(*arrays), tuple(sorted(places, key=step_of)))
+
+
+def _steps_at(place: int, array: Array, depths: list[int]) -> Array:
+    """An array with the axes of some loops as one at a place; they stand behind it by depth."""
+    moved = jnp.moveaxis(
+        array, [place + depth for depth in depths], range(place, place + len(depths))
+    )
+    return moved.reshape(*array.shape[:place], -1, *moved.shape[place + len(depths) :])
 
 
 def _signals(

@@ -198,6 +198,16 @@ class Signals:
         return self.outputs.shape[0]
 
     @property
+    def num_counted(self) -> int | Array:
+        """N without samples of weight 0, whose inputs count in no Kronecker factor."""
+        weights = [getattr(layer, "row_weights", None) for layer in self.layers]
+        own = next((w for w in weights if w is not None), None)
+        if own is None:
+            return self.num_samples
+        counted = jnp.any(own.reshape(self.num_samples, -1) > 0, axis=1)
+        return jnp.maximum(jnp.sum(counted.astype(self.outputs.dtype)), 1)
+
+    @property
     def num_directions(self) -> int:
         """S."""
         return self.layers[0].num_directions

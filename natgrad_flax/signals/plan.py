@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.interpreters import partial_eval
@@ -203,7 +204,7 @@ def plan_layers(model: nnx.Module, x: Any, wrt: Any = nnx.Param) -> Plan:
 
 def _layers(uses: Mapping[Path, Uses], shapes: Mapping[Path, Shape]) -> list[LayerPlan]:
     """The layers in the order of their first use; parameters that only add or scale join."""
-    found: list[tuple[tuple[int, int, int], LayerPlan]] = []
+    found: list[tuple[tuple[int, ...], LayerPlan]] = []
     covered: set[Path] = set()
     for path, use in uses.items():
         for plan in _weights(path, use, uses, shapes):
@@ -221,11 +222,14 @@ def _layers(uses: Mapping[Path, Uses], shapes: Mapping[Path, Shape]) -> list[Lay
     return [plan for _, plan in sorted(found, key=lambda both: both[0])]
 
 
-def _place_in_order(use: Uses, plan: LayerPlan) -> tuple[int, int, int]:
+def _place_in_order(use: Uses, plan: LayerPlan) -> tuple[int, ...]:
     """By the first use; of the layers of a loop all of one step before those of the next."""
-    start = use.first if use.loop is None else use.loop
-    part = plan.kernel.part or 0
-    return start, -part if use.backwards else part, use.first
+    lengths = [length for _, length, _ in use.loops]
+    steps = np.unravel_index(plan.kernel.part or 0, lengths) if use.loops else ()
+    order: list[int] = []
+    for (number, _, backwards), step in zip(use.loops, map(int, steps), strict=True):
+        order += [number, -step if backwards else step]
+    return (*order, use.first)
 
 
 def _weights(
@@ -294,7 +298,7 @@ def _bias(
     for place, chosen in zip(places, maps, strict=True):
         bias = added[place.number]
         factors = common_factors((bias.result, bias.view))
-        if factors is None or not bias.result.scale or _loop(bias.view) != _loop(place.view):
+        if factors is None or not bias.result.scale or _loops(bias.view) != _loops(place.view):
             return None
         flat = [factor for axis in factors for factor in axis]
         outputs = place.outputs.shape
@@ -317,9 +321,9 @@ def _bias(
     return found.pop() if len(found) == 1 else None
 
 
-def _loop(view: View) -> Shape:
-    """Depth and length of the loop that takes another part at each step."""
-    return (view.step or ())[:2]
+def _loops(view: View) -> list[Shape]:
+    """Depth and length of the loops that take another part at each step."""
+    return [step[:2] for step in view.steps]
 
 
 def _joins(
@@ -340,7 +344,7 @@ def _joins(
 
 def _of_one(use: Uses, shape: Shape) -> Shape:
     """The shape of what one layer has of a parameter."""
-    return shape if use.parts(shape) == [None] else shape[1:]
+    return shape[len(use.lead(shape)) :]
 
 
 def _explicit(
@@ -352,7 +356,8 @@ def _explicit(
     shape = _of_one(use, whole)
     units = shape[-1] if len(shape) > 1 else math.prod(shape)
     split = (math.prod(shape) // units, units) if len(paths) == 1 else shape
-    forms = [ParameterForm(path[-1], shape, split, tuple(range(len(split)))) for path in paths]
+    order, lead = tuple(range(len(split))), use.lead(whole)
+    forms = [ParameterForm(path[-1], shape, split, order, lead=lead) for path in paths]
     reason = _reason(use, shape)
     return [
         LayerPlan(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Literal
 
-from natgrad_flax.signals.views import View
+from natgrad_flax.signals.views import Steps, View, first_axes
 from natgrad_flax.xla.convolution import conv_general_dilated
 
 Path = tuple[Any, ...]
@@ -74,27 +74,30 @@ class Uses:
 
     Attributes:
       first: number of the equation that uses it first.
-      loop: number of the loop that takes another part of it at each step, where there is one.
-      backwards: whether that loop starts with the last part.
+      loops: those that take another part of it at each step, the outermost first: number, length,
+        and whether it starts with the last part.
       places: where it acts as weights.
       biases: where it is added to the results of places.
       others: names of the primitives that use it in any other way.
-      steps: the loops that take another part of it at each step, None where none does.
+      steps: what each use says of these loops.
     """
 
     first: int
-    loop: int | None = None
-    backwards: bool = False
+    loops: tuple[tuple[int, int, bool], ...] = ()
     places: list[Place] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
-    steps: set[tuple[int, int, int] | None] = field(default_factory=set)
+    steps: set[Steps] = field(default_factory=set)
+
+    def lead(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The first axes of a shape that the loops around each use go through, () without any."""
+        counts = {first_axes(steps, shape) for steps in self.steps}
+        return shape[: counts.pop() or 0] if len(counts) == 1 else ()
 
     def parts(self, shape: tuple[int, ...]) -> list[int | None]:
-        """The steps of the one loop that takes another part of it at each; [None] without one."""
-        loops = {(step or ())[1:] for step in self.steps}
-        by_first_axis = len(self.steps) == 1 and loops == {(*shape[:1], math.prod(shape[1:]))}
-        return list(range(shape[0])) if by_first_axis else [None]
+        """The steps of these loops together; [None] without any."""
+        lead = self.lead(shape)
+        return list(range(math.prod(lead))) if lead else [None]
 
 
 @dataclass
@@ -114,13 +117,16 @@ class Program:
     places: dict[int, Place] = field(default_factory=dict)
     inner: dict[int, tuple[Program, ...]] = field(default_factory=dict)
 
-    def numbers(self) -> Iterator[int]:
-        """Of all places, also those of the programs within."""
-        for place in self.places.values():
-            yield place.number
+    def all_places(self) -> Iterator[Place]:
+        """Also those of the programs within."""
+        yield from self.places.values()
         for programs in self.inner.values():
             for program in programs:
-                yield from program.numbers()
+                yield from program.all_places()
+
+    def numbers(self) -> Iterator[int]:
+        """Of all places."""
+        return (place.number for place in self.all_places())
 
 
 Tape = dict[int, Array]

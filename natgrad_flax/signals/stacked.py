@@ -204,7 +204,7 @@ class StackedSignals(LayerSignals):
 
     def from_parameters(self, named: Mapping[Any, Array]) -> LayerUpdate:
         """The inverse of ``parameters``; names that are not theirs are passed by."""
-        own = {name: named[name] for name in self.parts()}
+        own = {form.name: form.along_one_axis(named[form.name]) for form in self.forms}
         if self.part is not None:
             own = {name: leaf[slice(*self.part)] for name, leaf in own.items()}
         return jax.vmap(self._one.from_parameters)(own)

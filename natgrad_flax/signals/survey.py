@@ -44,14 +44,17 @@ class _Survey:
 
     def __init__(self) -> None:
         self.uses: dict[Path, Uses] = {}
-        self.loops: dict[Path, tuple[int, bool]] = {}
+        self.loops: dict[Path, tuple[tuple[int, int, bool], ...]] = {}
         self.places = self.equations = 0
 
     def uses_of(self, view: Any) -> Uses:
-        new = Uses(self.equations, *self.loops.get(view.source, ()))
+        new = Uses(self.equations, self._loops_of(view))
         uses = self.uses.setdefault(view.source, new)
-        uses.steps.add(view.step)
+        uses.steps.add(view.steps)
         return uses
+
+    def _loops_of(self, view: Any) -> tuple[tuple[int, int, bool], ...]:
+        return self.loops.get(view.source, ())[: len(view.steps)]
 
     def program(
         self, jaxpr: Any, consts: Sequence[Any], tags: Sequence[View | None], loops: tuple[int, ...]
@@ -151,8 +154,12 @@ class _Survey:
                 if position < consts:
                     inside = view
                 elif position >= consts + carried:
-                    inside = view.first_of_steps(len(loops))
-                    self.loops[view.source] = start, equation.params["reverse"]
+                    outer, reverse = self._loops_of(view), equation.params["reverse"]
+                    # layers stand in the order of their parts, or in the opposite one
+                    if all(backwards == reverse for *_, backwards in outer):
+                        inside = view.first_of_steps(len(loops))
+                        own = (start, equation.params["length"], reverse)
+                        self.loops[view.source] = (*outer, own)
                 if inside is None:
                     self.uses_of(view).others.append("scan")
             tags.append(inside)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from natgrad_flax.signals.base import ParameterForm
 
 Factors = tuple[tuple[int, int], ...]
 """Sizes and strides of the digits of an index, the slowest first; a stride of 0 repeats."""
+Steps = tuple[tuple[int, int, int], ...]
+"""Of loops that take another part of an array at each step, the outermost first: how deep each
+stands in other loops, its length, and the stride from one part to the next."""
 
 
 class View(NamedTuple):
@@ -23,15 +27,14 @@ class View(NamedTuple):
       axes: for each axis the factors of its size.
       offset: of the first entry.
       scale: the number.
-      step: (depth of a loop, its length, stride) where that loop takes another part of the source
-        at each step.
+      steps: the loops that take another part of the source at each step.
     """
 
     source: Any
     axes: tuple[Factors, ...]
     offset: int = 0
     scale: float = 1.0
-    step: tuple[int, int, int] | None = None
+    steps: Steps = ()
 
     @classmethod
     def of(cls, source: Any, shape: Sequence[int]) -> View:
@@ -122,10 +125,11 @@ class View(NamedTuple):
 
     def first_of_steps(self, depth: int) -> View | None:
         """What one step of a loop over the first axis sees; None where this is no plain axis."""
-        if self.step is not None or len(self.axes[0]) > 1:
+        factors = self.axes[0] or ((1, math.prod(self.shape[1:])),)
+        length, (_, stride) = math.prod(n for n, _ in factors), factors[-1]
+        if any(left[1] != n * inner for left, (n, inner) in pairwise(factors)):
             return None
-        ((steps, stride),) = self.axes[0] or ((1, math.prod(self.shape[1:])),)
-        return self._replace(axes=self.axes[1:], step=(depth, steps, stride))
+        return self._replace(axes=self.axes[1:], steps=(*self.steps, (depth, length, stride)))
 
     def form(self, name: Any, shape: tuple[int, ...], order: Sequence[int]) -> ParameterForm | None:
         """The layout of a parameter whose matrix has the axes of this view in an order.
@@ -134,14 +138,13 @@ class View(NamedTuple):
 
         Args:
           name: of the parameter.
-          shape: of the parameter; the first axis is left to the steps of a loop.
+          shape: of the parameter; its first axes are left to the steps of loops.
           order: axes of the view.
         """
-        if self.step is not None:
-            _, steps, stride = self.step
-            if shape[0] != steps or stride != math.prod(shape[1:]):
-                return None
-            shape = shape[1:]
+        first = first_axes(self.steps, shape)
+        if first is None:
+            return None
+        lead, shape = shape[:first], shape[first:]
         factors = [factor for axis in order for factor in self.axes[axis]]
         places = sorted(range(len(factors)), key=lambda i: -factors[i][1])
         expected = math.prod(shape)
@@ -154,7 +157,23 @@ class View(NamedTuple):
             expected = stride
         if expected != 1:
             return None
-        return ParameterForm(name, shape, tuple(n for n, _ in factors), tuple(places))
+        return ParameterForm(name, shape, tuple(n for n, _ in factors), tuple(places), lead=lead)
+
+
+def first_axes(steps: Steps, shape: Sequence[int]) -> int | None:
+    """How many first axes of a shape some loops together go through, in order.
+
+    None where they go through no whole axes, or not in order.
+    """
+    if not steps:
+        return 0
+    if any(left[2] != n * stride for left, (_, n, stride) in pairwise(steps)):
+        return None
+    count = math.prod(n for _, n, _ in steps)
+    for first in range(1, len(shape) + 1):
+        if math.prod(shape[first:]) == steps[-1][2]:
+            return first if math.prod(shape[:first]) == count else None
+    return None
 
 
 def common_factors(views: Sequence[View]) -> list[list[tuple[int, tuple[int, ...]]]] | None:

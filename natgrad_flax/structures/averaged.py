@@ -61,13 +61,16 @@ class AveragedStructure(Structure):
         return ()
 
     @abc.abstractmethod
-    def invert(self, moments: Moments, damping: Array | float, num_samples: int) -> tuple[Any, ...]:
+    def invert(
+        self, moments: Moments, damping: Array | float, num_samples: int | Array
+    ) -> tuple[Any, ...]:
         """What ``apply`` needs of G^{-1}, one entry a layer.
 
         Args:
           moments: of a batch, or averaged over batches.
           damping: as in ``solve``.
-          num_samples: N of a batch, on which scalings of the theory depend.
+          num_samples: N of a batch, on which scalings of the theory depend; without samples of
+            weight 0, and so an array, where it has weights.
         """
 
     @abc.abstractmethod
@@ -81,7 +84,7 @@ class AveragedStructure(Structure):
         return ()
 
     @abc.abstractmethod
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """``damping_scale`` from moments."""
 
     def moments(self, signals: Signals) -> Moments:
@@ -92,7 +95,7 @@ class AveragedStructure(Structure):
 
     def damping_scale(self, signals: Signals) -> Array:
         """See ``Structure.damping_scale``."""
-        return self.scale_of(self.moments(signals), signals.num_samples)
+        return self.scale_of(self.moments(signals), signals.num_counted)
 
     def factor_size(self, signals: Signals) -> int:
         """The side of the largest square array among the statistics."""
@@ -104,7 +107,7 @@ def coefficient_by_inverse(
     structure: AveragedStructure, test: Signals, train: Signals, damping: Array | float
 ) -> Array:
     """``Structure.coefficient`` by one inverse, which is applied to the rows of J."""
-    inverse = structure.invert(structure.moments(train), damping, train.num_samples)
+    inverse = structure.invert(structure.moments(train), damping, train.num_counted)
 
     def column(row: Array) -> Array:
         return ravel(structure.apply(inverse, train.unravel(row)))

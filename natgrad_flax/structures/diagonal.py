@@ -58,7 +58,7 @@ class Diagonal(AveragedStructure):
         return tuple(layer_diagonal(layer) for layer in signals.layers)
 
     def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int
+        self, moments: Moments, damping: Array | float, num_samples: int | Array
     ) -> tuple[LayerUpdate, ...]:
         """The diagonal with its damping, to divide by."""
         factors = moments.factors
@@ -99,7 +99,7 @@ class Diagonal(AveragedStructure):
         """0: it is inverted entry by entry."""
         return 0
 
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """Mean of the diagonal of F, one value a layer."""
         return jnp.stack([jnp.mean(ravel((layer,))) for layer in moments.factors])
 

@@ -156,7 +156,7 @@ class EKFAC(AveragedStructure):
         )
 
     def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int
+        self, moments: Moments, damping: Array | float, num_samples: int | Array
     ) -> tuple[dict[str, Any], ...]:
         """What ``solve_in_basis`` needs, or the inverses of blocks."""
         rhos = per_layer(damping, len(moments.factors))
@@ -203,7 +203,7 @@ class EKFAC(AveragedStructure):
         """Both factors of the layers at work, their eigenvectors and what is between."""
         return 8.0
 
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """``damping_scale`` from moments, (L,)."""
         scales = []
         for factors, basis, entry in zip(*moments, strict=True):

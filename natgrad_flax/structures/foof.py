@@ -130,7 +130,7 @@ class Foof(FactorAverage):
         )
 
     def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int
+        self, moments: Moments, damping: Array | float, num_samples: int | Array
     ) -> tuple[Entry, ...]:
         """The inverse of the factor, or of the blocks of units."""
         shifted, found = not is_zero(damping), list[Entry]()
@@ -145,7 +145,7 @@ class Foof(FactorAverage):
                 found.append(invert_inputs(entry, inputs, rho, shifted=shifted))
         return tuple(found)
 
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """Mean diagonal of the Gram matrix of the factor over N, (L,)."""
         norms = jnp.stack([entry["norms"][self._index] for entry in moments.factors])
         return norms / num_samples
@@ -154,7 +154,7 @@ class Foof(FactorAverage):
         """See ``scale_of``."""
         layers = _apart_from_ties(signals).layers
         norms = [self._gram_means(layer)[self._index] for layer in layers]
-        return jnp.stack(norms) / signals.num_samples
+        return jnp.stack(norms) / signals.num_counted
 
     def undamped_diagonal(self, train: Signals) -> Array | None:
         """sum_l |D_n|^2 of one output, or sum_l |a_n|^2 of the mirror.

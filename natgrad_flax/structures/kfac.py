@@ -59,8 +59,8 @@ class KFAC(KroneckerAverage):
     bias of normalisations, parameters without a formula) keep their exact Fisher block a unit.
 
     Args:
-      last_layer: "scaled" (B* / N in the last layer: Eq. 21) or "literal" (Eq. 20). N counts
-        samples of weight 0, too, so only the literal one takes a mask for a smaller batch.
+      last_layer: "scaled" (B* / N in the last layer: Eq. 21) or "literal" (Eq. 20). N does not
+        count samples of weight 0.
       split: "plain" adds rho to both factors (Eq. 20); "pi" adds pi sqrt(rho) to A* and
         sqrt(rho) / pi to B*, with pi^2 the ratio of their mean diagonals (Martens & Grosse 2015).
       first_layer: "scaled" multiplies the update of a first layer with fan-in below N by
@@ -173,16 +173,18 @@ class KFAC(KroneckerAverage):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
 
-    def _scalings(self, sizes: list[Size], num_samples: int) -> Scalings:
+    def _scalings(self, sizes: list[Size], num_samples: int | Array) -> Scalings:
         """See ``KroneckerAverage``; parameters without a formula stand behind all affine layers."""
-        scalings = [(1.0, 1.0)] * len(sizes)
+        n = num_samples if isinstance(num_samples, Array) else float(num_samples)
+        scalings: Scalings = [(1.0, 1.0)] * len(sizes)
         places = [index for index, size in enumerate(sizes) if size is not None]
         if places and self.last_layer == "scaled":
-            scalings[places[-1]] = (1.0, float(num_samples))
+            scalings[places[-1]] = (1.0, n)
         if sizes[0] is not None and self.first_layer == "scaled":
             fan_in, shared = sizes[0]
-            if fan_in < num_samples and not shared:
-                scalings[0] = (num_samples / fan_in, scalings[0][1])
+            if not shared:
+                larger = jnp.maximum(n, fan_in) if isinstance(n, Array) else max(n, fan_in)
+                scalings[0] = (larger / fan_in, scalings[0][1])
         return scalings
 
     def _scalings_on(self, signals: Signals) -> Scalings:
@@ -192,7 +194,7 @@ class KFAC(KroneckerAverage):
             else (layer.fan_in, isinstance(layer, SharedSignals))
             for layer in signals.layers
         ]
-        return self._scalings(sizes, signals.num_samples)
+        return self._scalings(sizes, signals.num_counted)
 
     def _kronecker(self, signals: Signals, index: int) -> Kronecker:
         """(B* + rho_B) (x) (A* + rho_A); see ``FactorAverage``."""
@@ -203,13 +205,17 @@ class KFAC(KroneckerAverage):
         return Kronecker.of(layer, self.sharing, divisors, self.space, split)
 
     def _dampings(
-        self, layer: AffineSignals, overs: tuple[float, float], damping: Array | float
+        self,
+        layer: AffineSignals,
+        overs: tuple[float | Array, float | Array],
+        damping: Array | float,
     ) -> Dampings:
         """What is added to A* = a^T a / overs[0] and to B* = D^T D / overs[1]."""
         sum_a, sum_b = self._row_norms(layer)
         groups = layer.num_groups if isinstance(layer, SharedSignals) else 1
-        mean_a = sum_a / float(overs[0] * layer.fan_in * groups)
-        mean_b = sum_b / float(overs[1] * layer.num_units)
+        # floats: products of sizes outgrow the integers of XLA
+        mean_a = sum_a / (overs[0] * float(layer.fan_in * groups))
+        mean_b = sum_b / (overs[1] * float(layer.num_units))
         return self._split(damping, mean_a, mean_b)
 
     def _split(self, damping: Array | float, mean_a: Array, mean_b: Array) -> Dampings:
@@ -252,7 +258,7 @@ class KFAC(KroneckerAverage):
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonals of the Gram matrices of A* and of B*, over their divisors, (L, 2)."""
         norms = [self._gram_means(layer) for layer in signals.layers]
-        return scaled_norms(norms, self._scalings_on(signals), signals.num_samples)
+        return scaled_norms(norms, self._scalings_on(signals), signals.num_counted)
 
     def alpha(self, geometry: Geometry) -> float:
         """N L with both scalings, N (L - 1) + 1 literally; layer 1 counts its fan-in where below N.

@@ -6,8 +6,8 @@ import abc
 from collections.abc import Callable
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from natgrad_flax.damping import is_zero, of_block, per_layer
@@ -38,7 +38,7 @@ Entry = dict[str, Array]
 Size = tuple[float, bool] | None
 """The fan-in of an affine layer, and whether positions share its weights; None of other layers."""
 
-Scalings = list[tuple[float, float]]
+Scalings = list[tuple[float | Array, float | Array]]
 """By how much the divisors of A* and B* of every layer are larger than those of the means."""
 
 
@@ -145,7 +145,7 @@ class KroneckerAverage(FactorAverage):
     """The product of both factors, as ``KFAC`` has it."""
 
     @abc.abstractmethod
-    def _scalings(self, sizes: list[Size], num_samples: int) -> Scalings:
+    def _scalings(self, sizes: list[Size], num_samples: int | Array) -> Scalings:
         """Of all layers, 1 where a layer is not affine."""
 
     @abc.abstractmethod
@@ -155,7 +155,7 @@ class KroneckerAverage(FactorAverage):
         """What is added to A* and to B*, from their mean diagonals."""
 
     def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int
+        self, moments: Moments, damping: Array | float, num_samples: int | Array
     ) -> tuple[Entry, ...]:
         """The inverses of both factors, or of the blocks of units."""
         factors = tuple(map(together, moments.factors))
@@ -178,19 +178,21 @@ class KroneckerAverage(FactorAverage):
             found.append({"units": units, **invert_inputs(entry, a, rho_a, shifted=shifted)})
         return tuple(found)
 
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """``damping_scale`` from moments, (L, 2)."""
         factors = tuple(map(together, moments.factors))
         scalings = self._scalings_of(factors, num_samples)
         return scaled_norms([entry["norms"] for entry in factors], scalings, num_samples)
 
-    def _scalings_of(self, factors: tuple[Entry, ...], num_samples: int) -> Scalings:
+    def _scalings_of(self, factors: tuple[Entry, ...], num_samples: int | Array) -> Scalings:
         sizes: list[Size] = [
             None
             if "blocks" in entry
             else (_inputs(entry).shape[-1], "shared" in entry or "counts" in entry)
             for entry in factors
         ]
+        if isinstance(num_samples, Array):
+            num_samples = num_samples.astype(jax.tree.leaves(factors)[0].dtype)
         return self._scalings(sizes, num_samples)
 
 
@@ -264,10 +266,11 @@ def solve_affine(entry: Entry, matrix: Array) -> Array:
     return ungrouped(product(half, entry["units"]) if "units" in entry else half)
 
 
-def scaled_norms(norms: list[Array], scalings: Scalings, num_samples: int) -> Array:
+def scaled_norms(norms: list[Array], scalings: Scalings, num_samples: int | Array) -> Array:
     """Mean diagonals of Gram matrices, (2,) a layer, over N and the scalings of both factors."""
     means = jnp.stack(norms)
-    return means / jnp.asarray(num_samples * np.asarray(scalings), means.dtype)
+    over = jnp.stack([jnp.asarray(by, means.dtype) for pair in scalings for by in pair])
+    return means / (num_samples * over.reshape(means.shape))
 
 
 def invert_inputs(entry: Entry, inputs: Array, rho: Array | float, *, shifted: bool) -> Entry:

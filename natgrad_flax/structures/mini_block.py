@@ -125,7 +125,7 @@ class MiniBlock(AveragedStructure):
         return jnp.einsum("grp,grq->gpq", rows, rows) / float(layer.num_samples * count)
 
     def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int
+        self, moments: Moments, damping: Array | float, num_samples: int | Array
     ) -> tuple[Entry, ...]:
         """The inverses of all blocks."""
         found: list[Entry] = []
@@ -150,7 +150,7 @@ class MiniBlock(AveragedStructure):
             return coefficient_by_inverse(self, test, train, damping)
         return crossed(self.operator(train), test, train, damping)
 
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """Mean of the diagonal of F, one value a layer."""
         blocks = (entry.get("blocks", entry.get(self.side)) for entry in moments.factors)
         return jnp.stack([jnp.mean(mean_diagonals(one)) for one in blocks])

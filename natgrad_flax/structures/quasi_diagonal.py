@@ -91,7 +91,7 @@ class QuasiDiagonal(AveragedStructure):
         return Moments(self.latest(signals))
 
     def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int
+        self, moments: Moments, damping: Array | float, num_samples: int | Array
     ) -> tuple[LayerUpdate, ...]:
         """M_00, the ratios M_0j / M_00, and what is left of M_jj; without a bias M_jj."""
         factors = moments.factors
@@ -154,7 +154,7 @@ class QuasiDiagonal(AveragedStructure):
         """0: it is inverted in 2 x 2 systems, one an entry."""
         return 0
 
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """Mean of the diagonal of F, one value a layer."""
         return Diagonal().scale_of(Moments(tuple(map(_uncentred, moments.factors))), num_samples)
 
@@ -315,7 +315,9 @@ def _uncentred(entry: LayerUpdate) -> LayerUpdate:
     return {**entry, "kernel": entry["kernel"] + moved}
 
 
-def _damped_entries(entry: LayerUpdate, rho: Array | float, num_samples: int) -> LayerUpdate:
+def _damped_entries(
+    entry: LayerUpdate, rho: Array | float, num_samples: int | Array
+) -> LayerUpdate:
     """What solves the metric of one layer.
 
     Returns:

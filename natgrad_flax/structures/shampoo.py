@@ -98,7 +98,7 @@ class Shampoo(OfMatrices, AveragedStructure):
         )
 
     def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int
+        self, moments: Moments, damping: Array | float, num_samples: int | Array
     ) -> tuple[Entry, ...]:
         """The inverse powers, or the inverses of blocks."""
         found: list[Entry] = []
@@ -128,7 +128,7 @@ class Shampoo(OfMatrices, AveragedStructure):
             return coefficient_by_inverse(self, test, train, damping)
         return crossed(self.operator(train), test, train, damping)
 
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """Mean diagonals of R and of L, or that of the blocks twice, (L, 2)."""
         return jnp.stack(
             [

@@ -200,7 +200,9 @@ class Stacked:
         found: tuple[Any, ...] = self.structure.basis_of(inverse)
         return found
 
-    def invert(self, moments: Moments, damping: Array | float, num_samples: int) -> tuple[Any, ...]:
+    def invert(
+        self, moments: Moments, damping: Array | float, num_samples: int | Array
+    ) -> tuple[Any, ...]:
         """What ``apply`` needs of G^{-1}."""
 
         def invert(structure: Any, *both: Any) -> Any:
@@ -219,7 +221,7 @@ class Stacked:
 
         return self._over(apply, inverse, gradient, along=_at_once)
 
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """``damping_scale`` from moments."""
 
         def scale(structure: Any, *both: Any) -> Any:

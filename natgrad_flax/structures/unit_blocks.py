@@ -76,7 +76,7 @@ class UnitBlocks(AveragedStructure):
         return tuple(piece_blocks(layer, min(self.size, layer.fan_in)) for layer in signals.layers)
 
     def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int
+        self, moments: Moments, damping: Array | float, num_samples: int | Array
     ) -> tuple[Pieces, ...]:
         """The inverses of all blocks."""
         rhos = per_layer(damping, len(moments.factors))
@@ -93,7 +93,7 @@ class UnitBlocks(AveragedStructure):
         """See ``Structure.coefficient``."""
         return coefficient_by_inverse(self, test, train, damping)
 
-    def scale_of(self, moments: Moments, num_samples: int) -> Array:
+    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """Mean of the diagonal of F, one value a layer."""
         scales = []
         for pieces in moments.factors:

@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 import natgrad_flax as ng
 from natgrad_flax import devices
+from natgrad_flax.losses.by_head import num_counted
 
 pytestmark = pytest.mark.usefixtures("x64")
 N, T, V = 4, 5, 3
@@ -144,6 +145,70 @@ class TestFlattened:
         times = np.array([0, 2, 1, 0, 1, 2, 1, 1])
         expected = step(model, np.repeat(x, times), np.repeat(y, times), structure=structure)
         close(step(model, x, y, structure=structure, weights=3.5 * times, microbatches=2), expected)
+
+
+SCALED = [
+    ng.KFAC(),
+    ng.KFAC(space="sample"),
+    ng.KFAC(split="pi", first_layer="scaled", space="parameter"),
+]
+
+
+class TestScalings:
+    """The N by which K-FAC scales its last layer, and its first, counts no sample of weight 0."""
+
+    THERE = np.asarray([1, 0, 1, 1, 0], bool)
+
+    def batch(self):
+        n = len(self.THERE)
+        x = jnp.asarray(RNG.normal(size=(n, 2)))
+        return ng.MLP((2, 6, V), rngs=nnx.Rngs(0), param_dtype=jnp.float64), x, np.arange(n) % V
+
+    @pytest.mark.parametrize("damping", [RHO, ng.RelativeDamping(0.1)], ids=repr)
+    @pytest.mark.parametrize("structure", SCALED, ids=repr)
+    def test_deletion(self, structure, damping):
+        model, x, y = self.batch()
+        kept = (x[self.THERE], y[self.THERE])
+        settings = {"structure": structure, "damping": damping}
+        found = step(model, x, y, weights=7.0 * self.THERE, **settings)
+        close(found, step(model, *kept, **settings))
+
+    def test_positions(self):
+        kept = (TOKENS[:2], LABELS[:2])
+        there = np.arange(N) < 2
+        found = step(Tokens(causal=True), TOKENS, LABELS, structure=SCALED[0], weights=there)
+        close(found, step(Tokens(causal=True), *kept, structure=SCALED[0]))
+
+    @pytest.mark.parametrize("structure", [*SCALED, ng.QuasiDiagonal()], ids=repr)
+    def test_averages(self, structure):
+        model, x, y = self.batch()
+        params = nnx.state(model, nnx.Param)
+        found = []
+        for arrays, settings in (
+            ((x, y), {"weights": jnp.asarray(self.THERE)}),
+            ((x[self.THERE], y[self.THERE]), {}),
+        ):
+            tx = ng.natural_gradient_descent(
+                1.0,
+                structure=structure,
+                loss=SOFTMAX,
+                damping=ng.RelativeDamping(0.1),
+                average=ng.MovingAverage(),
+                example=(model, x),
+            )
+
+            def update(x, y, settings, tx=tx):
+                return tx.update(params, tx.init(params), module=model, x=x, y=y, **settings)[0]
+
+            found.append(ravel_pytree(jax.jit(update)(*arrays, settings))[0])
+        close(*found)
+
+    def test_heads(self):
+        """A sample counts that one of the heads looks at."""
+        weights = (jnp.asarray([1.0, 0, 0]), jnp.asarray([[0.0], [1.0], [0.0]]))
+        assert num_counted(weights, 3) == 2
+        assert num_counted((weights[0], None), 3) == 3
+        assert num_counted(None, 3) == 3
 
 
 @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])

@@ -1,9 +1,12 @@
 """Learning rate and momentum from the quadratic model, against dense algebra."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from battery import QUICK
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
@@ -230,14 +233,49 @@ def test_one_damping_a_layer_counts_as_none_in_the_model():
     np.testing.assert_array_equal(*steps)
 
 
-def test_a_derivative_by_reverse_mode_alone():
+def by_reverse_mode(slope):
+    """tanh with a rule for its derivative by reverse mode alone."""
+
     @jax.custom_vjp
     def act(h):
         return jnp.tanh(h)
 
-    act.defvjp(lambda h: (jnp.tanh(h), h), lambda h, g: (g * (1 - jnp.tanh(h) ** 2),))
-    model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), act)
+    act.defvjp(lambda h: (jnp.tanh(h), h), lambda h, g: (slope(h, g),))
+    return act
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_derivative_by_reverse_mode_alone():
+    """J times a direction is the transpose of the backward pass then."""
+    x, y = jax.random.normal(jax.random.key(1), (3, 4)), jnp.ones((3, 2))
+
+    def steps(act):
+        keys = {"param_dtype": jnp.float64, "rngs": nnx.Rngs(0)}
+        model = nnx.Sequential(nnx.Linear(4, 5, **keys), act, nnx.Linear(5, 2, **keys))
+        tx = ng.natural_gradient_descent(structure=ng.Diagonal(), loss=MSE)
+        params = nnx.state(model)
+
+        @partial(jax.jit, compiler_options=QUICK)
+        def second(params):
+            state = tx.init(params)
+            for _ in range(2):
+                found, state = tx.update(params, state, module=model, x=x, y=y)
+            return ravel_pytree(found)[0]
+
+        return second(params)
+
+    found = steps(by_reverse_mode(lambda h, g: g * (1 - jnp.tanh(h) ** 2)))
+    np.testing.assert_allclose(found, steps(jnp.tanh), rtol=1e-10)
+
+
+def test_a_derivative_of_neither_mode():
+    def slope(h, g):
+        return jax.pure_callback(
+            lambda h, g: g * (1 - np.tanh(h) ** 2), g, h, g, vmap_method="expand_dims"
+        )
+
+    model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), by_reverse_mode(slope))
     tx = ng.natural_gradient_descent(structure=ng.Exact(), loss=MSE)
     params = nnx.state(model)
-    with pytest.raises(ValueError, match="by forward mode"):
+    with pytest.raises(ValueError, match="QuadraticModel needs J times a direction"):
         tx.update(params, tx.init(params), module=model, x=jnp.eye(3), y=jnp.ones((3, 2)))

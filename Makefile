@@ -27,8 +27,10 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $
 IN_PARALLEL := -n $(WORKERS) --dist worksteal
 PYTEST_ARGS ?=
 PEERS_ARGS ?=
-# of the suites: how many commits, further arguments of asv (-b Isotropy), what the page shows
+# of the suites: how many commits, or which ("v0.2.0 HEAD~30 HEAD", a range), further arguments of
+# asv (-b Isotropy), what the page shows
 COMMITS ?= 1
+REVISIONS ?=
 RESULTS ?= results/asv
 BENCH_ARGS ?=
 
@@ -130,11 +132,11 @@ format: .venv/.dev ## sorts imports and formats
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: .venv/.bench ## the asv suite on the last commit, or on the last COMMITS, within 10 minutes each (NATGRAD_BENCH_PROFILE: another size)
-	@machine=$$($(BIN)/python -m benchmarks.machine); set -x; \
-	git rev-list --first-parent -n $(COMMITS) HEAD | \
+bench: .venv/.bench ## the asv suite on the last commit, the last COMMITS or the REVISIONS, within 10 minutes each (NATGRAD_BENCH_PROFILE: another size)
+	@commits=$$(git rev-list $(if $(REVISIONS),--no-walk=unsorted $(REVISIONS),--first-parent -n $(COMMITS) HEAD)); \
+	machine=$$($(BIN)/python -m benchmarks.machine); set -x; \
 	PATH="$(CURDIR)/$(BIN):$$PATH" NATGRAD_BENCH_MACHINE="$$machine" \
-	  $(BIN)/asv run --machine "$$machine" --show-stderr $(BENCH_ARGS) HASHFILE:-
+	  $(BIN)/asv run --machine "$$machine" --show-stderr $(BENCH_ARGS) HASHFILE:- <<< "$$commits"
 
 .PHONY: bench-keep
 bench-keep: .venv/.bench ## the same, and puts what this machine has measured into results/asv, to be committed

@@ -1,9 +1,15 @@
-"""Runs of several processes: how they find each other, and what a lost one does to the others."""
+"""Several processes: those of a run find each other and see a lost one; workers end with theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 import jax
 
@@ -117,3 +123,47 @@ def lost_peers() -> Iterator[None]:
             f"process {jax.process_index()} of {jax.process_count()} lost another one, which ended "
             "or cannot be reached: start all processes anew, and go on from the last checkpoint"
         ) from error
+
+
+@contextmanager
+def workers() -> Iterator[Callable[[int], ProcessPoolExecutor]]:
+    """Gives what makes pools of so many processes, which end with the context and this process.
+
+    They end whatever they are doing, and are waited for. They are spawned, because JAX does not
+    survive a fork, and the keyboard interrupts this process alone.
+
+    Example:
+      >>> from natgrad_flax.processes import workers
+
+      It starts processes, so this is not run:
+
+      >>> with workers() as new_pool:  # doctest: +SKIP
+      ...     print(*new_pool(2).map(abs, [-1, 2]))
+      1 2
+    """
+    context = get_context("spawn")
+    # readable once its other end is closed, which the death of this process does, too
+    lifeline, hold = context.Pipe(duplex=False)
+    pools: list[ProcessPoolExecutor] = []
+
+    def new_pool(jobs: int) -> ProcessPoolExecutor:
+        pools.append(ProcessPoolExecutor(jobs, context, _end_with, (lifeline,)))
+        return pools[-1]
+
+    try:
+        yield new_pool
+    finally:
+        hold.close()
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+        lifeline.close()
+
+
+def _end_with(lifeline: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        lifeline.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

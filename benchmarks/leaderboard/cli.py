@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +40,8 @@ OutOption = Annotated[Path, typer.Option(help="folder of the trials")]
 DEFAULT_OUT = Path("leaderboard")
 WIDE = 130
 """Columns of a terminal that take the whole board."""
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+"""Where JAX keeps compiled programs for later processes."""
 
 
 @contextmanager
@@ -144,6 +147,11 @@ def check_entry_(
 
 def _carry_out(plan: Plan, store: Store, run_stage: Callable[..., Summary]) -> None:
     """Runs the stages of a plan, each by what the one before has found, and shows the board."""
+    if CACHE in os.environ:
+        raise ValueError(
+            f"{CACHE} is set, and a program that is found there would count as compiled in no "
+            "time: unset it, so that all contestants compile anew"
+        )
     stages = (
         ("tuning", lambda: list(plan.tuning())),
         ("evaluation", lambda: list(plan.evaluation(_records(store, quiet=True)))),

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from benchmarks.leaderboard import locks
@@ -66,42 +61,19 @@ def here(execute: Execute, waiting: Callable[[], None]) -> Lanes:
 
 @contextmanager
 def processes(execute: Execute, jobs: int) -> Iterator[Lanes]:
-    """Processes of this machine, spawned because JAX does not survive a fork.
+    """Processes of this machine, which end with the context and with this process."""
+    # here, as it imports JAX, which a runner without processes does not need
+    from natgrad_flax.processes import workers
 
-    They end with the context, and with this process: ``lifeline`` is readable when its other end
-    is closed, which the death of this process does, too.
-    """
-    context = get_context("spawn")
-    lifeline, hold = context.Pipe(duplex=False)
+    with workers() as new_pool:
+        pool = new_pool(jobs)
 
-    def new_pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(jobs, context, _end_with, (lifeline,))
+        def submit(config: Config) -> Flight:
+            nonlocal pool
+            try:
+                return pool.submit(perform, execute, dict(config))
+            except BrokenProcessPool:
+                pool = new_pool(jobs)
+                return pool.submit(perform, execute, dict(config))
 
-    pool = new_pool()
-
-    def submit(config: Config) -> Flight:
-        nonlocal pool
-        try:
-            return pool.submit(perform, execute, dict(config))
-        except BrokenProcessPool:
-            pool.shutdown()
-            pool = new_pool()
-            return pool.submit(perform, execute, dict(config))
-
-    try:
         yield Lanes(submit, lambda: jobs)
-    finally:
-        hold.close()
-        pool.shutdown(cancel_futures=True)
-        lifeline.close()
-
-
-def _end_with(lifeline: Connection) -> None:
-    """Ends this process with the one that spawned it; the keyboard interrupts only that one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        lifeline.poll(None)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

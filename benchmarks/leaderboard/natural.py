@@ -102,7 +102,7 @@ def of_structure(structure: ng.Structure, ending: str, words: str, **further: An
     """
     style = structure.style
     return Contestant(
-        name=f"{style.command or style.label.lower()}{ending}",
+        name=f"{style.command or style.label.lower().replace(' ', '-')}{ending}",
         title=f"{style.label}{words}",
         family="natural-gradient",
         structure=structure,

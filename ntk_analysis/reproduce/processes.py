@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.process
-import os
-import signal
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +11,7 @@ from typing import Any
 import jax
 
 from natgrad_flax.arguments.memory import host_memory
+from natgrad_flax.processes import workers
 from ntk_analysis.reproduce.registry import Check, Outcome
 
 Report = Callable[[str, int], object]
@@ -43,12 +39,10 @@ def in_turn(
             jax.clear_caches()
         return
     report(f"{jobs} checks at a time", 0)
-    others = set(multiprocessing.active_children())
-    # spawned, because JAX does not survive a fork
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent)
     room, waiting = host_memory(), list(checks)
     running: dict[Future[dict[str, Any]], Check] = {}
-    try:
+    with workers() as new_pool:
+        pool = new_pool(jobs)
         while waiting or running:
             while len(running) < jobs and (check := _next(waiting, running.values(), room)):
                 waiting.remove(check)
@@ -60,11 +54,6 @@ def in_turn(
                 except BrokenProcessPool:
                     record = run(replace(check, run=_ended), report)
                 yield check, record
-    finally:
-        # in no more than this process's own time: what they do is no longer wanted
-        for child in set(multiprocessing.active_children()) - others:
-            child.kill()
-        pool.shutdown(cancel_futures=True)
 
 
 def _next(waiting: Sequence[Check], running: Collection[Check], room: int) -> Check | None:
@@ -93,16 +82,3 @@ def _ended(report: object) -> Outcome:
         "a process that ran checks was ended from outside, as for want of memory, and with it all "
         "that were not finished: the same command goes on, with --jobs 1 one check at a time"
     )
-
-
-def _end_with_parent() -> None:
-    """The keyboard interrupts the parent only, and nothing outlives it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(
-        target=_await_end, args=(multiprocessing.parent_process(),), daemon=True
-    ).start()
-
-
-def _await_end(parent: multiprocessing.process.BaseProcess) -> None:
-    parent.join()
-    os._exit(1)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -179,3 +180,36 @@ def test_configuration_names_what_exists() -> None:
     assert set(settings["matrix"]["req"]) == {"uv", "jax"}
     assert (ROOT / settings["benchmark_dir"] / "__init__.py").is_file()
     assert settings["default_benchmark_timeout"] >= 600
+
+
+def shell(*words: str, **further: Any) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True, **further).stdout
+
+
+def test_make_bench_takes_the_last_commits_or_those_that_are_named(tmp_path: Path) -> None:
+    git = ("git", "-c", "user.name=n", "-c", "user.email=e")
+    shell("git", "init", "--quiet", cwd=tmp_path)
+    for number in range(4):
+        shell(*git, "commit", "--quiet", "--allow-empty", "-m", str(number), cwd=tmp_path)
+    newest = shell("git", "rev-list", "HEAD", cwd=tmp_path).split()
+    shell("git", "tag", "v1", newest[3], cwd=tmp_path)
+    for name, told in (("python", "echo here"), ("asv", 'echo "$@" >&2; cat')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{told}\n")
+        (tmp_path / name).chmod(0o755)
+
+    own = ("COMMITS", "REVISIONS", "BENCH_ARGS", "MAKEFLAGS", "MAKELEVEL")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+
+    def measured(*settings: str) -> list[str]:
+        # what stands in for asv prints the commits that it is given
+        make = ("make", "-f", str(ROOT / "Makefile"), "-o", ".venv/.bench", "BIN=.", "bench")
+        return shell(*make, *settings, cwd=tmp_path, env=environment).split()
+
+    assert measured() == newest[:1]
+    assert measured("COMMITS=3") == newest[:3]
+    assert measured("REVISIONS=v1 HEAD HEAD~2") == [newest[3], newest[0], newest[2]]
+    assert measured("REVISIONS=v1..HEAD~1") == newest[1:3]
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        measured("REVISIONS=v1 nosuch")
+    assert "nosuch" in raised.value.stderr
+    assert "HASHFILE" not in raised.value.stderr

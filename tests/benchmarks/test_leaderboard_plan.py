@@ -229,6 +229,14 @@ def test_run_score_page_and_merge(command, tmp_path):
     assert "SGD" in shown
 
 
+def test_no_trial_runs_where_compiled_programs_are_kept(command, tmp_path, monkeypatch):
+    monkeypatch.setenv(cli.CACHE, str(tmp_path / "compiled"))
+    result = command("run", "--out", tmp_path / "board")
+    assert result.exit_code == 2
+    assert "so that all contestants compile anew" in " ".join(result.stderr.split())
+    assert Store.open(tmp_path / "board", RULES).records() == []
+
+
 def test_freeze_takes_the_best_baseline(command, frozen, tmp_path):
     path = frozen / "toy.json"
     path.unlink()

@@ -23,8 +23,8 @@ from benchmarks.leaderboard.workload import Data
 
 RUN_SO = (
     "nadamw-cosine", "ademamix-cosine", "soap-cosine", "shampoo-cosine", "foof-cosine",
-    "kfac-cosine", "ekfac-cosine", "exact-spring", "block-diagonal-spring", "schedule-free",
-    "schedule-free-fixed", "prodigy",
+    "kfac-cosine", "ekfac-cosine", "unit-blocks-cosine", "exact-spring", "block-diagonal-spring",
+    "schedule-free", "schedule-free-fixed", "prodigy",
 )  # fmt: skip
 UNTUNED = tuple(
     f"{cls.style.command}-quadratic"

@@ -40,7 +40,7 @@ _WIDTHS = (64, 256, 1024, 4096)
 _OTHER_WIDTHS = {"Shampoo": (64, 128, 256, 512)}
 """Of an optimizer of which a step at the width 4096 takes minutes."""
 _RATES = {
-    "SGD": np.arange(-9.0, 1.0),
+    "SGD": np.arange(-11.0, 0.0),
     "K-FAC": np.arange(-9.0, -4.0),
     "FOOF": np.arange(-3.0, 2.0),
     "Shampoo": np.arange(-5.0, 1.0),
@@ -150,7 +150,8 @@ def steps_of_best(losses: list[list[float | None]]) -> float:
     "The rate of a narrow network is that of a wide one in muP; K-FAC's anywhere",
     claim="In the maximal-update parametrisation the best rate does not depend on the width "
     "(Ishikawa & Karakida 2024 for K-FAC and Shampoo), nor does the best relative damping of "
-    "K-FAC. In the standard parametrisation that of SGD falls, as 1/M for very wide layers, and "
+    "K-FAC. In the standard parametrisation that of SGD falls, as 1/M for very wide layers, which "
+    "would be 6 steps of 2 here, and "
     "the rate of a narrow network makes a wide one diverge. The best rates of K-FAC and FOOF stay "
     "there, too: alpha of a (nearly) isotropic Fisher does not know the width. What muP changes "
     "for them is that features move (na.coordinate_check), and a lower loss at the best rate.",
@@ -182,7 +183,7 @@ def transfer(report: Report) -> Outcome:
                 at = losses[-1][best_of(losses[0])]
                 over = math.inf if at is None else at / np.nanmin(np.array(losses[-1], float))
                 measurements += [
-                    between(where, steps, -5, -2),
+                    between(where, steps, -7, -3),
                     above(f"{kind}, {name}: widest at the best rate of the narrowest", over, 2),
                 ]
         report(f"{kind}, damping of K-FAC")

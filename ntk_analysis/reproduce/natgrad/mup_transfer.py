@@ -35,7 +35,7 @@ from ntk_analysis.reproduce.registry import (
 )
 
 _LOSS = MeanSquaredError()
-_SAMPLES, _STEPS, _RATIO = 64, 10, 0.1
+_SAMPLES, _STEPS, _SEEDS, _RATIO = 64, 10, (0, 1), 0.1
 _WIDTHS = (64, 256, 1024, 4096)
 _OTHER_WIDTHS = {"Shampoo": (64, 128, 256, 512)}
 """Of an optimizer of which a step at the width 4096 takes minutes."""
@@ -110,7 +110,7 @@ def _sweep(kind: str, name: str, rates: Matrix, dampings: Matrix) -> list[list[f
     found = []
     for width in _widths(name):
         losses = []
-        for seed in _seeds(width):
+        for seed in _SEEDS:
             graphdef, start = nnx.split(
                 MLP(
                     (digits.input_dim, width, width, 10),
@@ -131,10 +131,6 @@ def _widths(name: str) -> tuple[int, ...]:
     return _OTHER_WIDTHS.get(name, _WIDTHS)
 
 
-def _seeds(width: int) -> tuple[int, ...]:
-    return (0, 1) if width < _WIDTHS[-1] else (0,)
-
-
 def best_of(losses: list[float | None]) -> int:
     """Where the smallest of them stands."""
     return int(np.nanargmin(np.array(losses, float)))
@@ -150,18 +146,18 @@ def steps_of_best(losses: list[list[float | None]]) -> float:
     "The rate of a narrow network is that of a wide one in muP; K-FAC's anywhere",
     claim="In the maximal-update parametrisation the best rate does not depend on the width "
     "(Ishikawa & Karakida 2024 for K-FAC and Shampoo), nor does the best relative damping of "
-    "K-FAC. In the standard parametrisation that of SGD falls, as 1/M for very wide layers, which "
-    "would be 6 steps of 2 here, and "
-    "the rate of a narrow network makes a wide one diverge. The best rates of K-FAC and FOOF stay "
-    "there, too: alpha of a (nearly) isotropic Fisher does not know the width. What muP changes "
-    "for them is that features move (na.coordinate_check), and a lower loss at the best rate.",
+    "K-FAC. In the standard parametrisation that of SGD falls, as 1/M for very wide layers (6 "
+    "steps of 2 here), and the rate of a narrow network makes a wide one diverge. The best rates "
+    "of K-FAC and FOOF stay there, too: alpha of a (nearly) isotropic Fisher does not know the "
+    "width. What muP changes for them is that features move (na.coordinate_check), and a lower "
+    "loss at the best rate.",
     setting=f"{_SAMPLES} digits of 8 x 8 pixels and norm 8, ten classes, one-hot targets, mean "
     "squared error; two hidden layers of tanh units, no biases, widths "
     f"{', '.join(map(str, _WIDTHS))} (Shampoo to {_OTHER_WIDTHS['Shampoo'][-1]}, as its "
-    f"eigenvectors at {_WIDTHS[-1]} take minutes a step), geometric mean of two "
-    f"seeds, one at {_WIDTHS[-1]}, loss after {_STEPS} steps of the whole batch; "
-    f"rates in steps of 2, dampings of 4; relative damping {_RATIO} for K-FAC and FOOF, sampled "
-    f"targets; Shampoo on batch gradients, power -1/4, renewed at every step; float32",
+    f"eigenvectors at {_WIDTHS[-1]} take minutes a step), geometric mean of {len(_SEEDS)} seeds, "
+    f"loss after {_STEPS} steps of the whole batch; rates in steps of 2, dampings of 4; relative "
+    f"damping {_RATIO} for K-FAC and FOOF, sampled targets; Shampoo on batch gradients, power "
+    "-1/4, renewed at every step; float32",
     origin="ours",
 )
 def transfer(report: Report) -> Outcome:

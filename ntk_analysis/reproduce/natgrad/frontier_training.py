@@ -35,7 +35,7 @@ _OTHERS = (
 )  # fmt: skip
 _ISOTROPIC = (
     "exact", "Nystroem", "block-diagonal", "block-tri-diagonal", "K-FAC", "A alone", "B alone",
-    "mini-block", "mini-block, outgoing", "EKFAC", "unit-wise", "units of rank 40",
+    "mini-block", "EKFAC", "unit-wise", "units of rank 40",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from natgrad_flax.models.layers import Conv, Dense
 from natgrad_flax.signals.dense import DenseSignals
 from ntk_analysis.analytic import AnalyticKernels
 from ntk_analysis.empirical import Matrix
+from ntk_analysis.infinite_width import num_outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class LimitLayer:
       raw_inputs: x times the scale of the weights, (N, M_0); None behind the first layer, and in
         a convolutional network.
       bias_scale: sigma_b of the layer, None without biases.
+      outputs: C, of which one stands for all.
     """
 
     index: int
@@ -45,6 +47,7 @@ class LimitLayer:
     cross: AnalyticKernels | None
     raw_inputs: Matrix | None
     bias_scale: float | None
+    outputs: int
 
     @property
     def num_samples(self) -> int:
@@ -100,6 +103,10 @@ class LimitLayer:
         """The diagonal of B_l, shape (N, 1)."""
         return self._diagonal("derivatives")[:, None]
 
+    def derivative_sums(self) -> Array:
+        """C times the diagonal of B_l, shape (N,)."""
+        return self.outputs * self._diagonal("derivatives")
+
     def gram_norms(self) -> Array:
         """The diagonal of Theta_l, shape (N, 1)."""
         return self._diagonal("tangent")[:, None]
@@ -148,7 +155,7 @@ def limit_signals(
       x_train: (N, ...).
       x_test: (N', ...), or None.
     """
-    dense = isinstance(model, MLP)
+    dense, outputs = isinstance(model, MLP), num_outputs(model)
     modules: list[Dense | Conv] = (
         list(model.layers) if isinstance(model, MLP) else [*model.convolutions, model.readout]
     )
@@ -157,9 +164,9 @@ def limit_signals(
         layers = []
         for index, layer in enumerate(modules):
             raw = x * layer.weight_scale if dense and index == 0 else None
-            layers.append(LimitLayer(index, train, kernels, raw, layer.bias_scale))
-        outputs = jnp.zeros((len(x), 1), jnp.float64)
-        return Signals(cast("tuple[DenseSignals, ...]", tuple(layers)), outputs)
+            layers.append(LimitLayer(index, train, kernels, raw, layer.bias_scale, outputs))
+        start = jnp.zeros((len(x), 1), jnp.float64)
+        return Signals(cast("tuple[DenseSignals, ...]", tuple(layers)), start)
 
     with jax.enable_x64(True):
         inside = signals(None, x_train)
@@ -177,14 +184,13 @@ def check_limit(structure: Structure, has_test: bool, damping: object) -> None:
     where = structure.infinite_width
     if where == "none":
         raise ValueError(
-            f"{structure.name} has no infinite-width kernel: its entries are not functions of the "
-            'kernels of the layers; use kernels="empirical"'
+            f"{structure.name} has no infinite-width kernel: {structure.why_no_limit}; "
+            'use kernels="empirical"'
         )
     if where == "train" and (has_test or not is_zero(damping)):
         raise ValueError(
             f"{structure.name} has an infinite-width kernel only between training inputs at zero "
-            "damping, alpha I (Theorem 5.1); elsewhere its entries have no limit of finite "
-            'variance; use kernels="empirical"'
+            f'damping, alpha I; elsewhere {structure.why_no_limit}; use kernels="empirical"'
         )
     if reason := structure.no_limit(shared=False):
         raise ValueError(reason)

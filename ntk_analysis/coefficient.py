@@ -54,8 +54,9 @@ def coefficient_matrix(
       damping: rho, added to the Fisher in the 1/N convention (so N rho to a Gram matrix); 0 means
         the pseudo-inverse. Or an ``ng.RelativeDamping``.
       kernels: "empirical", those of this model; or "analytic", those of its infinite-width limit
-        (exact, layer-wise and gradient descent; of an ``ng.MLP`` also K-FAC, and unit-wise between
-        training inputs at zero damping), where outputs are independent of each other.
+        (exact, layer-wise and gradient descent; of an ``ng.MLP`` also K-FAC, FOOF and Shampoo, and
+        unit-wise and others between training inputs at zero damping: ``Structure.infinite_width``),
+        where outputs are independent of each other.
 
     Returns:
       Float64, shape (N' C, N C); samples first, then outputs.
@@ -141,8 +142,8 @@ def analytic_coefficients(
         geometry = model_geometry(model, signals.num_samples)
         if failures := limit_failures(structure, geometry, signals):
             raise ValueError(
-                f"{structure.name} has an infinite-width kernel only where the inputs of every "
-                f"layer have full rank (Theorem 5.1). {'; '.join(failures)}"
+                f"{structure.name} has an infinite-width kernel only where it is isotropic. "
+                f"{'; '.join(failures)}"
             )
         yield structure.alpha(geometry) * np.eye(geometry.num_samples * outputs)
         return

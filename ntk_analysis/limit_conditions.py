@@ -12,6 +12,7 @@ import numpy as np
 from natgrad_flax import Signals, Structure
 from natgrad_flax.linalg.dense import has_full_rank
 from natgrad_flax.structures import Geometry
+from natgrad_flax.structures.geometry import INFINITE
 from ntk_analysis.analytic_signals import LimitLayer
 from ntk_analysis.conditions import (
     LayerRanks,
@@ -22,8 +23,6 @@ from ntk_analysis.conditions import (
     parallel,
 )
 from ntk_analysis.empirical import Matrix
-
-_INFINITE = 2**62  # more than any rank
 
 
 def limit_failures(structure: Structure, geometry: Geometry, signals: Signals) -> tuple[str, ...]:
@@ -36,7 +35,7 @@ def limit_failures(structure: Structure, geometry: Geometry, signals: Signals) -
     """
     last = geometry.depth - 1
     layers = tuple(
-        (_INFINITE if index > 0 else fan_in, _INFINITE if index < last else units)
+        (INFINITE if index > 0 else fan_in, INFINITE if index < last else units)
         for index, (fan_in, units) in enumerate(geometry.layers)
     )
     wide = dataclasses.replace(geometry, layers=layers)

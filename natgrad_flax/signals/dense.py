@@ -113,6 +113,10 @@ class DenseSignals(AffineLayerSignals):
         """The diagonal of ``derivative_gram``, shape (N, S)."""
         return jnp.sum(self.derivatives**2, axis=2)
 
+    def derivative_sums(self) -> Array:
+        """Squared norms of D_n, of all output directions together, shape (N,)."""
+        return jnp.sum(self.derivative_norms(), axis=1)
+
     def gram_norms(self) -> Array:
         """The diagonal of ``gram``, shape (N, S)."""
         return self.input_norms()[:, None] * self.derivative_norms()

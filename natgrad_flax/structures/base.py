@@ -80,7 +80,12 @@ class Structure(abc.ABC):
     """Whether its systems are solved by eigendecompositions, 27 times the flops of Cholesky's."""
 
     infinite_width: ClassVar[Literal["none", "train", "all"]] = "none"
-    """Where the coefficient matrix has a limit as the width goes to infinity."""
+    """Where the coefficient matrix has a limit as the width goes to infinity. At "train" between
+    training inputs at zero damping alone, and where it is isotropic: alpha I with alpha of the
+    model's widths."""
+
+    why_no_limit: ClassVar[str] = "no formula in the kernels of the layers is known"
+    """Why there is no limit, or at "train" why not elsewhere; a clause."""
 
     damping_margin: ClassVar[float] = 100.0
     """How many times the unit roundoff a damping must be, beside eigenvalues of 1, for a step right

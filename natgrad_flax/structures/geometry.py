@@ -6,6 +6,9 @@ import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+INFINITE = 2**62
+"""The size of what is infinite: more than any rank."""
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -19,7 +19,7 @@ from natgrad_flax.structures.base import Structure, triangle
 from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import styled
-from natgrad_flax.structures.unit_wise import UnitWise
+from natgrad_flax.structures.unit_wise import UnitWise, no_channel_limit
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class LowRankUnits(Structure):
     What is left out has the damping alone. So a damping far below the first eigenvalue that is
     left out makes long steps there, and the number 0, the pseudo-inverse, none. The truncation of
     a mean over batches is no mean of truncations: it takes no moving averages.
+
+    At infinite width ``rank`` eigenvalues of a unit's block depend on its own derivatives, whose
+    law no kernel of a layer tells. From rank N on the limit is that of ``UnitWise``.
 
     Args:
       rank: eigenvalues a unit; fewer where it has fewer.
@@ -55,6 +58,13 @@ class LowRankUnits(Structure):
     eigensystems = True
     # as an undamped unit, a direction may divide by arbitrarily small derivatives
     default_damping = RelativeDamping(1e-3)
+    infinite_width = "train"
+    why_no_limit = UnitWise.why_no_limit
+    limit_kernels = UnitWise.limit_kernels
+
+    def no_limit(self, shared: bool) -> str:
+        """As for ``UnitWise``."""
+        return no_channel_limit(self.name) if shared else ""
 
     def __post_init__(self) -> None:
         check_integer("rank", self.rank, 1)

@@ -20,12 +20,13 @@ from natgrad_flax.signals.shared import ExplicitSignals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, coefficient_by_inverse
 from natgrad_flax.structures.base import has_shared_layers, triangle
 from natgrad_flax.structures.exact import mean_diagonal
-from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
+from natgrad_flax.structures.geometry import INFINITE, Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.kronecker_average import (
     Entry,
     apply_entries,
     crossed,
     inverse_groups,
+    no_shared_limit,
     solve_affine,
 )
 from natgrad_flax.structures.style import styled
@@ -46,7 +47,8 @@ class MiniBlock(AveragedStructure):
     With inputs of rank N in every layer Theta-bar_l(n s, m t) = delta_nm M_l D_ns . D_nt / |D_n|^2,
     at zero damping: for one output M_l I, so it is isotropic at any width and for any activation,
     and alpha = sum_l M_l / C, the mean of the eigenvalues. With C > 1 outputs of a sample stay
-    coupled by the angles of their derivatives, which wide layers make right ones.
+    coupled by the angles of their derivatives, which wide layers make right ones. So at infinite
+    width it is alpha I, too; Theta-bar itself grows as the widths.
 
     Groups of units have a block of their own, of Jacobians that are summed over positions;
     parameters that are no affine layer keep their exact Fisher block a unit.
@@ -72,6 +74,20 @@ class MiniBlock(AveragedStructure):
     style = styled("Mini-block", "#00B8A9", "+", command="")
     stacking = "all"
     optimal_rate = "1/alpha"
+    infinite_width = "train"
+    why_no_limit = "it grows with the width, in each layer with its own"
+    limit_kernels = ("inputs",)
+
+    def no_limit(self, shared: bool) -> str:
+        """Kernels of layers do not hold positions; and the mean over inputs is not isotropic."""
+        if shared:
+            return no_shared_limit("MiniBlock")
+        if self.side == "inputs":
+            return ""
+        return (
+            'MiniBlock("units") has no infinite-width kernel: it grows with the width, and is '
+            'isotropic in no last layer; use kernels="empirical"'
+        )
 
     def __post_init__(self) -> None:
         if self.side not in get_args(Side):
@@ -180,13 +196,10 @@ class MiniBlock(AveragedStructure):
         return sum(units for _, units in geometry.layers) / geometry.num_outputs
 
     def outside_theory(self, geometry: Geometry) -> list[str]:
-        """More than one output, on the side of the inputs."""
-        c = geometry.num_outputs
-        return (
-            []
-            if c == 1 or self.side == "units"
-            else [f"finite width couples the {c} outputs of a sample"]
-        )
+        """More than one output at finite width, on the side of the inputs."""
+        c, hidden = geometry.num_outputs, [units for _, units in geometry.layers[:-1]]
+        apart = c == 1 or self.side == "units" or min(hidden, default=INFINITE) >= INFINITE
+        return [] if apart else [f"finite width couples the {c} outputs of a sample"]
 
     def failed_conditions(self, geometry: Geometry) -> list[str]:
         """Inputs of every layer must be able to have rank N, and there must be one output."""

@@ -32,6 +32,9 @@ class Nystroem(Structure):
     What is left out has the damping alone: the number 0, the pseudo-inverse, makes no step there,
     and a small damping long ones. It is not a mean over samples: it takes no moving averages.
 
+    At infinite width J Omega is drawn from N(0, K), so below rank N C the coefficient matrix has a
+    limit in law only. From there on it is that of ``Exact``.
+
     Args:
       rank: columns of Omega; fewer where N S or P is less.
       seed: of Omega, which is the same at every step.
@@ -53,6 +56,8 @@ class Nystroem(Structure):
     optimal_rate = "1"
     eigensystems = True
     shared_weights = "rows"
+    infinite_width = "train"
+    why_no_limit = "below rank N C it depends on the directions drawn, and from there on is Exact's"
 
     def __post_init__(self) -> None:
         check_integer("rank", self.rank, 1)

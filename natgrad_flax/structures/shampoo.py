@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.arguments.scalars import check_number
-from natgrad_flax.damping import as_pair, of_block, per_layer
+from natgrad_flax.damping import RelativeDamping, as_pair, of_block, per_layer
 from natgrad_flax.operators.base import Blocks
+from natgrad_flax.operators.entries import divide
 from natgrad_flax.operators.kronecker import affine, over_groups
 from natgrad_flax.operators.powers import (
     MatrixKronecker,
@@ -21,15 +23,15 @@ from natgrad_flax.operators.powers import (
 )
 from natgrad_flax.operators.units import WholeUnits, invert_blocks, unit_blocks
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate
-from natgrad_flax.signals.dense import Signals
+from natgrad_flax.signals.dense import Signals, expand_samples
 from natgrad_flax.signals.shared import ExplicitSignals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, coefficient_by_inverse
-from natgrad_flax.structures.base import has_shared_layers
+from natgrad_flax.structures.base import dense_layer, has_shared_layers
 from natgrad_flax.structures.kronecker_average import (
     Entry,
     OfMatrices,
     apply_entries,
-    crossed,
+    no_shared_limit,
     solve_affine,
 )
 from natgrad_flax.structures.style import styled
@@ -47,7 +49,8 @@ class Shampoo(OfMatrices, AveragedStructure):
     (Morwani et al. 2024). Both are far from K-FAC: a sample counts in R by its derivatives, too.
 
     Groups of units have matrices of their own. Parameters that are no affine layer keep their
-    exact Fisher block a unit. A damping is added to R and L, before the root.
+    exact Fisher block a unit. A damping is added to R and L, before the root. A relative one has no
+    limit at infinite width, where the mean diagonals of R and L are 0.
 
     Args:
       power: p, above 0 and at most 1.
@@ -66,6 +69,9 @@ class Shampoo(OfMatrices, AveragedStructure):
     power: float
     style = styled("Shampoo", "#7A9A01", "d", command="")
     stacking = "all"
+    infinite_width = "all"
+    limit_kernels = ("inputs", "derivatives")
+    coefficient_arrays = (0.0, 8.0)
 
     def __post_init__(self) -> None:
         if check_number("power", self.power, positive=True) > 1:
@@ -123,10 +129,47 @@ class Shampoo(OfMatrices, AveragedStructure):
         return apply_entries(inverse, gradient, solve_affine)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
-        """See ``Structure.coefficient``."""
+        """sum_l (a' R^-p a^T) . (D' L^-p D^T) / N, by Gram matrices, so at infinite width too.
+
+        With R = r^T r / N, r = S a and S = diag |D_n|, the first is a' r^T (r r^T / N)^-p S^-1, and
+        the second likewise.
+        """
         if has_shared_layers(train):
             return coefficient_by_inverse(self, test, train, damping)
-        return crossed(self.operator(train), test, train, damping)
+        n, total = train.num_samples, jnp.zeros((), train.outputs.dtype)
+        rhos = per_layer(damping, len(train.layers))
+        pairs = zip(map(dense_layer, test.layers), map(dense_layer, train.layers), strict=True)
+        for (new, own), (by_r, by_l) in zip(pairs, map(as_pair, rhos), strict=True):
+            s = own.num_directions
+            inputs = self._crossed(
+                own.input_gram(), new.input_gram(own), own.derivative_sums() / n, by_r
+            )
+            units = self._crossed(
+                own.derivative_gram(),
+                new.derivative_gram(own),
+                jnp.repeat(own.input_norms(), s) / n,
+                by_l,
+            )
+            total = total + units * expand_samples(inputs, new.num_directions, s)
+        return total / n
+
+    def _crossed(self, gram: Array, cross: Array, weights: Array, damping: Array | float) -> Array:
+        """r' (sum_n w_n r_n r_n^T + rho)^-p r^T; 0 for rows of weight 0, which nothing asks for."""
+        root = jnp.sqrt(weights)
+        inverse = self._inverse(root[:, None] * gram * root, damping)
+        return divide((cross * root) @ inverse, root)
+
+    def check(self, signals: Signals, damping: object) -> None:
+        """Raises ValueError for a relative damping at infinite width."""
+        if isinstance(damping, RelativeDamping) and math.isinf(signals.num_params):
+            raise ValueError(
+                "a relative damping of Shampoo has no infinite-width limit: the mean diagonals of "
+                'its factors vanish; use a number, or kernels="empirical"'
+            )
+
+    def no_limit(self, shared: bool) -> str:
+        """Kernels of layers do not hold positions."""
+        return no_shared_limit("Shampoo") if shared else ""
 
     def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
         """Mean diagonals of R and of L, or that of the blocks twice, (L, 2)."""

@@ -43,6 +43,9 @@ class UnitBlocks(AveragedStructure):
     fewer samples than inputs ``UnitWise`` is cheaper than all but tiny sizes: it solves one system
     of N a unit, and keeps no block.
 
+    It has no infinite-width kernel: wider layers have more blocks, each of ``size`` single inputs,
+    and the law of these is in no kernel of a layer, which is a mean over all inputs.
+
     Args:
       size: inputs a block; the last one of a unit has what is left.
 
@@ -62,6 +65,7 @@ class UnitBlocks(AveragedStructure):
     stacking = "all"
     # as an undamped entry or unit, a block may divide by arbitrarily small derivatives
     default_damping = RelativeDamping(1e-3)
+    why_no_limit = "a block sees single inputs of a unit, where a kernel is a mean over all of them"
 
     def __post_init__(self) -> None:
         check_integer("size", self.size, 1)

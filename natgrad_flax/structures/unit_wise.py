@@ -33,12 +33,6 @@ from natgrad_flax.structures.diagonal import sum_over_units
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.style import styled
 
-_NO_SHARED_LIMIT = (
-    "UnitWise has no infinite-width kernel of a ConvNet: a channel of the first convolution keeps "
-    "its few inputs at any width, and what the N C derivatives leave of their span is no function "
-    'of the kernels of the layers; use kernels="empirical"'
-)
-
 
 @dataclass(frozen=True)
 class UnitWise(Structure):
@@ -79,6 +73,7 @@ class UnitWise(Structure):
     # an undamped unit divides by derivatives that can be arbitrarily small (science: KO-Thm5.1)
     default_damping = RelativeDamping(1e-3)
     infinite_width = "train"
+    why_no_limit = "its entries have no limit of finite variance"
     masks_units = True
     limit_kernels = ("inputs",)
     coefficient_arrays = (0.0, 8.0)
@@ -110,7 +105,7 @@ class UnitWise(Structure):
 
     def no_limit(self, shared: bool) -> str:
         """Channels of shared weights keep a finite number of inputs."""
-        return _NO_SHARED_LIMIT if shared else ""
+        return no_channel_limit(self.name) if shared else ""
 
     def __post_init__(self) -> None:
         check_space(self.space)
@@ -204,3 +199,12 @@ class UnitWise(Structure):
     def block_form(self, layer: LayerSignals) -> str:
         """See ``Structure.block_form``."""
         return "exact block a unit"
+
+
+def no_channel_limit(name: str) -> str:
+    """Why blocks of units have no limit where weights are shared, and what to do."""
+    return (
+        f"{name} has no infinite-width kernel of a ConvNet: a channel of the first convolution "
+        "keeps its few inputs at any width, and what the N C derivatives leave of their span is no "
+        'function of the kernels of the layers; use kernels="empirical"'
+    )

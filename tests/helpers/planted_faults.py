@@ -342,7 +342,12 @@ FAULTS = {
         "MiniBlock",
         lambda right: lambda side: right("units"),
     ),
-    "NG-Width-Kink": Fault("a step one per cent short", width, "natural_gradient", times(0.99)),
+    "NG-Width-Kink": Fault(
+        "a step one per cent short",
+        width,
+        "_exact_left",
+        lambda right: lambda graph, state, x, z, rate=1.0: right(graph, state, x, z, 0.99 * rate),
+    ),
     "NG-Drift-Width": Fault(
         "the root of the change",
         drift,

@@ -6,10 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from replays import Record, StandIns, always, measured, numbers, replay
 
-from natgrad_flax import MLP, Exact
 from ntk_analysis.reproduce.natgrad import (
     drift,
     drift_batches,
@@ -17,7 +15,6 @@ from ntk_analysis.reproduce.natgrad import (
     frontier_map,
     frontier_training,
     sparse_networks,
-    width,
 )
 
 _ZEROS = np.zeros((1, 1))
@@ -201,19 +198,15 @@ def _width_law(record: Record, wrong: bool) -> StandIns:
     data, half = record["data"], measured(record, "half the rate")
     curves = [curve for found in data["curves"].values() for curve in found.values()]
     intervals = {curve["losses"][0]: curve["interval"] for curve in curves}
-
-    def left(model: Any, structure: Any, rate: float, x: Any, z: Any) -> float:
-        activation, units = model
-        if wrong or (isinstance(structure, Exact) and rate == 0.5):
-            return half
-        stored = data["curves"][activation][structure.name]["losses"]
-        return stored[data["widths"].index(units)]
-
-    geometry = width.model_geometry(MLP((64, 4, 4, 1), rngs=nnx.Rngs(0)), 20)
+    losses = {
+        activation: np.array([curve["losses"] for curve in found.values()])[:, :, None]
+        for activation, found in data["curves"].items()
+    }
+    if wrong:
+        losses = {activation: np.full_like(found, half) for activation, found in losses.items()}
     return {
-        "_net": lambda activation, widths, seed: (activation, widths[1]),
-        "model_geometry": always(geometry),
-        "_left": left,
+        "_DEEP_WIDTHS": tuple(data["widths"]),
+        "_measure_widths": always((losses, half)),
         # of the same loss at every width the exponent is 0
         "_interval": lambda widths, losses: intervals.get(losses[0, 0], (0.0, 0.0)),
     }

@@ -188,8 +188,40 @@ def test_relative_damping_is_a_number_in_disguise():
     )
 
 
+def power_of(matrix, power, damping):
+    """Of a positive semi-definite matrix with a damping, on its range without one."""
+    values, vectors = np.linalg.eigh(matrix)
+    kept = values > 1e-12 * values[-1] if not damping else values > -1
+    return (vectors[:, kept] * (values[kept] + damping) ** power) @ vectors[:, kept].T
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("damping", [0.0, 0.03])
+@pytest.mark.parametrize("power", [0.25, 1.0])
+def test_shampoo_between_roots_of_kernels(power, damping, outputs):
+    """a' r^T (r r^T / N + rho)^-p S^-1 of R, and of L, for inputs of other norms too."""
+    x, x_test = X * np.linspace(0.5, 2, N)[:, None], X_TEST
+    inside, outside = references(x, x_test)
+    for there, cross in ((None, inside), (x_test, outside)):
+        expected = 0
+        for q, b, q_cross, b_cross in zip(
+            inside.inputs, inside.derivatives, cross.inputs, cross.derivatives, strict=True
+        ):
+            part = 1 / N
+            # all outputs count in R, where they are as many copies
+            pairs = (q, q_cross, outputs * np.diag(b)), (b, b_cross, np.diag(q))
+            for gram, between, weights in pairs:
+                scale = np.sqrt(weights)
+                inner = power_of(np.outer(scale, scale) * gram / N, -power, damping)
+                part = part * ((between * scale) @ inner / scale)
+            expected = expected + part
+        found = analytic(ng.Shampoo(power), make_model(outputs), x, there, damping)
+        np.testing.assert_allclose(found, np.kron(expected, np.eye(outputs)), rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize(
-    "structure", [ng.Exact(), ng.BlockDiagonal(), ng.BlockTriDiagonal(), ng.KFAC()]
+    "structure",
+    [ng.Exact(), ng.BlockDiagonal(), ng.BlockTriDiagonal(), ng.KFAC(), ng.Shampoo(0.5)],
 )
 def test_wide_networks_come_close(structure):
     width = 4096
@@ -216,10 +248,59 @@ def test_unit_wise_has_a_limit_between_training_inputs_only():
             analytic(ng.UnitWise(), model, **options)
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_limits_that_are_alpha_times_the_identity(outputs):
+    model = make_model(outputs)
+    alphas = {
+        ng.MiniBlock("inputs"): sum(model.widths[1:]) / outputs,
+        ng.LowRankUnits(N): 1 + 0.5 * sum(model.widths[1:-1]) / outputs,
+        ng.Nystroem(N * outputs, seed=0): 1.0,
+    }
+    for structure, alpha in alphas.items():
+        expected = alpha * np.eye(outputs * N)
+        np.testing.assert_allclose(analytic(structure, model), expected, rtol=1e-14)
+        with pytest.raises(ValueError, match=f"zero damping.*; elsewhere {structure.why_no_limit}"):
+            analytic(structure, model, x_test=X_TEST)
+
+
+def test_mini_block_tends_to_its_limit():
+    """Outputs of a sample are coupled at finite width alone."""
+    apart = []
+    for width in (64, 1024):
+        widths = (INPUTS, width, width, 2)
+        model = problem(widths, 2, activation="relu", bias_variance=0.2).model
+        expected = analytic(ng.MiniBlock("inputs"), model)
+        found = na.coefficient_matrix(ng.MiniBlock("inputs"), model, X)
+        apart.append(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    assert 0 < apart[1] < apart[0] / 2 < 0.2
+
+
+def test_ranks_below_that_of_the_fisher_have_no_limit():
+    for structure, message in (
+        (ng.LowRankUnits(N - 1), "keeps 5 eigenvalues a unit for 6 samples"),
+        (ng.Nystroem(N - 1, seed=0), "sees 5 directions for N C = 6 outputs"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"only where it is isotropic. the structure {message}"
+        ):
+            analytic(structure)
+
+
 def test_structures_without_a_limit_are_refused():
-    for structure in (ng.Diagonal(), ng.QuasiDiagonal()):
+    for structure in (ng.Diagonal(), ng.QuasiDiagonal(), ng.UnitBlocks(4)):
         with pytest.raises(ValueError, match=f"{structure.name} has no infinite-width kernel"):
             analytic(structure)
+    with pytest.raises(ValueError, match="isotropic in no last layer"):
+        analytic(ng.MiniBlock("units"))
+    with pytest.raises(ValueError, match="relative damping of Shampoo has no infinite-width limit"):
+        analytic(ng.Shampoo(0.5), damping=ng.RelativeDamping(0.1))
+    image, model = (
+        np.ones((N, 4, 4, 1)),
+        ng.ConvNet((4, 4, 1), (2,), 1, strides=1, rngs=nnx.Rngs(0)),
+    )
+    for structure in (ng.MiniBlock("inputs"), ng.Shampoo(0.5), ng.LowRankUnits(N)):
+        with pytest.raises(ValueError, match=f"{structure.name} has no .* kernel of a ConvNet"):
+            analytic(structure, model, image)
     with pytest.raises(ValueError, match=r'KFAC\(split="pi"\).*use split="plain"'):
         analytic(ng.KFAC(split="pi"), damping=0.1)
 

@@ -45,7 +45,12 @@ def test_slow_check_judges_a_fault(identifier, monkeypatch):
                 places.setattr(module, name, stand_in)
             return check.run(silent)
 
-    right = outcome(wrong=False)
+    try:
+        right = outcome(wrong=False)
+    except KeyError as missing:
+        if record["evidence"] != STALE:
+            raise
+        pytest.skip(f"{missing} was not measured when the record was made")
     assert [m for m in right.measurements if not m.passed] == []
     if record["evidence"] != STALE:
         rows = {row["what"]: row["measured"] for row in record["measurements"]}

@@ -190,7 +190,7 @@ def test_structures_without_a_limit_of_shared_weights():
     for structure, why in (
         (ng.KFAC(), "Gram matrices over samples and positions"),
         (ng.UnitWise(), "a channel of the first convolution"),
-        (ng.Diagonal(), "its entries are not functions of the kernels"),
+        (ng.Diagonal(), "no formula in the kernels of the layers"),
     ):
         with pytest.raises(ValueError, match=f'{why}.*kernels="empirical"'):
             na.coefficient_matrix(structure, model, x, kernels="analytic")

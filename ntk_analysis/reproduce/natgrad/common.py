@@ -1,8 +1,9 @@
-"""Small networks on random inputs, and the coefficient matrix of one layer alone."""
+"""Small networks on random inputs, a step of theirs, and the coefficient matrix of one layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import natgrad_datasets
 import numpy as np
 from flax import nnx
+from jax import Array
 
-from natgrad_flax import MLP, ConvNet, Signals, Structure
+from natgrad_flax import MLP, ConvNet, MeanSquaredError, Signals, Structure, natural_gradient
 from natgrad_flax.structures.base import dense_layer
+from ntk_analysis.coefficient import Damping
 from ntk_analysis.empirical import Matrix, initial_signals
 from ntk_analysis.reproduce.karakida_osawa.figure3 import gaussian_inputs
 
@@ -129,3 +132,27 @@ def condition_number(matrix: Matrix) -> float:
     """Largest over smallest eigenvalue of a symmetric positive matrix."""
     values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
     return float(values[-1] / values[0])
+
+
+@partial(jax.jit, static_argnames=("graphdef", "structure", "damping"))
+def natural_step(
+    graphdef: Any,
+    state: nnx.State,
+    x: Array,
+    y: Array,
+    rate: float,
+    structure: Structure,
+    damping: Damping = 0.0,
+) -> nnx.State:
+    """The state after one step of natural gradient for the mean squared error."""
+    model = nnx.merge(graphdef, state)
+    update = natural_gradient(
+        model, x, y, structure=structure, loss=MeanSquaredError(), damping=damping
+    )
+    return jax.tree.map(lambda p, u: p - rate * u, state, update)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def mean_loss(graphdef: Any, state: nnx.State, x: Array, y: Array) -> Array:
+    """Half the mean squared distance of the outputs from y."""
+    return jnp.mean(jnp.sum((nnx.merge(graphdef, state)(x) - y) ** 2, axis=1)) / 2

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 
-from natgrad_flax import (
-    MLP,
-    Exact,
-    MeanSquaredError,
-    RelativeDamping,
-    Structure,
-    natural_gradient,
-)
+from natgrad_flax import MLP, Exact, RelativeDamping
 from ntk_analysis.coefficient import Damping, coefficient_pair
 from ntk_analysis.drift import kernel_drift
 from ntk_analysis.empirical import Matrix, initial_signals
-from ntk_analysis.reproduce.natgrad.common import dense_net, digits_pair, sphere
+from ntk_analysis.reproduce.natgrad.common import (
+    dense_net,
+    digits_pair,
+    mean_loss,
+    natural_step,
+    sphere,
+)
 from ntk_analysis.reproduce.natgrad.frontier_map import STRUCTURES
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import (
@@ -34,31 +30,6 @@ from ntk_analysis.reproduce.registry import (
     between,
     check,
 )
-
-_LOSS = MeanSquaredError()
-
-
-@partial(jax.jit, static_argnames=("graphdef", "structure", "damping"))
-def natural_step(
-    graphdef: Any,
-    state: nnx.State,
-    x: Array,
-    y: Array,
-    rate: float,
-    structure: Structure,
-    damping: Damping = 0.0,
-) -> nnx.State:
-    """The state after one step of natural gradient for the mean squared error."""
-    model = nnx.merge(graphdef, state)
-    update = natural_gradient(model, x, y, structure=structure, loss=_LOSS, damping=damping)
-    return jax.tree.map(lambda p, u: p - rate * u, state, update)
-
-
-@partial(jax.jit, static_argnames=("graphdef",))
-def mean_loss(graphdef: Any, state: nnx.State, x: Array, y: Array) -> Array:
-    """Half the mean squared distance of the outputs from y."""
-    return jnp.mean(jnp.sum((nnx.merge(graphdef, state)(x) - y) ** 2, axis=1)) / 2
-
 
 # ----- against the width, after one step
 

@@ -14,7 +14,7 @@ from jax import Array
 from natgrad_flax import MLP, Exact, RelativeDamping
 from ntk_analysis.drift import kernel_drift
 from ntk_analysis.reproduce.images import images
-from ntk_analysis.reproduce.natgrad.drift import mean_loss, natural_step
+from ntk_analysis.reproduce.natgrad.common import mean_loss, natural_step
 from ntk_analysis.reproduce.registry import (
     Measurement,
     Outcome,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from natgrad_flax import KFAC, MLP, Foof, Shampoo, Structure
 from ntk_analysis.analytic import analytic_kernels
 from ntk_analysis.coefficient import coefficient_matrix
 from ntk_analysis.empirical import Matrix
+from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.isotropy import isotropy
 from ntk_analysis.reproduce.natgrad.common import (
     condition_number,
@@ -258,9 +257,8 @@ def shampoo(report: Report) -> Outcome:
                 below(f"p = {power:g}, {activation}: formula against the structure", error, 1e-6)
             )
     report("infinite width")
-    kernels = limit_kernels(x)
-    limits = {power: condition_number(limit_of(kernels, power)) for power in (0.0, *POWERS)}
-    stretched = limit_kernels(x * np.geomspace(1 / 8, 3, _SAMPLES)[:, None])
+    limits = {power: condition_number(limit_of(x, power)) for power in (0.0, *POWERS)}
+    stretched = x * np.geomspace(1 / 8, 3, _SAMPLES)[:, None]
     measurements += [
         between("relu, limit, p = 1/4: condition number", limits[0.25], 2.5, 6.0),
         between("relu, limit, p = 1/2: condition number", limits[0.5], 1.3, 2.0),
@@ -275,9 +273,9 @@ def shampoo(report: Report) -> Outcome:
     grown: dict[float, list[float]] = {power: [] for power in (0.0, 0.25, 0.5, 1.0)}
     for count in COUNTS:
         report(f"infinite width, N = {count}")
-        kernels = limit_kernels(sphere(count, 4096))
+        many = sphere(count, 4096)
         for power, values in grown.items():
-            values.append(condition_number(limit_of(kernels, power)))
+            values.append(condition_number(limit_of(many, power)))
     for power in (0.0, 0.25, 0.5):
         first, last = grown[power][-2:]
         measurements.append(
@@ -324,12 +322,14 @@ def limit_kernels(x: Matrix) -> list[tuple[Matrix, Matrix]]:
     return list(zip(kernels.inputs, kernels.derivatives, strict=True))
 
 
-def limit_of(kernels: Sequence[tuple[Matrix, Matrix]], power: float) -> Matrix:
-    """Theta-bar of ``Shampoo`` at infinite width.
+def limit_of(x: Matrix, power: float) -> Matrix:
+    """Theta-bar of ``Shampoo`` and a ReLU network with two hidden layers at infinite width.
 
     Args:
-      kernels: Q_l and B_l of every layer.
+      x: inputs, shape (N, M_0).
       power: p; 0 is gradient descent.
     """
-    parts = [rooted(*pair, power) for pair in kernels]
-    return sum(parts, start=np.zeros_like(parts[0]))
+    structure = Shampoo(power) if power else GradientDescent()
+    return coefficient_matrix(
+        structure, _wide("relu", 4, features=x.shape[1]), x, kernels="analytic"
+    )

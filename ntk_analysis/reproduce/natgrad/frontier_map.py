@@ -15,6 +15,9 @@ from natgrad_flax import (
     Diagonal,
     Exact,
     Foof,
+    LowRankUnits,
+    MiniBlock,
+    Nystroem,
     QuasiDiagonal,
     Shampoo,
     Structure,
@@ -26,7 +29,7 @@ from ntk_analysis.cost import structure_cost
 from ntk_analysis.gradient_descent import GradientDescent
 from ntk_analysis.isotropy import isotropy
 from ntk_analysis.reproduce.natgrad.common import dense_net, sphere
-from ntk_analysis.reproduce.registry import Outcome, Report, above, below, between, check
+from ntk_analysis.reproduce.registry import Outcome, Report, above, below, between, check, close
 
 STRUCTURES: dict[str, Structure] = {
     "gradient descent": GradientDescent(),
@@ -35,15 +38,20 @@ STRUCTURES: dict[str, Structure] = {
     "blocks of 8": UnitBlocks(8),
     "blocks of 24": UnitBlocks(24),
     "blocks of 64": UnitBlocks(64),
+    "units of rank 10": LowRankUnits(10),
+    "units of rank 40": LowRankUnits(40),
     "unit-wise": UnitWise(),
     "A alone": Foof("inputs"),
     "B alone": Foof("units"),
+    "mini-block": MiniBlock("inputs"),
+    "mini-block, outgoing": MiniBlock("units"),
     "K-FAC": KFAC(),
     "EKFAC": EKFAC(),
     "Shampoo 1/4": Shampoo(0.25),
     "Shampoo 1/2": Shampoo(0.5),
     "Shampoo 1": Shampoo(1.0),
     "KFOC": KFOC(20),
+    "Nystroem": Nystroem(40, seed=0),
     "block-diagonal": BlockDiagonal(),
     "block-tri-diagonal": BlockTriDiagonal(),
     "exact": Exact(),
@@ -57,11 +65,14 @@ _SAMPLES, _WIDTH, _SEEDS = 40, 256, (0, 1)
     "NG-Frontier-Map",
     "The frontier: condition number against what is stored and computed",
     claim="Isotropic without qualification are the exact, the layer-wise and the K-FAC structures, "
-    "and the unit-wise one up to inactive units. FOOF comes within a factor of 1.7, for a sixth of "
-    "a gradient step in flops, and stores less than even the diagonals, which leave a factor of 6. "
-    "Blocks of 24 inputs do nearly as well as the unit-wise Fisher of a ReLU network for a tenth "
-    "of its numbers. Shampoo and KFOC store as much as K-FAC, cost more and are less isotropic: "
-    "nearest to the Fisher matrix in Frobenius norm is not near in function space.",
+    "for one output the mini-block one, and the unit-wise one up to inactive units; so is Nystroem "
+    "from N directions on, below which it trains none of the others. FOOF comes within a factor of "
+    "1.7, for a sixth of a gradient step in flops, and stores less than even the diagonals, which "
+    "leave a factor of 6; the mini-block Fisher stores no more. Blocks of 24 inputs do nearly as "
+    "well as the unit-wise Fisher of a ReLU network for a tenth of its numbers, and so much better "
+    "than the ten largest eigenvalues a unit, which take nearly as many. Shampoo and KFOC store as "
+    "much as K-FAC, cost more and are less isotropic: nearest to the Fisher matrix in Frobenius "
+    "norm is not near in function space.",
     setting="two hidden layers of 256 units, ReLU and tanh, one output, no biases, N = 40 Gaussian "
     "inputs of 256 features and norm 16, means of two seeds; numbers that one keeps who averages "
     "the Fisher over batches; flops of one full-batch step; zero damping",
@@ -97,11 +108,13 @@ def frontier(report: Report) -> Outcome:
     by_name = {point["name"]: point for point in points}
     relu = {name: point["relu"] for name, point in by_name.items()}
     tanh = {name: point["tanh"] for name, point in by_name.items()}
-    exact = ("exact", "block-diagonal", "block-tri-diagonal", "K-FAC")
+    exact = (
+        "exact", "block-diagonal", "block-tri-diagonal", "K-FAC", "mini-block", "Nystroem",
+    )  # fmt: skip
     stored = {name: point["stored"] for name, point in by_name.items()}
     measurements = [
         below(
-            "exact, layer-wise, K-FAC: largest condition number - 1",
+            "exact, layer-wise, K-FAC, mini-block, Nystroem: largest condition number - 1",
             max(max(relu[name], tanh[name]) for name in exact) - 1,
             1e-6,
         ),
@@ -126,6 +139,24 @@ def frontier(report: Report) -> Outcome:
             0.12,
         ),
         below("blocks of 24: relu, over unit-wise", relu["blocks of 24"] / relu["unit-wise"], 1.2),
+        between(
+            "units of rank 10: stored over blocks of 24",
+            stored["units of rank 10"] / stored["blocks of 24"],
+            0.7,
+            1.0,
+        ),
+        above(
+            "units of rank 10: relu, over blocks of 24",
+            relu["units of rank 10"] / relu["blocks of 24"],
+            1.8,
+        ),
+        below(
+            "units of rank 40: relu, over unit-wise, less 1",
+            relu["units of rank 40"] / relu["unit-wise"] - 1,
+            1e-6,
+        ),
+        between("mini-block, outgoing: relu", relu["mini-block, outgoing"], 1.1, 1.5),
+        close("mini-block: stored over A alone", stored["mini-block"] / stored["A alone"], 1, 0),
     ]
     notes = (
         "The flops are those of a step alone: with 40 samples the exact Fisher solves one system "

@@ -27,12 +27,16 @@ from ntk_analysis.training import Trainer
 _SAMPLES, _WIDTH = 32, 256
 _GOAL, _MOST = 1e-3, 1000
 _DAMPING = RelativeDamping(1e-3)
-_DAMPED = ("diagonal", "blocks of 8", "unit-wise")
+_DAMPED = ("diagonal", "blocks of 8", "units of rank 40", "unit-wise")
 _OTHERS = (
     "gradient descent", "Shampoo 1/4", "Shampoo 1/2", "Shampoo 1", "KFOC", "A alone", "B alone",
-    "EKFAC", "K-FAC", "block-diagonal", "exact",
+    "mini-block", "mini-block, outgoing", "EKFAC", "K-FAC", "block-diagonal", "block-tri-diagonal",
+    "Nystroem", "exact",
 )  # fmt: skip
-_ISOTROPIC = ("exact", "block-diagonal", "K-FAC", "A alone", "B alone", "EKFAC", "unit-wise")
+_ISOTROPIC = (
+    "exact", "Nystroem", "block-diagonal", "block-tri-diagonal", "K-FAC", "A alone", "B alone",
+    "mini-block", "EKFAC", "unit-wise", "units of rank 40",
+)  # fmt: skip
 
 
 @check(

@@ -86,7 +86,7 @@ class Exact(Structure):
 
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonal of K / N."""
-        return sum(mean_gram_diagonal(signals.layers), start=jnp.zeros(()))
+        return jnp.sum(mean_gram_diagonal(signals.layers))
 
     def alpha(self, geometry: Geometry) -> float:
         """1."""

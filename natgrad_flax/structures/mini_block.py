@@ -8,34 +8,27 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.damping import as_pair, is_zero, of_block, per_layer
+from natgrad_flax.damping import as_pair, is_zero
 from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.factor import ArrayRows, Factor, IdentityFactor
 from natgrad_flax.operators.kronecker import affine
-from natgrad_flax.operators.powers import MatrixKronecker, mean_diagonals
-from natgrad_flax.operators.units import WholeUnits, invert_blocks, unit_blocks
-from natgrad_flax.signals.base import LayerSignals, LayerUpdate
+from natgrad_flax.operators.powers import MatrixKronecker
+from natgrad_flax.operators.units import WholeUnits
+from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.shared import ExplicitSignals
-from natgrad_flax.structures.averaged import AveragedStructure, Moments, coefficient_by_inverse
-from natgrad_flax.structures.base import has_shared_layers, triangle
+from natgrad_flax.structures.base import triangle
 from natgrad_flax.structures.exact import mean_diagonal
 from natgrad_flax.structures.geometry import INFINITE, Geometry, NeededRank, SharedGeometry
-from natgrad_flax.structures.kronecker_average import (
-    Entry,
-    apply_entries,
-    crossed,
-    inverse_groups,
-    no_shared_limit,
-    solve_affine,
-)
+from natgrad_flax.structures.kronecker_average import inverse_groups, no_shared_limit
+from natgrad_flax.structures.moments import OfMoments
 from natgrad_flax.structures.style import styled
 
 Side = Literal["inputs", "units"]
 
 
 @dataclass(frozen=True)
-class MiniBlock(AveragedStructure):
+class MiniBlock(OfMoments):
     """(R + rho I) (x) I, R the mean of the Fisher blocks of the units of a layer.
 
     The mini-block Fisher of a fully connected layer (Bahamou, Goldfarb & Ren 2023): one block for
@@ -127,52 +120,22 @@ class MiniBlock(AveragedStructure):
         moved = jacobian.transpose(order)
         return moved.reshape(groups, -1, moved.shape[-1]), count
 
-    def statistics(self, signals: Signals) -> tuple[Entry, ...]:
-        """The block by the name of its side, or the blocks of units."""
-        return tuple(
-            {"blocks": unit_blocks(layer)}
-            if isinstance(layer, ExplicitSignals)
-            else {self.side: self._mean(layer)}
-            for layer in signals.layers
-        )
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """That of the blocks."""
+        return (self.side,)
 
-    def _mean(self, layer: LayerSignals) -> Array:
+    def moment(self, layer: LayerSignals, side: str) -> Array:
+        """R of every group."""
         rows, count = self._rows(layer)
         return jnp.einsum("grp,grq->gpq", rows, rows) / float(layer.num_samples * count)
 
-    def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int | Array
-    ) -> tuple[Entry, ...]:
-        """The inverses of all blocks."""
-        found: list[Entry] = []
-        rhos = per_layer(damping, len(moments.factors))
-        for entry, rho in zip(moments.factors, map(of_block, rhos), strict=True):
-            if "blocks" in entry:
-                found.append({"blocks": invert_blocks(entry["blocks"], rho)})
-            else:
-                inverse = inverse_groups(entry[self.side], rho, shifted=not is_zero(rho))
-                found.append({self.side: inverse})
-        return tuple(found)
-
-    def apply(
-        self, inverse: tuple[Entry, ...], gradient: tuple[LayerUpdate, ...]
-    ) -> tuple[LayerUpdate, ...]:
-        """R^{-1} G, or G times the inverse, group by group."""
-        return apply_entries(inverse, gradient, solve_affine)
-
-    def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
-        """See ``Structure.coefficient``."""
-        if has_shared_layers(train):
-            return coefficient_by_inverse(self, test, train, damping)
-        return crossed(self.operator(train), test, train, damping)
-
-    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
-        """Mean of the diagonal of F, one value a layer."""
-        blocks = (entry.get("blocks", entry.get(self.side)) for entry in moments.factors)
-        return jnp.stack([jnp.mean(mean_diagonals(one)) for one in blocks])
+    def inverses(self, moments: Array, damping: Array | float) -> Array:
+        """(R + rho I)^{-1} of every group."""
+        return inverse_groups(moments, damping, shifted=not is_zero(damping))
 
     def damping_scale(self, signals: Signals) -> Array:
-        """See ``scale_of``."""
+        """Mean of the diagonal of F, one value a layer."""
         return mean_diagonal(signals)
 
     def _in_theory(self, geometry: Geometry) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.arguments.scalars import check_number
-from natgrad_flax.damping import RelativeDamping, as_pair, of_block, per_layer
+from natgrad_flax.damping import RelativeDamping, as_pair, per_layer
 from natgrad_flax.operators.base import Blocks
 from natgrad_flax.operators.entries import divide
 from natgrad_flax.operators.kronecker import affine, over_groups
@@ -17,28 +17,22 @@ from natgrad_flax.operators.powers import (
     MatrixKronecker,
     PoweredFactor,
     input_moments,
-    mean_diagonals,
     powered,
     unit_moments,
 )
-from natgrad_flax.operators.units import WholeUnits, invert_blocks, unit_blocks
-from natgrad_flax.signals.base import LayerSignals, LayerUpdate
+from natgrad_flax.operators.units import WholeUnits
+from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import Signals, expand_samples
 from natgrad_flax.signals.shared import ExplicitSignals
-from natgrad_flax.structures.averaged import AveragedStructure, Moments, coefficient_by_inverse
+from natgrad_flax.structures.averaged import coefficient_by_inverse
 from natgrad_flax.structures.base import dense_layer, has_shared_layers
-from natgrad_flax.structures.kronecker_average import (
-    Entry,
-    OfMatrices,
-    apply_entries,
-    no_shared_limit,
-    solve_affine,
-)
+from natgrad_flax.structures.kronecker_average import OfMatrices, no_shared_limit
+from natgrad_flax.structures.moments import OfMoments
 from natgrad_flax.structures.style import styled
 
 
 @dataclass(frozen=True)
-class Shampoo(OfMatrices, AveragedStructure):
+class Shampoo(OfMatrices, OfMoments):
     """(R + rho I)^p (x) (L + rho I)^p with R = mean J J^T and L = mean J^T J (Gupta et al. 2018).
 
     J (fan_in, M) are the Jacobians of samples in the output directions, summed over positions: of
@@ -94,39 +88,21 @@ class Shampoo(OfMatrices, AveragedStructure):
             )
         )
 
-    def statistics(self, signals: Signals) -> tuple[Entry, ...]:
-        """R and L as "inputs" and "units", or the blocks of units."""
-        return tuple(
-            {"blocks": unit_blocks(layer)}
-            if isinstance(layer, ExplicitSignals)
-            else {"inputs": input_moments(layer), "units": unit_moments(layer)}
-            for layer in signals.layers
-        )
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Both."""
+        return "inputs", "units"
 
-    def invert(
-        self, moments: Moments, damping: Array | float, num_samples: int | Array
-    ) -> tuple[Entry, ...]:
-        """The inverse powers, or the inverses of blocks."""
-        found: list[Entry] = []
-        rhos = per_layer(damping, len(moments.factors))
-        for entry, rho in zip(moments.factors, rhos, strict=True):
-            if "blocks" in entry:
-                found.append({"blocks": invert_blocks(entry["blocks"], of_block(rho))})
-                continue
-            pairs = zip(("inputs", "units"), as_pair(rho), strict=True)
-            found.append(
-                {name: over_groups(self._inverse, entry[name], own) for name, own in pairs}
-            )
-        return tuple(found)
+    def moment(self, layer: LayerSignals, side: str) -> Array:
+        """R or L."""
+        return input_moments(layer) if side == "inputs" else unit_moments(layer)
 
-    def _inverse(self, matrix: Array, damping: Array | float) -> Array:
-        return PoweredFactor(matrix, self.power).inverse(damping)
+    def inverses(self, moments: Array, damping: Array | float) -> Array:
+        """(R + rho I)^-p, or that of L."""
+        return over_groups(self._inverse, moments, damping)
 
-    def apply(
-        self, inverse: tuple[Entry, ...], gradient: tuple[LayerUpdate, ...]
-    ) -> tuple[LayerUpdate, ...]:
-        """R^-p G L^-p, group by group."""
-        return apply_entries(inverse, gradient, solve_affine)
+    def _inverse(self, moment: Array, damping: Array | float) -> Array:
+        return PoweredFactor(moment, self.power).inverse(damping)
 
     def coefficient(self, test: Signals, train: Signals, damping: Array | float) -> Array:
         """sum_l (a' R^-p a^T) . (D' L^-p D^T) / N, by Gram matrices, so at infinite width too.
@@ -170,20 +146,6 @@ class Shampoo(OfMatrices, AveragedStructure):
     def no_limit(self, shared: bool) -> str:
         """Kernels of layers do not hold positions."""
         return no_shared_limit("Shampoo") if shared else ""
-
-    def scale_of(self, moments: Moments, num_samples: int | Array) -> Array:
-        """Mean diagonals of R and of L, or that of the blocks twice, (L, 2)."""
-        return jnp.stack(
-            [
-                jnp.stack(
-                    [
-                        jnp.mean(mean_diagonals(entry.get(name, entry.get("blocks"))))
-                        for name in ("inputs", "units")
-                    ]
-                )
-                for entry in moments.factors
-            ]
-        )
 
     def block_form(self, layer: LayerSignals) -> str:
         """See ``Structure.block_form``."""

@@ -44,9 +44,9 @@ def in_turn(
     with workers() as new_pool:
         pool = new_pool(jobs)
         while waiting or running:
-            while len(running) < jobs and (check := _next(waiting, running.values(), room)):
-                waiting.remove(check)
-                running[_begin(pool, check, run)] = check
+            while len(running) < jobs and (new := _next(waiting, running.values(), room)):
+                waiting.remove(new)
+                running[_begin(pool, new, run)] = new
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 check = running.pop(future)
                 try:

@@ -241,43 +241,35 @@ def _inverse_and_null_jvp(
 
 
 def _inverse_from_factor(factor: Array) -> Array:
-    """(L L^T)^{-1}, of a large matrix by blocks of its columns, below the diagonal.
+    """(L L^T)^{-1} = X^T X with X = L^{-1} = [[A, 0], [C, B]], without the products with zeros.
 
-    What is above the diagonal of the first k columns takes no part in the others. Columns are
-    solved side by side, each by one core, and copied once: a program of products by halves runs no
-    faster and takes twice as long to compile.
+    Nearly all of it is matrix products, which use every core; triangular solves with many
+    right-hand sides do not.
     """
+    inverse, n = _inverse_lower(factor), factor.shape[0]
+    if n < 512:
+        return inverse.T @ inverse
+    half = n // 2
+    # of the rows above only the columns to the left are not zero
+    lower = symmetric_product(inverse[half:].T)
+    return lower.at[:half, :half].add(symmetric_product(inverse[:half, :half].T))
 
-    def rows(at: int, width: int) -> Array:
-        rest = factor[at:, at:]
-        return _cholesky_solve(rest, jnp.eye(len(rest), width, dtype=factor.dtype)).T
 
-    return _symmetric(rows, len(factor), 4 if len(factor) > 300 else 1)
+def _inverse_lower(factor: Array) -> Array:
+    """The inverse of a lower triangular matrix, by halves."""
+    n = factor.shape[0]
+    if n <= 300:
+        eye = jnp.eye(n, dtype=factor.dtype)
+        return lax_linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+    half = n // 2
+    a, b = _inverse_lower(factor[:half, :half]), _inverse_lower(factor[half:, half:])
+    c = -(b @ factor[half:, :half]) @ a
+    return jnp.concatenate([jnp.pad(a, ((0, 0), (0, n - half))), jnp.concatenate([c, b], axis=1)])
 
 
 def sums(x: Array) -> Array:
     """Over the last axis, as products with ones: these are no kernels to compile, sums are two."""
     return jnp.matmul(x, jnp.ones(x.shape[-1], x.dtype), precision="highest")
-
-
-def _symmetric(rows: Callable[[int, int], Array], size: int, count: int) -> Array:
-    """A symmetric matrix (size, size), by blocks of rows.
-
-    Args:
-      rows: from the first row and the height of a block to its columns from the diagonal on.
-      size: n.
-      count: of blocks.
-    """
-    side = -(-size // count)
-    heights = {at: min(side, size - at) for at in range(0, size, side)}
-    upper = {at: rows(at, height) for at, height in heights.items()}
-    whole = [
-        jnp.concatenate(
-            [*(upper[b][:, at - b : at - b + height].T for b in upper if b < at), upper[at]], axis=1
-        )
-        for at, height in heights.items()
-    ]
-    return jnp.concatenate(whole)
 
 
 def add_diagonal(matrix: Array, value: Array | float) -> Array:
@@ -354,18 +346,21 @@ def _qr_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     return (span, triangle), (change - span @ rest, rest @ triangle)
 
 
-def symmetric_product(x: Array) -> Array:
+def symmetric_product(x: Array, halvings: int = 2) -> Array:
     """x x^T for x (n, m), with the blocks above the diagonal mirrored where n and m are large.
 
-    XLA has no symmetric rank-k product; by three blocks of rows it is 2/3 of the full product's
-    work, and more of them are more to compile. Below m of about 256 the copies of blocks cost more
-    than that saves. On a mesh it is a whole product, whose rows XLA shares out.
+    XLA has no symmetric rank-k product; two halvings do 5/8 of the full product's work. Below m of
+    about 256 the copies of blocks cost more than that saves. On a mesh it is a whole product, whose
+    rows XLA shares out.
     """
     n, m = x.shape
-    if n < 512 or m < 256 or many_devices():
+    if halvings == 0 or n < 512 or m < 256 or many_devices():
         return x @ x.T
-    # transposed, as solvers of LAPACK take it
-    return _symmetric(lambda at, height: x[at : at + height] @ x[at:].T, n, 3).T
+    upper, lower = x[: n // 2], x[n // 2 :]
+    corner = lower @ upper.T
+    top = jnp.concatenate([symmetric_product(upper, halvings - 1), corner.T], axis=1)
+    bottom = jnp.concatenate([corner, symmetric_product(lower, halvings - 1)], axis=1)
+    return jnp.concatenate([top, bottom])
 
 
 def symmetric_blocks(block: Callable[..., Array], count: int, width: int, dtype: Any) -> Array:

@@ -267,11 +267,6 @@ def _inverse_lower(factor: Array) -> Array:
     return jnp.concatenate([jnp.pad(a, ((0, 0), (0, n - half))), jnp.concatenate([c, b], axis=1)])
 
 
-def sums(x: Array) -> Array:
-    """Over the last axis, as products with ones: these are no kernels to compile, sums are two."""
-    return jnp.matmul(x, jnp.ones(x.shape[-1], x.dtype), precision="highest")
-
-
 def add_diagonal(matrix: Array, value: Array | float) -> Array:
     """matrix + value I, for an (n, n) matrix."""
     eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_flax.damping import per_layer
-from natgrad_flax.linalg.dense import sums
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, unravel
 from natgrad_flax.signals.gradient import Gradient, ParameterGradient
 
@@ -245,5 +244,4 @@ def add(left: Sequence[LayerUpdate], right: Sequence[LayerUpdate]) -> tuple[Laye
 
 def mean_gram_diagonal(layers: Sequence[LayerSignals]) -> Array:
     """For each layer the mean diagonal of K_l, over N, shape (L,)."""
-    norms = jnp.stack([layer.gram_norms().reshape(-1) for layer in layers])
-    return sums(norms) / float(norms.shape[1] * layers[0].num_samples)
+    return jnp.stack([jnp.mean(layer.gram_norms()) / layer.num_samples for layer in layers])

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from natgrad_flax.arguments.renamed import Renamed
-from natgrad_flax.linalg.dense import sums, symmetric_blocks, symmetric_product
+from natgrad_flax.linalg.dense import symmetric_blocks, symmetric_product
 from natgrad_flax.linalg.execution import by_rows, many_devices
 from natgrad_flax.signals.base import (
     AffineLayerSignals,
@@ -106,12 +106,12 @@ class DenseSignals(AffineLayerSignals):
 
     def input_norms(self) -> Array:
         """The diagonal of ``input_gram``, shape (N,)."""
-        norms = sums(self.inputs**2)
+        norms = jnp.sum(self.inputs**2, axis=1)
         return norms if self.bias_scale is None else norms + self.bias_scale**2
 
     def derivative_norms(self) -> Array:
         """The diagonal of ``derivative_gram``, shape (N, S)."""
-        return sums(self.derivatives**2)
+        return jnp.sum(self.derivatives**2, axis=2)
 
     def derivative_sums(self) -> Array:
         """Squared norms of D_n, of all output directions together, shape (N,)."""

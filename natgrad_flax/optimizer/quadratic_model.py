@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 
@@ -108,7 +109,6 @@ def quadratic_terms(
         return jnp.stack([tree[leaf_names(path)].astype(leaf.dtype) for tree in leaves])
 
     tangents = jax.tree_util.tree_map_with_path(stack, chosen)
-    pairs = range(len(directions))
 
     def run(first: Array | int, x: Any, y: Any, weights: Any) -> tuple[Terms, tuple[()]]:
         del first
@@ -121,11 +121,9 @@ def quadratic_terms(
         dtype = solve_dtype(computed.dtype, *(leaf.dtype for leaf in jax.tree.leaves(chosen)))
         terms = output_terms(fisher.loss, computed.astype(dtype), y, weights)
         images = images.astype(dtype)
-        curvature = jnp.stack(
-            [jnp.stack([terms.curvature(images[i], images[j]) for j in pairs]) for i in pairs]
-        )
+        curvature = _between(terms.curvature, images)
         if batch.gradient is not None:
-            return (curvature, jnp.zeros(len(pairs), dtype)), ()
+            return (curvature, jnp.zeros(len(images), dtype)), ()
         return (curvature, jnp.stack([terms.slope(image) for image in images])), ()
 
     weights = jax.tree.map(relative, batch.weights)
@@ -183,21 +181,13 @@ def check_one_momentum(learning_rate: object, spring: SPRING | None) -> None:
 
 def _inner_products(directions: Sequence[Any], dtype: Any) -> Array:
     """Those of the directions among each other, (k, k)."""
-    flat = [jax.tree.leaves(tree) for tree in directions]
-    return jnp.stack(
-        [
-            jnp.stack(
-                [
-                    sum(
-                        jnp.vdot(u.astype(dtype), v.astype(dtype))
-                        for u, v in zip(a, b, strict=True)
-                    )
-                    for b in flat
-                ]
-            )
-            for a in flat
-        ]
-    )
+    trees = optax.tree.cast(tuple(directions), dtype)
+    return _between(optax.tree.vdot, trees)
+
+
+def _between(product: Callable[[Any, Any], Array], vectors: Sequence[Any] | Array) -> Array:
+    """The products of all pairs of k vectors, (k, k)."""
+    return jnp.stack([jnp.stack([product(u, v) for v in vectors]) for u in vectors])
 
 
 def _minimiser(curvature: Array, slopes: Array) -> Array:

@@ -73,7 +73,8 @@ def provenance() -> Mapping[str, str]:
 
     They are for the reader: the key of a trial goes by its sources. "" outside of a checkout.
     """
-    asked = ["git", "-C", str(_HERE), "describe", "--always", "--abbrev=12", "--dirty"]
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty"]
+    asked = ["git", "-C", str(_HERE), *describe]  # tags are no commits
     try:
         told = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
         commit = told.stdout.strip() if told.returncode == 0 else ""

@@ -14,6 +14,7 @@ from jax import Array
 
 from natgrad_flax.damping import per_layer
 from natgrad_flax.signals.base import LayerSignals, LayerUpdate, unravel
+from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.gradient import Gradient, ParameterGradient
 
 Space = Literal["auto", "sample", "parameter"]
@@ -242,6 +243,7 @@ def add(left: Sequence[LayerUpdate], right: Sequence[LayerUpdate]) -> tuple[Laye
     return jax.tree.map(jnp.add, tuple(left), tuple(right))
 
 
-def mean_gram_diagonal(layers: Sequence[LayerSignals]) -> Array:
-    """For each layer the mean diagonal of K_l, over N, shape (L,)."""
-    return jnp.stack([jnp.mean(layer.gram_norms()) / layer.num_samples for layer in layers])
+def mean_gram_diagonal(signals: Signals) -> Array:
+    """For each layer the mean diagonal of K_l over samples whose weight is not 0, over N."""
+    means = jnp.stack([jnp.mean(layer.gram_norms()) for layer in signals.layers])
+    return means / signals.num_counted

@@ -84,7 +84,7 @@ class Structure(abc.ABC):
     training inputs at zero damping alone, and where it is isotropic: alpha I with alpha of the
     model's widths."""
 
-    why_no_limit: ClassVar[str] = "no formula in the kernels of the layers is known"
+    why_no_limit: ClassVar[str] = "there is no formula in the kernels of the layers here"
     """Why there is no limit, or at "train" why not elsewhere; a clause."""
 
     damping_margin: ClassVar[float] = 100.0

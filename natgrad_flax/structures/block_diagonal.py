@@ -78,7 +78,7 @@ class BlockDiagonal(LayerWise):
 
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonal of K_l / N, one value a layer."""
-        return mean_gram_diagonal(signals.layers)
+        return mean_gram_diagonal(signals)
 
     def system_arrays(self, signals: Signals) -> float:
         """The Gram matrices of all layers."""

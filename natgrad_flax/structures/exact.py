@@ -86,7 +86,7 @@ class Exact(Structure):
 
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonal of K / N."""
-        return jnp.sum(mean_gram_diagonal(signals.layers))
+        return jnp.sum(mean_gram_diagonal(signals))
 
     def alpha(self, geometry: Geometry) -> float:
         """1."""

@@ -162,7 +162,7 @@ class LayerWise(Structure):
 
     def damping_scale(self, signals: Signals) -> Array:
         """Mean diagonal of K_l / N over layers."""
-        return jnp.mean(mean_gram_diagonal(signals.layers))
+        return jnp.mean(mean_gram_diagonal(signals))
 
     def alpha(self, geometry: Geometry) -> float:
         """1^T Sigma^{-1} 1."""

@@ -161,7 +161,7 @@ class UnitWise(Structure):
     def damping_scale(self, signals: Signals) -> Array:
         """Mean over units of the mean diagonal of their Gram matrices, over N, shape (L,)."""
         units = [layer.num_units for layer in signals.layers]
-        means = mean_gram_diagonal(signals.layers)
+        means = mean_gram_diagonal(signals)
         return means / jnp.asarray(units, means.dtype)
 
     def alpha(self, geometry: Geometry) -> float:

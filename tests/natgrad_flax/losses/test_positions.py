@@ -152,10 +152,20 @@ SCALED = [
     ng.KFAC(space="sample"),
     ng.KFAC(split="pi", first_layer="scaled", space="parameter"),
 ]
+RELATIVE = ng.RelativeDamping(0.1)
+BY_GRAM_DIAGONALS = [
+    ng.Exact(),
+    ng.BlockDiagonal(),
+    ng.LayerWise(((1.0, 0.3), (0.3, 1.0))),
+    ng.UnitWise(),
+    ng.Foof("inputs"),
+    ng.Foof("units"),
+    ng.Diagonal(),
+]
 
 
 class TestScalings:
-    """The N by which K-FAC scales its last layer, and its first, counts no sample of weight 0."""
+    """The N of K-FAC's scalings and of relative dampings counts no sample of weight 0."""
 
     THERE = np.asarray([1, 0, 1, 1, 0], bool)
 
@@ -164,8 +174,12 @@ class TestScalings:
         x = jnp.asarray(RNG.normal(size=(n, 2)))
         return ng.MLP((2, 6, V), rngs=nnx.Rngs(0), param_dtype=jnp.float64), x, np.arange(n) % V
 
-    @pytest.mark.parametrize("damping", [RHO, ng.RelativeDamping(0.1)], ids=repr)
-    @pytest.mark.parametrize("structure", SCALED, ids=repr)
+    @pytest.mark.parametrize(
+        ("structure", "damping"),
+        [(structure, damping) for structure in SCALED for damping in (RHO, RELATIVE)]
+        + [(structure, RELATIVE) for structure in BY_GRAM_DIAGONALS],
+        ids=repr,
+    )
     def test_deletion(self, structure, damping):
         model, x, y = self.batch()
         kept = (x[self.THERE], y[self.THERE])

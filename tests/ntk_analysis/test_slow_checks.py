@@ -12,6 +12,7 @@ from planted_faults import FAULTS, SLOW_FAULTS
 from replays import REPLAYS, numbers
 
 from ntk_analysis.report.comparison import STALE
+from ntk_analysis.reproduce.registry import MissingDataError
 
 for paper in ("bernacchia", "karakida_osawa", "kerekes", "natgrad"):
     import_module(f"replays_{paper}")
@@ -66,4 +67,8 @@ def test_slow_check_judges_a_fault(identifier, monkeypatch):
 @pytest.mark.parametrize("identifier", SLOW_FAULTS)
 def test_slow_check_finds_its_fault(identifier, monkeypatch):
     SLOW_FAULTS[identifier].plant(monkeypatch)
-    assert not CHECKS[identifier].run(silent).passed, SLOW_FAULTS[identifier].what
+    try:
+        outcome = CHECKS[identifier].run(silent)
+    except MissingDataError as error:
+        pytest.skip(str(error))
+    assert not outcome.passed, SLOW_FAULTS[identifier].what

@@ -28,9 +28,9 @@ _MARKS = {
     "blocks of 64": ("64", (0, 11)),
     "A alone": ("A", (11, 0)),
     "B alone": ("B", (-11, 1)),
-    "mini-block, outgoing": ("out", (0, 11)),
+    "mini-block, outgoing": ("out", (16, -3)),
     "units of rank 10": ("10", (0, 11)),
-    "units of rank 40": ("40", (0, -11)),
+    "units of rank 40": ("40", (13, -6)),
 }
 """What tells the points of one structure apart, and where it stands."""
 _CONDITION = r"condition number of $\bar\Theta$"

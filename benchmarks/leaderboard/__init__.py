@@ -4,5 +4,5 @@
 what is there, ``page`` writes it as one HTML page; benchmarks/README.md says the rest.
 """
 
-RULES = "1.1"
+RULES = "1.2"
 """The one version of the rules, the code and the board: what it differs in is not comparable."""

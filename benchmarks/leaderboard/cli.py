@@ -277,7 +277,7 @@ def freeze(
     contestant: Annotated[
         list[str] | None, typer.Option(help="baselines to tune, instead of all of them")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="of the best baseline, to the end of its steps")] = 5,
+    seeds: Annotated[int, typer.Option(help="of the best baseline, to the end of its steps")] = 20,
     out: OutOption = DEFAULT_OUT,
 ) -> None:
     """Set the target of a new version of a workload by its best tuned baseline.
@@ -285,7 +285,7 @@ def freeze(
     Steps alone end these trials, so that a busy machine gives the same target as an idle one.
     """
     from benchmarks.leaderboard import plan, targets
-    from benchmarks.leaderboard.trial import TUNING_SEED, configuration, execute
+    from benchmarks.leaderboard.trial import configuration, execute
     from benchmarks.leaderboard.workload import find_workload
 
     with _sentences():
@@ -293,15 +293,7 @@ def freeze(
         plan.check_seeds(seeds)
         tried = plan.baselines(contestant)
         store, display = Store.open(out, RULES), Display(errors)
-        trials = [
-            config
-            for entry in tried
-            for config in (
-                plan.tuning_configs(where.name, entry, None, "freezing")
-                if entry.rates
-                else [configuration(where, entry.name, TUNING_SEED, target=None, role="freezing")]
-            )
-        ]
+        trials = [config for entry in tried for config in plan.freezing_configs(where.name, entry)]
         run_trials(trials, store, execute, display=display)
         best, rate = plan.best_baseline(where.name, _records(store, quiet=True), tried)
         finals = [

@@ -21,6 +21,7 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
+from benchmarks.leaderboard.studies import STUDIES, TRIALS, Space
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.damping import LevenbergMarquardt, RelativeDamping
 from ntk_analysis.names import find
@@ -37,9 +38,6 @@ RateRule = Literal[
 Ruleset = Literal["tuned", "self-tuning"]
 Damping = float | RelativeDamping | LevenbergMarquardt
 Optimizer = Callable[[Workload, Array | float, int], optax.GradientTransformation]
-
-TUNING_TRIALS = 6
-"""Learning rates that every tuned contestant tries on a workload, no more and no less."""
 
 SELF_TUNING = 1.5
 """How many times the budget of a workload a contestant has that nothing is tuned for."""
@@ -91,9 +89,10 @@ class Contestant:
       rate_rule: where its learning rate comes from.
       optimizer: from workload, learning rate and seed to an optax transformation. Its ``update``
         gets the batch as extra arguments: module, x, y, value, grad and value_fn.
-      rates: learning rates to try, TUNING_TRIALS of them, where the rule is "tuned".
+      rates: the smallest and the largest learning rate to try, where the rule is "tuned"; those
+        in between, which entries may have, say nothing.
       standard_rates: the same for networks in standard parametrisation, if their good ones are
-        elsewhere; see ``grid``.
+        elsewhere; see ``space``.
       judged: from the optimizer's state and the parameters that it moves to those that are judged,
         where these are others, as an average over steps is.
       structure: the Fisher approximation, for natural gradients.
@@ -136,12 +135,12 @@ class Contestant:
             )
         if self.optimizer and self.program:
             raise ValueError(f"contestant {self.name} has optimizer= and program=: give one")
-        wanted = TUNING_TRIALS if self.rate_rule == "tuned" else 0
+        tuned = self.rate_rule == "tuned"
         for rates in (self.rates, self.standard_rates or self.rates):
-            if len(set(rates)) != wanted or len(rates) != wanted:
+            if tuned != bool(rates) or (rates and not 0 < min(rates) < max(rates) < math.inf):
                 raise ValueError(
-                    f"contestant {self.name}: a tuned one tries {TUNING_TRIALS} different "
-                    f"learning rates, another none, got {rates}"
+                    f"contestant {self.name}: a tuned one names the smallest and the largest "
+                    f"learning rate to try, both positive, another none, got {rates}"
                 )
 
     @property
@@ -163,19 +162,20 @@ class Contestant:
         """Whether it was enlisted from a file of somebody else."""
         return self.name in _enlisted
 
-    def grid(self, workload: Workload) -> tuple[float, ...]:
-        """The learning rates to try on a workload, ascending.
+    def space(self, workload: Workload) -> Space:
+        """The smallest and the largest learning rate to try on a workload.
 
         In NTK parametrisation a gradient is smaller by the root of the fan-in and a step has to be
         larger by it, so a rate of SGD lies higher by the fan-in, one of Adam by its root. The
-        natural gradient does not depend on it: one grid serves both.
+        natural gradient does not depend on it: one space serves both.
         """
-        other = self.standard_rates if is_standard(workload) else ()
-        return tuple(sorted(other or self.rates))
+        rates = (is_standard(workload) and self.standard_rates) or self.rates
+        return min(rates), max(rates)
 
     def facts(self) -> dict[str, str]:
         """What the board says of the contestant, as JSON."""
-        rule = f"tuned, {TUNING_TRIALS} trials" if self.rate_rule == "tuned" else self.rate_rule
+        tuned = f"tuned, {STUDIES} studies of {TRIALS} trials"
+        rule = tuned if self.rate_rule == "tuned" else self.rate_rule
         return {
             "title": self.title,
             "family": self.family,

@@ -46,7 +46,7 @@ def check_entry(contestant: Contestant) -> Iterator[str]:
         if not isinstance(text, str):
             raise ValueError(f"{what}: its {name} must be a text, got {text!r}")
     workload = _smoke(contestant)
-    rate = contestant.grid(workload)[0] if contestant.rate_rule == "tuned" else 1e-3
+    rate = contestant.space(workload)[0] if contestant.rate_rule == "tuned" else 1e-3
     program = _made(contestant, workload)
     yield f"{what} compiles on {workload.name} in {program.compile_seconds:.1f} s"
     first, again = _run(program, workload, rate), _run(program, workload, rate)

@@ -15,12 +15,12 @@ import natgrad_flax as ng
 from benchmarks.leaderboard.contestant import (
     CROSS_ENTROPY_MINIMUM,
     STANDARD_DAMPING,
-    TUNING_TRIALS,
     Contestant,
     Damping,
     RateRule,
     is_standard,
 )
+from benchmarks.leaderboard.studies import Space
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.damping import is_zero
 from natgrad_flax.signals.fisher import FisherKind
@@ -53,7 +53,7 @@ def variants(
     structure: ng.Structure,
     *,
     damping: Damping = THEORY,
-    rates: tuple[float, ...],
+    rates: Space,
     damped: ng.Structure | None = None,
 ) -> tuple[Contestant, ...]:
     """A structure with true and Monte-Carlo Fisher, fixed and adaptive damping, and tuned rates.
@@ -62,10 +62,9 @@ def variants(
       structure: the Fisher approximation; its style has the key of the first variant, which is the
         prefix of the others, and what the board calls it.
       damping: of the first variant, the one of the theory.
-      rates: learning rates of the tuned variants, TUNING_TRIALS of them.
+      rates: the ends of the search space of the tuned variants.
       damped: the approximation of all variants but the first; the same without it.
     """
-    assert len(rates) == TUNING_TRIALS
     table: tuple[tuple[str, str, FisherKind, Damping, RateRule], ...] = (
         ("", "", "exact", damping, "theoretical"),
         ("-lm", ", adaptive damping", "exact", ADAPTIVE, "theoretical"),
@@ -131,15 +130,13 @@ def descent(
     )
 
 
-def averaged(
-    structure: AveragedStructure, *, damping: Damping, rates: tuple[float, ...]
-) -> Contestant:
+def averaged(structure: AveragedStructure, *, damping: Damping, rates: Space) -> Contestant:
     """A structure as people run it on mini-batches: averages over batches, and momentum behind.
 
     Args:
       structure: one that is a function of means over samples.
       damping: of the averaged Fisher.
-      rates: learning rates, TUNING_TRIALS of them.
+      rates: the ends of its search space.
     """
 
     def optimizer(
@@ -173,15 +170,13 @@ def example_of(workload: Workload) -> tuple[nnx.Module, jax.ShapeDtypeStruct]:
     return nnx.eval_shape(lambda: workload.model(0)), jax.ShapeDtypeStruct(shape, x.dtype)
 
 
-def projected_momentum(
-    structure: ng.Structure, *, damping: Damping, rates: tuple[float, ...]
-) -> Contestant:
+def projected_momentum(structure: ng.Structure, *, damping: Damping, rates: Space) -> Contestant:
     """A structure that solves every batch anew, with the previous step projected (SPRING).
 
     Args:
       structure: ``ng.Exact`` or ``ng.BlockDiagonal``.
       damping: positive, and not adaptive.
-      rates: learning rates, TUNING_TRIALS of them.
+      rates: the ends of its search space.
     """
     return of_structure(
         structure,

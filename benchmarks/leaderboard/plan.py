@@ -10,8 +10,17 @@ from typing import Any, get_args
 from benchmarks.leaderboard.contestant import Contestant, Ruleset, contestants, find_contestant
 from benchmarks.leaderboard.identity import identity, sources
 from benchmarks.leaderboard.records import Record
+from benchmarks.leaderboard.studies import (
+    STUDIES,
+    TUNING_SEED,
+    Space,
+    is_tuning,
+    rates,
+    study_of,
+    tuning_seed,
+)
 from benchmarks.leaderboard.targets import target_of
-from benchmarks.leaderboard.trial import TUNING_SEED, Config, configuration
+from benchmarks.leaderboard.trial import Config, configuration
 from benchmarks.leaderboard.versions import counts
 from benchmarks.leaderboard.workload import find_workload, workloads
 from benchmarks.leaderboard.workloads import diagnosis
@@ -112,14 +121,18 @@ class Plan:
     machine: Mapping[str, Any] | None = None
 
     def tuning(self) -> Iterator[Config]:
-        """Trials of every tuned contestant, one a learning rate.
+        """Trials of every tuned contestant, those of the studies that the seeds ask for.
 
         Raises:
           ValueError: a workload has no valid target.
         """
         for workload, contestant in self._pairs():
             target = _target(workload)
-            yield from tuning_configs(workload, contestant, target, machine=self.machine)
+            if contestant.rate_rule == "tuned":
+                for study in self._studies():
+                    yield from study_configs(
+                        workload, contestant, study, target, machine=self.machine
+                    )
 
     def evaluation(self, records: Iterable[Mapping[str, Any]]) -> Iterator[Config]:
         """Trials that count, given what tuning found.
@@ -130,16 +143,20 @@ class Plan:
         tuned = _by_pair(records, "tuning")
         for workload, contestant in self._pairs():
             target = _target(workload)
-            rate = None
+            found: dict[int, float] = {}
             if contestant.rate_rule == "tuned":
                 trials = tuned.get((workload, contestant.name), [])
-                grid = contestant.grid(find_workload(workload))
+                space = contestant.space(find_workload(workload))
                 own = [t for t in trials if t["config"]["sources"] == sources(contestant)]
-                rate = best_rate(grid, own, target, self.machine)
+                found = {
+                    study: best_rate(space, study, own, target, self.machine)
+                    for study in self._studies()
+                }
             for seed in range(self.seeds):
                 yield configuration(
                     find_workload(workload), contestant.name, seed,
-                    target=target, role="evaluation", learning_rate=rate, machine=self.machine,
+                    target=target, role="evaluation", learning_rate=found.get(study_of(seed)),
+                    machine=self.machine,
                 )  # fmt: skip
 
     def structures(self) -> Iterator[Config]:
@@ -155,6 +172,9 @@ class Plan:
                     find_workload(workload), name, 0,
                     target=None, role="structure", kind="structure", machine=self.machine,
                 )  # fmt: skip
+
+    def _studies(self) -> list[int]:
+        return sorted({study_of(seed) for seed in range(self.seeds)})
 
     def _pairs(self) -> Iterator[tuple[str, Contestant]]:
         for workload in self.workloads:
@@ -242,20 +262,32 @@ def _target(workload: str) -> float:
     return float(target_of(find_workload(workload))["target"])
 
 
-def tuning_configs(
+def study_configs(
     workload: str,
     contestant: Contestant,
+    study: int,
     target: float | None,
     role: str = "tuning",
     machine: Mapping[str, Any] | None = None,
 ) -> Iterator[Config]:
-    """One trial for each learning rate of a contestant, in their order."""
+    """One trial for each learning rate of a contestant's study, in their order."""
     where = find_workload(workload)
-    for rate in contestant.grid(where):
+    for rate in rates(contestant.space(where), study):
         yield configuration(
-            where, contestant.name, TUNING_SEED,
+            where, contestant.name, tuning_seed(study),
             target=target, role=role, learning_rate=rate, machine=machine,
         )  # fmt: skip
+
+
+def freezing_configs(workload: str, contestant: Contestant) -> Iterator[Config]:
+    """The trials of a baseline by which a target is set: of all its studies, without a target."""
+    if contestant.rate_rule == "tuned":
+        for study in range(STUDIES):
+            yield from study_configs(workload, contestant, study, None, "freezing")
+    else:
+        yield configuration(
+            find_workload(workload), contestant.name, TUNING_SEED, target=None, role="freezing"
+        )
 
 
 def _by_pair(
@@ -270,23 +302,26 @@ def _by_pair(
 
 
 def best_rate(
-    grid: Sequence[float],
+    space: Space,
+    study: int,
     trials: Iterable[Mapping[str, Any]],
     target: float | None,
     machine: Mapping[str, Any] | None = None,
 ) -> float:
-    """The learning rate that tuning found: fewest steps to the target, else the best end.
+    """The learning rate that a study found: fewest steps to the target, else the best end.
 
     Steps, not seconds: every step of a contestant costs the same, and steps do not depend on what
     else the machine does.
 
     Args:
-      grid: the learning rates that a contestant tried.
-      trials: its tuning records; those of other code, machines or targets are left aside.
+      space: of the contestant's learning rates.
+      study: its number.
+      trials: the contestant's tuning records; those of other studies, code, machines or targets
+        are left aside.
       target: that they aim at.
       machine: code and environment of the trials to take; None for this process's.
     """
-    wanted = machine or identity()
+    wanted = {**(machine or identity()), "seed": tuning_seed(study)}
     outcomes = {
         trial["config"]["learning_rate"]: trial["outcome"]
         for trial in trials
@@ -303,7 +338,7 @@ def best_rate(
         )
 
     # min takes the first of equals, the smallest rate: also where all of them diverged
-    return min(sorted(grid), key=merit)
+    return min(rates(space, study), key=merit)
 
 
 def _is_of(config: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
@@ -337,7 +372,7 @@ def best_baseline(
     Args:
       workload: its name.
       tried: baselines to choose from.
-      records: of the store, with "freezing" trials without a target on the tuning seed.
+      records: of the store, with "freezing" trials without a target on the seeds of the studies.
 
     Raises:
       ValueError: none of them came to the end of its budget.
@@ -347,10 +382,10 @@ def best_baseline(
     for (where, name), trials in _by_pair(records, "freezing").items():
         if where != workload or name not in names:
             continue
-        here = {**identity(), "sources": sources(find_contestant(name)), "seed": TUNING_SEED}
+        here = {**identity(), "sources": sources(find_contestant(name))}
         for trial in trials:
             config, final = trial["config"], trial["outcome"].get("final")
-            if not _is_of(config, here):
+            if not (_is_of(config, here) and is_tuning(config["seed"])):
                 continue
             if trial["outcome"]["status"] == "missed" and final is not None:
                 entry = (final, name, config["learning_rate"])

@@ -26,6 +26,7 @@ from benchmarks.leaderboard.natural import (
     unsuitable_average,
 )
 from benchmarks.leaderboard.schedules import WEIGHT_DECAY, cosine
+from benchmarks.leaderboard.studies import Space
 from benchmarks.leaderboard.workload import Workload
 from natgrad_flax.signals.fisher import FisherKind
 from natgrad_flax.structures import AveragedStructure
@@ -80,9 +81,7 @@ def norm_constraint(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def trained(
-    structure: AveragedStructure, *, damping: Damping, rates: tuple[float, ...]
-) -> Contestant:
+def trained(structure: AveragedStructure, *, damping: Damping, rates: Space) -> Contestant:
     """A structure as networks are trained with it.
 
     Factors averaged over batches, renewed with their inverses in every tenth step; the direction
@@ -91,7 +90,7 @@ def trained(
     Args:
       structure: one that is a function of means over samples.
       damping: of the averaged Fisher; not adaptive.
-      rates: peak learning rates, TUNING_TRIALS of them.
+      rates: the ends of its search space, of peak learning rates.
     """
     # one factor of the inputs is the same for every Fisher; this one needs no pass of its own
     fisher: FisherKind = "empirical" if isinstance(structure, ng.Foof) else "mc"
@@ -122,7 +121,7 @@ def trained(
     )
 
 
-def spring(structure: ng.Structure, *, damping: float, rates: tuple[float, ...]) -> Contestant:
+def spring(structure: ng.Structure, *, damping: float, rates: Space) -> Contestant:
     """A structure that solves every batch anew, with SPRING and the cosine.
 
     The previous step is projected to what a batch does not determine, with the correction of its
@@ -131,7 +130,7 @@ def spring(structure: ng.Structure, *, damping: float, rates: tuple[float, ...])
     Args:
       structure: ``ng.Exact`` or ``ng.BlockDiagonal``.
       damping: on mini-batches and under other losses than squared error; ``FULL_BATCH`` else.
-      rates: peak learning rates, TUNING_TRIALS of them.
+      rates: the ends of its search space, of peak learning rates.
     """
 
     def chosen(workload: Workload) -> Damping:

@@ -15,9 +15,9 @@ WARM_UP = 0.05
 WEIGHT_DECAY = 1e-4
 """Of all that decay weights: decoupled, times the learning rate."""
 
-ADAM_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-STANDARD_ADAM_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
-"""Peak learning rates of what moves as far as Adam does, in both parametrisations."""
+ADAM_RATES = (0.001, 0.3)
+STANDARD_ADAM_RATES = (0.0001, 0.03)
+"""Spaces of peak learning rates of what moves as far as Adam does, in both parametrisations."""
 
 
 def warm_up_steps(workload: Workload) -> int:
@@ -43,7 +43,7 @@ def cosine(workload: Workload, rate: Array | float) -> optax.Schedule:
 def as_far_as_adam(
     name: str, title: str, family: Family, optimizer: Callable[..., optax.GradientTransformation]
 ) -> Contestant:
-    """A tuned contestant that moves as far as Adam does: its grid, the cosine, weight decay.
+    """A tuned contestant that moves as far as Adam does: its space, the cosine, weight decay.
 
     Args:
       name: of the contestant.
@@ -67,6 +67,6 @@ def as_far_as_adam(
 def nominal(workload: Workload, rate: float) -> float:
     """A learning rate of Adam that was stated for networks in standard parametrisation.
 
-    In NTK parametrisation it is ten times as large, as the grids of tuned contestants are.
+    In NTK parametrisation it is ten times as large, as the spaces of tuned contestants are.
     """
     return rate if is_standard(workload) else 10 * rate

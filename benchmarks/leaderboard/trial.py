@@ -21,6 +21,7 @@ from benchmarks.leaderboard.identity import code_version, identity, packages, pr
 from benchmarks.leaderboard.program import Evaluation, OptaxProgram
 from benchmarks.leaderboard.rates import TheoreticalRate
 from benchmarks.leaderboard.spectra import structure_outcome
+from benchmarks.leaderboard.studies import is_tuning
 from benchmarks.leaderboard.targets import reason_of
 from benchmarks.leaderboard.workload import METRICS, Workload, find_workload
 from natgrad_flax.arguments.scalars import check_number, check_seed
@@ -28,9 +29,6 @@ from ntk_analysis.results import plain
 
 Config = dict[str, Any]
 Outcome = dict[str, Any]
-
-TUNING_SEED = 1000
-"""Initial parameters and batches of tuning, which no evaluation uses."""
 
 # a loss this many times the initial one does not come back within a budget
 DIVERGED = 1e3
@@ -201,7 +199,7 @@ def _train(config: Config, contestant: Contestant, workload: Workload) -> Outcom
         # what a structure refuses by shapes when it is traced: a result, as sizes are elsewhere
         return {"status": "skipped", "reason": str(error)}
     evaluate, compile_seconds = (
-        _evaluation(workload.name, seed == TUNING_SEED),
+        _evaluation(workload.name, is_tuning(seed)),
         program.compile_seconds,
     )
     if config["role"] == "freezing":

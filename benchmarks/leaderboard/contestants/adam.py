@@ -11,7 +11,7 @@ CONTESTANTS = (
         family="first-order",
         rate_rule="tuned",
         optimizer=lambda workload, rate, seed: optax.adam(rate),
-        rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
-        standard_rates=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03),
+        rates=(0.001, 0.3),
+        standard_rates=(0.0001, 0.03),
     ),
 )

@@ -7,6 +7,6 @@ CONTESTANTS = (
     trained(
         ng.Foof("inputs"),
         damping=1e-2,
-        rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+        rates=(0.001, 0.3),
     ),
 )

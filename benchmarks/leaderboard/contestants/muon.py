@@ -11,7 +11,7 @@ CONTESTANTS = (
         family="first-order",
         rate_rule="tuned",
         optimizer=lambda workload, rate, seed: optax.contrib.muon(rate),
-        rates=(0.005, 0.015, 0.05, 0.15, 0.5, 1.5),
-        standard_rates=(0.0005, 0.0015, 0.005, 0.015, 0.05, 0.15),
+        rates=(0.005, 1.5),
+        standard_rates=(0.0005, 0.15),
     ),
 )

@@ -21,7 +21,7 @@ CONTESTANTS = (
             weight_decay=WEIGHT_DECAY,
         ),
         # the momentum adds up ten steps
-        rates=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03),
-        standard_rates=(0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003),
+        rates=(0.0001, 0.03),
+        standard_rates=(0.00001, 0.003),
     ),
 )

@@ -7,6 +7,6 @@ CONTESTANTS = (
     trained(
         ng.UnitBlocks(32),
         damping=1e-3,
-        rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        rates=(0.003, 1.0),
     ),
 )

@@ -11,6 +11,7 @@ SETTINGS = {
     "classes": list(range(10)),
     "num_train": 1400,
     "num_held_out": 360,
+    "num_validation": 180,
     "input_norm": 8.0,
     "widths": [64, 256, 256, 10],
     "activation": "relu",
@@ -21,7 +22,7 @@ SETTINGS = {
 WORKLOAD = Workload(
     name="digits-classes",
     title="Ten digits (8 x 8), 64-256-256-10 ReLU with biases, cross-entropy, batches of 64",
-    version=1,
+    version=2,
     question="What does curvature from small batches buy in a classification problem?",
     settings=SETTINGS,
     data=partial(images, SETTINGS),

@@ -11,6 +11,7 @@ SETTINGS = {
     "classes": [0, 7],
     "num_train": 100,
     "num_held_out": 71,
+    "num_validation": 35,
     "input_norm": 1.0,
     "widths": [64, 512, 512, 1],
     "activation": "relu",
@@ -21,7 +22,7 @@ SETTINGS = {
 WORKLOAD = Workload(
     name="digits-mse",
     title="Digits 0 and 7 (8 x 8), 64-512-512-1 ReLU, N = 100, mean squared error, full batch",
-    version=1,
+    version=2,
     question="How soon does a wide network reach what tuned training reaches on new images?",
     settings=SETTINGS,
     data=partial(images, SETTINGS),

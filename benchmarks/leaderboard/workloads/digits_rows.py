@@ -79,7 +79,7 @@ def model(seed: int) -> nnx.Module:
 WORKLOAD = Workload(
     name="digits-rows",
     title="Ten digits (8 x 8) row by row, GRU of 96 units, cross-entropy, batches of 64",
-    version=1,
+    version=2,
     question="Does curvature pay through the steps of a recurrent net?",
     settings=SETTINGS,
     data=data,

@@ -15,6 +15,7 @@ SETTINGS: Mapping[str, Any] = {
     "data_seed": 0,
     "num_train": 10000,
     "num_held_out": 1000,
+    "num_validation": 500,
     "decay": 5.0,
     "noise_variance": 1e-6,
     "widths": [20] * 17,
@@ -49,7 +50,7 @@ def data() -> Data:
 WORKLOAD = Workload(
     name="linear-teacher",
     title="Deep linear teacher, 16 layers of 20 units, N = 10000, squared error, batches of 1000",
-    version=1,
+    version=2,
     question="How does a method cope with a long chain of ill-conditioned linear layers?",
     settings=SETTINGS,
     data=data,

@@ -17,6 +17,7 @@ SETTINGS: Mapping[str, Any] = {
     "side": 40,
     "rank": 3,
     "num_train": 800,
+    "num_validation": 400,
     "factors": 3,
     "scale": 0.1,
 }
@@ -78,7 +79,7 @@ WORKLOAD = Workload(
     name="matrix-completion",
     title="A 40 x 40 matrix of rank 3 from 800 entries, three square factors, squared error, "
     "full batch",
-    version=2,
+    version=3,
     question="Which methods keep the bias towards low rank that makes factors generalise?",
     settings=SETTINGS,
     data=data,

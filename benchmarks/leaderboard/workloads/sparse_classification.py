@@ -16,6 +16,7 @@ SETTINGS: Mapping[str, Any] = {
     "data_seed": 0,
     "num_train": 3000,
     "num_held_out": 2000,
+    "num_validation": 1000,
     "relevant": 20,
     "widths": [1000, 32, 32, 2],
     "activation": "identity",
@@ -40,7 +41,7 @@ WORKLOAD = Workload(
     name="sparse-classification",
     title="Sparse classification, D = 1000 with 20 relevant, 1000-32-32-2 linear, N = 3000, "
     "cross-entropy, batches of 250",
-    version=1,
+    version=2,
     question="Which methods generalise where few of many inputs count?",
     settings=SETTINGS,
     data=data,

@@ -13,9 +13,10 @@ from benchmarks.leaderboard.across import across_machines
 from benchmarks.leaderboard.verdict import came_true, verdict
 from benchmarks.leaderboard.versions import (
     Record,
+    by_rules,
     evaluations,
-    newest_versions,
     version_of,
+    versions,
     workload_of,
 )
 from ntk_analysis.palette import STYLES
@@ -41,10 +42,10 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
     """The board of every device.
 
     Only evaluation trials with a target count. Of several versions of a workload or of its target,
-    and of several tuned learning rates, the newest counts; the number of trials that were left out
-    for it stands in the board. Every contestant has a row of its own newest version (of its
+    and of several learning rates of a study, the newest counts; the number of trials that were left
+    out for it stands in the board. Every contestant has a row of its own newest version (of its
     sources, of libraries, of the harness), whatever others did meanwhile, and its earlier versions
-    stand in this row.
+    stand in this row, those of earlier rules too.
 
     Args:
       records: of trials, in any order: the board does not depend on it.
@@ -60,13 +61,12 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
         raise ValueError(
             "there are no trials to score; `python -m benchmarks.leaderboard run` makes them"
         )
-    machines: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for record in ordered:
-        machines[tuple(record["config"]["environment"].get(n, "") for n in _MACHINE)].append(record)
-    devices = [_device(machines[machine]) for machine in sorted(machines)]
+    current, past = by_rules(ordered)
+    here, before = _by_machine(current), _by_machine(past)
+    devices = [_device(here[machine], before[machine]) for machine in sorted({*here, *before})]
     return {
         "schema": 2,
-        "rules": ordered[0]["config"]["rules"],
+        "rules": current[0]["config"]["rules"],
         "date": max(record["date"] for record in ordered),
         "records": len(ordered),
         "scoring": {
@@ -80,6 +80,13 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _by_machine(records: list[Record]) -> defaultdict[tuple[str, ...], list[Record]]:
+    machines: defaultdict[tuple[str, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        machines[tuple(record["config"]["environment"].get(n, "") for n in _MACHINE)].append(record)
+    return machines
+
+
 def device_name(environment: dict[str, str]) -> str:
     """A machine in words, such as "CPU, AMD EPYC, 2 cores"."""
     platform, _, kind = environment["device"].partition(": ")
@@ -90,32 +97,41 @@ def device_name(environment: dict[str, str]) -> str:
     return ", ".join(parts)
 
 
-def _device(records: list[Record]) -> dict[str, Any]:
-    """The board of one machine."""
-    trials, left_out = evaluations(records)
-    trials, earlier = newest_versions(trials)
+def _device(records: list[Record], past: list[Record]) -> dict[str, Any]:
+    """The board of one machine, of its records and those of earlier rules."""
+    counted, left_out = evaluations(records)
+    of_rules, before = versions(counted), versions(evaluations(past)[0])
+    trials = [trial for newest, *_ in of_rules.values() for trial in newest]
+    rowless = [name for name in before if name not in of_rules]
+    left_out["of earlier rules, of contestants without a row"] = sum(
+        len(version) for name in rowless for version in before[name]
+    )
     names = sorted({trial["config"]["workload"] for trial in trials})
     workloads = [_workload([t for t in trials if t["config"]["workload"] == n]) for n in names]
     current = {(w["name"], w["version"], w["digest"]) for w in workloads}
-    versions = {trial["config"]["contestant"]: version_of(trial) for trial in trials}
+    newest_of = {name: version_of(newest[0]) for name, (newest, *_) in of_rules.items()}
     tuned, measured = (
         [
             r for r in records
             if r["config"]["role"] == role and workload_of(r) in current
-            and versions.get(r["config"]["contestant"], version_of(r)) == version_of(r)
+            and newest_of.get(r["config"]["contestant"], version_of(r)) == version_of(r)
         ]
         for role in ("tuning", "structure")
     )  # fmt: skip
-    contestants = sorted(versions)
     cells, tuning = _by_cell(trials), _by_cell(tuned)
     rows = [
-        _row(name, [(cells[name, w], tuning[name, w]) for w in names], earlier[name], names)
-        for name in contestants
+        _row(
+            name,
+            [(cells[name, w], tuning[name, w]) for w in names],
+            [*of_rules[name][1:], *before.get(name, [])],
+            names,
+        )
+        for name in sorted(of_rules)
     ]
     _score(rows, workloads, cells, names)
     for workload in workloads:
         workload["came_true"] = came_true(workload, list(CLOCKS))
-    newest = max(trials or records, key=lambda record: record["date"])
+    newest = max(trials or records or past, key=lambda record: record["date"])
     timed = [record["outcome"] for record in (*trials, *tuned)]
     board = {
         "name": device_name(newest["config"]["environment"]),
@@ -197,6 +213,7 @@ def _origin(trials: list[Record]) -> dict[str, str]:
         "sources": newest["config"]["sources"], "harness": newest["config"]["code"],
         "date": newest["date"],
         "jax": newest["config"]["environment"]["jax"],
+        "rules": newest["config"]["rules"],
     }  # fmt: skip
 
 
@@ -236,18 +253,20 @@ def _cell(trials: list[Record], tuning: list[Record]) -> dict[str, Any]:
         **medians,
         "compile": _middle(outcomes, "compile_seconds"),
         "preparation": _middle(outcomes, "preparation_seconds"),
-        "learning_rate": _middle(outcomes, "learning_rate"),
+        "learning_rates": _range(outcomes, "learning_rate"),
         "rate_note": next(filter(None, (o.get("rate_note") for o in outcomes)), ""),
         "shown": trials[middle[(len(trials) - 1) // 2]]["key"] if trials else None,
         "trials": [
             {"key": trial["key"], "seed": trial["config"]["seed"], "command": trial["command"],
              "status": outcome["status"], "reason": outcome["reason"], **time,
+             "learning_rate": outcome.get("learning_rate"),
              "compile": outcome.get("compile_seconds"),
              "preparation": outcome.get("preparation_seconds")}
             for trial, outcome, time in zip(trials, outcomes, times, strict=True)
         ],
         "tuned_on": [
-            {"key": trial["key"], "learning_rate": trial["config"]["learning_rate"],
+            {"key": trial["key"], "seed": trial["config"]["seed"],
+             "learning_rate": trial["config"]["learning_rate"],
              "status": trial["outcome"]["status"], "best": trial["outcome"].get("best")}
             for trial in tuning
         ],
@@ -262,6 +281,12 @@ def _status(counts: Counter[str], median: float) -> str:
         return "reached"
     failures = [status for status in STATUSES[1:] if counts[status]]
     return max(failures, key=lambda status: counts[status])
+
+
+def _range(outcomes: list[dict[str, Any]], name: str) -> list[float] | None:
+    """The smallest and the largest over the trials that ran."""
+    values = [outcome[name] for outcome in outcomes if outcome.get(name) is not None]
+    return [float(min(values)), float(max(values))] if values else None
 
 
 def _middle(outcomes: list[dict[str, Any]], name: str) -> float | None:

@@ -198,19 +198,20 @@ const plainTable = (heads, rows) => h("div", { class: "scroll" }, h("table", {},
 function showTrials(one, index) {
   const cell = one.cells[index], workload = device().workloads[index];
   const seconds = (value) => clockTime(value, "seconds");
-  const rate = cell.learning_rate === null ? "" : `Learning rate ${number(cell.learning_rate)} (${[one.rate_rule, cell.rate_note].filter(Boolean).join(", ")}).`;
+  const [low, high] = cell.learning_rates || [];
+  const rate = low === undefined ? "" : `Learning rate ${low === high ? number(low) : `${number(low)} to ${number(high)}`} (${[one.rate_rule, cell.rate_note].filter(Boolean).join(", ")}).`;
   show(`${one.title} on ${workload.name}`,
     h("p", { class: "small" }, workload.title),
     h("p", {}, `${cell.counts.reached} of ${cell.trials.length} trials reached ${workload.metric} ${number(workload.target)}. ${rate} `, cell.reason ? `A trial says: ${cell.reason}.` : null),
-    plainTable(["Seed", "Outcome", "Seconds", "Training", "Compilation", "Preparation", "Steps", "JSON"], [
-      ...cell.trials.map(([key, seed, status, total, training, steps, compile, preparation]) =>
-        [String(seed), status, seconds(total), seconds(training), seconds(compile), seconds(preparation), number(steps, 4), jsonLink(key)]),
-      ["Median", cell.status, seconds(cell.seconds), seconds(cell.training), seconds(cell.compile), seconds(cell.preparation), number(cell.steps, 4), ""],
+    plainTable(["Seed", "Learning rate", "Outcome", "Seconds", "Training", "Compilation", "Preparation", "Steps", "JSON"], [
+      ...cell.trials.map(([key, seed, status, total, training, steps, compile, preparation, , tried]) =>
+        [String(seed), number(tried), status, seconds(total), seconds(training), seconds(compile), seconds(preparation), number(steps, 4), jsonLink(key)]),
+      ["Median", "", cell.status, seconds(cell.seconds), seconds(cell.training), seconds(cell.compile), seconds(cell.preparation), number(cell.steps, 4), ""],
     ]),
     h("h4", {}, "To repeat them"),
     cell.trials.map((trial) => h("pre", {}, h("code", {}, command(trial[8], trial[0])))),
-    cell.tuned_on.length ? [h("h4", {}, "Tuned on"), plainTable(["Learning rate", "Outcome", "Best value", "JSON"],
-      cell.tuned_on.map(([key, value, status, best]) => [number(value), status, number(best), jsonLink(key)]))] : null);
+    cell.tuned_on.length ? [h("h4", {}, "Tuned on"), plainTable(["Seed", "Learning rate", "Outcome", "Best value", "JSON"],
+      cell.tuned_on.map(([key, seed, value, status, best]) => [String(seed), number(value), status, number(best), jsonLink(key)]))] : null);
 }
 
 function showScore(one) {

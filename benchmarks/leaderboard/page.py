@@ -111,10 +111,12 @@ def _compact(board: dict[str, Any], curves: dict[str, Any]) -> dict[str, Any]:
             **entry,
             "trials": [
                 [t["key"], t["seed"], t["status"], t["seconds"], t["training"], t["steps"],
-                 t["compile"], t["preparation"], pattern(t)] for t in entry["trials"]
+                 t["compile"], t["preparation"], pattern(t), t["learning_rate"]]
+                for t in entry["trials"]
             ],
             "tuned_on": [
-                [t["key"], t["learning_rate"], t["status"], t["best"]] for t in entry["tuned_on"]
+                [t["key"], t["seed"], t["learning_rate"], t["status"], t["best"]]
+                for t in entry["tuned_on"]
             ],
             "curve": curves.get(entry["shown"]),
         }  # fmt: skip

@@ -21,7 +21,7 @@ from benchmarks.leaderboard.studies import (
 )
 from benchmarks.leaderboard.targets import target_of
 from benchmarks.leaderboard.trial import Config, configuration
-from benchmarks.leaderboard.versions import counts
+from benchmarks.leaderboard.versions import by_rules, counts
 from benchmarks.leaderboard.workload import find_workload, workloads
 from benchmarks.leaderboard.workloads import diagnosis
 from ntk_analysis.names import find
@@ -227,11 +227,12 @@ def check_seeds(seeds: int) -> None:
         )
 
 
-def extended(records: Iterable[Record], members: Sequence[str]) -> Plan:
+def extended(records: list[Record], members: Sequence[str]) -> Plan:
     """A plan of some contestants on the workloads and seeds of a board that is there.
 
     Args:
-      records: of the board; those of workloads that are no longer here are left aside.
+      records: of the board; those of earlier rules, and of workloads that are no longer here, are
+        left aside.
       members: names of contestants.
 
     Raises:
@@ -239,7 +240,7 @@ def extended(records: Iterable[Record], members: Sequence[str]) -> Plan:
     """
     known = workloads()
     counted = [
-        record["config"] for record in records
+        record["config"] for record in by_rules(records)[0]
         if counts(record) and record["config"]["workload"] in known
     ]  # fmt: skip
     where = list(dict.fromkeys(sorted(config["workload"] for config in counted)))

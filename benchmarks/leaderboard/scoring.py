@@ -5,7 +5,9 @@ performance profile rho(tau) is the share of workloads on which its time is at m
 best contestant's (Dolan & More 2002), and its score the area under the profile up to ``R_MAX``
 (AlgoPerf, Dahl et al. 2023). Clocks are whatever the times are in: seconds, or steps.
 
-Two contestants tie where resampled seeds do not tell them apart. Resampled seeds know nothing of
+Two contestants tie where resampled seeds do not tell them apart. Seeds of a tuned contestant take
+the learning rates of its independent studies in turn (``studies``), so that resampling them holds
+the luck of tuning, too. Resampled seeds know nothing of
 what slows a machine down for all seeds of a contestant at once, so that a ranking by seconds would
 change from run to run; each resampled time is therefore multiplied by exp(noise * z), z normal, one
 for all seeds of a contestant on a workload. Steps repeat exactly and take no noise.

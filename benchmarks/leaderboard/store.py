@@ -31,6 +31,7 @@ from benchmarks.leaderboard.records import (
     SCHEMA,
     NotARecordError,
     Record,
+    belongs,
     digest,
     parse_record,
     read_record,
@@ -110,7 +111,7 @@ class Store:
             raise ValueError(f"{folder} is not a folder; choose another --out")
         if not os.path.lexists(store.folder / MANIFEST):
             store._write(store.folder / MANIFEST, {"rules": rules, "created": _now()})
-        _check_rules(store.folder, rules)
+        _check_rules(store.folder, rules, lambda found: found == rules)
         store._clear()
         return store
 
@@ -239,7 +240,7 @@ class Store:
             raise ValueError(f"{other} holds no leaderboard: it has no {MANIFEST}")
         if source.folder.resolve() == self.folder.resolve():
             raise ValueError(f"{other} is the folder to merge into; name another one")
-        _check_rules(source.folder, self.rules)
+        _check_rules(source.folder, self.rules, lambda found: belongs(found, self.rules))
         for path in source._files():
             name = str(path.relative_to(source.folder))
             yield name, partial(read_record, path, self.rules)
@@ -335,7 +336,7 @@ class Store:
         return None
 
 
-def _check_rules(folder: Path, rules: str) -> None:
+def _check_rules(folder: Path, rules: str, fits: Callable[[object], bool]) -> None:
     path = folder / MANIFEST
     try:
         found = json.loads(read_file(path))["rules"]
@@ -344,7 +345,7 @@ def _check_rules(folder: Path, rules: str) -> None:
             f"{path} is not the manifest of a leaderboard; choose another --out, or remove the "
             "file if the trials beside it are yours"
         ) from None
-    if found != rules:
+    if not fits(found):
         raise ValueError(
             f"{folder} holds trials of rules {found!r}, and this program has rules {rules!r}: "
             "their results cannot stand beside each other; choose another --out"

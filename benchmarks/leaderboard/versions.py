@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.leaderboard.records import Record
+from benchmarks.leaderboard.studies import study_of
 from ntk_analysis.results import content_hash
 
 
@@ -17,24 +18,30 @@ def version_of(record: Record) -> str:
     return content_hash([config.get(name) for name in names])
 
 
-def newest_versions(
-    trials: list[Record],
-) -> tuple[list[Record], defaultdict[str, list[list[Record]]]]:
-    """The trials of every contestant's newest version; by contestant those of each earlier one."""
+def by_rules(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """The trials of the newest rules, and those of earlier ones."""
+    newest = max(records, key=lambda record: record["date"], default=None)
+    rules = newest and newest["config"]["rules"]
+    current = [record for record in records if record["config"]["rules"] == rules]
+    return current, [record for record in records if record["config"]["rules"] != rules]
+
+
+def versions(trials: list[Record]) -> dict[str, list[list[Record]]]:
+    """By contestant the trials of each of its versions, the newest first."""
     groups: defaultdict[str, defaultdict[str, list[Record]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for trial in trials:
         groups[trial["config"]["contestant"]][version_of(trial)].append(trial)
-    kept: list[Record] = []
-    earlier: defaultdict[str, list[list[Record]]] = defaultdict(list)
-    for contestant, versions in groups.items():
-        newest, *others = sorted(
-            versions, key=lambda v: (max(t["date"] for t in versions[v]), v), reverse=True
-        )
-        kept += versions[newest]
-        earlier[contestant] = [versions[version] for version in others]
-    return kept, earlier
+    return {
+        contestant: [
+            found[version]
+            for version in sorted(
+                found, key=lambda v: (max(t["date"] for t in found[v]), v), reverse=True
+            )
+        ]
+        for contestant, found in groups.items()
+    }
 
 
 def counts(record: Record) -> bool:
@@ -50,7 +57,7 @@ def workload_of(record: Record) -> tuple[str, int, str]:
 
 
 def evaluations(records: list[Record]) -> tuple[list[Record], Counter[str]]:
-    """The trials that count, with one target a workload and one learning rate a contestant."""
+    """The trials that count, with one target a workload and one learning rate a study."""
     trials = [record for record in records if counts(record)]
     left_out = Counter(
         {"without a frozen target": sum(r["config"]["role"] == "evaluation" for r in records)}
@@ -64,7 +71,12 @@ def evaluations(records: list[Record]) -> tuple[list[Record], Counter[str]]:
         ),
         (
             "at other learning rates",
-            lambda r: (r["config"]["workload"], r["config"]["contestant"], version_of(r)),
+            lambda r: (
+                r["config"]["workload"],
+                r["config"]["contestant"],
+                version_of(r),
+                study_of(r["config"]["seed"]),
+            ),
             lambda r: r["config"]["learning_rate"],
         ),
     ]

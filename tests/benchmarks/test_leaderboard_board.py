@@ -91,16 +91,56 @@ def test_devices_have_their_own_boards(whole):
 def test_tuning_trials_are_linked_and_do_not_count():
     evaluation = trials("adam", "digits-mse", [4.0], learning_rate=0.1)
     tuning = [
-        record("adam", seed=1000, role="tuning", learning_rate=rate, seconds=0.001)
-        for rate in (0.1, 0.01)
+        record("adam", seed=seed, role="tuning", learning_rate=rate, seconds=0.001)
+        for seed, rate in ((1001, 0.03), (1000, 0.1), (1000, 0.01))
     ]
     device = only(boards.build(evaluation + tuning))
     (cell,) = rows(device)["adam"]["cells"]
     assert cell["seconds"] == 4.0
-    assert [entry["learning_rate"] for entry in cell["tuned_on"]] == [0.01, 0.1]
+    tuned_on = [(entry["seed"], entry["learning_rate"]) for entry in cell["tuned_on"]]
+    assert tuned_on == [(1000, 0.01), (1000, 0.1), (1001, 0.03)]
     assert {entry["key"] for entry in cell["tuned_on"]} == {trial["key"] for trial in tuning}
-    assert (device["trials"], device["tuning_trials"]) == (1, 2)
-    assert cell["learning_rate"] == 0.1
+    assert (device["trials"], device["tuning_trials"]) == (1, 3)
+    assert cell["learning_rates"] == [0.1, 0.1]
+
+
+def test_seeds_at_the_rates_of_their_studies_all_count():
+    """Three studies found three rates; of a study's rates the newest counts, and only there."""
+    found = [
+        record("adam", seed=seed, seconds=1.0 + seed, learning_rate=rate)
+        for seed, rate in enumerate((0.1, 0.3, 0.03, 0.1))
+    ]
+    cell = rows(only(boards.build(found)))["adam"]["cells"][0]
+    assert cell["learning_rates"] == [0.03, 0.3]
+    assert [trial["learning_rate"] for trial in cell["trials"]] == [0.1, 0.3, 0.03, 0.1]
+    again = record("adam", seed=0, seconds=9.0, learning_rate=0.2, day=2)
+    device = only(boards.build([*found, again]))
+    cell = rows(device)["adam"]["cells"][0]
+    assert [trial["learning_rate"] for trial in cell["trials"]] == [0.2, 0.3, 0.03]
+    assert device["left_out"]["at other learning rates"] == 2
+
+
+def test_trials_of_earlier_rules_are_past_and_not_ranked():
+    """Whatever their target was: 1 s then, 4 s now, and K-FAC has no trial of these rules."""
+    old = {"rules": "0.9", "target": 0.5, "code": "older"}
+    past = [*trials("adam", "digits-mse", [1.0, 1.0], learning_rate=0.2, **old)]
+    past += [record("kfac", seconds=0.5, **old), record("kfac", "linear-teacher", **old)]
+    now = [record("adam", seconds=4.0, learning_rate=0.1, day=1), record("exact", day=1)]
+    board = boards.build([*past, *now])
+    device = only(board)
+    assert board["rules"] == "1.0"
+    assert device["trials"] == 2
+    assert [w["name"] for w in device["workloads"]] == ["digits-mse"]
+    found = rows(device)
+    assert set(found) == {"adam", "exact"}
+    assert (found["adam"]["rules"], found["adam"]["cells"][0]["seconds"]) == ("1.0", 4.0)
+    assert found["adam"]["scores"]["seconds"]["score"] == pytest.approx(0)
+    (earlier,) = found["adam"]["earlier"]
+    assert (earlier["rules"], earlier["cells"][0]["seconds"]) == ("0.9", 1.0)
+    assert found["exact"]["earlier"] == []
+    assert {name: n for name, n in device["left_out"].items() if n} == {
+        "of earlier rules, of contestants without a row": 2
+    }
 
 
 @pytest.mark.parametrize(
@@ -112,7 +152,7 @@ def test_tuning_trials_are_linked_and_do_not_count():
     ],
 )
 def test_the_newest_counts_and_the_others_are_counted_as_left_out(change, reason):
-    old = trials("kfac", "digits-mse", [5.0, 5.0])
+    old = [record("kfac", seed=seed, seconds=5.0) for seed in (0, 3)]
     new = trials("kfac", "digits-mse", [1.0], day=3, **change)
     device = only(boards.build(old + new))
     (cell,) = rows(device)["kfac"]["cells"]

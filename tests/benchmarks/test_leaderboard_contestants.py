@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from itertools import pairwise
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,7 @@ import pytest
 from flax import nnx
 
 import natgrad_flax as ng
-from benchmarks.leaderboard.contestant import (
-    TUNING_TRIALS,
-    Contestant,
-    contestants,
-    find_contestant,
-)
+from benchmarks.leaderboard.contestant import Contestant, contestants, find_contestant
 from benchmarks.leaderboard.natural import damping_on, fisher_on
 from benchmarks.leaderboard.program import OptaxProgram
 from benchmarks.leaderboard.rates import PowerMethod
@@ -104,15 +99,15 @@ def test_facts_of_a_first_order_method(name: str) -> None:
     facts = find_contestant(name).facts()
     assert facts["family"] == "first-order"
     assert facts["structure"] == facts["fisher"] == facts["damping"] == ""
-    assert facts["rate_rule"] == f"tuned, {TUNING_TRIALS} trials"
+    assert facts["rate_rule"] == "tuned, 3 studies of 5 trials"
 
 
-def test_every_tuned_contestant_has_a_growing_grid() -> None:
+def test_every_search_space_spans_decades() -> None:
+    """Five trials a study: in a wider one they would stand too far apart."""
     for entry in contestants().values():
-        if entry.rate_rule == "tuned":
-            for grid in (entry.rates, entry.standard_rates):
-                assert list(grid) == sorted(grid)
-                assert all(high / low <= 4 for low, high in pairwise(grid))
+        for space in filter(None, (entry.rates, entry.standard_rates)):
+            low, high = space
+            assert 100 <= round(high / low) <= 500
 
 
 def test_titles_differ() -> None:
@@ -120,12 +115,26 @@ def test_titles_differ() -> None:
     assert len(set(titles)) == len(titles)
 
 
-def test_a_grid_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="different learning rates"):
-        Contestant("short", "Short", "first-order", "tuned", rates=(0.1,))
-    six = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-    with pytest.raises(ValueError, match=r"different learning rates.*\(0\.1,\)"):
-        Contestant("half", "Half", "first-order", "tuned", rates=six, standard_rates=(0.1,))
+@pytest.mark.parametrize(
+    "rates", [(), (0.1,), (0.1, 0.1), (0.0, 0.1), (-1.0, 0.1), (0.1, float("inf"))]
+)
+def test_what_is_no_search_space_is_refused(rates: tuple[float, ...]) -> None:
+    words = r"half: a tuned one names the smallest and the largest .*" + re.escape(f"got {rates}")
+    with pytest.raises(ValueError, match=words):
+        Contestant("half", "Half", "first-order", "tuned", rates=rates)
+    if rates:
+        with pytest.raises(ValueError, match=words):
+            Contestant(
+                "half", "Half", "first-order", "tuned", rates=(0.1, 0.2), standard_rates=rates
+            )
+        with pytest.raises(ValueError, match="another none"):
+            Contestant("half", "Half", "first-order", "fixed", rates=rates)
+
+
+def test_six_rates_of_earlier_rules_are_the_space_between_their_ends() -> None:
+    six = (0.3, 0.1, 0.03, 0.01, 3.0, 1.0)
+    entry = Contestant("old", "Old", "first-order", "tuned", rates=six)
+    assert entry.space(toy()) == (0.01, 3.0)
 
 
 @pytest.mark.parametrize(

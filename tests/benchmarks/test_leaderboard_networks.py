@@ -167,8 +167,8 @@ def test_dampings_are_larger_in_standard_parametrisation() -> None:
     adaptive = damping_on(stock, ng.LevenbergMarquardt(initial=0.1, minimum=1e-4))
     assert isinstance(adaptive, ng.LevenbergMarquardt)
     assert (adaptive.initial, adaptive.minimum) == pytest.approx((3.0, 0.3))
-    assert find_contestant("sgd").grid(stock)[-1] < find_contestant("sgd").grid(toy())[-1]
-    assert find_contestant("kfac-average").grid(stock) == find_contestant("kfac-average").rates
+    assert find_contestant("sgd").space(stock)[-1] < find_contestant("sgd").space(toy())[-1]
+    assert find_contestant("kfac-average").space(stock) == find_contestant("kfac-average").rates
 
 
 @pytest.mark.parametrize("name", [*AVERAGED, "exact-momentum"])

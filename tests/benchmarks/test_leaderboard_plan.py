@@ -9,9 +9,9 @@ import toy_leaderboard as toy
 from typer.testing import CliRunner
 
 from benchmarks.leaderboard import RULES, cli, plan, targets, trial
-from benchmarks.leaderboard.contestant import TUNING_TRIALS
 from benchmarks.leaderboard.identity import code_version, environment
 from benchmarks.leaderboard.store import Store
+from benchmarks.leaderboard.studies import STUDIES, TRIALS, TUNING_SEED, rates, tuning_seed
 from benchmarks.leaderboard.trial import configuration
 
 
@@ -29,9 +29,9 @@ def frozen(monkeypatch, tmp_path):
     trial._evaluation.cache_clear()
 
 
-def record(contestant, rate, *, role="tuning", target=None, **outcome):
+def record(contestant, rate, *, role="tuning", target=None, study=0, **outcome):
     config = configuration(
-        toy.make_workload(), contestant, plan.TUNING_SEED,
+        toy.make_workload(), contestant, tuning_seed(study),
         target=target, role=role, learning_rate=rate,
     )  # fmt: skip
     known = {"status": "missed", "steps": 60, "steps_to_target": None, "final": 1.0}
@@ -87,45 +87,62 @@ def test_a_training_loss_has_a_floor(tmp_path):
 
 
 def test_every_tuned_contestant_has_the_same_budget(frozen):
-    configs = list(plan.make_plan().tuning())
-    assert [config["contestant"] for config in configs] == ["sgd"] * TUNING_TRIALS
-    assert [config["learning_rate"] for config in configs] == sorted(toy.RATES)
-    assert {config["seed"] for config in configs} == {plan.TUNING_SEED}
+    configs = list(plan.make_plan(seeds=4).tuning())
+    assert [config["contestant"] for config in configs] == ["sgd"] * 15
+    assert [(config["seed"], config["learning_rate"]) for config in configs] == [
+        (1000 + study, rate) for study in range(3) for rate in rates(toy.RATES, study)
+    ]
+    # two seeds take the findings of two studies, so the third is not run
+    fewer = [config["seed"] for config in plan.make_plan(seeds=2).tuning()]
+    assert fewer == [1000] * 5 + [1001] * 5
     target = targets.target_of(toy.make_workload())["target"]
     assert {config["target"] for config in configs} == {target}
 
 
 def test_best_rate_is_the_one_with_the_fewest_steps():
-    sgd = toy.CONTESTANTS["sgd"]
+    tried = rates(toy.RATES, 1)
 
-    def best(*trials):
-        return plan.best_rate(sgd.rates, trials, None)
+    def best(*trials, target=None):
+        return plan.best_rate(toy.RATES, 1, trials, target)
 
-    slow = record("sgd", 0.01, final=0.1)
-    slower = record("sgd", 0.1, final=0.2)
-    assert best(slow, slower) == 0.01
-    reached = record("sgd", 0.3, status="reached", steps_to_target=50, final=0.3)
-    assert best(slow, reached, slower) == 0.3
-    sooner = record("sgd", 1.0, status="reached", steps_to_target=49, final=0.3)
-    assert best(slow, reached, sooner) == 1.0
+    def at(place, **outcome):
+        return record("sgd", tried[place], study=1, **outcome)
+
+    slow, slower = at(0, final=0.1), at(1, final=0.2)
+    assert best(slow, slower) == tried[0]
+    reached = at(2, status="reached", steps_to_target=50, final=0.3)
+    assert best(slow, reached, slower) == tried[2]
+    sooner = at(3, status="reached", steps_to_target=49, final=0.3)
+    assert best(slow, reached, sooner) == tried[3]
     # a diverged trial never wins, whatever it had on its way
-    lost = record("sgd", 3.0, status="diverged", final=1e-9)
-    assert best(lost, slower) == 0.1
-    assert best(lost) == min(toy.RATES)
-    other = record("sgd", 30.0, status="reached", steps_to_target=1)
-    other["config"]["code"] = "0" * 64
-    assert best(other, slower) == 0.1
-    assert plan.best_rate(sgd.rates, [reached, slower], 0.5) == min(toy.RATES)
+    lost = at(4, status="diverged", final=1e-9)
+    assert best(lost, slower) == tried[1]
+    assert best(lost) == tried[0]
+    for other in ({"code": "0" * 64}, {"seed": tuning_seed(0)}):
+        apart = at(4, status="reached", steps_to_target=1)
+        apart["config"].update(other)
+        assert best(apart, slower) == tried[1]
+    assert best(reached, slower, target=0.5) == tried[0]
 
 
-def test_evaluation_takes_what_tuning_found(frozen):
+def test_evaluation_seeds_take_the_rates_of_the_studies_in_turn(frozen):
+    """Each study is fastest at another of its five rates; seed s has that of study s mod 3."""
     target = targets.target_of(toy.make_workload())["target"]
-    found = [record("sgd", 0.3, target=target, status="reached", steps_to_target=9)]
-    configs = list(plan.make_plan().evaluation(found))
-    assert [(c["contestant"], c["seed"], c["learning_rate"]) for c in configs] == [
-        ("sgd", 0, 0.3), ("sgd", 1, 0.3), ("lbfgs", 0, None), ("lbfgs", 1, None),
-        ("exact", 0, None), ("exact", 1, None),
+    found = [
+        record("sgd", rates(toy.RATES, study)[place], study=study, target=target,
+               status="reached", steps_to_target=9)
+        for study, place in enumerate((3, 1, 2))
     ]  # fmt: skip
+    first, second, third = (entry["config"]["learning_rate"] for entry in found)
+    assert len({first, second, third}) == 3
+    configs = list(plan.make_plan(seeds=5).evaluation(found))
+    assert [c["learning_rate"] for c in configs if c["contestant"] == "sgd"] == [
+        first, second, third, first, second
+    ]  # fmt: skip
+    assert [(c["contestant"], c["seed"]) for c in configs] == [
+        (name, seed) for name in ("sgd", "lbfgs", "exact") for seed in range(5)
+    ]
+    assert {c["learning_rate"] for c in configs if c["contestant"] != "sgd"} == {None}
     assert {config["role"] for config in configs} == {"evaluation"}
     structures = list(plan.make_plan().structures())
     assert [(c["contestant"], c["kind"], c["target"]) for c in structures] == [
@@ -164,21 +181,23 @@ def test_variants_and_their_plain_names():
     assert plan.plain("exact-momentum") == "exact"
 
 
-def test_networks_in_standard_parametrisation_have_their_own_grid(monkeypatch, frozen):
+def test_networks_in_standard_parametrisation_have_their_own_space(monkeypatch, frozen):
     settings = {"samples": 8, "parametrisation": "standard"}
     where = toy.install(
         monkeypatch,
         toy.make_workload(name="stock", settings=settings),
         {
-            "sgd": replace(toy.CONTESTANTS["sgd"], standard_rates=(6.0, 5.0, 4.0, 3.0, 2.0, 1.0)),
+            "sgd": replace(toy.CONTESTANTS["sgd"], standard_rates=(6.0, 1.0)),
             "exact": toy.CONTESTANTS["exact"],
         },
     )
     targets.write_target(where, [record("sgd", 0.3, final=1e-5)])
     made = plan.make_plan()
-    assert [config["learning_rate"] for config in made.tuning()] == [1, 2, 3, 4, 5, 6]
+    tried = [rates((1.0, 6.0), study) for study in range(2)]
+    assert tuple(config["learning_rate"] for config in made.tuning()) == tried[0] + tried[1]
+    # nothing was found yet: the smallest of each study
     evaluation = [c["learning_rate"] for c in made.evaluation([]) if c["contestant"] == "sgd"]
-    assert evaluation == [1.0, 1.0]
+    assert evaluation == [tried[0][0], tried[1][0]]
 
 
 def test_best_baseline(frozen):
@@ -205,12 +224,12 @@ def test_run_score_page_and_merge(command, tmp_path):
     records = Store.open(out, RULES).records()
     roles = [record["config"]["role"] for record in records]
     assert {role: roles.count(role) for role in set(roles)} == {
-        "tuning": TUNING_TRIALS, "evaluation": 6, "structure": 1
+        "tuning": 2 * TRIALS, "evaluation": 6, "structure": 1
     }  # fmt: skip
     assert (out / "leaderboard.html").exists()
     again = command("run", "--out", out)
     assert "0 trials run" in again.stderr
-    assert f"{TUNING_TRIALS} finished before" in again.stderr
+    assert f"{2 * TRIALS} finished before" in again.stderr
     assert len(Store.open(out, RULES).records()) == len(records)
     assert "exact" in command("score", "--out", out).output
     readme = tmp_path / "README.md"
@@ -248,6 +267,9 @@ def test_freeze_takes_the_best_baseline(command, frozen, tmp_path):
     median = sum(baseline["values"]) / 2
     assert found["target"] == pytest.approx(1.05 * median, rel=1e-3)
     assert baseline["tried"] == ["sgd", "lbfgs"]
+    seeds = [r["config"]["seed"] for r in Store.open(tmp_path / "freezing", RULES).records()]
+    tuning = {seed: seeds.count(seed) for seed in sorted(set(seeds)) if seed >= TUNING_SEED}
+    assert tuning == {1000: TRIALS + 1, 1001: TRIALS, 1002: TRIALS}
     # the median passes a target that lies 5 % above it
     assert min(filter(None, baseline["steps_to_target"])) <= 60
     assert baseline["code"] == code_version()

@@ -20,7 +20,8 @@ from benchmarks.leaderboard import trial
 from benchmarks.leaderboard.contestant import find_contestant
 from benchmarks.leaderboard.plan import PROFILES
 from benchmarks.leaderboard.program import Evaluation
-from benchmarks.leaderboard.trial import TUNING_SEED, configuration, execute
+from benchmarks.leaderboard.studies import STUDIES, tuning_seed
+from benchmarks.leaderboard.trial import configuration, execute
 from benchmarks.leaderboard.workload import METRICS, Data, find_workload
 from benchmarks.leaderboard.workloads import digits_rows, equations, language_bytes
 
@@ -192,7 +193,7 @@ def test_validation_samples_choose_and_the_others_judge(small: Any) -> None:
     chosen = Evaluation(workload, validation=True)(state)[1]
     assert chosen == pytest.approx(np.mean((at - held_out[:3]) ** 2), rel=1e-5)
     assert Evaluation(workload)(state)[1] == pytest.approx((at - 3) ** 2, rel=1e-5)
-    for seed, wanted in ((TUNING_SEED, 3), (0, 1)):
+    for seed, wanted in (*((tuning_seed(study), 3) for study in range(STUDIES)), (0, 1)):
         start = small(workload, "sgd", 0.1, seed=seed, role="freezing")["curve"]["held_out"][0]
         first = float(workload.model(seed)(x[:1])[0, 0])
         rows = held_out[:3] if wanted == 3 else held_out[3:]

@@ -107,6 +107,7 @@ def record(
     preparation_seconds: float = 0.0,
     curve: dict[str, list[Any]] | None = None,
     workload_version: int = 1,
+    rules: str = "1.0",
     **more: Any,
 ) -> dict[str, Any]:
     """One record; ``seconds`` None is a missed target, and ``more`` goes over facts and outcome."""
@@ -114,7 +115,7 @@ def record(
     if status is None:
         status = "measured" if structure else "missed" if seconds is None else "reached"
     config = {
-        "rules": "1.0", "kind": "structure" if structure else "timed", "role": role,
+        "rules": rules, "kind": "structure" if structure else "timed", "role": role,
         "workload": workload, "workload_version": workload_version, "workload_digest": "d1gest",
         "target": target, "contestant": contestant, "learning_rate": learning_rate, "seed": seed,
         "code": code, "sources": sources or content_hash([contestant]),

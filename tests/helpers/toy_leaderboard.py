@@ -13,7 +13,7 @@ from benchmarks.leaderboard.contestant import Contestant
 from benchmarks.leaderboard.workload import Data, Workload
 
 WEIGHTS = np.array([[1.0], [-2.0], [0.5]], np.float32)
-RATES = (1e-2, 0.1, 0.3, 1.0, 3.0, 1e6)
+RATES = (1e-2, 30.0)
 
 
 def data():

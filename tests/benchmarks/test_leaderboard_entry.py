@@ -126,7 +126,7 @@ def test_a_row_more_leaves_all_earlier_rows(tmp_path, file, monkeypatch):
     path = file(GOOD, name="mine")
     code, text = command("add", path, "--out", out, "--submitter", "Someone")
     assert code == 0, text
-    assert "6 trials run" in text  # one for each learning rate
+    assert "10 trials run" in text  # five for each of the two seeds' studies
     assert "2 trials run" in text  # one for each seed
     records = Store.open(out, RULES).records()
     new = [record for record in records if record["key"] not in before]
@@ -144,7 +144,7 @@ def test_a_row_more_leaves_all_earlier_rows(tmp_path, file, monkeypatch):
     page = (out / "leaderboard.html").read_text()
     assert "Someone" in page
 
-    for text, more in ((path.read_text(), 0), (path.read_text().replace("-0.1", "-0.2"), 8)):
+    for text, more in ((path.read_text(), 0), (path.read_text().replace("-0.1", "-0.2"), 12)):
         path.write_text(text)
         contestant._enlisted.clear()
         for function in (trial._program, import_digest, sources._code, sources._tree):

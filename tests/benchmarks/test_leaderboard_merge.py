@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from store_records import RULES, snapshot, spoil_half, write
+from store_records import RULES, make_config, make_result, snapshot, spoil_half, write
 
+import benchmarks.leaderboard
 from benchmarks.leaderboard.store import MANIFEST, Store
 
 
@@ -53,6 +54,28 @@ def test_merge_refuses_what_is_no_other_leaderboard(trials: Store, tmp_path: Pat
     Store.open(tmp_path / "old", "0.9")
     with pytest.raises(ValueError, match=r"holds trials of rules '0\.9'"):
         trials.merge(tmp_path / "old")
+
+
+def test_trials_of_past_rules_come_along_and_no_others(tmp_path: Path) -> None:
+    """From a folder or an archive; a folder of past rules takes no new trial."""
+    for rules in ("1.1", "0.9"):
+        old = Store.open(tmp_path / rules, rules)
+        key = old.write(make_config() | {"rules": rules}, make_result())["key"]
+        old.export(tmp_path / f"{rules}.jsonl")
+        if rules == "1.1":
+            kept = key
+    now = Store.open(tmp_path / "now", benchmarks.leaderboard.RULES)
+    assert now.merge(tmp_path / "1.1.jsonl").copied == (kept,)
+    assert now.merge(tmp_path / "1.1").same == 1
+    (found,) = now.records()
+    assert (found["key"], found["config"]["rules"], now.quarantined) == (kept, "1.1", [])
+    (refused,) = now.merge(tmp_path / "0.9.jsonl").invalid
+    assert "of rules '0.9', the folder has" in refused.reason
+    with pytest.raises(ValueError, match=r"holds trials of rules '1\.1'"):
+        Store.open(tmp_path / "1.1", benchmarks.leaderboard.RULES)
+    # of other rules than these, nothing is past
+    (alien,) = Store.open(tmp_path / "other", RULES).merge(tmp_path / "1.1.jsonl").invalid
+    assert "of rules '1.1'" in alien.reason
 
 
 @pytest.mark.parametrize("name", ["trials.jsonl", "trials.jsonl.gz"])

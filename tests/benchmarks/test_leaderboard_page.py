@@ -251,6 +251,22 @@ def test_a_number_opens_its_trials_which_open_their_json(view, records):
     assert json.loads(tab.locator("pre").inner_text())["key"] == key
 
 
+def test_the_rates_of_the_studies_and_earlier_rules_are_shown(view, tmp_path):
+    tried = (0.01, 0.125, 0.035)
+    entries = [record("adam", seed=seed, learning_rate=rate) for seed, rate in enumerate(tried)]
+    entries.append(record("adam", seed=1001, role="tuning", learning_rate=0.375))
+    before = record("adam", learning_rate=0.5, rules="0.9", day=-1)
+    tab = view(path=page.write([*entries, before], tmp_path))
+    past = tab.locator("#history tbody tr").all_inner_texts()
+    assert ["0.9" in text.split("\t") for text in past] == [False, True]
+    tab.locator('#table tr[data-who="adam"] td[data-column=w0] a').click()
+    dialog = tab.locator("#dialog")
+    assert "Learning rate 0.01 to 0.125 (tuned" in dialog.inner_text()
+    rows = [text.split("\t")[:2] for text in dialog.locator("tbody tr").all_inner_texts()]
+    assert rows[:3] == [["0", "0.01"], ["1", "0.125"], ["2", "0.035"]]
+    assert rows[-1] == ["1001", "0.375"]
+
+
 def test_the_dialog_closes_and_the_score_shows_its_parts(view):
     tab = view()
     tab.locator('#table tr[data-who="kfac"] td[data-column=score] a').click()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from benchmarks.leaderboard import RULES, cli, plan, targets, trial
 from benchmarks.leaderboard.identity import code_version, environment
 from benchmarks.leaderboard.store import Store
-from benchmarks.leaderboard.studies import STUDIES, TRIALS, TUNING_SEED, rates, tuning_seed
+from benchmarks.leaderboard.studies import TRIALS, TUNING_SEED, rates, tuning_seed
 from benchmarks.leaderboard.trial import configuration
 
 

@@ -6,6 +6,3 @@ what is there, ``page`` writes it as one HTML page; benchmarks/README.md says th
 
 RULES = "1.2"
 """The one version of the rules, the code and the board: what it differs in is not comparable."""
-
-PAST_RULES = ("1.1",)
-"""Earlier rules, whose trials can be merged: they stand below the rows of a board, unranked."""

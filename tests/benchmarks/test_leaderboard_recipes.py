@@ -162,7 +162,7 @@ def test_a_structure_without_settings_takes_the_best_step_along_its_direction() 
 def test_facts_of_what_people_run(name: str) -> None:
     facts = find_contestant(name).facts()
     fixed = name in ("schedule-free-fixed", "prodigy")
-    assert facts["rate_rule"] == ("fixed" if fixed else "tuned, 6 trials")
+    assert facts["rate_rule"] == ("fixed" if fixed else "tuned, 3 studies of 5 trials")
     scheduled = name.endswith(("-cosine", "-spring")) or name == "prodigy"
     assert ("cosine" in facts["title"]) == scheduled
     if name.endswith("-spring"):

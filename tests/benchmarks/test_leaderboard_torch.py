@@ -90,7 +90,7 @@ def test_the_register_does_not_import_pytorch(monkeypatch):
         "fisher": "Monte-Carlo, 1 sample",
         "damping": f"{torch_kfac.DAMPING:g}, added to the Fisher (1/N), its root to both factors "
         "by pi",
-        "rate_rule": "tuned, 6 trials",
+        "rate_rule": "tuned, 3 studies of 5 trials",
     }
 
 

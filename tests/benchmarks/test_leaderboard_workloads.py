@@ -114,7 +114,7 @@ def test_nothing_is_read_or_computed_at_import() -> None:
         {"max_steps": 7},
         {"max_seconds": 7.0},
         {"metric": "rmse"},
-        {"version": 2},
+        {"version": 1},
     ],
     ids=lambda change: next(iter(change)),
 )

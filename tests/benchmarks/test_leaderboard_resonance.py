@@ -1,4 +1,4 @@
-"""The diagnosis of resonance: what linear theory says of a cycle of batches, and that it happens."""
+"""The diagnosis of resonance: what linear theory says of a cycle of batches, and trials of it."""
 
 from functools import reduce
 from itertools import islice

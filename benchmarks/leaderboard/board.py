@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.leaderboard import scoring
+from benchmarks.leaderboard import refutations, scoring
 from benchmarks.leaderboard.across import across_machines
 from benchmarks.leaderboard.verdict import came_true, verdict
 from benchmarks.leaderboard.versions import (
@@ -30,6 +30,7 @@ CLOCKS = {
 STATUSES = ("reached", "missed", "diverged", "skipped")
 FIRST_ORDER = "first-order"
 OURS = "natural-gradient"
+_Against = dict[str, list[dict[str, Any]]]
 # machine, not software: what makes two boards rather than an older and a newer one
 _MACHINE = ("device", "processor", "cores")
 MEASURES = (
@@ -44,10 +45,10 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
     and of several tuned learning rates, the newest counts; the number of trials that were left out
     for it stands in the board. Every contestant has a row of its own newest version (of its
     sources, of libraries, of the harness), whatever others did meanwhile, and its earlier versions
-    stand in this row.
+    stand in this row. A row with a trial that stands refuted has no rank.
 
     Args:
-      records: of trials, in any order: the board does not depend on it.
+      records: of trials and refutations, in any order: the board does not depend on it.
 
     Returns:
       What JSON can hold; times that are infinite are null.
@@ -55,7 +56,9 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
     Raises:
       ValueError: there are no records.
     """
-    ordered = sorted(records, key=lambda record: str(record["key"]))
+    every = sorted(records, key=lambda record: str(record["key"]))
+    ordered = list(filter(refutations.is_trial, every))
+    against = refutations.by_trial(every)
     if not ordered:
         raise ValueError(
             "there are no trials to score; `python -m benchmarks.leaderboard run` makes them"
@@ -63,12 +66,12 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
     machines: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in ordered:
         machines[tuple(record["config"]["environment"].get(n, "") for n in _MACHINE)].append(record)
-    devices = [_device(machines[machine]) for machine in sorted(machines)]
+    devices = [_device(machines[machine], against) for machine in sorted(machines)]
     return {
         "schema": 2,
         "rules": ordered[0]["config"]["rules"],
         "date": max(record["date"] for record in ordered),
-        "records": len(ordered),
+        "records": len(every),
         "scoring": {
             "r_max": scoring.R_MAX, "replicates": scoring.REPLICATES, "level": scoring.LEVEL,
             "tie_level": scoring.TIE_LEVEL,
@@ -90,8 +93,8 @@ def device_name(environment: dict[str, str]) -> str:
     return ", ".join(parts)
 
 
-def _device(records: list[Record]) -> dict[str, Any]:
-    """The board of one machine."""
+def _device(records: list[Record], against: _Against) -> dict[str, Any]:
+    """The board of one machine; ``against`` is what is said against trials, by key."""
     trials, left_out = evaluations(records)
     trials, earlier = newest_versions(trials)
     names = sorted({trial["config"]["workload"] for trial in trials})
@@ -109,7 +112,9 @@ def _device(records: list[Record]) -> dict[str, Any]:
     contestants = sorted(versions)
     cells, tuning = _by_cell(trials), _by_cell(tuned)
     rows = [
-        _row(name, [(cells[name, w], tuning[name, w]) for w in names], earlier[name], names)
+        _row(
+            name, [(cells[name, w], tuning[name, w]) for w in names], earlier[name], names, against
+        )
         for name in contestants
     ]
     _score(rows, workloads, cells, names)
@@ -164,9 +169,11 @@ def _row(
     cells: Sequence[tuple[list[Record], list[Record]]],
     earlier: list[list[Record]],
     workloads: list[str],
+    against: _Against,
 ) -> dict[str, Any]:
     """A contestant, without its scores."""
     every = [trial for trials, _ in cells for trial in trials]
+    origin = _origin(every, against)
 
     def fact(key: str) -> str:
         return "; ".join(dict.fromkeys(t["facts"][key] for t in every if t["facts"][key]))
@@ -178,21 +185,24 @@ def _row(
         "family": every[0]["facts"]["family"], "structure": every[0]["facts"]["structure"],
         "fisher": fact("fisher"), "damping": fact("damping"), "rate_rule": fact("rate_rule"),
         "ruleset": every[0]["facts"].get("ruleset", ""),
-        "ranked": any(trial["outcome"]["status"] != "skipped" for trial in every),
+        "ranked": any(trial["outcome"]["status"] != "skipped" for trial in every)
+        and not origin["refuted"],
         "reached": sum(cell["status"] == "reached" for cell in made),
         "compile": _middle(outcomes, "compile_seconds"),
         "preparation": _middle(outcomes, "preparation_seconds"),
         "cells": made,
-        **_origin(every),
-        "earlier": [_earlier(trials, workloads) for trials in earlier],
+        **origin,
+        "earlier": [_earlier(trials, workloads, against) for trials in earlier],
     }  # fmt: skip
 
 
-def _origin(trials: list[Record]) -> dict[str, str]:
-    """Where a version of a contestant comes from: who, which commit and sources, and when."""
+def _origin(trials: list[Record], against: _Against) -> dict[str, Any]:
+    """Where a version of a contestant comes from, who, when, and what is said against it."""
     newest = max(trials, key=lambda trial: trial["date"])
     facts = newest["facts"]
+    said = [entry for trial in trials for entry in against.get(trial["key"], [])]
     return {
+        "refuted": refutations.stands(said), "refutations": said,
         "submitter": facts.get("submitter", ""), "commit": facts.get("commit", ""),
         "sources": newest["config"]["sources"], "harness": newest["config"]["code"],
         "date": newest["date"],
@@ -200,13 +210,13 @@ def _origin(trials: list[Record]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _earlier(trials: list[Record], workloads: list[str]) -> dict[str, Any]:
+def _earlier(trials: list[Record], workloads: list[str], against: _Against) -> dict[str, Any]:
     """An earlier version of a contestant, with its medians: no part of any ranking."""
     cells = _by_cell(trials)
     name = trials[0]["config"]["contestant"]
     made = [_cell(cells[name, workload], []) for workload in workloads]
     return {
-        **_origin(trials),
+        **_origin(trials, against),
         "cells": [{key: cell[key] for key in ("status", *CLOCKS)} for cell in made],
     }
 
@@ -281,7 +291,10 @@ def _score(
     for row in rows:
         row["scores"] = {}
     for workload in workloads:
-        workload |= {"winners": {}, "first_order": {}, "faster": {}}
+        workload |= {"winners": {}, "first_order": {}, "faster": {}, "reached_by": 0, "of": 0}
+        for clock in CLOCKS:
+            workload["winners"][clock], workload["faster"][clock] = [], []
+            workload["first_order"][clock] = {"contestants": [], "time": np.inf}
     for clock in CLOCKS:
         times = [[[clock_times(t)[clock] for t in cells[r["contestant"], n]] for n in names]
                  for r in ranked]  # fmt: skip

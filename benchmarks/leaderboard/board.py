@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.leaderboard import scoring
+from benchmarks.leaderboard import refutations, scoring
 from benchmarks.leaderboard.across import across_machines
 from benchmarks.leaderboard.verdict import came_true, verdict
 from benchmarks.leaderboard.versions import (
@@ -31,6 +31,7 @@ CLOCKS = {
 STATUSES = ("reached", "missed", "diverged", "skipped")
 FIRST_ORDER = "first-order"
 OURS = "natural-gradient"
+_Against = dict[str, list[dict[str, Any]]]
 # machine, not software: what makes two boards rather than an older and a newer one
 _MACHINE = ("device", "processor", "cores")
 MEASURES = (
@@ -45,10 +46,11 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
     and of several learning rates of a study, the newest counts; the number of trials that were left
     out for it stands in the board. Every contestant has a row of its own newest version (of its
     sources, of libraries, of the harness), whatever others did meanwhile, and its earlier versions
-    stand in this row, those of earlier rules too.
+    stand in this row, those of earlier rules too. A row with a trial that stands refuted has no
+    rank.
 
     Args:
-      records: of trials, in any order: the board does not depend on it.
+      records: of trials and refutations, in any order: the board does not depend on it.
 
     Returns:
       What JSON can hold; times that are infinite are null.
@@ -56,19 +58,23 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
     Raises:
       ValueError: there are no records.
     """
-    ordered = sorted(records, key=lambda record: str(record["key"]))
+    every = sorted(records, key=lambda record: str(record["key"]))
+    ordered = list(filter(refutations.is_trial, every))
+    against = refutations.by_trial(every)
     if not ordered:
         raise ValueError(
             "there are no trials to score; `python -m benchmarks.leaderboard run` makes them"
         )
     current, past = by_rules(ordered)
     here, before = _by_machine(current), _by_machine(past)
-    devices = [_device(here[machine], before[machine]) for machine in sorted({*here, *before})]
+    devices = [
+        _device(here[machine], before[machine], against) for machine in sorted({*here, *before})
+    ]
     return {
         "schema": 2,
         "rules": current[0]["config"]["rules"],
         "date": max(record["date"] for record in ordered),
-        "records": len(ordered),
+        "records": len(every),
         "scoring": {
             "r_max": scoring.R_MAX, "replicates": scoring.REPLICATES, "level": scoring.LEVEL,
             "tie_level": scoring.TIE_LEVEL,
@@ -97,8 +103,11 @@ def device_name(environment: dict[str, str]) -> str:
     return ", ".join(parts)
 
 
-def _device(records: list[Record], past: list[Record]) -> dict[str, Any]:
-    """The board of one machine, of its records and those of earlier rules."""
+def _device(records: list[Record], past: list[Record], against: _Against) -> dict[str, Any]:
+    """The board of one machine, of its records and those of earlier rules.
+
+    ``against`` is what is said against trials, by key.
+    """
     counted, left_out = evaluations(records)
     of_rules, before = versions(counted), versions(evaluations(past)[0])
     trials = [trial for newest, *_ in of_rules.values() for trial in newest]
@@ -125,6 +134,7 @@ def _device(records: list[Record], past: list[Record]) -> dict[str, Any]:
             [(cells[name, w], tuning[name, w]) for w in names],
             [*of_rules[name][1:], *before.get(name, [])],
             names,
+            against,
         )
         for name in sorted(of_rules)
     ]
@@ -180,9 +190,11 @@ def _row(
     cells: Sequence[tuple[list[Record], list[Record]]],
     earlier: list[list[Record]],
     workloads: list[str],
+    against: _Against,
 ) -> dict[str, Any]:
     """A contestant, without its scores."""
     every = [trial for trials, _ in cells for trial in trials]
+    origin = _origin(every, against)
 
     def fact(key: str) -> str:
         return "; ".join(dict.fromkeys(t["facts"][key] for t in every if t["facts"][key]))
@@ -194,21 +206,24 @@ def _row(
         "family": every[0]["facts"]["family"], "structure": every[0]["facts"]["structure"],
         "fisher": fact("fisher"), "damping": fact("damping"), "rate_rule": fact("rate_rule"),
         "ruleset": every[0]["facts"].get("ruleset", ""),
-        "ranked": any(trial["outcome"]["status"] != "skipped" for trial in every),
+        "ranked": any(trial["outcome"]["status"] != "skipped" for trial in every)
+        and not origin["refuted"],
         "reached": sum(cell["status"] == "reached" for cell in made),
         "compile": _middle(outcomes, "compile_seconds"),
         "preparation": _middle(outcomes, "preparation_seconds"),
         "cells": made,
-        **_origin(every),
-        "earlier": [_earlier(trials, workloads) for trials in earlier],
+        **origin,
+        "earlier": [_earlier(trials, workloads, against) for trials in earlier],
     }  # fmt: skip
 
 
-def _origin(trials: list[Record]) -> dict[str, str]:
-    """Where a version of a contestant comes from: who, which commit and sources, and when."""
+def _origin(trials: list[Record], against: _Against) -> dict[str, Any]:
+    """Where a version of a contestant comes from, who, when, and what is said against it."""
     newest = max(trials, key=lambda trial: trial["date"])
     facts = newest["facts"]
+    said = [entry for trial in trials for entry in against.get(trial["key"], [])]
     return {
+        "refuted": refutations.stands(said), "refutations": said,
         "submitter": facts.get("submitter", ""), "commit": facts.get("commit", ""),
         "sources": newest["config"]["sources"], "harness": newest["config"]["code"],
         "date": newest["date"],
@@ -217,13 +232,13 @@ def _origin(trials: list[Record]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _earlier(trials: list[Record], workloads: list[str]) -> dict[str, Any]:
+def _earlier(trials: list[Record], workloads: list[str], against: _Against) -> dict[str, Any]:
     """An earlier version of a contestant, with its medians: no part of any ranking."""
     cells = _by_cell(trials)
     name = trials[0]["config"]["contestant"]
     made = [_cell(cells[name, workload], []) for workload in workloads]
     return {
-        **_origin(trials),
+        **_origin(trials, against),
         "cells": [{key: cell[key] for key in ("status", *CLOCKS)} for cell in made],
     }
 
@@ -306,7 +321,10 @@ def _score(
     for row in rows:
         row["scores"] = {}
     for workload in workloads:
-        workload |= {"winners": {}, "first_order": {}, "faster": {}}
+        workload |= {"winners": {}, "first_order": {}, "faster": {}, "reached_by": 0, "of": 0}
+        for clock in CLOCKS:
+            workload["winners"][clock], workload["faster"][clock] = [], []
+            workload["first_order"][clock] = {"contestants": [], "time": np.inf}
     for clock in CLOCKS:
         times = [[[clock_times(t)[clock] for t in cells[r["contestant"], n]] for n in names]
                  for r in ranked]  # fmt: skip

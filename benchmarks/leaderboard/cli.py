@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,50 +13,37 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.leaderboard import RULES
+from benchmarks.leaderboard import RULES, cli_records
+from benchmarks.leaderboard.console import (
+    DEFAULT_OUT,
+    OutOption,
+    app,
+    existing,
+    say,
+    scorable,
+    sentences,
+    warn,
+)
 from benchmarks.leaderboard.progress import Display
-from benchmarks.leaderboard.records import Record, trial_key
+from benchmarks.leaderboard.records import trial_key
 from benchmarks.leaderboard.runner import Summary
 from benchmarks.leaderboard.runner import run as run_trials
-from benchmarks.leaderboard.store import MANIFEST, Store
-from benchmarks.leaderboard.texts import printable, terminal
-from ntk_analysis.cli.app import WithLists, errors, fail, output
+from benchmarks.leaderboard.store import Store
+from benchmarks.leaderboard.texts import terminal
+from ntk_analysis.cli.app import WithLists, errors, output
 
 if TYPE_CHECKING:
     from benchmarks.leaderboard.contestant import Contestant
     from benchmarks.leaderboard.plan import Plan
 
-app = typer.Typer(
-    name="python -m benchmarks.leaderboard",
-    help="Optimizers against frozen targets, natural-gradient ones at their theoretical rates.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-OutOption = Annotated[Path, typer.Option(help="folder of the trials")]
-DEFAULT_OUT = Path("leaderboard")
 WIDE = 130
 """Columns of a terminal that take the whole board."""
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 """Where JAX keeps compiled programs for later processes."""
 
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """Turns what goes wrong into one sentence and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        fail(printable(error))
-    except OSError as error:
-        # one of ours is a sentence, one of the system has a number and names a file
-        fail(printable(f"{error.filename}: {error.strerror}" if error.strerror else error))
-
-
-def _say(text: str) -> None:
-    output.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+for _command in (cli_records.merge, cli_records.export):
+    app.command()(_command)
+app.command(cls=WithLists)(cli_records.refute)
 
 
 @app.command(cls=WithLists)
@@ -89,10 +75,10 @@ def run(
     from benchmarks.leaderboard.plan import make_plan
     from benchmarks.leaderboard.trial import execute
 
-    with _sentences():
+    with sentences():
         plan = make_plan(profile, workload, contestant, seeds, ruleset)
         if scheduler is not None and scheduler != LOCAL:
-            _warn(filter(None, [exposure(scheduler)]))
+            warn(filter(None, [exposure(scheduler)]))
             plan = replace(plan, machine=common_identity(scheduler, identity))
         _carry_out(
             plan, Store.open(out, RULES),
@@ -117,13 +103,13 @@ def add(
     from benchmarks.leaderboard.plan import extended
     from benchmarks.leaderboard.trial import execute
 
-    with _sentences():
+    with sentences():
         members = _enlist(entry)
         for contestant in members:
             for sentence in check_entry(contestant):
                 errors.print(sentence, highlight=False, markup=False)
         store = Store.open(out, RULES)
-        plan = extended(_records(store, quiet=True), [member.name for member in members])
+        plan = extended(scorable(store, quiet=True), [member.name for member in members])
         told = partial(execute, submitter=submitter)
         _carry_out(plan, store, partial(run_trials, execute=told))
 
@@ -138,11 +124,11 @@ def check_entry_(
     """
     from benchmarks.leaderboard.entry import check_entry
 
-    with _sentences():
+    with sentences():
         for contestant in _enlist(entry):
             for sentence in check_entry(contestant):
-                _say(sentence)
-            _say(f"{contestant.name} keeps the rules {RULES}")
+                say(sentence)
+            say(f"{contestant.name} keeps the rules {RULES}")
 
 
 def _carry_out(plan: Plan, store: Store, run_stage: Callable[..., Summary]) -> None:
@@ -154,7 +140,7 @@ def _carry_out(plan: Plan, store: Store, run_stage: Callable[..., Summary]) -> N
         )
     stages = (
         ("tuning", lambda: list(plan.tuning())),
-        ("evaluation", lambda: list(plan.evaluation(_records(store, quiet=True)))),
+        ("evaluation", lambda: list(plan.evaluation(scorable(store, quiet=True)))),
         ("isotropy and cost", lambda: list(plan.structures())),
     )
     total, ended, display = Summary(), [], Display(errors)
@@ -165,7 +151,7 @@ def _carry_out(plan: Plan, store: Store, run_stage: Callable[..., Summary]) -> N
         errors.print(str(summary), highlight=False, markup=False)
         for failure in summary.failed:
             errors.print(str(failure), style="red", highlight=False, markup=False)
-        _warn(summary.quarantined)
+        warn(summary.quarantined)
         if summary.interrupted:
             raise typer.Exit(130)
         total.trial_seconds += summary.trial_seconds
@@ -181,10 +167,10 @@ def _carry_out(plan: Plan, store: Store, run_stage: Callable[..., Summary]) -> N
 def _show(store: Store, out: Path) -> None:
     from benchmarks.leaderboard import board, page
 
-    records = _records(store)
+    records = scorable(store)
     _print_boards(board.build(records))
     written = page.write(records, out)
-    _say(f"wrote {written}")
+    say(f"wrote {written}")
 
 
 def _print_boards(document: dict[str, Any], clock: str = "seconds") -> None:
@@ -194,6 +180,8 @@ def _print_boards(document: dict[str, Any], clock: str = "seconds") -> None:
     console = output if output.is_terminal else Console(width=WIDE)
     for device in document["devices"]:
         console.print(tables.board_table(device, clock, wide=console.width >= WIDE))
+        for sentence in tables.refutations(device):
+            say(sentence)
 
 
 @app.command()
@@ -204,8 +192,8 @@ def score(
     """Print the ranking of the trials in a folder, for each device."""
     from benchmarks.leaderboard import board
 
-    with _sentences():
-        _print_boards(board.build(_records(_existing(out))), clock)
+    with sentences():
+        _print_boards(board.build(scorable(existing(out))), clock)
 
 
 @app.command()
@@ -223,15 +211,15 @@ def page(
     from benchmarks.leaderboard import readme as markers
     from benchmarks.leaderboard.page import write
 
-    with _sentences():
+    with sentences():
         if readme is not None:
             markers.around(readme)
-        records = _records(_existing(out))
-        _say(f"wrote {write(records, out)}")
+        records = scorable(existing(out))
+        say(f"wrote {write(records, out)}")
         if readme is not None:
             made_by = command or markers.COMMAND
             changed = markers.update(readme, board.build(records), command=made_by)
-            _say(f"{readme} {'changed' if changed else 'is up to date'}")
+            say(f"{readme} {'changed' if changed else 'is up to date'}")
 
 
 @app.command()
@@ -254,7 +242,7 @@ def trial(
     from benchmarks.leaderboard.trial import configuration, execute
     from benchmarks.leaderboard.workload import find_workload
 
-    with _sentences():
+    with sentences():
         if structure and learning_rate is not None:
             raise ValueError("isotropy and cost have no learning rate: leave --learning-rate out")
         if entry is not None:
@@ -288,14 +276,14 @@ def freeze(
     from benchmarks.leaderboard.trial import configuration, execute
     from benchmarks.leaderboard.workload import find_workload
 
-    with _sentences():
+    with sentences():
         where = find_workload(workload)
         plan.check_seeds(seeds)
         tried = plan.baselines(contestant)
         store, display = Store.open(out, RULES), Display(errors)
         trials = [config for entry in tried for config in plan.freezing_configs(where.name, entry)]
         run_trials(trials, store, execute, display=display)
-        best, rate = plan.best_baseline(where.name, _records(store, quiet=True), tried)
+        best, rate = plan.best_baseline(where.name, scorable(store, quiet=True), tried)
         finals = [
             configuration(where, best.name, seed, target=None, role="freezing", learning_rate=rate)
             for seed in range(seeds)
@@ -305,36 +293,7 @@ def freeze(
         names = [entry.name for entry in tried]
         path = targets.write_target(where, [record for record in keys if record], tried=names)
         found = targets.target_of(where)
-        _say(f"wrote {path.name}: {found['target']:g}, {found['how']}")
-
-
-@app.command()
-def merge(
-    source: Annotated[Path, typer.Argument(help="another folder, or an archive of export")],
-    out: OutOption = DEFAULT_OUT,
-) -> None:
-    """Copy the trials of another folder or of an archive into this one."""
-    with _sentences():
-        merged = Store.open(out, RULES).merge(source)
-    output.print(
-        f"{len(merged.copied)} trials copied, {merged.same} were here, {len(merged.kept)} differ "
-        f"and stay as they are here, {len(merged.invalid)} files are no valid records",
-        highlight=False,
-    )
-    _warn([*(f"trial {key} differs from the one here" for key in merged.kept), *merged.invalid])
-
-
-@app.command()
-def export(
-    archive: Annotated[Path, typer.Argument(help="a file of JSON lines; .gz compresses it")],
-    out: OutOption = DEFAULT_OUT,
-) -> None:
-    """Write all trials of a folder into one file, a line each, for merge and for other programs."""
-    with _sentences():
-        store = _existing(out)
-        number = store.export(archive)
-        _warn(store.quarantined)
-        _say(f"wrote {number} trials into {archive}")
+        say(f"wrote {path.name}: {found['target']:g}, {found['how']}")
 
 
 @app.command()
@@ -345,7 +304,7 @@ def torture(
     """Kill runners at random moments and count what is lost: it must be nothing."""
     from benchmarks.leaderboard import torture as torment
 
-    with _sentences():
+    with sentences():
         report = torment.torture(kills, runners, console=errors)
     output.print(report.table())
     if not report.passed:
@@ -382,28 +341,3 @@ def _enlist(entry: Path) -> list[Contestant]:
     from benchmarks.leaderboard import contestant
 
     return contestant.enlist(entry)
-
-
-def _records(store: Store, *, quiet: bool = False) -> list[Record]:
-    """All records that can be scored; unless quiet, says which files hold none."""
-    from benchmarks.leaderboard.record_form import misfit
-
-    found = [(record, misfit(record)) for record in store.records()]
-    if not quiet:
-        _warn(store.quarantined)
-        _warn(f"trial {record['key']} is left out: {why}" for record, why in found if why)
-    return [record for record, why in found if not why]
-
-
-def _warn(files: Iterable[object]) -> None:
-    for file in files:
-        errors.print(printable(file), style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-def _existing(out: Path) -> Store:
-    if not (out / MANIFEST).exists():
-        raise ValueError(
-            f"{out} holds no leaderboard; make one with `python -m benchmarks.leaderboard run "
-            f"--out {out}`"
-        )
-    return Store.open(out, RULES)

@@ -73,7 +73,7 @@ function drawTable(table, order, columns, rows, redraw, labels) {
   if (focused) table.querySelector(`th[data-key="${focused}"] button`)?.focus();
 }
 
-const nameCell = (one) => h("span", { class: "name" }, sign(look(one.contestant)), h("span", {}, words(one.title)));
+const nameCell = (one) => h("span", { class: "name" }, sign(look(one.contestant)), h(one.refuted ? "s" : "span", {}, words(one.title)));
 
 function timeCell(one, index) {
   const cell = one.cells[index], of = cell.trials.length, time = cell[state.clock];
@@ -93,6 +93,7 @@ function timeCell(one, index) {
 
 function scoreCell(one) {
   const result = own(one);
+  if (one.refuted) return h("a", { href: "#history", class: "badge refuted" }, "refuted");
   if (!result) return h("span", { class: "soft" }, "skipped");
   const at = (value) => 60 * value;
   return [

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks.leaderboard.board import MEASURES, STATUSES
+from benchmarks.leaderboard.refutations import ROLES
 
 Record = Mapping[str, Any]
 _ABSENT = object()
@@ -20,6 +21,12 @@ def _is_number(value: Any) -> bool:
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(entry, str) for entry in value.values())
+
+
+def _are_evidence(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, Mapping) and not _unfit(entry, _EVIDENCE) for entry in value
+    )
 
 
 def _or_null(kind: _Kind) -> _Kind:
@@ -73,9 +80,26 @@ _REACHED = {
     **_named("outcome", _AMOUNT, "compile_seconds", "preparation_seconds"),
 }
 
+_EVIDENCE: dict[str, _Kind] = {
+    **dict.fromkeys(("key", "command", "status"), _TEXT),
+    **dict.fromkeys(("seed",), _NUMBER),
+    **dict.fromkeys(("steps_to_target", "seconds_to_target"), _or_null(_NUMBER)),
+    **{f"environment.{name}": _TEXT for name in ("device", "jax")},
+}
+_REFUTATION = {
+    "date": _TEXT,
+    **_named("config", _TEXT, "workload", "contestant", "sources", "refutes"),
+    "config.reason": ("a reason", lambda value: isinstance(value, str) and bool(value.strip())),
+    "config.evidence": ("a list of results of trials", _are_evidence),
+    **_named("facts", _TEXT, "title", "commit", "submitter"),
+}
+
 
 def misfit(record: Record) -> str:
     """Why a record cannot be scored, or ""."""
+    config = record.get("config")
+    if isinstance(config, Mapping) and config.get("role") in ROLES:
+        return _unfit(record, _REFUTATION)
     wanted, curve = dict(_ALWAYS), _at(record, "outcome.curve")
     if curve is _ABSENT:
         curve = None
@@ -83,10 +107,15 @@ def misfit(record: Record) -> str:
         wanted |= _REACHED
     if curve:
         wanted |= _named("outcome.curve", _LIST, *_CURVE)
+    return _unfit(record, wanted) or (_bend(curve) if curve else "")
+
+
+def _unfit(record: Record, wanted: Mapping[str, _Kind]) -> str:
+    """The first entry that is not what it should be, in words, or ""."""
     for place, (kind, fits) in wanted.items():
         if not fits(_at(record, place)):
             return f"its {place} is not {kind}"
-    return _bend(curve) if curve else ""
+    return ""
 
 
 def _bend(curve: Mapping[str, list[Any]]) -> str:

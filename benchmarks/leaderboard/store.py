@@ -229,6 +229,18 @@ class Store:
                 kept.append(record["key"])
         return Merged(tuple(copied), same, tuple(kept), tuple(invalid))
 
+    def read_from(self, other: Path) -> list[Record]:
+        """The valid records of another folder or of an archive; nothing is copied.
+
+        Raises:
+          ValueError, OSError: as ``merge``.
+        """
+        found = []
+        for _, read in self._of_elsewhere(Path(other)):
+            with contextlib.suppress(NotARecordError, FileNotFoundError):
+                found.append(read())
+        return found
+
     def _of_elsewhere(self, other: Path) -> Iterator[tuple[str, Callable[[], Record]]]:
         """Where the records of a folder or an archive stand, and what reads each."""
         if os.path.isfile(other):

@@ -34,7 +34,8 @@ def entries(device: dict[str, Any], clock: str = "seconds") -> list[dict[str, An
         factor = scores and scores["speed_up"]
         result.append(
             {
-                "contestant": row["contestant"], "title": row["title"], "family": row["family"],
+                "contestant": row["contestant"] + " (refuted)" * row["refuted"],
+                "title": row["title"], "family": row["family"],
                 "rank": scores["rank"] if scores else "–",
                 "place": scores["place"] if scores else len(device["rows"]) + 1,
                 "score": f"{scores['score']:.2f}" if scores else "–",
@@ -103,6 +104,17 @@ def markdown(device: dict[str, Any], most: int = 12) -> str:
     if rest:
         lines += ["", f"{rest} more contestants are on the page of the leaderboard."]
     return "\n".join(lines)
+
+
+def refutations(device: dict[str, Any]) -> list[str]:
+    """A sentence for each refutation of a device's rows that stands: which, who, when and why."""
+    return [
+        f"{row['contestant']} on {entry['workload']}: refuted on {entry['date'][:10]}"
+        f"{entry['submitter'] and ' by ' + entry['submitter']}: {entry['reason']}"
+        for row in device["rows"]
+        for entry in row["refutations"]
+        if entry["withdrawn"] is None
+    ]
 
 
 def _time(cell: dict[str, Any], clock: str) -> str:

@@ -292,13 +292,17 @@ def _verdict(
 
 
 def batches(workload: Workload, seed: int) -> Iterator[NDArray[np.integer] | None]:
-    """Rows of each step: epochs without replacement, a remainder is left out."""
+    """Rows of each step: epochs without replacement, a remainder is left out.
+
+    Drawn anew in each epoch, unless the settings of the workload fix their order.
+    """
     if workload.batch_size is None:
         while True:
             yield None
     size, rng = workload.batch_size, np.random.default_rng(seed)
     samples = len(workload.data().x_train)
+    fixed = workload.settings.get("order") == "fixed"
     while True:
-        order = rng.permutation(samples)
+        order = np.arange(samples) if fixed else rng.permutation(samples)
         for first in range(0, samples - size + 1, size):
             yield order[first : first + size]

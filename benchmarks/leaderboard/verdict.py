@@ -191,7 +191,10 @@ def _count(structures: list[str]) -> str:
 def _left(board: dict[str, Any]) -> list[str]:
     """What was left out, skipped or not run."""
     sentences = []
-    skipped = [row["title"] for row in board["rows"] if not row["ranked"]]
+    refuted = [row["title"] for row in board["rows"] if row["refuted"]]
+    if refuted:
+        sentences.append(f"Refuted, so without a rank: {'; '.join(refuted)}.")
+    skipped = [row["title"] for row in board["rows"] if not (row["ranked"] or row["refuted"])]
     if skipped:
         sentences.append(f"Skipped everywhere, so without a rank: {'; '.join(skipped)}.")
     left = [f"{count} {reason}" for reason, count in board["left_out"].items() if count]

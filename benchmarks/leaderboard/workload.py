@@ -103,7 +103,8 @@ class Workload:
       settings: every number of data and model, as JSON has it; they enter the hash of trials.
         "num_measured" samples make the training loss of a curve, "parametrisation" is "standard"
         where it is not that of the NTK, "num_validation" of the held-out samples choose learning
-        rates and do not count, "dtype" is "float64" where float32 would be the floor.
+        rates and do not count, "dtype" is "float64" where float32 would be the floor, "order" is
+        "fixed" where the batches are those of the data in its order, again and again.
       data: the samples, the same at every call. Work starts here: nothing happens at import.
       model: from the seed of a trial to the model at its initial parameters, in the precision of
         the workload.

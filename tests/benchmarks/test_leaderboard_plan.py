@@ -240,7 +240,7 @@ def test_run_score_page_and_merge(command, tmp_path):
     assert "Measured by `the command that made it`" in readme.read_text()
     other = tmp_path / "other"
     merged = command("merge", out, "--out", other)
-    assert f"{len(records)} trials copied" in merged.output
+    assert f"{len(records)} records copied" in merged.output
     by_hand = command("trial", "toy", "exact", "--seed", 1)
     assert json.loads(by_hand.output)["status"] == "reached"
     shown = command("list").output

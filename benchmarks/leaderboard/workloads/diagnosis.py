@@ -47,6 +47,38 @@ def linear(
     return Data(x[:TRAIN], y[:TRAIN], x[TRAIN:], y[TRAIN:])
 
 
+@cache
+def alternating(seed: int, batches: int = 4, ratio: float = 100.0) -> Data:
+    """White inputs in batches that see the directions with other curvatures, each its own part.
+
+    A batch has one sample a direction. Its second moments have the same eigenvectors as those of
+    all others; on its own part of the directions they are ``ratio`` times as large as on the rest.
+    Their mean over the batches is that of the plain problem, so nothing but the order of
+    the batches is between this problem and the plain one. Targets are linear, without noise: what
+    solves one batch solves all of them.
+
+    Momentum goes on along a direction while the batches pass that hardly see it. A rate can be far
+    below what the mean and every batch by itself allow, and yet the error grows over a cycle: the
+    product of the steps of its batches has an eigenvalue outside of the unit circle, which is the
+    parametric resonance of Hill's and Mathieu's equations. Without momentum the steps commute, and
+    so each rate that all batches allow is stable.
+
+    Args:
+      seed: of the samples.
+      batches: in a cycle; the held-out samples are one more cycle.
+      ratio: of curvatures.
+    """
+    rng = np.random.default_rng(seed)
+    axes = np.linalg.qr(rng.standard_normal((INPUTS, INPUTS)))[0]
+    part = np.arange(INPUTS) * batches // INPUTS == np.arange(batches)[:, None]
+    scales = np.sqrt(np.where(part, ratio, 1.0) * batches / (ratio + batches - 1)) * INPUTS
+    samples = np.linalg.qr(rng.standard_normal((2 * batches, INPUTS, INPUTS)))[0]
+    x = (samples * np.tile(scales, (2, 1))[:, None] @ axes.T).reshape(-1, INPUTS)
+    y = x @ axes @ rng.choice([-1.0, 1.0], INPUTS) / INPUTS
+    x, y = x.astype(np.float32), y[:, None].astype(np.float32)
+    return Data(x[:TRAIN], y[:TRAIN], x[TRAIN:], y[TRAIN:])
+
+
 def _linear_model(seed: int) -> nnx.Module:
     return ng.MLP((INPUTS, 1), weight_variance=1e-2, rngs=nnx.Rngs(seed))
 
@@ -71,9 +103,12 @@ def _problem(
     question: str,
     data: Callable[[], Data],
     model: Callable[[int], nnx.Module] = _linear_model,
+    *,
+    fixed_order: bool = False,
     **changes: object,
 ) -> Workload:
     settings = {"problem": name, "num_train": TRAIN, "inputs": INPUTS}
+    settings |= {"order": "fixed"} if fixed_order else {}
     chosen = {"metric": "train", "batch_size": None, "known_target": FITTED} | changes
     return Workload(
         name=f"diagnosis-{name}", title=title, version=1, question=question, settings=settings,
@@ -120,5 +155,11 @@ WORKLOADS = (
         partial(linear, 0, 1.0, noise=1.0),
         metric="mse", batch_size=8,
         known_target=(LEAST_SQUARES, "1.1 times the held-out error of least squares"),
+    ),
+    _problem(
+        "resonance", "White inputs, four batches in turn, each strong in its quarter of directions",
+        "Does what it remembers of earlier batches swing with the order of the batches?",
+        partial(alternating, 0), fixed_order=True, batch_size=INPUTS,
+        known_target=(FITTED[0], f"{FITTED[1]}: one solution fits all batches"),
     ),
 )  # fmt: skip

@@ -51,9 +51,7 @@ class Integers:
 
     def of(self, variables: Sequence[Any]) -> list[Known | None]:
         """What is known of each variable."""
-        return [
-            _constant(v.val) if isinstance(v, Literal) else self._known.get(v) for v in variables
-        ]
+        return [_literal(v) if isinstance(v, Literal) else self._known.get(v) for v in variables]
 
     def follow(self, equation: Any) -> None:
         """Learns the results of an equation, where they follow from what is known."""
@@ -91,16 +89,20 @@ def _bound(equation: Any, *given: Any) -> list[Any]:
     return bind(equation, list(given))
 
 
-def _is_small(aval: Any) -> bool:
-    dtype = getattr(aval, "dtype", None)
+def _is_small(array: Any) -> bool:
+    dtype = getattr(array, "dtype", None)
     whole = dtype is not None and (jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_)
-    return bool(whole) and math.prod(aval.shape) <= _LARGEST
+    return bool(whole) and math.prod(array.shape) <= _LARGEST
+
+
+def _literal(literal: Any) -> Known | None:
+    return _constant(np.asarray(literal.val, literal.aval.dtype))
 
 
 def _constant(value: Any) -> Known | None:
     if not is_concrete(value) or not getattr(value, "is_fully_addressable", True):
         return None
-    return Known(lambda: value) if _is_small(jax.typeof(value)) else None
+    return Known(lambda: value) if _is_small(value) else None
 
 
 def in_loop(equation: Any, given: Sequence[Known | None], loop: Loop) -> list[Known | None]:

@@ -55,17 +55,17 @@ class Step(NamedTuple):
         return falls and not self.loop.backwards
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """How often each part is taken."""
-        order = self.order or range(self.parts)
-        return tuple(order.count(part) for part in range(self.parts))
+    def counts(self) -> Any:
+        """How often each part is taken, (parts,)."""
+        return np.bincount(self.order or range(self.parts), minlength=self.parts)
 
     @property
     def rounds(self) -> Any:
-        """Which steps take each part, shape (parts, times); the number of steps where none does."""
-        times = max(self.counts)
-        taken = [[t for t, p in enumerate(self.order) if p == part] for part in range(self.parts)]
-        return np.array([own or [len(self.order)] * times for own in taken])
+        """Which steps take each part, (parts, times); the number of all steps where none does."""
+        counts = self.counts
+        found = np.full((self.parts, counts.max()), len(self.order))
+        found[counts > 0] = np.argsort(self.order, kind="stable").reshape(-1, counts.max())
+        return found
 
 
 Steps = tuple[Step, ...]

@@ -56,6 +56,16 @@ def numbered(numbers, reverse=False):
     return call
 
 
+def carried(p, h):
+    """A loop that runs backwards over nothing and counts down itself."""
+
+    def step(state, _):
+        i, h = state
+        return (i - 1, affine(h, p["w"][i], p["b"][i])), None
+
+    return jax.lax.scan(step, (PARTS - 1, h), None, PARTS, reverse=True)[0][1]
+
+
 def taken(take):
     """Parts by another operation, and biases that the loop slices."""
 
@@ -116,6 +126,7 @@ LAYERS = {
     "in no order": (numbered(lambda: np.array([2, 0, 1])), [0, 1, 2]),
     "backwards": (numbered(lambda: jnp.arange(PARTS), reverse=True), [2, 1, 0]),
     "falling, backwards": (numbered(lambda: jnp.arange(PARTS)[::-1], reverse=True), [0, 1, 2]),
+    "counted down": (carried, [2, 1, 0]),
     "dynamic slices": (
         taken(lambda w, i: jax.lax.dynamic_slice_in_dim(w, i, 1)[0]),
         [0, 1, 2],
@@ -124,7 +135,8 @@ LAYERS = {
 }
 EXPLICIT = {
     # by name: the function, what goes without a formula, and why
-    "more often": (counted(4, lambda i: i % PARTS), BOTH, TWICE),
+    # the last one again
+    "past the end": (counted(PARTS, lambda i: i + 1), BOTH, TWICE),
     "against each other": (
         counted(PARTS, lambda i: i, lambda i: PARTS - 1 - i),
         {"b"},

@@ -120,7 +120,6 @@ BOTH, TWICE = {"w", "b"}, "weights of which loops use some parts more often than
 LAYERS = {
     # by name: the function, and which parts its layers have
     "the first of them": (counted(2, lambda i: i), [0, 1, 2]),
-    "but for the first": (counted(2, lambda i: i + 1), [0, 1, 2]),
     "from the end": (counted(PARTS, lambda i: -1 - i), [2, 1, 0]),
     "in pairs": (counted(2 * PARTS, lambda i: i // 2), [0, 1, 2]),
     "in no order": (numbered(lambda: np.array([2, 0, 1])), [0, 1, 2]),

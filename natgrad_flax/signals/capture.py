@@ -31,6 +31,7 @@ from natgrad_flax.signals.program import Path, Tape
 from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals
 from natgrad_flax.signals.stacked import StackedSignals, arranged
 from natgrad_flax.signals.tied import TiedSignals
+from natgrad_flax.signals.views import Steps
 
 
 def linearise(
@@ -125,16 +126,16 @@ def _stacked(
         kernel=first.kernel._replace(part=None),
         bias=first.bias and first.bias._replace(part=None),
     )
-    depths = {
-        place.number: [depth for depth, *_ in affine.view.steps] for place, affine in one.places
-    }
     arrays: list[Any] = [
-        {number: _steps_at(lead, tape[number], own) for number, own in depths.items()}
+        {
+            place.number: _parts_at(lead, tape[place.number], len(place.loops), affine.view.steps)
+            for place, affine in one.places
+        }
         for lead, tape in ((1, recorded), (2, carried))
     ]
-    first_axes = list(range(len(one.kernel.lead)))
     own = one.parameters if one.is_explicit else []
-    arrays.append({path: _steps_at(2, blocks[path], first_axes) for path in own})
+    count = len(one.kernel.lead)
+    arrays.append({path: _joined(2, blocks[path], count) for path in own})
     along = jax.vmap(partial(_signals, one), in_axes=(1, 2, 2), out_axes=1)
 
     def step_of(place: int) -> int:
@@ -143,12 +144,25 @@ def _stacked(
     return StackedSignals(along(*arrays), tuple(sorted(places, key=step_of)))
 
 
-def _steps_at(place: int, array: Array, depths: list[int]) -> Array:
-    """An array with the axes of some loops as one at a place; they stand behind it by depth."""
-    moved = jnp.moveaxis(
-        array, [place + depth for depth in depths], range(place, place + len(depths))
-    )
-    return moved.reshape(*array.shape[:place], -1, *moved.shape[place + len(depths) :])
+def _parts_at(place: int, array: Array, loops: int, steps: Steps) -> Array:
+    """An array with the axes of loops from a place on, and the parts of their steps as one there.
+
+    Where parts are taken several times, the times stand behind the loops.
+    """
+    for step in steps:
+        if step.order:
+            axis, rounds = place + step.loop.depth, step.rounds
+            # zero for a part that no step takes
+            taken = jnp.take(array, rounds.ravel(), axis, mode="fill", fill_value=0)
+            taken = taken.reshape(*array.shape[:axis], *rounds.shape, *array.shape[axis + 1 :])
+            array = jnp.moveaxis(taken, axis + 1, place + loops)
+    axes = [place + step.loop.depth for step in steps]
+    return _joined(place, jnp.moveaxis(array, axes, range(place, place + len(axes))), len(axes))
+
+
+def _joined(place: int, array: Array, count: int) -> Array:
+    """An array with some axes that follow each other as one."""
+    return array.reshape(*array.shape[:place], -1, *array.shape[place + count :])
 
 
 def _signals(

@@ -20,7 +20,7 @@ from natgrad_flax.signals.model import dotted, outputs_of, parameter_paths, put
 from natgrad_flax.signals.program import Path, Place, Program, Tape, Uses, run
 from natgrad_flax.signals.survey import survey
 from natgrad_flax.signals.usage import has_derivative
-from natgrad_flax.signals.views import View, common_factors
+from natgrad_flax.signals.views import Step, View, common_factors
 
 Shape = tuple[int, ...]
 
@@ -224,11 +224,11 @@ def _layers(uses: Mapping[Path, Uses], shapes: Mapping[Path, Shape]) -> list[Lay
 
 def _place_in_order(use: Uses, plan: LayerPlan) -> tuple[int, ...]:
     """By the first use; of the layers of a loop all of one step before those of the next."""
-    lengths = [length for _, length, _ in use.loops]
+    lengths = [loop.parts for loop in use.loops]
     steps = np.unravel_index(plan.kernel.part or 0, lengths) if use.loops else ()
     order: list[int] = []
-    for (number, _, backwards), step in zip(use.loops, map(int, steps), strict=True):
-        order += [number, -step if backwards else step]
+    for own, step in zip(use.loops, map(int, steps), strict=True):
+        order += [own.loop.number, -step if own.backwards else step]
     return (*order, use.first)
 
 
@@ -239,7 +239,7 @@ def _weights(
     shapes: Mapping[Path, Shape],
 ) -> list[LayerPlan]:
     """The layers of a parameter that acts as weights wherever it is used; none for others."""
-    if use.others or use.biases or not use.places:
+    if use.others or use.biases or not use.places or not use.equally_often:
         return []
     form, chosen = _oriented(path, use.places, shapes[path])
     if form is None:
@@ -321,9 +321,9 @@ def _bias(
     return found.pop() if len(found) == 1 else None
 
 
-def _loops(view: View) -> list[Shape]:
-    """Depth and length of the loops that take another part at each step."""
-    return [step[:2] for step in view.steps]
+def _loops(view: View) -> list[Step]:
+    """The loops that take another part at each step, and which."""
+    return [step._replace(stride=0) for step in view.steps]
 
 
 def _joins(
@@ -377,6 +377,8 @@ def _reason(use: Uses, shape: Shape) -> str:
         return "scales or shifts features"
     if use.places and (others or use.biases):
         return f"weights that are also used by {', '.join(others or ['add'])}"
+    if use.places and not use.equally_often:
+        return "weights of which loops use some parts more often than others"
     if use.places:
         return "weights of products of different forms"
     if use.biases:

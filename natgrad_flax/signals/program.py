@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend.core import Literal
 
@@ -74,8 +75,7 @@ class Uses:
 
     Attributes:
       first: number of the equation that uses it first.
-      loops: those that take another part of it at each step, the outermost first: number, length,
-        and whether it starts with the last part.
+      loops: those that take another part of it at each step, the outermost first.
       places: where it acts as weights.
       biases: where it is added to the results of places.
       others: names of the primitives that use it in any other way.
@@ -83,11 +83,18 @@ class Uses:
     """
 
     first: int
-    loops: tuple[tuple[int, int, bool], ...] = ()
+    loops: Steps = ()
     places: list[Place] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     steps: set[Steps] = field(default_factory=set)
+
+    @property
+    def equally_often(self) -> bool:
+        """Whether each use takes the same parts, and each of them as often as the others."""
+        counts = [_together(steps) for steps in self.steps]
+        taken = {() if own.all() else tuple(own > 0) for own in counts}
+        return len(taken) < 2 and all(len({*own} - {0}) == 1 for own in counts)
 
     def lead(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The first axes of a shape that the loops around each use go through, () without any."""
@@ -98,6 +105,14 @@ class Uses:
         """The steps of these loops together; [None] without any."""
         lead = self.lead(shape)
         return list(range(math.prod(lead))) if lead else [None]
+
+
+def _together(steps: Steps) -> Any:
+    """How often loops within each other take each part, (parts,)."""
+    counts = np.ones(1, int)
+    for step in steps:
+        counts = np.kron(counts, step.counts)
+    return counts
 
 
 @dataclass
@@ -165,7 +180,7 @@ def run(
                 found, more = follow(equation, inner, given, own)
                 tape.update(more)
             else:
-                found = _bind(equation, given)
+                found = bind(equation, given)
         place = program.places.get(number)
         if place is not None and place.number in perturbations:
             tape[place.number] = given[1 - place.side]
@@ -174,7 +189,8 @@ def run(
     return [read(v) for v in jaxpr.outvars], tape
 
 
-def _bind(equation: Any, given: list[Any]) -> list[Any]:
+def bind(equation: Any, given: list[Any]) -> list[Any]:
+    """The results of an equation."""
     primitive, params = equation.primitive, equation.params
     if primitive.name == "conv_general_dilated":
         return [conv_general_dilated(*given, **params)]

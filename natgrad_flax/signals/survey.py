@@ -11,8 +11,9 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from natgrad_flax.signals.integers import Integers, Known, in_loop, starts_of
 from natgrad_flax.signals.program import REMAT, Bias, Path, Place, Program, Uses, loop_inputs
-from natgrad_flax.signals.views import View
+from natgrad_flax.signals.views import Loop, View
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
 _SAME = ("copy", "copy_p", "name", "reshard", "sharding_constraint", "mesh_cast", "pvary", "pcast")
@@ -44,20 +45,20 @@ class _Survey:
 
     def __init__(self) -> None:
         self.uses: dict[Path, Uses] = {}
-        self.loops: dict[Path, tuple[tuple[int, int, bool], ...]] = {}
         self.places = self.equations = 0
 
     def uses_of(self, view: Any) -> Uses:
-        new = Uses(self.equations, self._loops_of(view))
-        uses = self.uses.setdefault(view.source, new)
+        uses = self.uses.setdefault(view.source, Uses(self.equations, view.steps))
         uses.steps.add(view.steps)
         return uses
 
-    def _loops_of(self, view: Any) -> tuple[tuple[int, int, bool], ...]:
-        return self.loops.get(view.source, ())[: len(view.steps)]
-
     def program(
-        self, jaxpr: Any, consts: Sequence[Any], tags: Sequence[View | None], loops: tuple[int, ...]
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        tags: Sequence[View | None],
+        loops: tuple[int, ...],
+        given: Sequence[Known | None] = (),
     ) -> tuple[Program, list[View | None]]:
         """A program with its places, and of what its outputs are views."""
         program, known = Program(jaxpr, consts), dict[Any, View]()
@@ -74,30 +75,43 @@ class _Survey:
                     known[variable] = view
 
         learn(jaxpr.invars, tags)
+        integers = Integers(jaxpr, consts, given)
         for number, equation in enumerate(jaxpr.eqns):
             self.equations += 1
             seen = [of(v) for v in equation.invars]
             if any(view is not None for view in seen):
-                found = self._equation(program, number, equation, seen, loops)
+                whole = integers.of(equation.invars)
+                found = self._equation(program, number, equation, seen, loops, whole)
                 learn(equation.outvars, found or [None] * len(equation.outvars))
+            else:
+                integers.follow(equation)
         return program, [of(v) for v in jaxpr.outvars]
 
     def _equation(
-        self, program: Program, number: int, equation: Any, seen: list[Any], loops: tuple[int, ...]
+        self,
+        program: Program,
+        number: int,
+        equation: Any,
+        seen: list[Any],
+        loops: tuple[int, ...],
+        integers: list[Known | None],
     ) -> list[View | None] | None:
         name = equation.primitive.name
         inner = _called(equation)
         if inner is not None:
-            return self._enter(program, number, inner, seen, loops)
+            return self._enter(program, number, inner, seen, loops, integers)
         if name == "scan":
-            self._scan(program, number, equation, seen, loops)
+            self._scan(program, number, equation, seen, loops, integers)
             return None
         if name == "cond":
-            self._branches(program, number, equation, seen, loops)
+            self._branches(program, number, equation, seen, loops, integers)
             return None
         parameters = [view for view in seen if _is_parameter(view)]
         if len(parameters) == 1:
             side = seen.index(parameters[0])
+            part = _part(equation, side, parameters[0], integers)
+            if part is not None:
+                return [part]
             if side in _SIDES.get(name, ()):
                 return [self._place(program, number, equation, side, loops, parameters[0])]
         if sum(view is not None for view in seen) == 1:
@@ -119,22 +133,34 @@ class _Survey:
         return None
 
     def _enter(
-        self, program: Program, number: int, inner: Any, seen: list[Any], loops: tuple[int, ...]
+        self,
+        program: Program,
+        number: int,
+        inner: Any,
+        seen: list[Any],
+        loops: tuple[int, ...],
+        integers: Sequence[Known | None],
     ) -> list[View | None]:
         """Follows a program within the program."""
-        called, found = self.program(inner.jaxpr, inner.consts, seen, loops)
+        called, found = self.program(inner.jaxpr, inner.consts, seen, loops, integers)
         if next(called.numbers(), None) is not None:
             program.inner[number] = (called,)
         return found
 
     def _branches(
-        self, program: Program, number: int, equation: Any, seen: list[Any], loops: tuple[int, ...]
+        self,
+        program: Program,
+        number: int,
+        equation: Any,
+        seen: list[Any],
+        loops: tuple[int, ...],
+        integers: list[Known | None],
     ) -> None:
         """Follows all branches, with what each sees of parameters."""
         tags = [view if _is_parameter(view) else None for view in seen[1:]]
         branches = []
         for inner in equation.params["branches"]:
-            called, found = self.program(inner.jaxpr, inner.consts, tags, loops)
+            called, found = self.program(inner.jaxpr, inner.consts, tags, loops, integers[1:])
             branches.append(called)
             for view in found:
                 if _is_parameter(view):
@@ -143,28 +169,31 @@ class _Survey:
             program.inner[number] = tuple(branches)
 
     def _scan(
-        self, program: Program, number: int, equation: Any, seen: list[Any], loops: tuple[int, ...]
+        self,
+        program: Program,
+        number: int,
+        equation: Any,
+        seen: list[Any],
+        loops: tuple[int, ...],
+        integers: list[Known | None],
     ) -> None:
         consts, carried = loop_inputs(equation)
         tags: list[View | None] = []
-        start = self.equations
+        loop = Loop(len(loops), self.equations, equation.params["reverse"])
         for position, view in enumerate(seen):
             inside = None
             if _is_parameter(view):
                 if position < consts:
                     inside = view
                 elif position >= consts + carried:
-                    outer, reverse = self._loops_of(view), equation.params["reverse"]
-                    # layers stand in the order of their parts, or in the opposite one
-                    if all(backwards == reverse for *_, backwards in outer):
-                        inside = view.first_of_steps(len(loops))
-                        own = (start, equation.params["length"], reverse)
-                        self.loops[view.source] = (*outer, own)
+                    part = view.part_at(0, loop)
+                    inside = part and part.squeeze([0])
                 if inside is None:
                     self.uses_of(view).others.append("scan")
             tags.append(inside)
         inner, around = equation.params["jaxpr"], (*loops, equation.params["length"])
-        for view in self._enter(program, number, inner, tags, around):
+        counted = in_loop(equation, integers, loop)
+        for view in self._enter(program, number, inner, tags, around, counted):
             if _is_parameter(view):
                 self.uses_of(view).others.append("scan")
 
@@ -196,6 +225,30 @@ class _Survey:
 
 def _is_parameter(view: Any) -> bool:
     return view is not None and isinstance(view.source, tuple)
+
+
+def _part(equation: Any, side: int, view: View, integers: list[Known | None]) -> View | None:
+    """The part of a view that an equation takes by what counts the steps of loops.
+
+    None for others, and for one row of a table, which stays one.
+    """
+    name, sizes = equation.primitive.name, equation.params.get("slice_sizes", ())
+    matrix = sum(size > 1 for size in sizes) > 1
+    if side or name not in ("dynamic_slice", "gather") or (name == "gather" and not matrix):
+        return None
+    starts = starts_of(equation, integers)
+    if starts is None:
+        return None
+    part: View | None = view
+    for axis, (size, full) in enumerate(zip(sizes, view.shape, strict=True)):
+        start = starts.get(axis)
+        if size == full or part is None:
+            continue
+        if size != 1 or start is None or start.loop is None:
+            return None
+        part = part.part_at(axis, start.loop, tuple(map(int, start.values())))
+    dropped = equation.params["dimension_numbers"].collapsed_slice_dims if name == "gather" else ()
+    return part and part.squeeze(dropped)
 
 
 def _called(equation: Any) -> Any:

@@ -78,16 +78,17 @@ def check_rows(model: nnx.Module, x: Any, signals: Signals, name: str = "x") -> 
         if not found or not _are_seen(state, x, graphdef=graphdef):
             return
     first = found[0]
-    rest = f"they count from 0 to {first.rows - 1}, and any other gives {first.gives}"
+    rest = f"rows count from 0 to {first.rows - 1}, and any other number gives {first.gives}"
     for place, leaf in (leaves[source] for source in first.sources):
         numbers = np.asarray(leaf)
         # negative ones count from the end
         bad = (numbers >= first.rows) | (numbers < -first.rows)
         if bad.any():
             where = tuple(map(int, np.argwhere(bad)[0]))
+            rows, more = ("1 row", "") if bad.sum() == 1 else (f"{bad.sum()} rows", " for one")
             raise ValueError(
-                f"{name + jax.tree_util.keystr(place)} has {bad.sum()} numbers of rows that the "
-                f"table {dotted(first.path)} does not have, {numbers[where]} at {where} for one: "
+                f"{name + jax.tree_util.keystr(place)} looks up {rows} that the table "
+                f"{dotted(first.path)} does not have, number {numbers[where]} at {where}{more}: "
                 f"{rest}"
             )
     sample = int(np.argmax(np.asarray(first.missing) > 0))

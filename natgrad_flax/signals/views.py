@@ -7,13 +7,69 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from natgrad_flax.signals.base import ParameterForm
 
 Factors = tuple[tuple[int, int], ...]
 """Sizes and strides of the digits of an index, the slowest first; a stride of 0 repeats."""
-Steps = tuple[tuple[int, int, int], ...]
-"""Of loops that take another part of an array at each step, the outermost first: how deep each
-stands in other loops, its length, and the stride from one part to the next."""
+
+
+class Loop(NamedTuple):
+    """A loop of a program.
+
+    Attributes:
+      depth: how many loops stand around it.
+      number: of the equation that it is, among all.
+      backwards: whether it begins with the last entry of what it scans.
+    """
+
+    depth: int
+    number: int
+    backwards: bool
+
+
+class Step(NamedTuple):
+    """How a loop takes another part of an array at each step.
+
+    Attributes:
+      loop: the loop.
+      parts: how many the array has.
+      stride: from one part to the next.
+      order: which part each step takes, in the order of what is scanned; () where it takes all of
+        them, one after the other.
+    """
+
+    loop: Loop
+    parts: int
+    stride: int
+    order: tuple[int, ...] = ()
+
+    @property
+    def backwards(self) -> bool:
+        """Whether parts are taken from the last to the first."""
+        if all(left <= right for left, right in pairwise(self.order)):
+            return self.loop.backwards
+        # parts in no order stand in their own
+        falls = all(left >= right for left, right in pairwise(self.order))
+        return falls and not self.loop.backwards
+
+    @property
+    def counts(self) -> Any:
+        """How often each part is taken, (parts,)."""
+        return np.bincount(self.order or range(self.parts), minlength=self.parts)
+
+    @property
+    def rounds(self) -> Any:
+        """Which steps take each part, (parts, times); the number of all steps where none does."""
+        counts = self.counts
+        found = np.full((self.parts, counts.max()), len(self.order))
+        found[counts > 0] = np.argsort(self.order, kind="stable").reshape(-1, counts.max())
+        return found
+
+
+Steps = tuple[Step, ...]
+"""Of loops that take another part of an array at each step, the outermost first."""
 
 
 class View(NamedTuple):
@@ -123,13 +179,27 @@ class View(NamedTuple):
         """Times a number."""
         return self._replace(scale=self.scale * by)
 
-    def first_of_steps(self, depth: int) -> View | None:
-        """What one step of a loop over the first axis sees; None where this is no plain axis."""
-        factors = self.axes[0] or ((1, math.prod(self.shape[1:])),)
+    def part_at(self, axis: int, loop: Loop, order: tuple[int, ...] = ()) -> View | None:
+        """The one entry along an axis that a step of a loop takes.
+
+        None where this is no plain axis, where the loop takes parts already, or where others take
+        them the other way round: layers stand in the order of their parts, or in the opposite one.
+
+        Args:
+          axis: the axis, which is left with a size of 1.
+          loop: the loop.
+          order: as in ``Step``.
+        """
+        factors = self.axes[axis] or ((1, math.prod(self.shape[axis + 1 :])),)
         length, (_, stride) = math.prod(n for n, _ in factors), factors[-1]
         if any(left[1] != n * inner for left, (n, inner) in pairwise(factors)):
             return None
-        return self._replace(axes=self.axes[1:], steps=(*self.steps, (depth, length, stride)))
+        plain = order == tuple(range(length))
+        step = Step(loop, length, stride, () if plain else order)
+        if any(own.loop == loop or own.backwards != step.backwards for own in self.steps):
+            return None
+        axes = (*self.axes[:axis], (), *self.axes[axis + 1 :])
+        return self._replace(axes=axes, steps=tuple(sorted((*self.steps, step))))
 
     def form(self, name: Any, shape: tuple[int, ...], order: Sequence[int]) -> ParameterForm | None:
         """The layout of a parameter whose matrix has the axes of this view in an order.
@@ -167,11 +237,11 @@ def first_axes(steps: Steps, shape: Sequence[int]) -> int | None:
     """
     if not steps:
         return 0
-    if any(left[2] != n * stride for left, (_, n, stride) in pairwise(steps)):
+    if any(left.stride != right.parts * right.stride for left, right in pairwise(steps)):
         return None
-    count = math.prod(n for _, n, _ in steps)
+    count = math.prod(step.parts for step in steps)
     for first in range(1, len(shape) + 1):
-        if math.prod(shape[first:]) == steps[-1][2]:
+        if math.prod(shape[first:]) == steps[-1].stride:
             return first if math.prod(shape[:first]) == count else None
     return None
 

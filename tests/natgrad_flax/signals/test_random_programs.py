@@ -89,6 +89,15 @@ def steps(inner, own):
     return call
 
 
+def counted(inner, own):
+    """A loop whose counter says which part of its own parameters is next."""
+
+    def step(p, i, h):
+        return inner({**p, **{name: p[name][STEPS - 1 - i] for name in own}}, h)
+
+    return lambda p, h: jax.lax.fori_loop(0, STEPS, lambda i, h: step(p, i, h), h)
+
+
 def ensemble(inner, own):
     """The mean of networks of their own parameters."""
 
@@ -134,6 +143,7 @@ AROUND = {
     "recorded": (recorded, False),
     "both ways": (both_ways, False),
     "steps": (steps, True),
+    "counted": (counted, True),
     "ensemble": (ensemble, True),
 }
 """By name what is made of a program, and whether its parameters get an axis of STEPS."""

@@ -55,9 +55,10 @@ class Text(nnx.Module):
 
 
 def refused(where, count, value, name="x", gives="(NaN|another row)"):
+    rows, more = ("1 row", "") if count == 1 else (f"{count} rows", " for one")
     return (
-        rf"^{name} has {count} numbers of rows that the table embed.embedding does not have, "
-        rf"{value} at \({where}\) for one: they count from 0 to 5, and any other gives {gives}$"
+        rf"^{name} looks up {rows} that the table embed.embedding does not have, number {value} at "
+        rf"\({where}\){more}: rows count from 0 to 5, and any other number gives {gives}$"
     )
 
 

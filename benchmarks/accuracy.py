@@ -66,7 +66,7 @@ class Accuracy(Suite):
 
     params: ClassVar[tuple[list[Any], ...]] = (
         by_profile(smoke=["digits"], fast=list(DATA), regular=list(DATA), large=list(DATA)),
-        by_profile(smoke=["exact"], fast=NAMES, regular=NAMES, large=NAMES),
+        by_profile(smoke=["exact", "ekfac"], fast=NAMES, regular=NAMES, large=NAMES),
         [by_profile(smoke=128, fast=256, regular=1024, large=4096)],
         list(STEPS),
     )

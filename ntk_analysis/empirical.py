@@ -177,8 +177,7 @@ def empirical_layer_kernels(
 
 def _samples(signals: Signals, chosen: slice) -> Signals:
     # every array of every kind of signals has the samples first
-    layers = jax.tree.map(lambda array: array[chosen], signals.layers)
-    return Signals(layers, signals.outputs[chosen])
+    return jax.tree.map(lambda array: array[chosen], signals)
 
 
 def _in_float64(model: nnx.Module) -> nnx.Module:

@@ -25,13 +25,12 @@ from ntk_analysis.methods import STRUCTURES, Method, find_structure, select_meth
 from ntk_analysis.networks import build_network, check_damping_size, check_variances
 from ntk_analysis.prediction import (
     Prediction,
-    initial_outputs,
     predict,
     predict_from_signals,
     prediction_matrix,
-    prior_variances,
     propagated,
 )
+from ntk_analysis.prior import initial_outputs, prior_variances
 from ntk_analysis.results import (
     FILE_NAME,
     METHODS,

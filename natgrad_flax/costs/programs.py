@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def approximate(
     """What a structure makes of the block of one layer, from the shapes of the signals."""
     layer, form = signals.layers[index], structure.block_form(signals.layers[index])
     if not structure.couples_layers:
-        cost = solve_cost(structure, Signals((layer,), signals.outputs), inside=inside)
+        cost = solve_cost(structure, replace(signals, layers=(layer,)), inside=inside)
         return Approximation(form, cost.held, round(cost.flops))
     small = structure.gram_size(signals) == signals.num_params
 

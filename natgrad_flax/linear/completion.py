@@ -34,14 +34,8 @@ from natgrad_flax.arguments.scalars import (
     check_number,
     check_steps,
 )
-from natgrad_flax.linear.matrix_factorization import (
-    Factors,
-    check_observations,
-    check_start,
-    euclidean_step,
-    product,
-    residual,
-)
+from natgrad_flax.linear.factorization_checks import Factors, check_observations, check_start
+from natgrad_flax.linear.matrix_factorization import euclidean_step, product, residual
 
 DECAY = 0.99
 STABILISER = 1e-4

@@ -30,8 +30,8 @@ from scipy.special import expit
 from natgrad_flax.arguments.arrays import real_array
 from natgrad_flax.arguments.scalars import check_integer, check_number, check_seed, check_steps
 from natgrad_flax.linear.descent import check_memory
+from natgrad_flax.linear.factorization_checks import check_observations
 from natgrad_flax.linear.logistic import check_full_rank, signed_inputs
-from natgrad_flax.linear.matrix_factorization import check_observations
 
 Vector = NDArray[np.float64]
 SYSTEMS = 50_000  # of the exact search for p < 1

@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from natgrad_flax.losses.base import Loss
@@ -54,11 +53,11 @@ class HeadTerms:
     """``OutputTerms`` of several heads.
 
     Attributes:
-      scales: c_h.
+      loss: of all heads, bound to the model.
       terms: of each head alone.
     """
 
-    scales: tuple[float, ...]
+    loss: Heads
     terms: tuple[OutputTerms, ...]
 
     @property
@@ -78,14 +77,14 @@ class HeadTerms:
 
     def residual(self) -> Array:
         """c_h (N w / W) r_h side by side, shape (N, C)."""
-        parts = zip(self.scales, self.terms, strict=True)
+        parts = zip(self.loss.weights, self.terms, strict=True)
         return self._side_by_side([c * terms.residual()[:, None] for c, terms in parts])[:, 0]
 
     def directions(self) -> Array:
         """The columns of all R, each zero at the outputs of other heads, shape (N, S, C)."""
         found = [
             c**0.5 * _rows(terms.directions())
-            for c, terms in zip(self.scales, self.terms, strict=True)
+            for c, terms in zip(self.loss.weights, self.terms, strict=True)
         ]
         before, whole = 0, sum(part.shape[2] for part in found)
         padded = []
@@ -97,23 +96,24 @@ class HeadTerms:
 
     def coefficients(self) -> Array:
         """w with which the directions sum to the residual, shape (N, S)."""
-        parts = zip(self.scales, self.terms, strict=True)
+        parts = zip(self.loss.weights, self.terms, strict=True)
         return jnp.concatenate([c**0.5 * terms.coefficients() for c, terms in parts], axis=1)
 
     def slope(self, vectors: Array) -> Array:
         """The mean over samples of the residual's products with vectors (N, C)."""
-        parts = zip(self.scales, self.terms, self._split(vectors), strict=True)
+        parts = zip(self.loss.weights, self.terms, self.loss.split(vectors), strict=True)
         return sum((c * terms.slope(part) for c, terms, part in parts), start=jnp.zeros(()))
 
     def curvature(self, left: Array, right: Array) -> Array:
         """The mean over samples of v^T H u for vectors (N, C)."""
-        parts = zip(self.scales, self.terms, self._split(left), self._split(right), strict=True)
+        split = self.loss.split
+        parts = zip(self.loss.weights, self.terms, split(left), split(right), strict=True)
         return sum((c * terms.curvature(v, u) for c, terms, v, u in parts), start=jnp.zeros(()))
 
     def drawn(self, key: Array, draws: int, first: Array | int, size: int) -> Array:
         """Residuals of drawn targets, those of all heads in one direction, shape (N, draws, C)."""
         keys = jax.random.split(key, len(self.terms))
-        parts = zip(self.scales, self.terms, keys, strict=True)
+        parts = zip(self.loss.weights, self.terms, keys, strict=True)
         return self._side_by_side(
             [c**0.5 * terms.drawn(own, draws, first, size) for c, terms, own in parts]
         )
@@ -122,14 +122,6 @@ class HeadTerms:
         """Raises ValueError where H of a head is not positive semi-definite."""
         for terms in self.terms:
             terms.check_curvature()
-
-    def _split(self, vectors: Array) -> list[Array]:
-        """Vectors (N, C) by head, in the shapes of the outputs."""
-        ends = np.cumsum([terms.outputs[0].size for terms in self.terms])
-        parts = jnp.split(vectors, ends[:-1], axis=1)
-        return [
-            part.reshape(terms.outputs.shape) for part, terms in zip(parts, self.terms, strict=True)
-        ]
 
     @staticmethod
     def _side_by_side(parts: list[Array]) -> Array:
@@ -159,7 +151,7 @@ def output_terms(
             found.append(OutputTerms.of(one, part, y, w))
         except ValueError as error:
             raise ValueError(f"head {name[1:-1]}: {error}") from None
-    return HeadTerms(loss.weights, tuple(found))
+    return HeadTerms(loss, tuple(found))
 
 
 def fitted_to(loss: AnyLoss, targets: Any, outputs: Array) -> Any:
@@ -236,21 +228,6 @@ def checked_weights(loss: AnyLoss, value: Any, samples: int, name: str = "weight
             for own, _, w in each_head(loss, given)
         ],
     )
-
-
-def num_counted(weights: Any, samples: int) -> int | Array:
-    """N without samples of weight 0; of several heads those of weight 0 to all of them.
-
-    Args:
-      weights: (N, ...), or a tuple by head, None for plain means.
-      samples: N.
-    """
-    heads = weights if isinstance(weights, tuple) else (weights,)
-    if any(head is None for head in heads):
-        return samples
-    counts = [jnp.any(head.reshape(samples, -1) > 0, axis=1) for head in heads]
-    # integers leave the dtype of what they multiply
-    return jnp.maximum(jnp.sum(jnp.any(jnp.stack(counts), axis=0), dtype=jnp.int32), 1)
 
 
 def check_all_values(loss: AnyLoss, targets: Any, weights: Any, name: str = "y") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from natgrad_flax.damping import is_zero, per_layer
 from natgrad_flax.linalg.dense import (
     add_diagonal,
     has_full_rank,
+    inverse_psd,
     pinv_solve,
     psd_eigenvalues,
     solve_psd,
@@ -210,6 +211,41 @@ def _in_parameters(roots: Array, gradient: Array, inputs: Array, *, rho: Array |
         return solve_block(root[:, None] * inputs, target, rho)
 
     return jax.lax.map(unit, (roots.T, gradient.T)).T
+
+
+def inverse_of_units(gram: Array, shift: Array | float) -> Callable[[Array], Array]:
+    """From d (N,) of a unit to d (d A d + s)^{-1} / d, zero where d is; the limit at the number 0.
+
+    Where the inputs have rank N that limit is A_SS^{-1} / d^2 on the samples S on which the unit is
+    active: by Cholesky, as principal submatrices are no worse conditioned than A. Otherwise every
+    unit gets an eigendecomposition of its own.
+    """
+    if not is_zero(shift):
+
+        def damped(root: Array) -> Array:
+            matrix = add_diagonal(root[:, None] * gram * root, shift)
+            return root[:, None] * solve_psd(matrix, _over(root), shifted=True)
+
+        return damped
+    full_rank = has_full_rank(gram)
+
+    def undamped(root: Array) -> Array:
+        active = (root > 0).astype(gram.dtype)
+
+        def masked() -> Array:
+            matrix = active[:, None] * gram * active + jnp.diag(1 - active)
+            return active[:, None] * divide(inverse_psd(matrix, shifted=True), root**2)
+
+        def deficient() -> Array:
+            return root[:, None] * pinv_solve(root[:, None] * gram * root, _over(root))
+
+        return jax.lax.cond(full_rank, masked, deficient)
+
+    return undamped
+
+
+def _over(root: Array) -> Array:
+    return jnp.diag(divide(jnp.ones_like(root), root))
 
 
 def _undamped(weights: Array, cotangent: Array, gram: Array) -> Array:

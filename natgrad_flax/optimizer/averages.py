@@ -22,7 +22,6 @@ from natgrad_flax.arguments.instances import call_of, own_subclasses
 from natgrad_flax.arguments.scalars import check_integer, check_number, keep_plain
 from natgrad_flax.damping import RelativeDamping, damping_as
 from natgrad_flax.linalg.dense import full_products
-from natgrad_flax.losses.by_head import num_counted
 from natgrad_flax.optimizer.gradient import Solved, loss_gradient
 from natgrad_flax.optimizer.trees import by_path, moved_by
 from natgrad_flax.signals.base import LayerUpdate, layer_updates
@@ -101,9 +100,9 @@ class MovingAverage:
         return (1 - past) / (1 - past ** count.astype(dtype))
 
     def mix(self, average: Any, new: Any, count: Array) -> Any:
-        """The average after the renewal of this number, 1 for the first."""
+        """The average after the renewal of this number, 1 for the first, in the dtypes it has."""
         if self.decay == 0:
-            return new
+            return _cast_like(average, new)
 
         def one(old: Array, now: Array) -> Array:
             weight = self.weight(count, old.dtype)
@@ -300,7 +299,6 @@ class AveragedStep:
         structure, average, fisher = self.structure, self.average, self.fisher
         arrays, microbatches = fisher.arrays(batch), fisher.microbatches
         size = batch_size(arrays)
-        counted = num_counted(arrays[2], size)
 
         def first_pass(first: Any, *part: Any) -> tuple[Any, Any]:
             signals, residual = fisher.of_microbatch(model, part, first, batch.key, size)
@@ -310,11 +308,12 @@ class AveragedStep:
                 gradient = residual.vector(signals.layers)
             with full_products():
                 statistics = self._means(self.structure, signals)
-            seen = signals if microbatches == 1 else ()
-            return (statistics, gradient), (signals.outputs, seen)
+            # of several microbatches the layers are not held
+            seen = signals if microbatches == 1 else replace(signals, layers=())
+            return (statistics, gradient), seen
 
-        passed = in_microbatches(first_pass, arrays, microbatches)
-        (new, gradient), (outputs, signals) = passed
+        (new, gradient), signals = in_microbatches(first_pass, arrays, microbatches)
+        counted = signals.num_counted
         _check_shapes(kept.moments.factors, new, size, average.decay == 0)
         count = kept.renewals + 1
         factors = average.mix(kept.moments.factors, new, count)
@@ -360,8 +359,8 @@ class AveragedStep:
 
         always = 1 if structure.cheap_inverse or interval == average.every else interval
         inverse = self._at(steps, always, inverted, lambda: kept.inverse)
-        found = Averages(count, turns, moments._replace(basis=()), inverse)
-        return gradient, outputs, _cast_like(kept, found)
+        after = Averages(count, turns, moments._replace(basis=()), inverse)
+        return gradient, signals.outputs, after
 
 
 def _cast_like(kept: Any, new: Any) -> Any:

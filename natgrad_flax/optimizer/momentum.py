@@ -11,7 +11,7 @@ count again what the new batch already contains.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ class Momentum:
         if isinstance(structure.operator(signals), Blocks):
             rhos = per_layer(damping, len(images))
             solved = tuple(
-                structure.solve(Signals((layer,), signals.outputs), Residual(w - image, None), rho)[
+                structure.solve(replace(signals, layers=(layer,)), Residual(w - image, None), rho)[
                     0
                 ]
                 for layer, image, rho in zip(signals.layers, images, rhos, strict=True)

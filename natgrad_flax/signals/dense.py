@@ -167,7 +167,11 @@ class DenseSignals(AffineLayerSignals):
         return entries
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["layers", "outputs"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["layers", "outputs", "counted"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class Signals:
     """Signals of every layer of a network on one batch, in forward order.
@@ -178,6 +182,7 @@ class Signals:
     Attributes:
       layers: one entry a layer.
       outputs: f, shape (N, ..., C).
+      counted: which samples have a weight other than 0, (N,); None where none has weights.
 
     Example:
       >>> import jax.numpy as jnp, natgrad_flax as ng
@@ -191,6 +196,7 @@ class Signals:
 
     layers: tuple[LayerSignals, ...]
     outputs: Array
+    counted: Array | None = None
 
     num_seeds = Renamed("num_directions")
     take_seeds = Renamed("take_directions")
@@ -204,12 +210,10 @@ class Signals:
     @property
     def num_counted(self) -> int | Array:
         """N without samples of weight 0, whose inputs count in no Kronecker factor."""
-        weights = [getattr(layer, "row_weights", None) for layer in self.layers]
-        own = next((w for w in weights if w is not None), None)
-        if own is None:
+        if self.counted is None:
             return self.num_samples
-        counted = jnp.any(own.reshape(self.num_samples, -1) > 0, axis=1)
-        return jnp.maximum(jnp.sum(counted.astype(self.outputs.dtype)), 1)
+        # an integer leaves the dtype of what it multiplies
+        return jnp.maximum(jnp.sum(self.counted, dtype=jnp.int32), 1)
 
     @property
     def num_directions(self) -> int:
@@ -228,13 +232,13 @@ class Signals:
 
     def take_directions(self, count: int) -> Signals:
         """The same signals with the first ``count`` output directions only."""
-        return Signals(
-            tuple(layer.take_directions(0, count) for layer in self.layers), self.outputs
-        )
+        layers = tuple(layer.take_directions(0, count) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers)
 
     def mix_directions(self, factor: Array) -> Signals:
         """The signals of sum_s R[n,s,r] f[n,s] as output directions, for R of shape (N, S, S')."""
-        return Signals(tuple(layer.mix_directions(factor) for layer in self.layers), self.outputs)
+        layers = tuple(layer.mix_directions(factor) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers)
 
     def gram(self, other: Signals | None = None) -> Array:
         """K = sum_l K_l, shape (N S, N' S'); no 1/N."""

@@ -323,4 +323,5 @@ def weigh_rows(signals: Signals, weights: Array) -> Signals:
             return dataclasses.replace(layer, row_weights=jnp.mean(weights, axis=1))
         return layer.weighed(weights) if isinstance(layer, SharedSignals) else layer
 
-    return Signals(tuple(layer.each(weighed) for layer in signals.layers), signals.outputs)
+    layers = tuple(layer.each(weighed) for layer in signals.layers)
+    return Signals(layers, signals.outputs, jnp.any(weights > 0, axis=1))

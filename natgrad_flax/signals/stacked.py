@@ -271,4 +271,4 @@ def arranged(
     _, layers, parts = zip(*found, strict=True)
     if cotangents is not None:
         residual = Residual(None, parts)
-    return Signals(layers, signals.outputs), residual
+    return dataclasses.replace(signals, layers=layers), residual

@@ -202,4 +202,4 @@ def _apart_from_ties(signals: Signals) -> Signals:
     layers = (
         layer.explicit() if isinstance(layer, TiedSignals) else layer for layer in signals.layers
     )
-    return Signals(tuple(layers), signals.outputs)
+    return replace(signals, layers=tuple(layers))

@@ -120,15 +120,12 @@ class QuasiDiagonal(AveragedStructure):
             per_layer(damping, len(train.layers)),
             strict=True,
         ):
-            scale = train_layer.bias_scale
+            scale, alone = train_layer.bias_scale, dataclasses.replace(train, layers=(train_layer,))
             if scale is None:
-                left = Signals((test_layer,), test.outputs)
-                right = Signals((train_layer,), train.outputs)
-                total = total + Diagonal().coefficient(left, right, rho)
+                left = dataclasses.replace(test, layers=(test_layer,))
+                total = total + Diagonal().coefficient(left, alone, rho)
                 continue
-            (entries,) = self.invert(
-                self.moments(Signals((train_layer,), train.outputs)), rho, train_layer.num_samples
-            )
+            (entries,) = self.invert(self.moments(alone), rho, train_layer.num_samples)
             rows = (
                 entries["ratio"].T,
                 reciprocal(entries["kernel"]).T,

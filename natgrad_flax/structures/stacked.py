@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -130,7 +130,7 @@ class Stacked:
         """As ``_over``, the first argument but the structure the layers' signals."""
 
         def of_layers(structure: Structure, layers: Any, *own: Any) -> Any:
-            return function(structure, Signals(layers, signals.outputs), *own)
+            return function(structure, replace(signals, layers=layers), *own)
 
         layers = [
             steps_first(layer.layer) if isinstance(layer, StackedSignals) else layer

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_flax.damping import RelativeDamping, is_zero, per_layer
-from natgrad_flax.linalg.dense import (
-    pinv_solve,
-    solve_psd,
-)
+from natgrad_flax.damping import RelativeDamping, per_layer
 from natgrad_flax.operators.base import (
     Blocks,
     Space,
     check_space,
     mean_gram_diagonal,
 )
-from natgrad_flax.operators.dense_units import DenseUnits, LayersOfUnits, unit_weights
-from natgrad_flax.operators.entries import divide
+from natgrad_flax.operators.dense_units import (
+    DenseUnits,
+    LayersOfUnits,
+    inverse_of_units,
+    unit_weights,
+)
 from natgrad_flax.operators.units import WholeUnits
 from natgrad_flax.signals.base import LayerSignals
 from natgrad_flax.signals.dense import DenseSignals, Signals
@@ -133,26 +134,14 @@ class UnitWise(Structure):
             strict=True,
         ):
             gram, cross = train_layer.input_gram(), test_layer.input_gram(train_layer)
-            shift = train.num_samples * rho
-            zero = is_zero(damping)
+            invert = inverse_of_units(gram, train.num_samples * rho)
 
             def kernel(
                 row: tuple[Array, ...],
-                gram: Array = gram,
                 cross: Array = cross,
-                shift: Array | float = shift,
-                zero: bool = zero,
+                invert: Callable[[Array], Array] = invert,
             ) -> Array:
-                # a' a^T sqrt(s) (sqrt(s) A sqrt(s) + N rho)^{-1} / sqrt(s), zero where s is
-                (root,) = row
-                matrix = root[:, None] * gram * root
-                right = jnp.diag(divide(jnp.ones_like(root), root))
-                if zero:
-                    solved = pinv_solve(matrix, right)
-                else:
-                    eye = jnp.eye(len(root), dtype=root.dtype)
-                    solved = solve_psd(matrix + shift * eye, right, shifted=True)
-                return (cross * root) @ solved
+                return cross @ invert(row[0])
 
             roots = jnp.sqrt(unit_weights(train_layer)).T
             total = total + sum_over_units(test_layer, train_layer, (roots,), kernel)

@@ -33,7 +33,14 @@ from ntk_analysis.reproduce.karakida_osawa import (
     layer_wise,
     unit_wise,
 )
-from ntk_analysis.reproduce.kerekes import diagonal, invariance, matrices, stable_solve, toy
+from ntk_analysis.reproduce.kerekes import (
+    diagonal,
+    invariance,
+    matrices,
+    parametrisation,
+    stable_solve,
+    toy,
+)
 from ntk_analysis.reproduce.kerekes import logistic as logistic_checks
 from ntk_analysis.reproduce.natgrad import (
     drift,
@@ -220,7 +227,7 @@ FAULTS = {
         "adapt",
         lambda right: lambda self, now, *ratio: now**2 / right(self, now, *ratio),
     ),
-    "KE-Stmt": Fault("the sign", invariance, "diagonal_step", times(-1)),
+    "KE-Stmt": Fault("the sign", parametrisation, "diagonal_step", times(-1)),
     "KE-Lem1": Fault(
         "phi(s) for phi(s) phi(-s)",
         logistic_checks,

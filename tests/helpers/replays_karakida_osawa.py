@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,19 +28,25 @@ def _curve(method: Any, width: int, seed: int, found: dict[str, Any]) -> figure1
     return figure1.Curve(method, width, seed, 1.0, *losses)
 
 
+def _trained(curve: Callable[[Any, int, int], figure1.Curve]) -> StandIns:
+    """Stand-ins for data and training, from method, width and seed to what was recorded."""
+
+    def train(cells: Any, methods: Any, width: int, _: Any) -> list[figure1.Curve]:
+        return [curve(method, width, seed) for _, seed in cells for method, _ in methods]
+
+    return {"mnist_pair": always(None), "train_beside_theory": train}
+
+
 @replay("KO-Fig1a", what=_DESCENT)
 def _figure_1a(record: Record, wrong: bool) -> StandIns:
     found = {(c["structure"], c["factor"], c["seed"]): c for c in record["data"]["curves"]}
 
-    def train(data: Any, methods: Any, width: int, seed: int, *_: Any) -> list[figure1.Curve]:
-        curves = []
-        for method, _ in methods:
-            name = method.structure.name
-            name = "GradientDescent" if wrong and name == "KFAC" else name
-            curves.append(_curve(method, width, seed, found[name, method.factor, seed]))
-        return curves
+    def curve(method: Any, width: int, seed: int) -> figure1.Curve:
+        name = method.structure.name
+        name = "GradientDescent" if wrong and name == "KFAC" else name
+        return _curve(method, width, seed, found[name, method.factor, seed])
 
-    return {"mnist_pair": always(None), "train_beside_theory": train}
+    return _trained(curve)
 
 
 @replay("KO-Fig1a-width", what=_DESCENT)
@@ -59,10 +66,7 @@ def _figure_1a_width(record: Record, wrong: bool) -> StandIns:
         slow = wrong and name == "kfac"
         return _curve(method, width, seed, {"network": [start, start, start] if slow else losses})
 
-    def train(data: Any, methods: Any, width: int, seed: int, *_: Any) -> list[figure1.Curve]:
-        return [curve(method, width, seed) for method, _ in methods]
-
-    return {"mnist_pair": always(None), "train_beside_theory": train}
+    return _trained(curve)
 
 
 @replay("KO-Fig1a-README", what="tested on the training samples")
@@ -71,10 +75,7 @@ def _readme(record: Record, wrong: bool) -> StandIns:
     if wrong:
         found = {seed: {**c, "network_test": c["network"]} for seed, c in found.items()}
 
-    def train(data: Any, methods: Any, width: int, seed: int, *_: Any) -> list[figure1.Curve]:
-        return [_curve(methods[0][0], width, seed, found[seed])]
-
-    return {"mnist_pair": always(None), "train_beside_theory": train}
+    return _trained(lambda method, width, seed: _curve(method, width, seed, found[seed]))
 
 
 @replay("KO-Fig1b-left", "KO-Fig1b-right", what="the damping is dropped")

@@ -121,7 +121,7 @@ def test_losses_are_infinite_after_an_update_that_is_not_finite():
 def test_network_and_theory_side_by_side():
     data = natgrad_datasets.load("gaussian", num_train=10, num_test=5, input_dim=12)
     methods = ((Method("block-diagonal", 0.5, 0.0), 4), (Method("gd", 1.0, 0.0), 6))
-    natural, descent = figure1.train_beside_theory(data, methods, 512, 0, silent, {})
+    natural, descent = figure1.train_beside_theory([(data, 0)], methods, 512, silent)
     assert natural.learning_rate == pytest.approx(0.5 / 3)
     np.testing.assert_allclose(natural.theory / natural.theory[0], 0.25 ** np.arange(5), rtol=1e-6)
     assert figure1.largest_deviation(natural, 0.0) > figure1.largest_deviation(natural, 1e-2) > 0

@@ -9,7 +9,8 @@ from flax import nnx
 
 import natgrad_flax as ng
 import ntk_analysis as na
-from ntk_analysis.prediction import Prediction, initial_outputs
+from ntk_analysis.prediction import Prediction
+from ntk_analysis.prior import initial_outputs
 
 N, TEST, INPUTS = 12, 7, 20
 WEIGHT, BIAS = 2.0, 0.3

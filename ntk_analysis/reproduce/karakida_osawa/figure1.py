@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,49 +104,49 @@ def relu_network(data: Dataset, width: int, depth: int, seed: int) -> MLP:
 
 
 def train_beside_theory(
-    data: Dataset,
+    cells: Iterable[tuple[Dataset, int]],
     methods: tuple[tuple[Method, int], ...],
     width: int,
-    seed: int,
     report: Report,
-    trainers: dict[Method, Trainer],
 ) -> list[Curve]:
     """Networks of three layers beside their linearisation, at c / alpha (or c / lambda_max).
 
     Args:
-      data: training and test samples.
+      cells: training and test samples, as many in every cell, and the seed of the initial
+        parameters, the same for every method.
       methods: each with its number of steps.
       width: M of both hidden layers.
-      seed: of the initial parameters, the same for every method.
       report: told about each method.
-      trainers: compiled for this width and these numbers of samples; new ones are added.
+
+    Returns:
+      Those of every method for the first cell, then those for the next.
     """
-    model = relu_network(data, width, 3, seed)
-    signals = initial_signals(model, data.x_train, data.x_test)
-    targets = np.asarray(data.y_train, np.float64)
-    curves = []
-    for method, steps in methods:
-        report(f"{method.identifier}, width {width}, seed {seed}")
-        train, test = coefficient_pair(method.structure, signals, method.damping)
-        rate = theoretical_learning_rate(method, model, data.num_train, train).value
-        theory = linearised_dynamics(train, test, signals.outputs, targets, rate, steps)
-        samples = data.x_train, data.y_train, data.x_test
-        if method not in trainers:
-            trainers[method] = Trainer(model, method.structure, *samples, method.damping)
-        trainer = trainers[method].beginning_with(model, *samples)
-        run = trainer.run(rate, steps)
-        curves.append(
-            Curve(
-                method,
-                width,
-                seed,
-                rate,
-                theory.train_losses,
-                squared_losses(run.outputs_train, data.y_train),
-                theory.test_losses(data.y_test),
-                squared_losses(run.outputs_test, data.y_test),
+    curves, trainers = [], dict[Method, Trainer]()
+    for data, seed in cells:
+        model = relu_network(data, width, 3, seed)
+        signals = initial_signals(model, data.x_train, data.x_test)
+        targets = np.asarray(data.y_train, np.float64)
+        for method, steps in methods:
+            report(f"{method.identifier}, width {width}, seed {seed}")
+            train, test = coefficient_pair(method.structure, signals, method.damping)
+            rate = theoretical_learning_rate(method, model, data.num_train, train).value
+            theory = linearised_dynamics(train, test, signals.outputs, targets, rate, steps)
+            samples = data.x_train, data.y_train, data.x_test
+            if method not in trainers:
+                trainers[method] = Trainer(model, method.structure, *samples, method.damping)
+            run = trainers[method].beginning_with(model, *samples).run(rate, steps)
+            curves.append(
+                Curve(
+                    method,
+                    width,
+                    seed,
+                    rate,
+                    theory.train_losses,
+                    squared_losses(run.outputs_train, data.y_train),
+                    theory.test_losses(data.y_test),
+                    squared_losses(run.outputs_test, data.y_test),
+                )
             )
-        )
     return curves
 
 
@@ -206,12 +207,8 @@ def run_figure_1a(report: Report) -> Outcome:
     small = tuple((Method("block-diagonal", c, 0.0), steps) for c in (0.5, 0.25))
     unit_factor = tuple((Method(name, 1.0, rho), 5) for name, (_, rho) in _LEAVES.items())
     methods = (*unit_factor, *small, (Method("gd", 1.0, 0.0), 2 * steps))
-    trainers: dict[Method, Trainer] = {}
-    curves = [
-        curve
-        for seed in _SEEDS
-        for curve in train_beside_theory(data, methods, PAPER_WIDTH, seed, report, trainers)
-    ]
+    cells = [(data, seed) for seed in _SEEDS]
+    curves = train_beside_theory(cells, methods, PAPER_WIDTH, report)
     slow, descent = (
         [c.network[steps] for c in curves if c.method.identifier == name]
         for name in ("block-diagonal c=0.25", "gd")
@@ -253,16 +250,11 @@ def run_width_scaling(report: Report) -> Outcome:
     """Losses of three pairs of digits at two widths."""
     fast = tuple((Method(name, 1.0, rho), 2) for name, (_, rho) in _LEAVES.items())
     slow = ((Method("block-diagonal", 0.5, 0.0), 6), (Method("gd", 1.0, 0.0), 20))
-    runs: dict[int, list[Curve]] = {}
-    for width in _SCALING_WIDTHS:
-        trainers: dict[Method, Trainer] = {}
-        runs[width] = [
-            curve
-            for digits, seed in _CELLS
-            for curve in train_beside_theory(
-                mnist_pair(digits, num_test=1), (*fast, *slow), width, seed, report, trainers
-            )
-        ]
+    cells = [(mnist_pair(digits, num_test=1), seed) for digits, seed in _CELLS]
+    runs = {
+        width: train_beside_theory(cells, (*fast, *slow), width, report)
+        for width in _SCALING_WIDTHS
+    }
     measurements: list[Measurement] = []
     for width, curves in runs.items():
         measurements += _within(curves, f"M = {width}")
@@ -307,11 +299,8 @@ def run_readme(report: Report) -> Outcome:
     """Exact natural gradient on the data of the authors' README."""
     data = mnist_pair((0, 1), num_test=_README_NUM_TEST)
     method = Method("exact", 1.0, 0.0)
-    trainers: dict[Method, Trainer] = {}
-    curves = [
-        train_beside_theory(data, ((method, 2),), PAPER_WIDTH, seed, report, trainers)[0]
-        for seed in _SEEDS
-    ]
+    cells = [(data, seed) for seed in _SEEDS]
+    curves = train_beside_theory(cells, ((method, 2),), PAPER_WIDTH, report)
     theirs_train, theirs_test = np.mean(_README_TRAIN, axis=0), np.mean(_README_TEST, axis=0)
     train = np.mean([curve.network for curve in curves], axis=0)
     test = np.mean([curve.network_test for curve in curves], axis=0)

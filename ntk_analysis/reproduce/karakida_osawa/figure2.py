@@ -25,7 +25,8 @@ from natgrad_flax import (
 )
 from ntk_analysis.coefficient import analytic_signals
 from ntk_analysis.empirical import Matrix
-from ntk_analysis.prediction import Prediction, initial_outputs, predict_from_signals
+from ntk_analysis.prediction import Prediction, predict_from_signals
+from ntk_analysis.prior import initial_outputs
 from ntk_analysis.reproduce.images import images
 from ntk_analysis.reproduce.karakida_osawa.common import unit_rows
 from ntk_analysis.reproduce.registry import (

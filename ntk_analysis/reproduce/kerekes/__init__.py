@@ -10,6 +10,7 @@ PAPER = Paper(
     "Depth without the magic: inductive bias of natural gradient descent",
     "Preprint",
     modules=(
+        "parametrisation",
         "invariance",
         "logistic",
         "stable_solve",

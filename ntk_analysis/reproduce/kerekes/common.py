@@ -26,6 +26,10 @@ logistic_field = jax.jit(logistic.natural_gradient_field)
 logistic_fisher = jax.jit(logistic.fisher)
 diagonal_step = jax.jit(diagonal_network.natural_gradient)
 
+SEEDS = 4
+"""Random draws of every shape; the worst counts."""
+DRAWN = f"Gaussian data with the labels of a linear teacher, {SEEDS} draws of every shape, float64"
+
 
 @dataclass(frozen=True, eq=False)
 class Case:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from natgrad_flax.linear import matrix_factorization as mf
 from natgrad_flax.linear import references
 from natgrad_flax.linear.completion import complete, effective_rank, initial_factors
+from natgrad_flax.linear.factorization_checks import Factors
 from ntk_analysis.reproduce.kerekes.common import in_pieces
 from ntk_analysis.reproduce.precision import in_float64
 from ntk_analysis.reproduce.registry import (
@@ -114,7 +115,7 @@ def problem(setting: Setting, count: int) -> Problem:
     )
 
 
-def draw_factors(setting: Setting, depth: int, scale: float, gaussians: int = 1) -> mf.Factors:
+def draw_factors(setting: Setting, depth: int, scale: float, gaussians: int = 1) -> Factors:
     """Factors to start from, each a product of so many Gaussian matrices."""
     return initial_factors(
         setting.size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from natgrad_flax import MLP, ConvNet, MeanSquaredError, Signals, Structure, natural_gradient
+from natgrad_flax import MLP, ConvNet, MeanSquaredError, Structure, natural_gradient
 from natgrad_flax.structures.base import dense_layer
 from ntk_analysis.coefficient import Damping
 from ntk_analysis.empirical import Matrix, initial_signals
@@ -53,7 +54,7 @@ def layer_coefficients(structure: Structure, model: nnx.Module, x: Matrix) -> li
     """
     signals = initial_signals(model, x).train
     with jax.enable_x64(True):
-        alone = [Signals((layer,), signals.outputs) for layer in signals.layers]
+        alone = [replace(signals, layers=(layer,)) for layer in signals.layers]
         return [np.asarray(structure.coefficient(part, part, 0.0)) for part in alone]
 
 

@@ -15,7 +15,6 @@ from jax.flatten_util import ravel_pytree
 
 import natgrad_flax as ng
 from natgrad_flax import devices
-from natgrad_flax.losses.by_head import num_counted
 
 pytestmark = pytest.mark.usefixtures("x64")
 N, T, V = 4, 5, 3
@@ -219,10 +218,39 @@ class TestScalings:
 
     def test_heads(self):
         """A sample counts that one of the heads looks at."""
-        weights = (jnp.asarray([1.0, 0, 0]), jnp.asarray([[0.0], [1.0], [0.0]]))
-        assert num_counted(weights, 3) == 2
-        assert num_counted((weights[0], None), 3) == 3
-        assert num_counted(None, 3) == 3
+        loss = ng.Heads((ng.MeanSquaredError(), ng.MeanSquaredError()))
+        weights = (jnp.asarray([1.0, 0, 0]), jnp.asarray([0, 1.0, 0]))
+
+        class Twice(nnx.Module):
+            def __init__(self):
+                self.layer = ng.MLP((2, 1), rngs=nnx.Rngs(0))
+
+            def __call__(self, x):
+                return self.layer(x), self.layer(2 * x)
+
+        def counted(weights):
+            y = (jnp.ones((3, 1)),) * 2
+            x, settings = jnp.ones((3, 2)), {"loss": loss, "weights": weights}
+            return ng.fisher_signals(Twice(), x, y, **settings)[0].num_counted
+
+        assert counted(weights) == 2
+        assert counted((weights[0], None)) == 3
+        assert counted(None) == 3
+
+    def test_no_layer_with_inputs(self):
+        """A parameter that scales features has no inputs that a Kronecker factor would weigh."""
+
+        class Scales(nnx.Module):
+            def __init__(self):
+                self.scale = nnx.Param(jnp.asarray([0.5, -1.0, 2.0]))
+
+            def __call__(self, x):
+                return x * self.scale
+
+        x = jnp.asarray(RNG.normal(size=(len(self.THERE), 3)))
+        y = np.arange(len(x)) % 3
+        found = step(Scales(), x, y, weights=1.0 * self.THERE, damping=RELATIVE)
+        close(found, step(Scales(), x[self.THERE], y[self.THERE], damping=RELATIVE))
 
 
 @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])

@@ -1,5 +1,6 @@
 """The claims of Karakida & Osawa 2020 about structures, by the identifiers of the science notes."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from natgrad_reference import make_mlp, metric, reference
+from random_signals import dense
 
 import natgrad_flax as ng
 from natgrad_flax.structures import Geometry
@@ -228,6 +230,18 @@ def test_theorem_5_1_unit_wise_is_diagonal_with_active_counts(activation):
     assert alpha == pytest.approx(42 if activation == "tanh" else 21.5)
     if activation == "tanh":
         assert (counts == 42).all()
+
+
+def test_theorem_5_1_holds_however_small_derivatives_are():
+    """An active sample counts, though its squared derivative is 1e-14 of another one's."""
+    rng = np.random.default_rng(0)
+    layer = dense(rng, 5, 1, 8, 20)
+    active = rng.random((5, 1, 20)) > 0.3
+    scale = jnp.asarray(np.where(active, 10.0 ** rng.uniform(-7, 0, active.shape), 0))
+    layer = replace(layer, derivatives=scale * layer.derivatives)
+    signals = ng.Signals((layer,), jnp.zeros((5, 1)))
+    found = compiled_coefficient(ng.UnitWise(), signals, signals, 0.0)
+    np.testing.assert_allclose(found, np.diag(active.sum((1, 2))), atol=1e-6)
 
 
 def test_section_d_exact_plus_mse():

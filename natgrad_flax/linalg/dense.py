@@ -8,6 +8,7 @@ and the derivatives are rules of products with inverses: any mode, any order, ba
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -241,30 +242,41 @@ def _inverse_and_null_jvp(
 
 
 def _inverse_from_factor(factor: Array) -> Array:
-    """(L L^T)^{-1} = X^T X with X = L^{-1} = [[A, 0], [C, B]], without the products with zeros.
+    """(L L^T)^{-1} = X^T X with X = L^{-1}, without most of the products with zeros.
 
     Nearly all of it is matrix products, which use every core; triangular solves with many
     right-hand sides do not.
     """
-    inverse, n = _inverse_lower(factor), factor.shape[0]
-    if n < 512:
+    inverse = _inverse_lower(factor)
+    if len(factor) < 512:
         return inverse.T @ inverse
-    half = n // 2
-    # of the rows above only the columns to the left are not zero
-    lower = symmetric_product(inverse[half:].T)
-    return lower.at[:half, :half].add(symmetric_product(inverse[:half, :half].T))
+    product = jnp.zeros_like(factor)
+    for begin, end in _bounds(len(factor), 4):
+        rows = inverse[begin:, begin:end].T @ inverse[begin:, :end]
+        product = lax.dynamic_update_slice(product, rows, (begin, 0))
+    return jnp.tril(product) + jnp.tril(product, -1).T
 
 
 def _inverse_lower(factor: Array) -> Array:
-    """The inverse of a lower triangular matrix, by halves."""
-    n = factor.shape[0]
-    if n <= 300:
+    """The inverse of a lower triangular matrix, by blocks of rows."""
+    n = len(factor)
+    if n <= 400:
         eye = jnp.eye(n, dtype=factor.dtype)
         return lax_linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    half = n // 2
-    a, b = _inverse_lower(factor[:half, :half]), _inverse_lower(factor[half:, half:])
-    c = -(b @ factor[half:, :half]) @ a
-    return jnp.concatenate([jnp.pad(a, ((0, 0), (0, n - half))), jnp.concatenate([c, b], axis=1)])
+    inverse = jnp.zeros_like(factor)
+    # four have fewer steps, two fewer products with zeros, which count where there is more to do
+    for begin, end in _bounds(n, 4 if n <= 1600 else 2):
+        own = _inverse_lower(factor[begin:end, begin:end])
+        inverse = lax.dynamic_update_slice(inverse, own, (begin, begin))
+        if begin:
+            left = -own @ (factor[begin:end, :begin] @ inverse[:begin, :begin])
+            inverse = lax.dynamic_update_slice(inverse, left, (begin, 0))
+    return inverse
+
+
+def _bounds(n: int, count: int) -> list[tuple[int, int]]:
+    """Where blocks of n rows begin and end."""
+    return list(itertools.pairwise(n * i // count for i in range(count + 1)))
 
 
 def add_diagonal(matrix: Array, value: Array | float) -> Array:
@@ -345,8 +357,8 @@ def symmetric_product(x: Array, halvings: int = 2) -> Array:
     """x x^T for x (n, m), with the blocks above the diagonal mirrored where n and m are large.
 
     XLA has no symmetric rank-k product; two halvings do 5/8 of the full product's work. Below m of
-    about 256 the copies of blocks cost more than that saves. On a mesh it is a whole product, whose
-    rows XLA shares out.
+    about 256 the copies of blocks cost more than that saves, and so they do where x is a transposed
+    array: x^T x is better written out. On a mesh it is a whole product, whose rows XLA shares out.
     """
     n, m = x.shape
     if halvings == 0 or n < 512 or m < 256 or many_devices():

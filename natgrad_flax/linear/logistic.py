@@ -103,7 +103,8 @@ def fisher(x: Any, coefficients: Array) -> Array:
     """
     x = check_array(x)
     check_memory((x.shape[1],) * 2, x.dtype, "the Fisher", _ADVICE)
-    return symmetric_product((x * jnp.exp(_log_variance(x @ coefficients) / 2)[:, None]).T)
+    scaled = x * jnp.exp(_log_variance(x @ coefficients) / 2)[:, None]
+    return scaled.T @ scaled
 
 
 def _log_variance(u: Array) -> Array:
@@ -175,7 +176,7 @@ class TrainNaturalGradient:
         shift = jnp.max(log_weights)
         scaled = self.signed * jnp.exp((log_weights - shift) / 2)[:, None]
         gradient = self.signed.T @ jnp.exp(-jax.nn.softplus(u) - shift)
-        return -solve_psd(symmetric_product(scaled.T), gradient, shifted=False)
+        return -solve_psd(scaled.T @ scaled, gradient, shifted=False)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["signed"], meta_fields=["normalised"])

@@ -161,7 +161,8 @@ class Factor:
 
     def to_dense(self, damping: Array | float = 0.0) -> Array:
         """A + rho, shape (P, P)."""
-        return add_diagonal(symmetric_product(self.rows.array().T) / self.divisor, damping)
+        rows = self.rows.array()
+        return add_diagonal(rows.T @ rows / self.divisor, damping)
 
     def system(self, damping: Array | float) -> Array:
         """What is factorised: A + rho, or r r^T + d rho."""

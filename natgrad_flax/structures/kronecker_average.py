@@ -97,7 +97,7 @@ class FactorAverage(AveragedStructure):
             if rows and isinstance(layer, DenseSignals) and layer.num_samples < layer.fan_in:
                 (a,), (d,) = factor_rows(layer, self.sharing)
                 n = float(layer.num_samples)
-                units = symmetric_product(d.T)[None] / n
+                units = (d.T @ d)[None] / n
                 found.append({"rows": a / jnp.sqrt(n), "units": units, "norms": norms})
                 continue
             name = "shared" if isinstance(layer, SharedSignals) else "inputs"
@@ -365,7 +365,7 @@ def factor_means(layer: AffineSignals, sharing: Sharing, name: str = "inputs") -
 
 def products_of_rows(rows: Array) -> Array:
     """rows^T rows of every group, (G, P, P) for rows (G, R, P)."""
-    return jnp.stack([symmetric_product(group.T) for group in rows])
+    return jnp.stack([group.T @ group for group in rows])
 
 
 def inverse_groups(factors: Array, rho: Array | float, *, shifted: bool) -> Array:

@@ -137,7 +137,7 @@ WORKLOADS = (
         },
         title="Poisson equation in 2 dimensions, 2-32-32-1 tanh, 400 points inside and 100 on the "
         "boundary, residuals, full batch, float64",
-        version=2,
+        version=3,
         question="Does curvature solve an equation to the digits that float64 has?",
         batch_size=None,
         max_steps=STEPS,
@@ -157,7 +157,7 @@ WORKLOADS = (
         },
         title="Heat equation in space and time, 2-32-32-1 tanh, 350 points inside and 150 on the "
         "boundary, residuals, full batch, float64",
-        version=2,
+        version=3,
         question="Does it also where the solution runs forward in time?",
         batch_size=None,
         max_steps=STEPS,

@@ -102,7 +102,8 @@ def markdown(device: dict[str, Any], most: int = 12) -> str:
         lines.append("| " + " | ".join(map(texts.markdown, cells)) + " |")
     rest = len(ranked) - len(shown)
     if rest:
-        lines += ["", f"{rest} more contestants are on the page of the leaderboard."]
+        more = "1 more contestant is" if rest == 1 else f"{rest} more contestants are"
+        lines += ["", f"{more} on the page of the leaderboard."]
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
@@ -38,6 +38,26 @@ def survey(
         if _is_parameter(view):
             walk.uses_of(view).others.append("return")
     return program, walk.uses
+
+
+class _Site(NamedTuple):
+    """An equation, and what is known where it stands.
+
+    Attributes:
+      program: that it is one of.
+      number: its own in the program.
+      equation: itself.
+      seen: for each input the view that it is, None for others.
+      integers: for each input what is known of it beforehand.
+      loops: lengths of the loops around, the outermost first.
+    """
+
+    program: Program
+    number: int
+    equation: Any
+    seen: Sequence[Any]
+    integers: Sequence[Known | None]
+    loops: tuple[int, ...]
 
 
 class _Survey:
@@ -81,39 +101,32 @@ class _Survey:
             seen = [of(v) for v in equation.invars]
             if any(view is not None for view in seen):
                 whole = integers.of(equation.invars)
-                found = self._equation(program, number, equation, seen, loops, whole)
+                found = self._equation(_Site(program, number, equation, seen, whole, loops))
                 learn(equation.outvars, found or [None] * len(equation.outvars))
             else:
                 integers.follow(equation)
         return program, [of(v) for v in jaxpr.outvars]
 
-    def _equation(
-        self,
-        program: Program,
-        number: int,
-        equation: Any,
-        seen: list[Any],
-        loops: tuple[int, ...],
-        integers: list[Known | None],
-    ) -> list[View | None] | None:
+    def _equation(self, site: _Site) -> list[View | None] | None:
+        equation, seen = site.equation, site.seen
         name = equation.primitive.name
         inner = _called(equation)
         if inner is not None:
-            return self._enter(program, number, inner, seen, loops, integers)
+            return self._enter(site, inner)
         if name == "scan":
-            self._scan(program, number, equation, seen, loops, integers)
+            self._scan(site)
             return None
         if name == "cond":
-            self._branches(program, number, equation, seen, loops, integers)
+            self._branches(site)
             return None
         parameters = [view for view in seen if _is_parameter(view)]
         if len(parameters) == 1:
             side = seen.index(parameters[0])
-            part = _part(equation, side, parameters[0], integers)
+            part = _part(site, side)
             if part is not None:
                 return [part]
             if side in _SIDES.get(name, ()):
-                return [self._place(program, number, equation, side, loops, parameters[0])]
+                return [self._place(site, side)]
         if sum(view is not None for view in seen) == 1:
             moved = _rearranged(equation, seen)
             if moved is not None:
@@ -132,55 +145,36 @@ class _Survey:
             self.uses_of(view).others.append(said)
         return None
 
-    def _enter(
-        self,
-        program: Program,
-        number: int,
-        inner: Any,
-        seen: list[Any],
-        loops: tuple[int, ...],
-        integers: Sequence[Known | None],
-    ) -> list[View | None]:
+    def _enter(self, site: _Site, inner: Any) -> list[View | None]:
         """Follows a program within the program."""
-        called, found = self.program(inner.jaxpr, inner.consts, seen, loops, integers)
+        called, found = self.program(
+            inner.jaxpr, inner.consts, site.seen, site.loops, site.integers
+        )
         if next(called.numbers(), None) is not None:
-            program.inner[number] = (called,)
+            site.program.inner[site.number] = (called,)
         return found
 
-    def _branches(
-        self,
-        program: Program,
-        number: int,
-        equation: Any,
-        seen: list[Any],
-        loops: tuple[int, ...],
-        integers: list[Known | None],
-    ) -> None:
+    def _branches(self, site: _Site) -> None:
         """Follows all branches, with what each sees of parameters."""
-        tags = [view if _is_parameter(view) else None for view in seen[1:]]
+        tags = [view if _is_parameter(view) else None for view in site.seen[1:]]
         branches = []
-        for inner in equation.params["branches"]:
-            called, found = self.program(inner.jaxpr, inner.consts, tags, loops, integers[1:])
+        for inner in site.equation.params["branches"]:
+            called, found = self.program(
+                inner.jaxpr, inner.consts, tags, site.loops, site.integers[1:]
+            )
             branches.append(called)
             for view in found:
                 if _is_parameter(view):
                     self.uses_of(view).others.append("cond")
         if any(next(called.numbers(), None) is not None for called in branches):
-            program.inner[number] = tuple(branches)
+            site.program.inner[site.number] = tuple(branches)
 
-    def _scan(
-        self,
-        program: Program,
-        number: int,
-        equation: Any,
-        seen: list[Any],
-        loops: tuple[int, ...],
-        integers: list[Known | None],
-    ) -> None:
+    def _scan(self, site: _Site) -> None:
+        equation, loops = site.equation, site.loops
         consts, carried = loop_inputs(equation)
         tags: list[View | None] = []
         loop = Loop(len(loops), self.equations, equation.params["reverse"])
-        for position, view in enumerate(seen):
+        for position, view in enumerate(site.seen):
             inside = None
             if _is_parameter(view):
                 if position < consts:
@@ -191,21 +185,17 @@ class _Survey:
                 if inside is None:
                     self.uses_of(view).others.append("scan")
             tags.append(inside)
-        inner, around = equation.params["jaxpr"], (*loops, equation.params["length"])
-        counted = in_loop(equation, integers, loop)
-        for view in self._enter(program, number, inner, tags, around, counted):
+        within = site._replace(
+            seen=tags,
+            integers=in_loop(equation, site.integers, loop),
+            loops=(*loops, equation.params["length"]),
+        )
+        for view in self._enter(within, equation.params["jaxpr"]):
             if _is_parameter(view):
                 self.uses_of(view).others.append("scan")
 
-    def _place(
-        self,
-        program: Program,
-        number: int,
-        equation: Any,
-        side: int,
-        loops: tuple[int, ...],
-        view: View,
-    ) -> View:
+    def _place(self, site: _Site, side: int) -> View:
+        equation, view = site.equation, site.seen[side]
         other, result = equation.invars[1 - side].aval, equation.outvars[0].aval
         place = Place(
             self.places,
@@ -215,11 +205,11 @@ class _Survey:
             equation.params,
             other.shape,
             jax.ShapeDtypeStruct(result.shape, result.dtype),
-            loops,
+            site.loops,
         )
         self.places += 1
         self.uses_of(view).places.append(place)
-        program.places[number] = place
+        site.program.places[site.number] = place
         return View.of(place.number, result.shape)
 
 
@@ -227,16 +217,17 @@ def _is_parameter(view: Any) -> bool:
     return view is not None and isinstance(view.source, tuple)
 
 
-def _part(equation: Any, side: int, view: View, integers: list[Known | None]) -> View | None:
+def _part(site: _Site, side: int) -> View | None:
     """The part of a view that an equation takes by what counts the steps of loops.
 
     None for others, and for one row of a table, which stays one.
     """
+    equation, view = site.equation, site.seen[side]
     name, sizes = equation.primitive.name, equation.params.get("slice_sizes", ())
     matrix = sum(size > 1 for size in sizes) > 1
     if side or name not in ("dynamic_slice", "gather") or (name == "gather" and not matrix):
         return None
-    starts = starts_of(equation, integers)
+    starts = starts_of(equation, site.integers)
     if starts is None:
         return None
     part: View | None = view
@@ -259,7 +250,7 @@ def _called(equation: Any) -> Any:
     return inner if hasattr(inner, "consts") else jax.extend.core.ClosedJaxpr(inner, ())
 
 
-def _rearranged(equation: Any, seen: list[Any]) -> View | None:
+def _rearranged(equation: Any, seen: Sequence[Any]) -> View | None:
     """The view that an equation makes of its one view, None where its entries become others."""
     name, params = equation.primitive.name, equation.params
     (view,) = (one for one in seen if one is not None)

@@ -208,6 +208,22 @@ def _inverse_jvp(
     return jax.jvp(lambda matrix: _inverse_and_null(matrix, shifted)[0], primals, tangents)
 
 
+@jax.custom_jvp
+def inverse_pd(matrix: Array) -> Array:
+    """The inverse of a positive definite (n, n) matrix; NaN where it has no Cholesky factor."""
+
+    def invert(matrix: Array) -> Array:
+        return _inverse_from_factor(lax_linalg.cholesky(matrix, symmetrize_input=False))
+
+    return cubic(sequential_vmap(invert), matrix)
+
+
+@inverse_pd.defjvp
+def _inverse_pd_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    inverse = inverse_pd(*primals)
+    return inverse, -inverse @ tangents[0] @ inverse
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _inverse_and_null(matrix: Array, shifted: bool | None) -> tuple[Array, Array]:
     """A^+, and the projection on the null space of A: exactly zero where Cholesky serves."""
@@ -248,7 +264,7 @@ def _inverse_from_factor(factor: Array) -> Array:
     right-hand sides do not.
     """
     inverse = _inverse_lower(factor)
-    if len(factor) < 512:
+    if len(factor) < 640:
         return inverse.T @ inverse
     product = jnp.zeros_like(factor)
     for begin, end in _bounds(len(factor), 4):
@@ -264,8 +280,9 @@ def _inverse_lower(factor: Array) -> Array:
         eye = jnp.eye(n, dtype=factor.dtype)
         return lax_linalg.triangular_solve(factor, eye, left_side=True, lower=True)
     inverse = jnp.zeros_like(factor)
-    # four have fewer steps, two fewer products with zeros, which count where there is more to do
-    for begin, end in _bounds(n, 4 if n <= 1600 else 2):
+    # four have fewer steps; two are fewer kernels, and fewer products with zeros, which count where
+    # there is more to do
+    for begin, end in _bounds(n, 4 if 640 < n <= 1600 else 2):
         own = _inverse_lower(factor[begin:end, begin:end])
         inverse = lax.dynamic_update_slice(inverse, own, (begin, begin))
         if begin:

@@ -15,6 +15,7 @@ from natgrad_flax.linalg.dense import (
     add_diagonal,
     eigh,
     has_full_rank,
+    inverse_pd,
     inverse_psd,
     lu_solve,
     pinv_solve,
@@ -22,6 +23,12 @@ from natgrad_flax.linalg.dense import (
     solve_psd,
 )
 from natgrad_flax.linalg.execution import many_devices
+
+RESIDUAL = 0.01
+"""Of the right-hand side, beyond which an elimination does not count as a solution.
+
+With full rank it leaves some eps whatever s is. With a layer that lacks rank, rounding grows as 1/s
+and is about as large in the residual as in the update."""
 
 
 def mix(sigma: np.ndarray, targets: list[Array]) -> list[Array]:
@@ -69,8 +76,8 @@ def solve_tridiagonal(
     Layers 1, 3, 5, ... have the positive definite diagonal blocks K_l + s and no coupling among
     themselves; they are eliminated by Cholesky. What remains, of half the size, is indefinite and
     is solved by LU with pivoting. Plain block elimination from one end would divide by blocks that
-    become singular as s -> 0. Where s is too small for that in this precision, the system is solved
-    in the ranges of the layers.
+    become singular as s -> 0. Where layers lack rank and s is too small for that in this precision,
+    which residuals tell, the system is solved in the ranges of the layers.
 
     Args:
       sigma: the tri-diagonal coupling.
@@ -81,17 +88,27 @@ def solve_tridiagonal(
     """
     eliminated = _eliminate(grams, shift)
     duals = eliminated(targets)
+    left = _residuals(grams, targets, shift, duals)
     if refine:
-        left = [
-            target - shift * dual - sum(grams[j] @ duals[j] for j in _beside(i, len(grams), 0))
-            for i, (target, dual) in enumerate(zip(targets, duals, strict=True))
-        ]
         duals = [dual + more for dual, more in zip(duals, eliminated(left), strict=True)]
+        left = _residuals(grams, targets, shift, duals)
+    norms, most = (jnp.linalg.norm(jnp.stack(parts), axis=(0, 1)) for parts in (left, targets))
     return jax.lax.cond(
-        jnp.all(jnp.isfinite(jnp.stack(duals))),
+        jnp.all(norms <= RESIDUAL * most),
         lambda: duals,
         lambda: solve_in_ranges(sigma, grams, targets, shift),
     )
+
+
+def _residuals(
+    grams: list[Array], targets: list[Array], shift: Array | float, duals: list[Array]
+) -> list[Array]:
+    """What the duals leave of the right-hand sides of a tri-diagonal system."""
+    seen = [gram @ dual for gram, dual in zip(grams, duals, strict=True)]
+    return [
+        target - shift * dual - sum(seen[j] for j in _beside(i, len(grams), 0))
+        for i, (target, dual) in enumerate(zip(targets, duals, strict=True))
+    ]
 
 
 def _beside(i: int, depth: int, nearest: int = 1) -> list[int]:
@@ -103,9 +120,7 @@ def _eliminate(grams: list[Array], shift: Array | float) -> Callable[[list[Array
     """The factorised tri-diagonal system, as a function of its right-hand sides."""
     depth, n = len(grams), grams[0].shape[0]
     kept = range(1, depth, 2)
-    inverses = {
-        i: inverse_psd(add_diagonal(grams[i], shift), shifted=True) for i in range(0, depth, 2)
-    }
+    inverses = {i: inverse_pd(add_diagonal(grams[i], shift)) for i in range(0, depth, 2)}
 
     # an eliminated layer has u_i = P_i c_i and z_i = K_i u_i = c_i - s P_i c_i with P_i the inverse
     # and c_i = b_i - z_{i-1} - z_{i+1}; no product with K_i is needed

@@ -28,14 +28,14 @@ from natgrad_flax.signals.shared import ExplicitSignals, SharedSignals, Sharing
 from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments
 from natgrad_flax.structures.exact import mean_diagonal
-from natgrad_flax.structures.geometry import Geometry
-from natgrad_flax.structures.kronecker_average import (
+from natgrad_flax.structures.factor_entries import (
     apply_entries,
     factor_means,
-    kronecker_words,
     products_of_rows,
     together,
 )
+from natgrad_flax.structures.geometry import Geometry
+from natgrad_flax.structures.kronecker_average import kronecker_words
 from natgrad_flax.structures.style import styled
 
 

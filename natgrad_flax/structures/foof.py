@@ -20,17 +20,19 @@ from natgrad_flax.signals.shared import ExplicitSignals, Sharing
 from natgrad_flax.signals.tied import TiedSignals
 from natgrad_flax.structures.averaged import Moments
 from natgrad_flax.structures.base import dense_layer, has_shared_layers, triangle
-from natgrad_flax.structures.geometry import Geometry
-from natgrad_flax.structures.kronecker_average import (
+from natgrad_flax.structures.factor_entries import (
     INPUTS,
     Entry,
-    FactorAverage,
-    factor_sides,
     inverse_groups,
     invert_inputs,
+    num_positions,
+)
+from natgrad_flax.structures.geometry import Geometry
+from natgrad_flax.structures.kronecker_average import (
+    FactorAverage,
+    factor_sides,
     kronecker_words,
     no_shared_limit,
-    num_positions,
 )
 from natgrad_flax.structures.style import styled
 

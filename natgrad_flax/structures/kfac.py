@@ -22,6 +22,7 @@ from natgrad_flax.structures.base import (
     dense_layer,
     has_shared_layers,
 )
+from natgrad_flax.structures.factor_entries import num_positions
 from natgrad_flax.structures.geometry import Geometry, NeededRank, SharedGeometry
 from natgrad_flax.structures.kronecker_average import (
     KroneckerAverage,
@@ -31,7 +32,6 @@ from natgrad_flax.structures.kronecker_average import (
     kronecker_entries,
     kronecker_words,
     no_shared_limit,
-    num_positions,
     scaled_norms,
 )
 from natgrad_flax.structures.style import styled

@@ -19,8 +19,9 @@ from natgrad_flax.signals.dense import DenseSignals, Signals
 from natgrad_flax.signals.shared import ExplicitSignals
 from natgrad_flax.structures.base import triangle
 from natgrad_flax.structures.exact import mean_diagonal
+from natgrad_flax.structures.factor_entries import inverse_groups
 from natgrad_flax.structures.geometry import INFINITE, Geometry, NeededRank, SharedGeometry
-from natgrad_flax.structures.kronecker_average import inverse_groups, no_shared_limit
+from natgrad_flax.structures.kronecker_average import no_shared_limit
 from natgrad_flax.structures.moments import OfMoments
 from natgrad_flax.structures.style import styled
 

@@ -16,12 +16,8 @@ from natgrad_flax.signals.dense import Signals
 from natgrad_flax.signals.shared import ExplicitSignals
 from natgrad_flax.structures.averaged import AveragedStructure, Moments, coefficient_by_inverse
 from natgrad_flax.structures.base import has_shared_layers
-from natgrad_flax.structures.kronecker_average import (
-    Entry,
-    apply_entries,
-    crossed,
-    solve_affine,
-)
+from natgrad_flax.structures.factor_entries import Entry, apply_entries, solve_affine
+from natgrad_flax.structures.kronecker_average import crossed
 
 
 class OfMoments(AveragedStructure):

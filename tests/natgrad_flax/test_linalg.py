@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from natgrad_flax.linalg.dense import inverse_psd, lu_solve, pinv_solve, solve_psd
+from natgrad_flax.linalg.dense import inverse_pd, inverse_psd, lu_solve, pinv_solve, solve_psd
+from natgrad_flax.operators.coupling import solve_tridiagonal
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -20,6 +21,35 @@ def test_inverse_of_a_definite_matrix(n):
     matrix = spd(n) + 0.1 * np.eye(n)
     found = jax.jit(lambda m: inverse_psd(m, shifted=True))(matrix)
     np.testing.assert_allclose(found @ matrix, np.eye(n), atol=1e-8)
+
+
+def test_inverse_of_a_matrix_that_is_known_to_be_definite():
+    matrix, change = jnp.asarray(spd(9)), jnp.asarray(spd(9, rank=2))
+    found, moved = jax.jvp(inverse_pd, (matrix,), (change,))
+    expected = np.linalg.inv(matrix)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(moved, -expected @ change @ expected, rtol=1e-9, atol=1e-12)
+    assert np.isnan(inverse_pd(-matrix)).all()
+
+
+@pytest.mark.parametrize("shift", [1e-20, 1e-14])  # without and with a Cholesky factor
+@pytest.mark.parametrize("depth", [1, 3, 4])
+def test_tridiagonal_systems_of_lost_rank_are_solved_in_the_ranges(depth, shift):
+    jacobians = [np.random.default_rng(i).normal(size=(8, 5)) for i in range(depth)]
+    sigma = np.eye(depth) + np.eye(depth, k=1) + np.eye(depth, k=-1)
+    target = np.random.default_rng(9).normal(size=8)
+    duals = solve_tridiagonal(
+        sigma, [jnp.asarray(j @ j.T) for j in jacobians], [target] * depth, shift, refine=False
+    )
+    found = np.concatenate([j.T @ dual for j, dual in zip(jacobians, duals, strict=True)])
+    fisher = np.block(
+        [
+            [s * (i.T @ j) for j, s in zip(jacobians, row, strict=True)]
+            for i, row in zip(jacobians, sigma, strict=True)
+        ]
+    )
+    expected = np.linalg.lstsq(fisher, np.concatenate([j.T @ target for j in jacobians]))[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("columns", [(), (3,)])

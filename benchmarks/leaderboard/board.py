@@ -385,11 +385,11 @@ def _winners(
     ]  # fmt: skip
     workload["first_order"][clock] = {"contestants": rivals, "time": float(baseline)}
     ours = {
-        row["structure"] or row["title"]: time for row, time in sorted(
-            zip(rows, times, strict=True), key=lambda pair: -pair[1]
-        ) if row["family"] == OURS and time < baseline
-    }  # fmt: skip
-    workload["faster"][clock] = [STYLES[name].label for name in sorted(ours, key=ours.__getitem__)]
+        STYLES[row["structure"]].label if row["structure"] else row["title"]: time
+        for row, time in sorted(zip(rows, times, strict=True), key=lambda pair: -pair[1])
+        if row["family"] == OURS and time < baseline
+    }
+    workload["faster"][clock] = sorted(ours, key=ours.__getitem__)
 
 
 def _structures(records: list[Record], names: list[str]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from benchmarks.leaderboard import RULES, cli_records
 from benchmarks.leaderboard.console import (
     DEFAULT_OUT,
+    EntryOption,
     OutOption,
     app,
     existing,
@@ -232,9 +233,7 @@ def trial(
         bool, typer.Option("--no-target", help="to the end of the budget")
     ] = False,
     structure: Annotated[bool, typer.Option("--structure", help="isotropy and cost")] = False,
-    entry: Annotated[
-        Path | None, typer.Option(help="the file of a contestant that is not one of the project's")
-    ] = None,
+    entry: EntryOption = None,
 ) -> None:
     """Run one trial and print its outcome as JSON; nothing is stored."""
     from benchmarks.leaderboard.contestant import find_contestant

@@ -10,6 +10,7 @@ import typer
 from benchmarks.leaderboard import RULES
 from benchmarks.leaderboard.console import (
     DEFAULT_OUT,
+    EntryOption,
     OutOption,
     existing,
     say,
@@ -61,6 +62,7 @@ def refute(
     rerun: Annotated[
         bool, typer.Option("--rerun", help="repeat the trial, and refute it only if it differs")
     ] = False,
+    entry: EntryOption = None,
     submitter: Annotated[str, typer.Option(help="who refutes it")] = "",
     out: OutOption = DEFAULT_OUT,
 ) -> None:
@@ -79,7 +81,7 @@ def refute(
         refuted = refutations.named(records, key)
         evidence = _evidence(store, records, with_ or [])
         if rerun:
-            repeated, difference = _repeated(refuted)
+            repeated, difference = _repeated(refuted, entry)
             if not difference:
                 say("confirmed: a repeat reached the same in as many steps; nothing was recorded")
                 return
@@ -115,9 +117,10 @@ def _evidence(store: Store, records: list[Record], names: list[str]) -> list[Rec
     return list({record["key"]: record for record in found}.values())
 
 
-def _repeated(trial: Record) -> tuple[Record, str]:
+def _repeated(trial: Record, entry: Path | None) -> tuple[Record, str]:
     """A trial run once more, and how it differs from the one that is there."""
     from benchmarks.leaderboard import refutations
+    from benchmarks.leaderboard.contestant import contestants, enlist
     from benchmarks.leaderboard.identity import identity
     from benchmarks.leaderboard.trial import execute
 
@@ -128,6 +131,12 @@ def _repeated(trial: Record) -> tuple[Record, str]:
         raise ValueError(
             "steps repeat exactly on the same machine with the same versions alone, and the trial "
             "is of others: run its command, and give what comes of it by --with"
+        )
+    if entry is not None:
+        enlist(entry)
+    if config["contestant"] not in contestants():
+        raise ValueError(
+            f"{config['contestant']} is no contestant of the project: give its file by --entry"
         )
     repeated = {**trial, **execute(config)}
     return repeated, refutations.difference(trial, repeated["outcome"])

@@ -27,6 +27,11 @@ app = typer.Typer(
 OutOption = Annotated[Path, typer.Option(help="folder of the trials")]
 DEFAULT_OUT = Path("leaderboard")
 
+EntryOption = Annotated[
+    Path | None,
+    typer.Option("--entry", help="the file of a contestant that is not one of the project's"),
+]
+
 
 @contextmanager
 def sentences() -> Iterator[None]:

@@ -380,13 +380,13 @@ def test_nothing_came_true_where_nobody_is_at_the_target():
 
 def test_contestants_without_a_structure_count_for_themselves():
     records = trials("adam", "digits-mse", [9.0], learning_rate=0.1)
-    for name, title, seconds in (("kfac", "Online", 2.0), ("exact", "Deep linear", 1.0)):
+    for name, title, seconds in (("kfac", "SOAP, online", 2.0), ("exact", "Deep linear", 1.0)):
         mine = trials(name, "digits-mse", [seconds])
         for trial in mine:
             trial["facts"] |= {"structure": "", "title": title}
         records += mine
     (workload,) = only(boards.build(records))["workloads"]
-    assert workload["faster"]["seconds"] == ["Deep linear", "Online"]
+    assert workload["faster"]["seconds"] == ["Deep linear", "SOAP, online"]
 
 
 def test_no_records_are_an_error():

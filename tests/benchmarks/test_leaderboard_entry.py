@@ -158,6 +158,19 @@ def test_a_row_more_leaves_all_earlier_rows(tmp_path, file, monkeypatch):
     assert [version["submitter"] for version in rows["mine"]["earlier"]] == ["Someone"]
 
 
+def test_a_row_of_an_entry_is_repeated_from_its_file(file, tmp_path):
+    path, store = file(GOOD), Store.open(tmp_path / "board", RULES)
+    enlist(path)
+    toys = trial.find_workload("toy")
+    config = trial.configuration(toys, "mine", 0, target=0.05, role="evaluation", learning_rate=0.3)
+    key = store.write(config, trial.execute(config))["key"]
+    contestant._enlisted.clear()  # as in a process of its own
+    code, text = command("refute", key, "--rerun", "--out", store.folder)
+    assert (code, "give its file by --entry" in text) == (2, True)
+    code, text = command("refute", key, "--rerun", "--entry", path, "--out", store.folder)
+    assert (code, "confirmed" in text) == (0, True), text
+
+
 def test_the_commands_say_what_is_wrong(tmp_path, file):
     code, text = command("check-entry", tmp_path / "nowhere.py")
     assert (code, "is no Python file" in text) == (2, True)

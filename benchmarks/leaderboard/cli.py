@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.leaderboard import RULES, cli_records
 from benchmarks.leaderboard.console import (
@@ -19,6 +18,7 @@ from benchmarks.leaderboard.console import (
     EntryOption,
     OutOption,
     app,
+    enlisted,
     existing,
     say,
     scorable,
@@ -30,11 +30,10 @@ from benchmarks.leaderboard.records import trial_key
 from benchmarks.leaderboard.runner import Summary
 from benchmarks.leaderboard.runner import run as run_trials
 from benchmarks.leaderboard.store import Store
-from benchmarks.leaderboard.texts import terminal
-from ntk_analysis.cli.app import WithLists, errors, output
+from benchmarks.leaderboard.texts import printable
+from ntk_analysis.cli.app import WithLists, errors, fail, output
 
 if TYPE_CHECKING:
-    from benchmarks.leaderboard.contestant import Contestant
     from benchmarks.leaderboard.plan import Plan
 
 WIDE = 130
@@ -105,7 +104,7 @@ def add(
     from benchmarks.leaderboard.trial import execute
 
     with sentences():
-        members = _enlist(entry)
+        members = enlisted(entry)
         for contestant in members:
             for sentence in check_entry(contestant):
                 errors.print(sentence, highlight=False, markup=False)
@@ -126,10 +125,18 @@ def check_entry_(
     from benchmarks.leaderboard.entry import check_entry
 
     with sentences():
-        for contestant in _enlist(entry):
+        members = enlisted(entry)
+    broken = []
+    for contestant in members:
+        try:
             for sentence in check_entry(contestant):
                 say(sentence)
             say(f"{contestant.name} keeps the rules {RULES}")
+        except ValueError as error:
+            broken.append(str(error))
+    if broken:
+        warn(broken[:-1])
+        fail(printable(broken[-1]))
 
 
 def _carry_out(plan: Plan, store: Store, run_stage: Callable[..., Summary]) -> None:
@@ -245,7 +252,7 @@ def trial(
         if structure and learning_rate is not None:
             raise ValueError("isotropy and cost have no learning rate: leave --learning-rate out")
         if entry is not None:
-            _enlist(entry)
+            enlisted(entry)
         where = find_workload(workload)
         target = None if no_target or structure else float(target_of(where)["target"])
         config = configuration(
@@ -312,31 +319,21 @@ def torture(
 
 @app.command("list")
 def list_them() -> None:
-    """List workloads with their targets, and contestants."""
+    """List workloads with their targets, and contestants, a line each that begins with its name."""
     from benchmarks.leaderboard.contestant import contestants
     from benchmarks.leaderboard.targets import target_of
     from benchmarks.leaderboard.workload import workloads
 
-    table = Table("workload", "version", "what", "target", "here")
     for name, workload in workloads().items():
         try:
-            target = f"{target_of(workload)['target']:g}"
+            target = f"target {target_of(workload)['target']:g}"
         except ValueError as error:
             target = str(error)
-        here = workload.missing() or "yes"
-        cells = (name, str(workload.version), workload.title, target, here)
-        table.add_row(*map(terminal, cells))
-    output.print(table)
-    table = Table("contestant", "what", "Fisher", "damping", "learning rate")
+        missing = f"; {reason}" if (reason := workload.missing()) else ""
+        say(f"{name}: {workload.title} (version {workload.version}; {target}{missing})")
+    say("")
     for name, entry in contestants().items():
         facts = entry.facts()
-        cells = (name, facts["title"], facts["fisher"], facts["damping"], facts["rate_rule"])
-        table.add_row(*map(terminal, cells))
-    output.print(table)
-
-
-def _enlist(entry: Path) -> list[Contestant]:
-    """The contestants of a file; JAX is imported for them, and only then."""
-    from benchmarks.leaderboard import contestant
-
-    return contestant.enlist(entry)
+        told = {"Fisher": facts["fisher"], "damping": facts["damping"], "rate": facts["rate_rule"]}
+        words = "; ".join(f"{what} {words}" for what, words in told.items() if words)
+        say(f"{name}: {facts['title']} ({words})")

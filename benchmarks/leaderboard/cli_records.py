@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from benchmarks.leaderboard.console import (
     DEFAULT_OUT,
     EntryOption,
     OutOption,
+    enlisted,
     existing,
     say,
     scorable,
@@ -20,22 +22,32 @@ from benchmarks.leaderboard.console import (
 )
 from benchmarks.leaderboard.records import Record, trial_key
 from benchmarks.leaderboard.store import Store
-from ntk_analysis.cli.app import output
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(help="another folder, or an archive of export")],
+    source: Annotated[list[Path], typer.Argument(help="other folders, or archives of export")],
     out: OutOption = DEFAULT_OUT,
 ) -> None:
-    """Copy the trials and refutations of another folder or of an archive into this one."""
+    """Copy the trials and refutations of other folders or of archives into this one.
+
+    Exit code: 0; 2 where there is no record in one of them, which none follows.
+    """
     with sentences():
-        merged = Store.open(out, RULES).merge(source)
-    output.print(
-        f"{len(merged.copied)} records copied, {merged.same} were here, {len(merged.kept)} differ "
-        f"and stay as they are here, {len(merged.invalid)} files are no valid records",
-        highlight=False,
-    )
-    warn([*(f"record {key} differs from the one here" for key in merged.kept), *merged.invalid])
+        store = Store.open(out, RULES)
+        for one in source:
+            merged = store.merge(one)
+            if merged.invalid and not (merged.copied or merged.same or merged.kept):
+                raise ValueError(
+                    f"{one} has no record of a leaderboard: {merged.invalid[0]}; name a folder of "
+                    "trials, or an archive that export wrote"
+                )
+            say(
+                f"{one}: {len(merged.copied)} records copied, {merged.same} were here, "
+                f"{len(merged.kept)} differ and stay as they are here, {len(merged.invalid)} are "
+                "no valid records"
+            )
+            warn(f"record {key} differs from the one here" for key in merged.kept)
+            warn(merged.invalid)
 
 
 def export(
@@ -79,6 +91,7 @@ def refute(
         store = existing(out)
         records = scorable(store)
         refuted = refutations.named(records, key)
+        refutations.check_refutable(refuted)
         evidence = _evidence(store, records, with_ or [])
         if rerun:
             repeated, difference = _repeated(refuted, entry)
@@ -89,13 +102,32 @@ def refute(
         config = refutations.refutation(refuted, reason, evidence)
         if store.has(trial_key(config)):
             raise ValueError(f"{refuted['key'][:12]} was refuted in these words already")
+        if config["kind"] == refutations.WITHDRAWAL and _is_withdrawn(refuted, records):
+            raise ValueError(f"{refuted['key'][:12]} was withdrawn already")
         told = {
             "command": refuted["command"],
             "facts": {**provenance(), "submitter": submitter, "title": refuted["facts"]["title"]},
             "outcome": {},
         }
         written = store.write(config, told)
-        say(f"{config['role']} {written['key']} of {config['contestant']} on {config['workload']}")
+        shown = f"with {len(evidence)} trials" if evidence else "without a trial"
+        say(
+            f"{config['role']} {written['key']} of {config['contestant']} on {config['workload']}, "
+            f"{shown} as evidence"
+        )
+        if config["kind"] == refutations.REFUTATION:
+            say(
+                f"{config['contestant']}, as this version of it, has no rank on any workload until "
+                f"that is withdrawn: refute {written['key'][:12]}"
+            )
+
+
+def _is_withdrawn(refuted: Record, records: list[Record]) -> bool:
+    """Whether a refutation was refuted."""
+    from benchmarks.leaderboard import refutations
+
+    said = refutations.by_trial(records)[refuted["config"]["refutes"]]
+    return any(entry["key"] == refuted["key"] and entry["withdrawn"] for entry in said)
 
 
 def _evidence(store: Store, records: list[Record], names: list[str]) -> list[Record]:
@@ -107,6 +139,8 @@ def _evidence(store: Store, records: list[Record], names: list[str]) -> list[Rec
     found: list[Record] = []
     for name in names:
         if not Path(name).exists():
+            if not re.fullmatch("[0-9a-f]+", name):
+                raise ValueError(f"{name} is no folder, no archive and no key of a trial")
             found.append(refutations.named(records, name))
             continue
         read = store.read_from(Path(name))
@@ -120,7 +154,7 @@ def _evidence(store: Store, records: list[Record], names: list[str]) -> list[Rec
 def _repeated(trial: Record, entry: Path | None) -> tuple[Record, str]:
     """A trial run once more, and how it differs from the one that is there."""
     from benchmarks.leaderboard import refutations
-    from benchmarks.leaderboard.contestant import contestants, enlist
+    from benchmarks.leaderboard.contestant import contestants
     from benchmarks.leaderboard.identity import identity
     from benchmarks.leaderboard.trial import execute
 
@@ -133,10 +167,12 @@ def _repeated(trial: Record, entry: Path | None) -> tuple[Record, str]:
             "is of others: run its command, and give what comes of it by --with"
         )
     if entry is not None:
-        enlist(entry)
-    if config["contestant"] not in contestants():
+        enlisted(entry)
+    if (name := config["contestant"]) not in contestants():
         raise ValueError(
-            f"{config['contestant']} is no contestant of the project: give its file by --entry"
+            f"{entry} has no contestant {name!r}"
+            if entry is not None
+            else f"{name} is no contestant of the project: give its file by --entry"
         )
     repeated = {**trial, **execute(config)}
     return repeated, refutations.difference(trial, repeated["outcome"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from benchmarks.leaderboard.records import Record
 from benchmarks.leaderboard.store import MANIFEST, Store
 from benchmarks.leaderboard.texts import printable
 from ntk_analysis.cli.app import errors, fail, output
+
+if TYPE_CHECKING:
+    from benchmarks.leaderboard.contestant import Contestant
 
 app = typer.Typer(
     name="python -m benchmarks.leaderboard",
@@ -65,6 +68,18 @@ def warn(lines: Iterable[object]) -> None:
     """Prints lines on standard error."""
     for line in lines:
         errors.print(printable(line), style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def enlisted(entry: Path) -> list[Contestant]:
+    """The contestants of a file; JAX is imported for them, and only then."""
+    from benchmarks.leaderboard import contestant
+
+    try:
+        return contestant.enlist(entry)
+    except SystemExit as error:
+        raise ValueError(
+            f"{entry} ends the program while it is imported (exit code {error.code}): take that out"
+        ) from error
 
 
 def existing(out: Path) -> Store:

@@ -46,10 +46,19 @@ def check_entry(contestant: Contestant) -> Iterator[str]:
         if not isinstance(text, str):
             raise ValueError(f"{what}: its {name} must be a text, got {text!r}")
     workload = _smoke(contestant)
-    rate = contestant.space(workload)[0] if contestant.rate_rule == "tuned" else 1e-3
+    rate, at = 1e-3, ""
+    if contestant.rate_rule == "tuned":
+        rate = contestant.space(workload)[0]
+        at = f" at its smallest learning rate, {rate:g}"
+    if contestant.rate_rule == "theoretical" and contestant.structure is None:
+        raise ValueError(
+            f"{what} has no structure=, and theory no rate for it: take another rate_rule"
+        )
     program = _made(contestant, workload)
     yield f"{what} compiles on {workload.name} in {program.compile_seconds:.1f} s"
-    first, again = _run(program, workload, rate), _run(program, workload, rate)
+    first = _run(program, workload, rate)
+    # made anew, as in a process of its own
+    again = _run(_made(contestant, workload), workload, rate)
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True)
     if not all(np.array_equal(*pair, equal_nan=True) for pair in pairs):
         raise ValueError(
@@ -61,11 +70,11 @@ def check_entry(contestant: Contestant) -> Iterator[str]:
     _same_shapes(what, "parameters", jax.tree.map(np.asarray, first), wanted)
     if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(first)):
         raise ValueError(
-            f"{what} has parameters that are not finite after {STEPS} steps at its smallest "
-            f"learning rate, {rate:g}: let its rates begin lower"
+            f"{what} has parameters that are not finite after {STEPS} steps{at}: let its rates "
+            "begin lower, or a Fisher have more damping"
         )
     loss = Evaluation(workload)(first)[0]
-    yield f"after {STEPS} steps at rate {rate:g} the training loss is {loss:.3g}"
+    yield f"after {STEPS} steps{at} the training loss is {loss:.3g}"
 
 
 def _smoke(contestant: Contestant) -> Workload:

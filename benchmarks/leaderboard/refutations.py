@@ -39,13 +39,22 @@ def named(records: Iterable[Record], key: str) -> Record:
       ValueError: there is none, or more than one.
     """
     found = [record for record in records if record["key"].startswith(key)]
-    if len(key) < _SHORTEST or len(found) != 1:
-        why = f"{len(found)} records have" if len(found) > 1 else "no record here has"
-        raise ValueError(
-            f"{why} the key {key!r}: give at least {_SHORTEST} digits of it, as the file of a "
-            "trial or the page has them"
-        )
+    if len(key) < _SHORTEST:
+        raise ValueError(f"{key!r} is too short for a key: give at least {_SHORTEST} digits of it")
+    if len(found) != 1:
+        why = f"{len(found)} records have" if found else "no record here has"
+        raise ValueError(f"{why} the key {key!r}; the files of trials and the page have them")
     return found[0]
+
+
+def check_refutable(record: Record) -> None:
+    """Raises ValueError unless a record is a trial that counts, or a refutation."""
+    role = record["config"]["role"]
+    if role != REFUTATION and not counts(record):
+        raise ValueError(
+            f"{record['key'][:12]} is of the role {role!r}: name an evaluation trial of the row "
+            "to refute, or a refutation to withdraw"
+        )
 
 
 def evidence_of(trial: Record) -> dict[str, Any]:
@@ -71,12 +80,7 @@ def refutation(refuted: Record, reason: str, evidence: Sequence[Record]) -> dict
       ValueError: the reason is empty, the record is none that can be refuted, or a trial of the
         evidence is of another workload.
     """
-    role = refuted["config"]["role"]
-    if role != REFUTATION and not counts(refuted):
-        raise ValueError(
-            f"{refuted['key'][:12]} is of the role {role!r}: name an evaluation trial of the row "
-            "to refute, or a refutation to withdraw"
-        )
+    check_refutable(refuted)
     if not reason.strip():
         raise ValueError("a refutation needs a reason; say by --reason what does not hold")
     wanted = (*workload_of(refuted), refuted["config"]["target"])
@@ -86,7 +90,7 @@ def refutation(refuted: Record, reason: str, evidence: Sequence[Record]) -> dict
                 f"{trial['key'][:12]} shows nothing: evidence is an evaluation trial on "
                 f"{wanted[0]}, version {wanted[1]}, to the target {wanted[3]}"
             )
-    kind = WITHDRAWAL if role == REFUTATION else REFUTATION
+    kind = REFUTATION if is_trial(refuted) else WITHDRAWAL
     return {
         **{name: refuted["config"][name] for name in _ROW},
         "kind": kind,

@@ -87,6 +87,10 @@ def test_an_entry_that_keeps_the_rules(file):
         ("entered(lambda w, rate, seed: 1 / 0)", "does not compile on toy, ZeroDivisionError"),
         ("entered(gradient_descent(lambda: {'x': jnp.asarray(random.random())}))",
          "mine is not deterministic: two runs of 10 steps from seed 0 differ"),
+        ("entered(lambda w, rate, seed: optax.sgd(rate * random.random()))",
+         "mine is not deterministic: two runs of 10 steps from seed 0 differ"),
+        ("entered(lambda w, rate, seed: optax.sgd(rate), rates=(), rate_rule='theoretical')",
+         "mine has no structure=, and theory no rate for it"),
         ("entered(gradient_descent(lambda: {'x': jnp.ones(2)}, "
          "lambda s: {'x': jnp.concatenate([s['x'], s['x']])}))",
          r"state\[1\]\['x'\] is float32\(4,\) after a step and float32\(2,\) before"),
@@ -167,6 +171,9 @@ def test_a_row_of_an_entry_is_repeated_from_its_file(file, tmp_path):
     contestant._enlisted.clear()  # as in a process of its own
     code, text = command("refute", key, "--rerun", "--out", store.folder)
     assert (code, "give its file by --entry" in text) == (2, True)
+    other = file(GOOD[:-1] + ", name='other')")
+    code, text = command("refute", key, "--rerun", "--entry", other, "--out", store.folder)
+    assert (code, "has no contestant 'mine'" in text) == (2, True)
     code, text = command("refute", key, "--rerun", "--entry", path, "--out", store.folder)
     assert (code, "confirmed" in text) == (0, True), text
 
@@ -174,6 +181,20 @@ def test_a_row_of_an_entry_is_repeated_from_its_file(file, tmp_path):
 def test_the_commands_say_what_is_wrong(tmp_path, file):
     code, text = command("check-entry", tmp_path / "nowhere.py")
     assert (code, "is no Python file" in text) == (2, True)
+    ended = file(GOOD)
+    ended.write_text("raise SystemExit(3)")
+    code, text = command("check-entry", ended)
+    assert (code, "ends the program while it is imported (exit code 3)" in text) == (2, True)
+    code, text = command(
+        "check-entry",
+        file(
+            "entered(None, name='one')", GOOD, "entered(None)".replace("None", "None, name='two'")
+        ),
+    )
+    assert code == 2
+    for said in ("one has neither", "mine keeps the rules", "two has neither"):
+        assert said in text
+    contestant._enlisted.clear()
     code, text = command("check-entry", file(GOOD))
     assert (code, f"mine keeps the rules {RULES}" in text) == (0, True)
     code, text = command("export", tmp_path / "x.jsonl", "--out", tmp_path / "nowhere")

@@ -167,7 +167,8 @@ def test_a_refutation_goes_through_export_and_merge(folder, tmp_path):
     code, text = command(*arguments, "--submitter", "B. Hand", "--out", out)
     assert code == 0, text
     (made,) = [r for r in Store.open(out, RULES).records() if not refutations.is_trial(r)]
-    assert f"refutation {made['key']} of kfac on digits-mse" in text
+    assert f"refutation {made['key']} of kfac on digits-mse, with 2 trials as evidence" in text
+    assert "kfac, as this version of it, has no rank on any workload until" in text
     assert {shown["key"] for shown in made["config"]["evidence"]} == {keys["kfac"], keys["sgd"]}
     assert made["facts"].keys() == {"commit", "natgrad", "submitter", "title"}
     code, text = command("score", "--out", out)
@@ -179,6 +180,10 @@ def test_a_refutation_goes_through_export_and_merge(folder, tmp_path):
     assert "9 records" in command("export", archive, "--out", out)[1]
     assert "9 records copied" in command("merge", archive, "--out", other)[1]
     assert "0 records copied, 9 were here" in command("merge", archive, "--out", other)[1]
+    code, text = command("merge", archive, repeat, "--out", other)
+    assert (code, text.count("records copied"), text.count("1 differ")) == (0, 2, 1), text
+    code, text = command("merge", Path(__file__), "--out", other)
+    assert (code, "has no record of a leaderboard: line 1" in text) == (2, True)
     assert boards.build(Store.open(other, RULES).records()) == boards.build(
         Store.open(out, RULES).records()
     )
@@ -187,6 +192,8 @@ def test_a_refutation_goes_through_export_and_merge(folder, tmp_path):
     assert "<s>K-FAC</s> refuted" in (other / "leaderboard.html").read_text(encoding="utf-8")
     code, text = command("refute", made["key"], "--reason", "mistaken", "--out", other)
     assert "withdrawal" in text
+    code, text = command("refute", made["key"], "--reason", "once more", "--out", other)
+    assert (code, "was withdrawn already" in text) == (2, True)
     assert "refuted" not in command("score", "--out", other)[1]
     (last,) = [r for r in Store.open(other, RULES).records() if r["config"]["role"] == "withdrawal"]
     code, text = command("refute", last["key"], "--reason", "no", "--out", other)
@@ -197,11 +204,13 @@ def test_a_refutation_goes_through_export_and_merge(folder, tmp_path):
     ("arguments", "says"),
     [
         (("0" * 64, "--reason", "x"), "no record here has the key"),
-        (("kf", "--reason", "x"), "no record here has the key 'kf': give at least 8 digits"),
+        (("kf", "--reason", "x"), "'kf' is too short for a key: give at least 8 digits"),
         (("kfac",), "a refutation needs a reason; say by --reason"),
         (("kfac", "--reason", " \n"), "a refutation needs a reason; say by --reason"),
         (("tuning", "--reason", "x"), "is of the role 'tuning': name an evaluation trial"),
         (("kfac", "--reason", "x", "--with", "1" * 64), "no record here has the key '111"),
+        (("kfac", "--reason", "x", "--with", "no/where"), "no/where is no folder, no archive and"),
+        (("tuning", "--rerun"), "is of the role 'tuning': name an evaluation trial"),
         (("kfac", "--reason", "x", "--with", "elsewhere"), "shows nothing: evidence is an "),
         (("kfac", "--reason", "x", "--with", "tuning"), "shows nothing: evidence is an "),
         (("kfac", "--reason", "x", "--with", "."), "holds no leaderboard"),

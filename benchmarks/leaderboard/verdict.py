@@ -113,10 +113,9 @@ def _expected(board: dict[str, Any]) -> list[str]:
 
 def _of(row: dict[str, Any], total: int) -> str:
     """How many targets a contestant reaches, in words."""
-    word = "target" if total == 1 else "targets"
-    return f"{'all' if row['reached'] == total > 1 else row['reached']} of {total} {word}".replace(
-        "all of", "all"
-    )
+    if row["reached"] == total > 1:
+        return "both targets" if total == 2 else f"all {total} targets"
+    return f"{row['reached']} of {total} {'target' if total == 1 else 'targets'}"
 
 
 def _names(rows: list[dict[str, Any]], most: int = 3) -> str:

@@ -110,7 +110,8 @@ def refute(
             "outcome": {},
         }
         written = store.write(config, told)
-        shown = f"with {len(evidence)} trials" if evidence else "without a trial"
+        count = len(evidence)
+        shown = f"with {count} trial{'s' * (count > 1)}" if evidence else "without a trial"
         say(
             f"{config['role']} {written['key']} of {config['contestant']} on {config['workload']}, "
             f"{shown} as evidence"

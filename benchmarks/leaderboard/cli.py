@@ -30,8 +30,7 @@ from benchmarks.leaderboard.records import trial_key
 from benchmarks.leaderboard.runner import Summary
 from benchmarks.leaderboard.runner import run as run_trials
 from benchmarks.leaderboard.store import Store
-from benchmarks.leaderboard.texts import printable
-from ntk_analysis.cli.app import WithLists, errors, fail, output
+from ntk_analysis.cli.app import WithLists, errors, output
 
 if TYPE_CHECKING:
     from benchmarks.leaderboard.plan import Plan
@@ -124,19 +123,18 @@ def check_entry_(
     """
     from benchmarks.leaderboard.entry import check_entry
 
+    broken: list[ValueError] = []
     with sentences():
-        members = enlisted(entry)
-    broken = []
-    for contestant in members:
-        try:
-            for sentence in check_entry(contestant):
-                say(sentence)
-            say(f"{contestant.name} keeps the rules {RULES}")
-        except ValueError as error:
-            broken.append(str(error))
-    if broken:
-        warn(broken[:-1])
-        fail(printable(broken[-1]))
+        for contestant in enlisted(entry):
+            try:
+                for sentence in check_entry(contestant):
+                    say(sentence)
+                say(f"{contestant.name} keeps the rules {RULES}")
+            except ValueError as error:
+                broken.append(error)
+        if broken:
+            warn(broken[:-1])
+            raise broken[-1]
 
 
 def _carry_out(plan: Plan, store: Store, run_stage: Callable[..., Summary]) -> None:

@@ -30,7 +30,7 @@ def merge(
 ) -> None:
     """Copy the trials and refutations of other folders or of archives into this one.
 
-    Exit code: 0; 2 where there is no record in one of them, which none follows.
+    Exit code: 0; 2 where one of them holds no record; those after it are not copied then.
     """
     with sentences():
         store = Store.open(out, RULES)
@@ -102,7 +102,7 @@ def refute(
         config = refutations.refutation(refuted, reason, evidence)
         if store.has(trial_key(config)):
             raise ValueError(f"{refuted['key'][:12]} was refuted in these words already")
-        if config["kind"] == refutations.WITHDRAWAL and _is_withdrawn(refuted, records):
+        if refutations.is_withdrawn(refuted, records):
             raise ValueError(f"{refuted['key'][:12]} was withdrawn already")
         told = {
             "command": refuted["command"],
@@ -121,14 +121,6 @@ def refute(
                 f"{config['contestant']}, as this version of it, has no rank on any workload until "
                 f"that is withdrawn: refute {written['key'][:12]}"
             )
-
-
-def _is_withdrawn(refuted: Record, records: list[Record]) -> bool:
-    """Whether a refutation was refuted."""
-    from benchmarks.leaderboard import refutations
-
-    said = refutations.by_trial(records)[refuted["config"]["refutes"]]
-    return any(entry["key"] == refuted["key"] and entry["withdrawn"] for entry in said)
 
 
 def _evidence(store: Store, records: list[Record], names: list[str]) -> list[Record]:

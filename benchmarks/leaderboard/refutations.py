@@ -124,6 +124,14 @@ def by_trial(records: Iterable[Record]) -> dict[str, list[dict[str, Any]]]:
     return dict(against)
 
 
+def is_withdrawn(record: Record, records: Iterable[Record]) -> bool:
+    """Whether one of the records withdraws another, a refutation."""
+    return any(
+        other["config"]["role"] == WITHDRAWAL and other["config"]["refutes"] == record["key"]
+        for other in records
+    )
+
+
 def stands(said: Iterable[Mapping[str, Any]]) -> bool:
     """Whether any of the refutations of a row was not withdrawn."""
     return any(entry["withdrawn"] is None for entry in said)

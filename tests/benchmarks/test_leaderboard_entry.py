@@ -185,12 +185,8 @@ def test_the_commands_say_what_is_wrong(tmp_path, file):
     ended.write_text("raise SystemExit(3)")
     code, text = command("check-entry", ended)
     assert (code, "ends the program while it is imported (exit code 3)" in text) == (2, True)
-    code, text = command(
-        "check-entry",
-        file(
-            "entered(None, name='one')", GOOD, "entered(None)".replace("None", "None, name='two'")
-        ),
-    )
+    three = file("entered(None, name='one')", GOOD, "entered(None, name='two')")
+    code, text = command("check-entry", three)
     assert code == 2
     for said in ("one has neither", "mine keeps the rules", "two has neither"):
         assert said in text

@@ -245,6 +245,7 @@ def test_run_score_page_and_merge(command, tmp_path):
     assert json.loads(by_hand.output)["status"] == "reached"
     shown = command("list").output
     assert "toy" in shown
+    assert any(line.startswith("toy: ") for line in shown.splitlines())
     assert "SGD" in shown
 
 

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence, Set
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks.leaderboard import refutations, scoring
 from benchmarks.leaderboard.across import across_machines
+from benchmarks.leaderboard.rows import CLOCKS, by_cell, clock_times, make_row, row_of
 from benchmarks.leaderboard.verdict import came_true, verdict
 from benchmarks.leaderboard.versions import (
     Record,
     by_rules,
+    counts,
     evaluations,
     version_of,
     versions,
     workload_of,
 )
+from ntk_analysis.names import find
 from ntk_analysis.palette import STYLES
 from ntk_analysis.results import plain
 
-CLOCKS = {
-    "seconds": "seconds, with compilation and preparation",
-    "training": "seconds of training alone",
-    "steps": "steps",
-}
-"""What a time can be in; the first is what the ranking goes by."""
-STATUSES = ("reached", "missed", "diverged", "skipped")
 FIRST_ORDER = "first-order"
 OURS = "natural-gradient"
-_Against = dict[str, list[dict[str, Any]]]
 # machine, not software: what makes two boards rather than an older and a newer one
 _MACHINE = ("device", "processor", "cores")
 MEASURES = (
@@ -39,7 +35,7 @@ MEASURES = (
 )  # fmt: skip
 
 
-def build(records: Iterable[Record]) -> dict[str, Any]:
+def build(records: Iterable[Record], workloads: Sequence[str] = ()) -> dict[str, Any]:
     """The board of every device.
 
     Only evaluation trials with a target count. Of several versions of a workload or of its target,
@@ -51,12 +47,15 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
 
     Args:
       records: of trials and refutations, in any order: the board does not depend on it.
+      workloads: that contestants are ranked by, those alone who ran any of them; all where none is
+        named. A row that is refuted on another one has no rank here either.
 
     Returns:
       What JSON can hold; times that are infinite are null.
 
     Raises:
-      ValueError: there are no records.
+      ValueError: there are no records, or no trial that counts on a workload; the message offers
+        the nearest.
     """
     every = sorted(records, key=lambda record: str(record["key"]))
     ordered = list(filter(refutations.is_trial, every))
@@ -66,10 +65,13 @@ def build(records: Iterable[Record]) -> dict[str, Any]:
             "there are no trials to score; `python -m benchmarks.leaderboard run` makes them"
         )
     current, past = by_rules(ordered)
+    known = sorted({r["config"]["workload"] for r in current if counts(r)})
+    chosen = {find("workload of this board", name, known) for name in workloads}
     here, before = _by_machine(current), _by_machine(past)
-    devices = [
-        _device(here[machine], before[machine], against) for machine in sorted({*here, *before})
-    ]
+    machines = {*here, *before}
+    if chosen:
+        machines = {m for m in here if any(map(partial(_is_on, chosen), filter(counts, here[m])))}
+    devices = [_device(here[m], before[m], against, chosen) for m in sorted(machines)]
     return {
         "schema": 2,
         "rules": current[0]["config"]["rules"],
@@ -103,13 +105,29 @@ def device_name(environment: dict[str, str]) -> str:
     return ", ".join(parts)
 
 
-def _device(records: list[Record], past: list[Record], against: _Against) -> dict[str, Any]:
+def _is_on(chosen: Set[str], record: Record) -> bool:
+    return not chosen or record["config"]["workload"] in chosen
+
+
+def _device(
+    records: list[Record],
+    past: list[Record],
+    against: dict[str, list[dict[str, Any]]],
+    chosen: Set[str],
+) -> dict[str, Any]:
     """The board of one machine, of its records and those of earlier rules.
 
-    ``against`` is what is said against trials, by key.
+    ``against`` is what is said against trials, by key; ``chosen`` the workloads, empty for all.
     """
     counted, left_out = evaluations(records)
-    of_rules, before = versions(counted), versions(evaluations(past)[0])
+    older, _ = evaluations(past)
+    said: defaultdict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for trial in (*counted, *older):
+        said[row_of(trial)] += against.get(trial["key"], [])
+    kept = list(filter(partial(_is_on, chosen), counted))
+    left_out["on workloads that were not chosen"] = len(counted) - len(kept)
+    of_rules = versions(kept)
+    before = versions(list(filter(partial(_is_on, chosen), older)))
     trials = [trial for newest, *_ in of_rules.values() for trial in newest]
     rowless = [name for name in before if name not in of_rules]
     left_out["of earlier rules, of contestants without a row"] = sum(
@@ -127,14 +145,14 @@ def _device(records: list[Record], past: list[Record], against: _Against) -> dic
         ]
         for role in ("tuning", "structure")
     )  # fmt: skip
-    cells, tuning = _by_cell(trials), _by_cell(tuned)
+    cells, tuning = by_cell(trials), by_cell(tuned)
     rows = [
-        _row(
+        make_row(
             name,
             [(cells[name, w], tuning[name, w]) for w in names],
             [*of_rules[name][1:], *before.get(name, [])],
             names,
-            against,
+            said,
         )
         for name in sorted(of_rules)
     ]
@@ -162,16 +180,6 @@ def _device(records: list[Record], past: list[Record], against: _Against) -> dic
     return result
 
 
-def _by_cell(records: list[Record]) -> defaultdict[tuple[str, str], list[Record]]:
-    """Records by contestant and workload, in the order of their seeds and learning rates."""
-    cells: defaultdict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        cells[record["config"]["contestant"], record["config"]["workload"]].append(record)
-    for cell in cells.values():
-        cell.sort(key=lambda r: (r["config"]["seed"], r["config"]["learning_rate"] or 0.0))
-    return cells
-
-
 def _workload(trials: list[Record]) -> dict[str, Any]:
     """A workload as its newest trial describes it."""
     record = max(trials, key=lambda trial: trial["date"])
@@ -183,131 +191,6 @@ def _workload(trials: list[Record]) -> dict[str, Any]:
         "question": facts.get("question", ""), "why_target": facts.get("why_target", ""),
         "expectation": facts.get("expectation", ""), "expected": facts.get("expected", ""),
     }  # fmt: skip
-
-
-def _row(
-    name: str,
-    cells: Sequence[tuple[list[Record], list[Record]]],
-    earlier: list[list[Record]],
-    workloads: list[str],
-    against: _Against,
-) -> dict[str, Any]:
-    """A contestant, without its scores."""
-    every = [trial for trials, _ in cells for trial in trials]
-    origin = _origin(every, against)
-
-    def fact(key: str) -> str:
-        return "; ".join(dict.fromkeys(t["facts"][key] for t in every if t["facts"][key]))
-
-    made = [_cell(trials, tuning) for trials, tuning in cells]
-    outcomes = [trial["outcome"] for trial in every]
-    return {
-        "contestant": name, "title": every[0]["facts"]["title"],
-        "family": every[0]["facts"]["family"], "structure": every[0]["facts"]["structure"],
-        "fisher": fact("fisher"), "damping": fact("damping"), "rate_rule": fact("rate_rule"),
-        "ruleset": every[0]["facts"].get("ruleset", ""),
-        "ranked": any(trial["outcome"]["status"] != "skipped" for trial in every)
-        and not origin["refuted"],
-        "reached": sum(cell["status"] == "reached" for cell in made),
-        "compile": _middle(outcomes, "compile_seconds"),
-        "preparation": _middle(outcomes, "preparation_seconds"),
-        "cells": made,
-        **origin,
-        "earlier": [_earlier(trials, workloads, against) for trials in earlier],
-    }  # fmt: skip
-
-
-def _origin(trials: list[Record], against: _Against) -> dict[str, Any]:
-    """Where a version of a contestant comes from, who, when, and what is said against it."""
-    newest = max(trials, key=lambda trial: trial["date"])
-    facts = newest["facts"]
-    said = [entry for trial in trials for entry in against.get(trial["key"], [])]
-    return {
-        "refuted": refutations.stands(said), "refutations": said,
-        "submitter": facts.get("submitter", ""), "commit": facts.get("commit", ""),
-        "sources": newest["config"]["sources"], "harness": newest["config"]["code"],
-        "date": newest["date"],
-        "jax": newest["config"]["environment"]["jax"],
-        "rules": newest["config"]["rules"],
-    }  # fmt: skip
-
-
-def _earlier(trials: list[Record], workloads: list[str], against: _Against) -> dict[str, Any]:
-    """An earlier version of a contestant, with its medians: no part of any ranking."""
-    cells = _by_cell(trials)
-    name = trials[0]["config"]["contestant"]
-    made = [_cell(cells[name, workload], []) for workload in workloads]
-    return {
-        **_origin(trials, against),
-        "cells": [{key: cell[key] for key in ("status", *CLOCKS)} for cell in made],
-    }
-
-
-def clock_times(trial: Record) -> dict[str, float]:
-    """A trial's time to the target on every clock; infinite where it was missed."""
-    outcome = trial["outcome"]
-    if outcome["status"] != "reached":
-        return dict.fromkeys(CLOCKS, np.inf)
-    training, steps = outcome["seconds_to_target"], outcome["steps_to_target"]
-    parts = (outcome["compile_seconds"], outcome["preparation_seconds"])
-    seconds = scoring.total_seconds(training, *parts)
-    return {"seconds": seconds, "training": float(training), "steps": float(steps)}
-
-
-def _cell(trials: list[Record], tuning: list[Record]) -> dict[str, Any]:
-    """A contestant on a workload."""
-    times = [clock_times(trial) for trial in trials]
-    outcomes = [trial["outcome"] for trial in trials]
-    counts = Counter(outcome["status"] for outcome in outcomes)
-    medians = {clock: float(scoring.median([t[clock] for t in times])) for clock in CLOCKS}
-    middle = sorted(range(len(trials)), key=lambda i: times[i]["seconds"])
-    return {
-        "status": _status(counts, medians["seconds"]),
-        "counts": {status: counts[status] for status in STATUSES},
-        "reason": next((o["reason"] for o in outcomes if o["reason"]), ""),
-        **medians,
-        "compile": _middle(outcomes, "compile_seconds"),
-        "preparation": _middle(outcomes, "preparation_seconds"),
-        "learning_rates": _range(outcomes, "learning_rate"),
-        "rate_note": next(filter(None, (o.get("rate_note") for o in outcomes)), ""),
-        "shown": trials[middle[(len(trials) - 1) // 2]]["key"] if trials else None,
-        "trials": [
-            {"key": trial["key"], "seed": trial["config"]["seed"], "command": trial["command"],
-             "status": outcome["status"], "reason": outcome["reason"], **time,
-             "learning_rate": outcome.get("learning_rate"),
-             "compile": outcome.get("compile_seconds"),
-             "preparation": outcome.get("preparation_seconds")}
-            for trial, outcome, time in zip(trials, outcomes, times, strict=True)
-        ],
-        "tuned_on": [
-            {"key": trial["key"], "seed": trial["config"]["seed"],
-             "learning_rate": trial["config"]["learning_rate"],
-             "status": trial["outcome"]["status"], "best": trial["outcome"].get("best")}
-            for trial in tuning
-        ],
-    }  # fmt: skip
-
-
-def _status(counts: Counter[str], median: float) -> str:
-    """What to say of a contestant on a workload: that of its median, else the commonest failure."""
-    if not counts:
-        return "not run"
-    if np.isfinite(median):
-        return "reached"
-    failures = [status for status in STATUSES[1:] if counts[status]]
-    return max(failures, key=lambda status: counts[status])
-
-
-def _range(outcomes: list[dict[str, Any]], name: str) -> list[float] | None:
-    """The smallest and the largest over the trials that ran."""
-    values = [outcome[name] for outcome in outcomes if outcome.get(name) is not None]
-    return [float(min(values)), float(max(values))] if values else None
-
-
-def _middle(outcomes: list[dict[str, Any]], name: str) -> float | None:
-    """The median over the trials that ran."""
-    values = [outcome[name] for outcome in outcomes if outcome.get(name) is not None]
-    return float(np.median(values)) if values else None
 
 
 def _score(
@@ -344,8 +227,15 @@ def _score(
                 ranked[index]["scores"][clock]["own"] = place
         for column, workload in enumerate(workloads):
             _winners(workload, clock, ranked, medians[:, column], baseline[column])
-    rows.sort(key=lambda row: (-row["scores"][next(iter(CLOCKS))]["score"] if row["ranked"] else 1,
-                               row["contestant"]))  # fmt: skip
+    clock = next(iter(CLOCKS))
+    # far behind the best, scores are 0: the one with more targets is before the other
+    rows.sort(
+        key=lambda row: (
+            -row["scores"][clock]["score"] if row["ranked"] else 1,
+            -row["reached"],
+            row["contestant"],
+        )
+    )
 
 
 def _places(
@@ -394,7 +284,7 @@ def _winners(
 
 def _structures(records: list[Record], names: list[str]) -> list[dict[str, Any]]:
     """Isotropy and cost of every structure, a list entry a workload."""
-    cells = _by_cell(records)
+    cells = by_cell(records)
     result = []
     for name in sorted({contestant for contestant, _ in cells}):
         newest = [max(cells[name, w], key=lambda r: r["date"], default=None) for w in names]

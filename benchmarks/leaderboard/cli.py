@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from benchmarks.leaderboard.console import (
     DEFAULT_OUT,
     EntryOption,
     OutOption,
+    WorkloadOption,
     app,
     enlisted,
     existing,
@@ -89,12 +90,16 @@ def run(
 def add(
     entry: Annotated[Path, typer.Argument(help="a Python file with CONTESTANTS")],
     submitter: Annotated[str, typer.Option(help="who enters it, for its rows")] = "",
+    workload: Annotated[
+        list[str] | None, typer.Option(help="instead of those of the board in the folder")
+    ] = None,
     out: OutOption = DEFAULT_OUT,
 ) -> None:
     """Enter the contestants of a file: run what they lack on the board of a folder, nothing else.
 
     On the workloads and seeds of the board that the folder holds, or the default ones in a new
-    folder. Interrupted or killed, the same command goes on. Their rows stand beside all earlier.
+    folder; with --workload on those, and the board of those alone is shown. Interrupted or killed,
+    the same command goes on. Their rows stand beside all earlier.
 
     Exit code: as that of run.
     """
@@ -108,9 +113,10 @@ def add(
             for sentence in check_entry(contestant):
                 errors.print(sentence, highlight=False, markup=False)
         store = Store.open(out, RULES)
-        plan = extended(scorable(store, quiet=True), [member.name for member in members])
+        names = [member.name for member in members]
+        plan = extended(scorable(store, quiet=True), names, workload)
         told = partial(execute, submitter=submitter)
-        _carry_out(plan, store, partial(run_trials, execute=told))
+        _carry_out(plan, store, partial(run_trials, execute=told), workload)
 
 
 @app.command("check-entry")
@@ -137,8 +143,16 @@ def check_entry_(
             raise broken[-1]
 
 
-def _carry_out(plan: Plan, store: Store, run_stage: Callable[..., Summary]) -> None:
-    """Runs the stages of a plan, each by what the one before has found, and shows the board."""
+def _carry_out(
+    plan: Plan,
+    store: Store,
+    run_stage: Callable[..., Summary],
+    shown: Sequence[str] | None = None,
+) -> None:
+    """Runs the stages of a plan, each by what the one before has found, and shows the board.
+
+    ``shown`` are the workloads of that; all in the folder by default.
+    """
     if CACHE in os.environ:
         raise ValueError(
             f"{CACHE} is set, and a program that is found there would count as compiled in no "
@@ -165,17 +179,17 @@ def _carry_out(plan: Plan, store: Store, run_stage: Callable[..., Summary]) -> N
     if total.trial_seconds:
         share = (total.seconds - total.trial_seconds) / total.trial_seconds
         errors.print(f"around the trials: {share:.2%} of their time", highlight=False)
-    _show(store, store.folder)
+    _show(store, shown or ())
     if any(summary.failed for summary in ended):
         raise typer.Exit(1)
 
 
-def _show(store: Store, out: Path) -> None:
+def _show(store: Store, workloads: Sequence[str]) -> None:
     from benchmarks.leaderboard import board, page
 
     records = scorable(store)
-    _print_boards(board.build(records))
-    written = page.write(records, out)
+    _print_boards(board.build(records, workloads))
+    written = page.write(records, store.folder, workloads=workloads)
     say(f"wrote {written}")
 
 
@@ -194,12 +208,13 @@ def _print_boards(document: dict[str, Any], clock: str = "seconds") -> None:
 def score(
     out: OutOption = DEFAULT_OUT,
     clock: Annotated[str, typer.Option(help="seconds, training or steps")] = "seconds",
+    workload: WorkloadOption = None,
 ) -> None:
     """Print the ranking of the trials in a folder, for each device."""
     from benchmarks.leaderboard import board
 
     with sentences():
-        _print_boards(board.build(scorable(existing(out))), clock)
+        _print_boards(board.build(scorable(existing(out)), workload or ()), clock)
 
 
 @app.command()
@@ -211,6 +226,7 @@ def page(
     command: Annotated[
         str | None, typer.Option(help="what made the trials, for that table [make leaderboard]")
     ] = None,
+    workload: WorkloadOption = None,
 ) -> None:
     """Write the page of the trials in a folder: one HTML file beside them."""
     from benchmarks.leaderboard import board
@@ -221,10 +237,11 @@ def page(
         if readme is not None:
             markers.around(readme)
         records = scorable(existing(out))
-        say(f"wrote {write(records, out)}")
+        say(f"wrote {write(records, out, workloads=workload or ())}")
         if readme is not None:
             made_by = command or markers.COMMAND
-            changed = markers.update(readme, board.build(records), command=made_by)
+            built = board.build(records, workload or ())
+            changed = markers.update(readme, built, command=made_by)
             say(f"{readme} {'changed' if changed else 'is up to date'}")
 
 

@@ -30,6 +30,10 @@ app = typer.Typer(
 OutOption = Annotated[Path, typer.Option(help="folder of the trials")]
 DEFAULT_OUT = Path("leaderboard")
 
+WorkloadOption = Annotated[
+    list[str] | None, typer.Option("--workload", help="of the board, instead of all of them")
+]
+
 EntryOption = Annotated[
     Path | None,
     typer.Option("--entry", help="the file of a contestant that is not one of the project's"),
@@ -74,12 +78,7 @@ def enlisted(entry: Path) -> list[Contestant]:
     """The contestants of a file; JAX is imported for them, and only then."""
     from benchmarks.leaderboard import contestant
 
-    try:
-        return contestant.enlist(entry)
-    except SystemExit as error:
-        raise ValueError(
-            f"{entry} ends the program while it is imported (exit code {error.code}): take that out"
-        ) from error
+    return contestant.enlist(entry)
 
 
 def existing(out: Path) -> Store:

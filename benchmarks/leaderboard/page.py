@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,19 @@ _COMMAND = "{key}"
 
 
 def write(
-    records: Iterable[dict[str, Any]], out: Path, *, trials: str = "trials", command: str = ""
+    records: Iterable[dict[str, Any]],
+    out: Path,
+    *,
+    workloads: Sequence[str] = (),
+    trials: str = "trials",
+    command: str = "",
 ) -> Path:
     """Writes the page.
 
     Args:
       records: of trials, as ``board.build`` takes them.
       out: the file, which ends in .html, or a folder, where it becomes ``leaderboard.html``.
+      workloads: see ``board.build``.
       trials: the folder of the trials' files as seen from the page, for its links.
       command: that makes the leaderboard anew; `python -m benchmarks.leaderboard run` by default.
 
@@ -34,11 +40,11 @@ def write(
       The file.
 
     Raises:
-      ValueError: there are no records.
+      ValueError: as ``board.build``.
       OSError: the file cannot be written.
     """
     records = list(records)
-    text = render(boards.build(records), records, trials=trials, command=command)
+    text = render(boards.build(records, workloads), records, trials=trials, command=command)
     path = Path(out)
     if path.suffix != ".html":
         path /= FILE_NAME

@@ -227,13 +227,16 @@ def check_seeds(seeds: int) -> None:
         )
 
 
-def extended(records: list[Record], members: Sequence[str]) -> Plan:
+def extended(
+    records: list[Record], members: Sequence[str], chosen: Sequence[str] | None = None
+) -> Plan:
     """A plan of some contestants on the workloads and seeds of a board that is there.
 
     Args:
       records: of the board; those of earlier rules, and of workloads that are no longer here, are
         left aside.
       members: names of contestants.
+      chosen: workloads instead of those of the board.
 
     Raises:
       ValueError: as ``make_plan``.
@@ -245,7 +248,7 @@ def extended(records: list[Record], members: Sequence[str]) -> Plan:
     ]  # fmt: skip
     where = list(dict.fromkeys(sorted(config["workload"] for config in counted)))
     seeds = max((config["seed"] + 1 for config in counted), default=None)
-    return make_plan("default", where or None, members, seeds)
+    return make_plan("default", chosen or where or None, members, seeds)
 
 
 def _takes_part(contestant: Contestant, profile: Profile) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.leaderboard.board import MEASURES, STATUSES
+from benchmarks.leaderboard.board import MEASURES
 from benchmarks.leaderboard.refutations import ROLES
+from benchmarks.leaderboard.rows import STATUSES
 
 Record = Mapping[str, Any]
 _ABSENT = object()

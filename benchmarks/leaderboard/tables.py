@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.leaderboard import texts
-from benchmarks.leaderboard.board import CLOCKS, FIRST_ORDER
+from benchmarks.leaderboard.board import FIRST_ORDER
+from benchmarks.leaderboard.rows import CLOCKS
 
 
 def entries(device: dict[str, Any], clock: str = "seconds") -> list[dict[str, Any]]:
@@ -17,7 +18,7 @@ def entries(device: dict[str, Any], clock: str = "seconds") -> list[dict[str, An
 
     Args:
       device: one of the board's devices.
-      clock: that ranks and times are by, one of ``board.CLOCKS``.
+      clock: that ranks and times are by, one of ``rows.CLOCKS``.
 
     Returns:
       For each contestant ``contestant``, ``title``, ``family``, ``rank``, ``score``, ``interval``,

@@ -119,12 +119,16 @@ def _of(row: dict[str, Any], total: int) -> str:
 
 
 def _names(rows: list[dict[str, Any]], most: int = 3) -> str:
-    """Titles in a row; the first few of a long one. Semicolons where a title has a comma."""
+    """Titles in a row; the first few of a long one."""
     titles = [row["title"] for row in rows]
-    comma = "; " if any("," in title for title in titles) else ", "
     if len(titles) > most + 1:
-        return f"{comma.join(titles[:most])} and {len(titles) - most} others"
-    return " and ".join(filter(None, [comma.join(titles[:-1]), titles[-1]]))
+        return f"{_listed(titles[:most])} and {len(titles) - most} others"
+    return " and ".join(filter(None, [_listed(titles[:-1]), titles[-1]]))
+
+
+def _listed(titles: list[str]) -> str:
+    """Semicolons where a title has a comma."""
+    return ("; " if any("," in title for title in titles) else ", ").join(titles)
 
 
 def _against_first_order(rows: list[dict[str, Any]], total: int) -> str:
@@ -163,7 +167,7 @@ def _workloads(board: dict[str, Any]) -> list[str]:
             )
         else:
             name = " and ".join(titles[contestant] for contestant in rival["contestants"])
-            listed = f" ({', '.join(faster)})" if faster else ""
+            listed = f" ({_listed(faster)})" if faster else ""
             verb = "are" if len(faster) > 1 else "is"
             sentences.append(
                 f"{workload['name']}: {_count(faster)} of ours{listed} {verb} faster than the "
@@ -177,7 +181,7 @@ def _bare(workload: dict[str, Any]) -> str:
     faster = workload["faster"][BARE]
     if set(faster) <= set(workload["faster"][CLOCK]):
         return ""
-    return f"; without compilation and preparation {len(faster)} ({', '.join(faster)})"
+    return f"; without compilation and preparation {len(faster)} ({_listed(faster)})"
 
 
 def _count(structures: list[str]) -> str:

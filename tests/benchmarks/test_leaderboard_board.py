@@ -239,6 +239,46 @@ def test_records_without_an_evaluation_make_an_empty_board():
     assert "No results yet" in readme.section({"devices": [device]})
 
 
+def test_a_choice_of_workloads_ranks_as_if_only_they_had_run(small):
+    """Adam, which missed the other workload, ties nobody there; SGD ran that one alone."""
+    small = [*small, *trials("sgd", "linear-teacher", [1.0, 1.0, 1.0], learning_rate=0.1)]
+    there = [r for r in small if r["config"]["workload"] == "digits-mse"]
+    chosen, alone = (only(boards.build(*how)) for how in ((small, ["digits_mse"]), (there,)))
+    left = len([r for r in small if r not in there])
+    assert chosen["left_out"].pop("on workloads that were not chosen") == left
+    assert any(
+        f"{left} on workloads that were not chosen" in text
+        for text in chosen["verdict"]["sentences"]
+    )
+    assert set(rows(chosen)) == {"kfac", "adam"}
+    for board in (chosen, alone):
+        del board["verdict"], board["left_out"]
+    assert chosen == alone
+    assert boards.build(small, ["digits-mse", "linear-teacher"]) == boards.build(small)
+    with pytest.raises(ValueError, match="'digit-mse'; did you mean 'digits-mse'"):
+        boards.build(small, ["digit-mse"])
+
+
+def test_of_equal_scores_the_one_with_more_targets_is_the_best_first_order():
+    """Both are beyond the end of the profile; in the alphabet Adam is before SGD."""
+    found = [
+        record("kfac", seconds=1.0), record("kfac", "linear-teacher", seconds=1.0),
+        record("adam", seconds=9.0, learning_rate=0.1),
+        record("adam", "linear-teacher", seconds=None, learning_rate=0.1),
+        record("sgd", seconds=9.5, learning_rate=0.1),
+        record("sgd", "linear-teacher", seconds=9.5, learning_rate=0.1),
+    ]  # fmt: skip
+    device = only(boards.build(found))
+    assert [row["scores"]["seconds"]["score"] for row in device["rows"]] == [1.0, 0.0, 0.0]
+    assert "first-order contestant is SGD with 0.00, and both" in device["verdict"]["answer"]
+
+
+def test_of_machines_those_are_shown_where_a_chosen_workload_ran():
+    elsewhere = record("kfac", "linear-teacher", environment=GPU)
+    (device,) = boards.build([record(), elsewhere], ["digits-mse"])["devices"]
+    assert device["name"] == "CPU, Example CPU, 2 cores"
+
+
 def test_who_is_skipped_everywhere_has_no_rank():
     skipped = record("kfac-jax", status="skipped", reason="kfac-jax is not installed")
     device = only(boards.build([record(), skipped]))

@@ -1,6 +1,7 @@
 """Entries of others: their contract, and their rows beside all that stood there before."""
 
 import itertools
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -115,6 +116,9 @@ def test_what_is_no_entry_at_all(tmp_path, file):
     path = file("nowhere")
     with pytest.raises(ValueError, match="cannot be imported, NameError"):
         enlist(path)
+    path.write_text("raise SystemExit(3)")
+    with pytest.raises(ValueError, match=r"ends the program while it is imported \(exit code 3\)"):
+        enlist(path)
     path.write_text("x = 1")
     with pytest.raises(ValueError, match="has no CONTESTANTS"):
         enlist(path)
@@ -156,10 +160,46 @@ def test_a_row_more_leaves_all_earlier_rows(tmp_path, file, monkeypatch):
         code, text = command("add", path, "--out", out)
         assert code == 0, text
         assert len(Store.open(out, RULES).records()) == len(records) + more
+    monkeypatch.chdir(tmp_path.parent)
+    again = trial.command(records[-1]["config"] | {"contestant": "mine"})
+    assert f"--entry {tmp_path.name}/mine.py" in again
     (device,) = board.build(Store.open(out, RULES).records())["devices"]
     rows = {row["contestant"]: row for row in device["rows"]}
     assert set(rows) == {"sgd", "lbfgs", "mine"}
     assert [version["submitter"] for version in rows["mine"]["earlier"]] == ["Someone"]
+
+
+def test_an_entry_runs_and_ranks_on_some_workloads_of_a_board(tmp_path, file, monkeypatch):
+    both = {name: toy.make_workload(name=name) for name in ("toy", "other")}
+    for module in ("workload", "plan"):
+        monkeypatch.setattr(f"benchmarks.leaderboard.{module}.workloads", lambda: both)
+    monkeypatch.setattr("benchmarks.leaderboard.plan._target", lambda name: 0.05)
+    out = tmp_path / "out"
+    assert command("run", "--contestant", "lbfgs", "--workload", "toy", "--workload", "other",
+                   "--out", out)[0] == 0  # fmt: skip
+    path = file(GOOD)
+    code, text = command("add", path, "--out", out, "--workload", "Toy")
+    assert code == 0, text
+    found = [record["config"] for record in Store.open(out, RULES).records()]
+    ran = {(config["contestant"], config["workload"]) for config in found}
+    assert ran == {("lbfgs", "toy"), ("lbfgs", "other"), ("mine", "toy")}
+
+    def on_page():
+        text = (out / "leaderboard.html").read_text()
+        data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+        return [workload["name"] for workload in data["devices"][0]["workloads"]]
+
+    assert on_page() == ["toy"]
+    assert command("page", "--out", out)[0] == 0
+    assert on_page() == ["other", "toy"]
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- leaderboard: begin -->\n<!-- leaderboard: end -->")
+    chosen = ("--workload", "other")
+    assert command("page", "--out", out, "--readme", readme, *chosen)[0] == 0
+    for text in (readme.read_text(), command("score", "--out", out, *chosen)[1]):
+        assert ("other" in text, "toy" in text, "mine" in text) == (True, False, False)
+    code, text = command("score", "--out", out, "--workload", "toi")
+    assert (code, "did you mean 'toy'" in text) == (2, True)
 
 
 def test_a_row_of_an_entry_is_repeated_from_its_file(file, tmp_path):

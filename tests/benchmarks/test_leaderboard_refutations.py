@@ -70,6 +70,16 @@ def test_withdrawn_it_ranks_again_and_a_second_refutation_still_stands():
     assert rows([*ALL, first, withdrawal, again])[1]["kfac"]["refuted"]
 
 
+def test_a_choice_of_workloads_does_not_raise_a_refuted_row():
+    elsewhere = [record("kfac", "linear-teacher"), record("adam", "linear-teacher")]
+    said = against(elsewhere[0], evidence=())
+    (device,) = boards.build([*ALL, *elsewhere, said], ["digits-mse"])["devices"]
+    found = {row["contestant"]: row for row in device["rows"]}
+    assert (found["kfac"]["refuted"], found["kfac"]["ranked"]) == (True, False)
+    assert found["kfac"]["refutations"][0]["workload"] == "linear-teacher"
+    assert found["adam"]["ranked"]
+
+
 def test_it_is_of_the_version_and_machine_that_it_names_alone():
     old = against(ROWS["kfac"][0])
     new = trials("kfac", "digits-mse", [1.0, 1.0], sources="mended", day=9)

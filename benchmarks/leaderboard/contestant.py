@@ -257,6 +257,10 @@ def enlist(file: Path) -> list[Contestant]:
         sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
+    except SystemExit as error:
+        raise ValueError(
+            f"{file} ends the program while it is imported (exit code {error.code}): take that out"
+        ) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} cannot be imported, {reason}") from error

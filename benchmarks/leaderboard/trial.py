@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -137,7 +138,12 @@ def command(config: Config) -> str:
     words = ["python", "-m", "benchmarks.leaderboard", "trial", config["workload"]]
     words += [config["contestant"], "--seed", str(config["seed"])]
     if (entry := find_contestant(config["contestant"])).is_entry:
-        words += ["--entry", entry.source.name]
+        # as seen from here; a place outside is the submitter's own affair
+        file, here = entry.source.resolve(), Path.cwd()
+        words += [
+            "--entry",
+            str(file.relative_to(here) if file.is_relative_to(here) else file.name),
+        ]
     if config["kind"] == "structure":
         words.append("--structure")
     if config["learning_rate"] is not None:
@@ -148,17 +154,17 @@ def command(config: Config) -> str:
 
 
 def _check(config: Config, workload: Workload, contestant: Contestant) -> None:
-    for what, here in (
-        ("rules", RULES),
-        ("workload_version", workload.version),
-        ("workload_digest", workload.digest),
-        ("code", code_version()),
-        ("sources", sources(contestant)),
+    for name, words, here in (
+        ("rules", "other rules", RULES),
+        ("workload_version", "another version of the workload", workload.version),
+        ("workload_digest", "other settings of the workload", workload.digest),
+        ("code", "another harness", code_version()),
+        ("sources", "other sources of its contestant", sources(contestant)),
     ):
-        if config[what] != here:
+        if config[name] != here:
             raise ValueError(
-                f"the trial is of another {what.replace('_', ' ')}, {str(config[what])[:12]}, than "
-                f"this program, {str(here)[:12]}: run it with the code that planned it"
+                f"the trial is of {words}, {str(config[name])[:12]}, than this program, "
+                f"{str(here)[:12]}: run it with the code that planned it"
             )
     tuned = contestant.rate_rule == "tuned" and config["kind"] == "timed"
     if tuned and config["learning_rate"] is None:

@@ -209,11 +209,11 @@ def test_configuration_holds_what_makes_a_trial():
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
-        ("rules", "0.9", "another rules, 0.9"),
-        ("code", "0" * 64, "another code, 000000000000"),
-        ("sources", "0" * 64, "another sources, 000000000000"),
-        ("workload_version", 7, "another workload version, 7"),
-        ("workload_digest", "f" * 64, "another workload digest"),
+        ("rules", "0.9", "of other rules, 0.9"),
+        ("code", "0" * 64, "of another harness, 000000000000"),
+        ("sources", "0" * 64, "of other sources of its contestant, 000000000000"),
+        ("workload_version", 7, "of another version of the workload, 7"),
+        ("workload_digest", "f" * 64, "of other settings of the workload, ffffffffffff"),
         ("contestant", "exakt", "did you mean 'exact'"),
         ("workload", "toi", "did you mean 'toy'"),
     ],

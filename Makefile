@@ -16,6 +16,11 @@ endif
 # threads of OpenBLAS, which JAX's LAPACK calls come from, would fight with XLA's for the cores
 export OPENBLAS_NUM_THREADS ?= 1
 
+# bytecode beside the environments, also where the shell writes none: the suite starts hundreds of
+# processes, and each would compile all of JAX's Python anew
+export PYTHONDONTWRITEBYTECODE :=
+export PYTHONPYCACHEPREFIX ?= $(CURDIR)/.venv/bytecode
+
 BIN := .venv/bin
 UV := $(BIN)/python -m uv
 BIN_JAX := .venv-jax/bin
@@ -90,20 +95,22 @@ test-jax-found: .venv-jax/.dev
 KERNEL_TESTS := $(addprefix tests/ntk_analysis/test_, neural_tangents.py infinite_width.py analytic.py)
 
 # what a release of JAX can break: capture, structures, optimizers, kernels, compiled steps. The rest
-# works on NumPy, files and text, or on JAX in the same way as these: of structures the battery and
-# the forty steps, which hold momentum and adaptive damping, of eight devices the steps, of linear
-# models the flows beside their references, of loops the steps without averages, of other models
-# their Jacobians, of benchmarks what XLA says of a compiled step
+# works on NumPy, files and text, or on JAX in the same way as these: of structures the battery on
+# dense layers and the forty steps, which hold momentum and adaptive damping, of shared weights the
+# steps, of tables the signals, of eight devices the steps, of linear models the flows beside their
+# references, of loops the steps without averages, of other models their Jacobians, of benchmarks
+# what XLA says of a compiled step
 JAX_TESTS := tests/natgrad_flax $(addprefix --ignore=tests/natgrad_flax/, losses \
 	$(addprefix test_, damping.py geometry.py install.py renamed.py) \
 	costs/test_describe.py costs/test_programs.py devices/test_devices_work.py \
-	$(addprefix optimizer/test_, checks.py averages_bad_input.py quadratic_model.py) \
+	$(addprefix optimizer/test_, checks.py averages_bad_input.py information.py quadratic_model.py) \
 	$(addprefix structures/test_, ekfac.py identities.py paper_settings.py structures.py \
 	weight_sharing.py) \
 	$(addprefix linear/test_, deep_linear.py deep_linear_descent.py diagonal_network.py logistic.py \
 	matrix_factorization.py)) \
 	$(addprefix --deselect=tests/natgrad_flax/, signals/test_styles.py::test_steps \
-	structures/test_stacked_layers.py::test_averages_of_a_loop) -k "not mixed-sample" \
+	signals/test_lookup.py::test_structures_are_those_of_one_hot_inputs \
+	structures/test_stacked_layers.py::test_averages_of_a_loop) -k "not -mixed-" \
 	$(addprefix tests/benchmarks/test_, memory_benchmark.py kernel_benchmark.py \
 	leaderboard_trial.py) \
 	$(KERNEL_TESTS) tests/ntk_analysis/test_kernels.py

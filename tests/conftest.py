@@ -1,5 +1,6 @@
 """Shared fixtures, hypothesis settings, and one store of compiled programs for all processes."""
 
+import ctypes
 import gc
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ settings.register_profile(
 settings.load_profile("natgrad")
 
 DAYS_KEPT = 3
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""Of glibc, which else keeps what was freed: a worker grew to 5 GB, of which 1 was in use."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,3 +67,5 @@ def _forget_compiled_programs():
     yield
     jax.clear_caches()
     gc.collect()
+    if TRIM is not None:
+        TRIM(0)

@@ -116,7 +116,7 @@ def add(
         names = [member.name for member in members]
         plan = extended(scorable(store, quiet=True), names, workload)
         told = partial(execute, submitter=submitter)
-        _carry_out(plan, store, partial(run_trials, execute=told), workload)
+        _carry_out(plan, store, partial(run_trials, execute=told), workload or ())
 
 
 @app.command("check-entry")
@@ -147,7 +147,7 @@ def _carry_out(
     plan: Plan,
     store: Store,
     run_stage: Callable[..., Summary],
-    shown: Sequence[str] | None = None,
+    shown: Sequence[str] = (),
 ) -> None:
     """Runs the stages of a plan, each by what the one before has found, and shows the board.
 
@@ -179,7 +179,7 @@ def _carry_out(
     if total.trial_seconds:
         share = (total.seconds - total.trial_seconds) / total.trial_seconds
         errors.print(f"around the trials: {share:.2%} of their time", highlight=False)
-    _show(store, shown or ())
+    _show(store, shown)
     if any(summary.failed for summary in ended):
         raise typer.Exit(1)
 

@@ -140,10 +140,8 @@ def command(config: Config) -> str:
     if (entry := find_contestant(config["contestant"])).is_entry:
         # as seen from here; a place outside is the submitter's own affair
         file, here = entry.source.resolve(), Path.cwd()
-        words += [
-            "--entry",
-            str(file.relative_to(here) if file.is_relative_to(here) else file.name),
-        ]
+        named = file.relative_to(here) if file.is_relative_to(here) else file.name
+        words += ["--entry", str(named)]
     if config["kind"] == "structure":
         words.append("--structure")
     if config["learning_rate"] is not None:
